@@ -1,0 +1,5 @@
+//! Number formats, thread pool and SIMD kernels for mixture-of-experts layers, on plain slices.
+//!
+//! This crate knows nothing of layers, checkpoints or routing: slices go in, slices come out. It is
+//! the only home of SIMD in the workspace.
+#![warn(missing_docs)]

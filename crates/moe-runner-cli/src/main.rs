@@ -1,0 +1,3 @@
+//! The command `moe-runner`.
+
+fn main() {}

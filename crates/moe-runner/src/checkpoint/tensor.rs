@@ -1,0 +1,194 @@
+//! A named array in a file: bytes that are mapped, not copied, with dtype and shape.
+
+use std::ops::Range;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use crate::{Error, Result};
+
+/// Bytes that stay valid for as long as anyone holds them: a part of a mapped file, or owned.
+/// Cloning and slicing share the memory.
+#[derive(Clone)]
+pub struct Bytes {
+    owner: Arc<dyn AsRef<[u8]> + Send + Sync>,
+    range: Range<usize>,
+}
+
+impl Bytes {
+    /// All the bytes of `owner` (a mapped file, a vector).
+    pub fn new(owner: Arc<dyn AsRef<[u8]> + Send + Sync>) -> Self {
+        let range = 0..(*owner).as_ref().len();
+        Self { owner, range }
+    }
+
+    /// Part of these bytes, sharing their memory; `None` where `range` does not lie inside.
+    pub fn slice(&self, range: Range<usize>) -> Option<Self> {
+        if range.start > range.end || range.end > self.range.len() {
+            return None;
+        }
+        let range = self.range.start + range.start..self.range.start + range.end;
+        Some(Self { owner: self.owner.clone(), range })
+    }
+}
+
+impl From<Vec<u8>> for Bytes {
+    fn from(bytes: Vec<u8>) -> Self {
+        Self::new(Arc::new(bytes))
+    }
+}
+
+impl std::ops::Deref for Bytes {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &(*self.owner).as_ref()[self.range.clone()]
+    }
+}
+
+impl std::fmt::Debug for Bytes {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} bytes", self.range.len())
+    }
+}
+
+/// The dtype of a stored tensor: what the container's header says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[non_exhaustive]
+#[allow(missing_docs)]
+pub enum Dtype {
+    Bool,
+    U8,
+    I8,
+    U16,
+    I16,
+    U32,
+    I32,
+    U64,
+    I64,
+    F16,
+    Bf16,
+    F32,
+    F64,
+    /// FP8 with 4 exponent bits, finite values only.
+    F8E4M3,
+    /// FP8 with 5 exponent bits.
+    F8E5M2,
+    /// Powers of two, as scales.
+    F8E8M0,
+    /// A GGUF block type, by its number in the format.
+    Ggml(u32),
+}
+
+impl Dtype {
+    /// Bytes of one element; `None` for block types.
+    pub fn size(self) -> Option<usize> {
+        Some(match self {
+            Self::Bool | Self::U8 | Self::I8 | Self::F8E4M3 | Self::F8E5M2 | Self::F8E8M0 => 1,
+            Self::U16 | Self::I16 | Self::F16 | Self::Bf16 => 2,
+            Self::U32 | Self::I32 | Self::F32 => 4,
+            Self::U64 | Self::I64 | Self::F64 => 8,
+            Self::Ggml(_) => return None,
+        })
+    }
+}
+
+impl std::fmt::Display for Dtype {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let name = match self {
+            Self::Ggml(number) => return write!(f, "ggml type {number}"),
+            Self::Bool => "BOOL",
+            Self::U8 => "U8",
+            Self::I8 => "I8",
+            Self::U16 => "U16",
+            Self::I16 => "I16",
+            Self::U32 => "U32",
+            Self::I32 => "I32",
+            Self::U64 => "U64",
+            Self::I64 => "I64",
+            Self::F16 => "F16",
+            Self::Bf16 => "BF16",
+            Self::F32 => "F32",
+            Self::F64 => "F64",
+            Self::F8E4M3 => "F8_E4M3",
+            Self::F8E5M2 => "F8_E5M2",
+            Self::F8E8M0 => "F8_E8M0",
+        };
+        f.write_str(name)
+    }
+}
+
+/// One tensor of a checkpoint. The bytes are row-major and little-endian, and their number fits
+/// shape and dtype (the container's reader has checked that).
+#[derive(Clone, Debug)]
+pub struct Tensor {
+    /// Full name.
+    pub name: String,
+    /// The file that holds it.
+    pub file: PathBuf,
+    /// Element type.
+    pub dtype: Dtype,
+    /// Dimensions, outermost first.
+    pub shape: Vec<usize>,
+    /// The content.
+    pub bytes: Bytes,
+}
+
+impl Tensor {
+    /// An [`Error::Tensor`] about this tensor.
+    pub fn error(&self, reason: impl Into<String>) -> Error {
+        Error::tensor(&self.file, &self.name, reason)
+    }
+
+    /// Checks the shape.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] with both shapes.
+    pub fn expect_shape(&self, shape: &[usize]) -> Result<()> {
+        if self.shape != shape {
+            return Err(
+                self.error(format!("has shape {:?}, the layer needs {shape:?}", self.shape))
+            );
+        }
+        Ok(())
+    }
+
+    /// All elements of a float or integer tensor as f32 (64-bit values are rounded).
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] if the dtype is none of F32, F16, BF16, F64.
+    pub fn to_f32(&self) -> Result<Vec<f32>> {
+        let bytes: &[u8] = &self.bytes;
+        Ok(match self.dtype {
+            Dtype::F32 => bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
+            Dtype::F64 => {
+                bytes.as_chunks().0.iter().map(|b| f64::from_le_bytes(*b) as f32).collect()
+            }
+            Dtype::F16 => {
+                bytes.as_chunks().0.iter().map(|b| half::f16::from_le_bytes(*b).to_f32()).collect()
+            }
+            Dtype::Bf16 => {
+                bytes.as_chunks().0.iter().map(|b| half::bf16::from_le_bytes(*b).to_f32()).collect()
+            }
+            other => return Err(self.error(format!("is {other}; a float tensor is needed"))),
+        })
+    }
+
+    /// All elements of an integer tensor, as i64.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] if the dtype is none of I64, I32, U32, U8.
+    pub fn to_i64(&self) -> Result<Vec<i64>> {
+        let bytes: &[u8] = &self.bytes;
+        Ok(match self.dtype {
+            Dtype::I64 => bytes.as_chunks().0.iter().map(|b| i64::from_le_bytes(*b)).collect(),
+            Dtype::I32 => {
+                bytes.as_chunks().0.iter().map(|b| i32::from_le_bytes(*b).into()).collect()
+            }
+            Dtype::U32 => {
+                bytes.as_chunks().0.iter().map(|b| u32::from_le_bytes(*b).into()).collect()
+            }
+            Dtype::U8 => bytes.iter().map(|b| i64::from(*b)).collect(),
+            other => return Err(self.error(format!("is {other}; an integer tensor is needed"))),
+        })
+    }
+}

@@ -1,0 +1,118 @@
+//! The one error type of the library: what is wrong, where, and what to do about it.
+
+use std::path::{Path, PathBuf};
+
+/// The result of everything here that can fail.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What went wrong. Every message names the place (file, tensor, layer, expert) and, where there
+/// is something to do, what to do.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A file could not be opened, read or written.
+    #[error("{path}: cannot {action}")]
+    Io {
+        /// The file or folder.
+        path: PathBuf,
+        /// "open", "read", "write", …
+        action: &'static str,
+        /// What the operating system said.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A file is not what its name or its header says.
+    #[error("{path}: {reason}")]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// One tensor of a checkpoint is missing, of the wrong shape or dtype, or holds bad values.
+    #[error("{path}: tensor '{tensor}': {reason}")]
+    Tensor {
+        /// The file that holds it, or the checkpoint's folder where it is missing.
+        path: PathBuf,
+        /// The tensor's full name.
+        tensor: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// `config.json` (or the metadata of a GGUF file) has no, or no usable, value for a key.
+    #[error("{path}: '{key}': {reason}")]
+    Config {
+        /// The file.
+        path: PathBuf,
+        /// The key, with its path in the document.
+        key: String,
+        /// What is wrong with its value.
+        reason: String,
+    },
+    /// A layer's description contradicts itself.
+    #[error("layer '{layer}': {reason}")]
+    Spec {
+        /// The layer's name in the checkpoint.
+        layer: String,
+        /// The contradiction.
+        reason: String,
+    },
+    /// No layer of that name.
+    #[error("no MoE layer '{name}'{}", near_list(.near))]
+    UnknownLayer {
+        /// What was asked for.
+        name: String,
+        /// The names closest to it.
+        near: Vec<String>,
+    },
+    /// A second layer of the same name.
+    #[error("layer '{name}' is registered already; names must be unique within a model")]
+    DuplicateLayer {
+        /// The name.
+        name: String,
+    },
+    /// The caller's hidden states, logits or ids do not fit the layer.
+    #[error("{what}: {reason}")]
+    Input {
+        /// Which input.
+        what: &'static str,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// No kernel can run this, or the named one cannot; every failing condition is listed.
+    #[error("{0}")]
+    NoKernel(String),
+    /// Ranks of a group failed to meet, or a communication library refused.
+    #[error("{0}")]
+    Communication(String),
+}
+
+impl Error {
+    /// An [`Error::File`].
+    pub fn file(path: &Path, reason: impl Into<String>) -> Self {
+        Self::File { path: path.to_owned(), reason: reason.into() }
+    }
+
+    /// An [`Error::Tensor`].
+    pub fn tensor(path: &Path, tensor: impl Into<String>, reason: impl Into<String>) -> Self {
+        Self::Tensor { path: path.to_owned(), tensor: tensor.into(), reason: reason.into() }
+    }
+
+    /// An [`Error::Config`].
+    pub fn config(path: &Path, key: impl Into<String>, reason: impl Into<String>) -> Self {
+        Self::Config { path: path.to_owned(), key: key.into(), reason: reason.into() }
+    }
+
+    /// An [`Error::Input`].
+    pub fn input(what: &'static str, reason: impl Into<String>) -> Self {
+        Self::Input { what, reason: reason.into() }
+    }
+}
+
+fn near_list(near: &[String]) -> String {
+    match near {
+        [] => String::new(),
+        [one] => format!("; did you mean '{one}'?"),
+        many => format!("; near ones: {}", many.join(", ")),
+    }
+}

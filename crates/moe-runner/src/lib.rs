@@ -1,0 +1,19 @@
+//! The mixture-of-experts (MoE) layer: from a published checkpoint to the layer's output.
+//!
+//! The modules stand in the order of the flow; a module uses those above it, never those below.
+//!
+//! ```text
+//! hidden [T,H] ─ input transform ─ gate ─ route ─ dispatch ─ experts ─ combine ─┐
+//!       └──────────── shared experts (order decided once) ──────────────────────┴ scale · transform · add · reduce ─ out [T,H]
+//! ```
+#![warn(missing_docs)]
+
+pub mod error;
+pub mod hidden;
+pub mod spec;
+
+pub mod checkpoint;
+
+pub mod weights;
+
+pub use error::{Error, Result};

@@ -1,0 +1,268 @@
+//! One projection `[out, in]`, as a view of stored numbers.
+//!
+//! [`Encoding`] is how a stored array yields f32 values, one file for each number format; [`Matrix`]
+//! is a window of one: which of its rows, which of its columns. Slices for experts, for interleaved
+//! gate and up rows, and for tensor parallelism are windows and copy nothing.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use half::{bf16, f16};
+
+use crate::checkpoint::Bytes;
+use crate::spec::{ActivationFormat, WeightFormat};
+
+/// A stored array `[rows, cols]` of numbers.
+pub trait Encoding: Send + Sync {
+    /// Its number format.
+    fn format(&self) -> WeightFormat;
+
+    /// Rows of the whole array.
+    fn rows(&self) -> usize;
+
+    /// Columns of the whole array.
+    fn cols(&self) -> usize;
+
+    /// Writes the values of `cols` of `row`: each the exact stored value, rounded once to f32.
+    /// `row` and `cols` lie inside the array and `out` has `cols.len()` elements; otherwise this
+    /// panics, which is a bug of the caller: [`Matrix`] checks its window when it is made.
+    fn decode(&self, row: usize, cols: Range<usize>, out: &mut [f32]);
+
+    /// Bytes of the file behind `rows` rows of this array, scales included.
+    fn bytes_of_rows(&self, rows: usize) -> usize;
+
+    /// The rows as plain floats that lie contiguous in memory, where they do.
+    fn float_rows(&self) -> Option<FloatRows<'_>> {
+        None
+    }
+}
+
+/// Plain floats, row after row.
+#[derive(Clone, Copy, Debug)]
+pub struct FloatRows<'a> {
+    /// Little-endian elements; no alignment is promised.
+    pub bytes: &'a [u8],
+    /// Element type.
+    pub float: FloatType,
+    /// Elements from one row's start to the next one's.
+    pub stride: usize,
+}
+
+/// Stored float types.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FloatType {
+    /// IEEE binary32.
+    F32,
+    /// IEEE binary16.
+    F16,
+    /// bfloat16.
+    Bf16,
+}
+
+impl FloatType {
+    /// Bytes of one element.
+    pub fn size(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::F16 | Self::Bf16 => 2,
+        }
+    }
+}
+
+/// How the rows that a matrix multiplies are quantised before the product.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
+pub enum ActivationQuant {
+    /// Not at all.
+    None,
+}
+
+impl ActivationQuant {
+    /// Its name for the oracle.
+    pub fn format(&self) -> ActivationFormat {
+        match self {
+            Self::None => ActivationFormat::Unquantised,
+        }
+    }
+}
+
+/// One projection `[rows, cols]` = `[out, in]`: a window of an [`Encoding`].
+#[derive(Clone)]
+pub struct Matrix {
+    encoding: Arc<dyn Encoding>,
+    first_row: usize,
+    row_step: usize,
+    rows: usize,
+    cols: Range<usize>,
+    /// Quantisation of the rows that this matrix multiplies.
+    pub input: ActivationQuant,
+}
+
+impl Matrix {
+    /// All of `encoding`.
+    pub fn new(encoding: Arc<dyn Encoding>) -> Self {
+        let (rows, cols) = (encoding.rows(), encoding.cols());
+        Self {
+            encoding,
+            first_row: 0,
+            row_step: 1,
+            rows,
+            cols: 0..cols,
+            input: ActivationQuant::None,
+        }
+    }
+
+    /// Every `step`-th row from `first` on, `rows` of them; `None` if they are not all there.
+    pub fn rows_of(&self, first: usize, step: usize, rows: usize) -> Option<Self> {
+        let last = rows.checked_sub(1)?.checked_mul(step)?.checked_add(first)?;
+        if last >= self.rows || step == 0 {
+            return None;
+        }
+        Some(Self {
+            first_row: self.first_row + first * self.row_step,
+            row_step: self.row_step * step,
+            rows,
+            ..self.clone()
+        })
+    }
+
+    /// The columns of `range`; `None` if they are not all there.
+    pub fn cols_of(&self, range: Range<usize>) -> Option<Self> {
+        if range.start > range.end || range.end > self.cols() {
+            return None;
+        }
+        let cols = self.cols.start + range.start..self.cols.start + range.end;
+        Some(Self { cols, ..self.clone() })
+    }
+
+    /// The same matrix, multiplying rows quantised by `input`.
+    pub fn with_input(self, input: ActivationQuant) -> Self {
+        Self { input, ..self }
+    }
+
+    /// Output features.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Input features.
+    pub fn cols(&self) -> usize {
+        self.cols.len()
+    }
+
+    /// Number format of the stored values.
+    pub fn format(&self) -> WeightFormat {
+        self.encoding.format()
+    }
+
+    /// Writes row `row` (`cols()` values).
+    ///
+    /// # Panics
+    /// If `row` is not a row, or `out` has another length.
+    pub fn decode_row(&self, row: usize, out: &mut [f32]) {
+        assert!(row < self.rows, "row {row} of {}", self.rows);
+        self.encoding.decode(self.first_row + row * self.row_step, self.cols.clone(), out);
+    }
+
+    /// Bytes of the file behind this matrix, scales included.
+    pub fn stored_bytes(&self) -> usize {
+        let all = self.encoding.bytes_of_rows(self.rows);
+        if self.cols() == self.encoding.cols() {
+            all
+        } else {
+            all / self.encoding.cols().max(1) * self.cols()
+        }
+    }
+
+    /// The rows as plain floats in memory, where they are stored so: kernels read them in place.
+    pub fn float_rows(&self) -> Option<FloatRows<'_>> {
+        let all = self.encoding.float_rows()?;
+        let start = (self.first_row * all.stride + self.cols.start) * all.float.size();
+        Some(FloatRows { bytes: &all.bytes[start..], stride: all.stride * self.row_step, ..all })
+    }
+}
+
+impl std::fmt::Debug for Matrix {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:?} [{}, {}]", self.format(), self.rows, self.cols())
+    }
+}
+
+/// Floats with strides: rows or columns may be the contiguous direction.
+#[derive(Clone, Debug)]
+pub struct FloatEncoding {
+    bytes: Bytes,
+    float: FloatType,
+    rows: usize,
+    cols: usize,
+    row_stride: usize,
+    col_stride: usize,
+}
+
+impl FloatEncoding {
+    /// `rows × cols` elements, row after row. `None` if `bytes` has another length.
+    pub fn row_major(bytes: Bytes, float: FloatType, rows: usize, cols: usize) -> Option<Self> {
+        let fits = rows.checked_mul(cols)?.checked_mul(float.size())? == bytes.len();
+        fits.then_some(Self { bytes, float, rows, cols, row_stride: cols, col_stride: 1 })
+    }
+
+    /// The transpose of a stored `[cols, rows]` array. `None` if `bytes` has another length.
+    pub fn transposed(bytes: Bytes, float: FloatType, rows: usize, cols: usize) -> Option<Self> {
+        let fits = rows.checked_mul(cols)?.checked_mul(float.size())? == bytes.len();
+        fits.then_some(Self { bytes, float, rows, cols, row_stride: 1, col_stride: rows })
+    }
+
+    /// f32 values, `cols` to a row, owned.
+    pub fn from_f32(values: &[f32], cols: usize) -> Option<Self> {
+        let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        let rows = values.len().checked_div(cols)?;
+        Self::row_major(bytes.into(), FloatType::F32, rows, cols)
+    }
+
+    fn at(&self, row: usize, col: usize) -> f32 {
+        let index = (row * self.row_stride + col * self.col_stride) * self.float.size();
+        let bytes = &self.bytes[index..];
+        match self.float {
+            FloatType::F32 => f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]),
+            FloatType::F16 => f16::from_le_bytes([bytes[0], bytes[1]]).to_f32(),
+            FloatType::Bf16 => bf16::from_le_bytes([bytes[0], bytes[1]]).to_f32(),
+        }
+    }
+}
+
+impl Encoding for FloatEncoding {
+    fn format(&self) -> WeightFormat {
+        match self.float {
+            FloatType::F32 => WeightFormat::F32,
+            FloatType::F16 => WeightFormat::F16,
+            FloatType::Bf16 => WeightFormat::Bf16,
+        }
+    }
+
+    fn rows(&self) -> usize {
+        self.rows
+    }
+
+    fn cols(&self) -> usize {
+        self.cols
+    }
+
+    fn decode(&self, row: usize, cols: Range<usize>, out: &mut [f32]) {
+        assert_eq!(cols.len(), out.len());
+        for (out, col) in out.iter_mut().zip(cols) {
+            *out = self.at(row, col);
+        }
+    }
+
+    fn bytes_of_rows(&self, rows: usize) -> usize {
+        rows * self.cols * self.float.size()
+    }
+
+    fn float_rows(&self) -> Option<FloatRows<'_>> {
+        (self.col_stride == 1).then_some(FloatRows {
+            bytes: &self.bytes,
+            float: self.float,
+            stride: self.row_stride,
+        })
+    }
+}

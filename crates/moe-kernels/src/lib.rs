@@ -3,3 +3,6 @@
 //! This crate knows nothing of layers, checkpoints or routing: slices go in, slices come out. It is
 //! the only home of SIMD in the workspace.
 #![warn(missing_docs)]
+
+pub mod isa;
+pub mod pool;

@@ -14,6 +14,8 @@ pub mod spec;
 
 pub mod checkpoint;
 
+pub mod router;
+
 pub mod weights;
 
 pub use error::{Error, Result};

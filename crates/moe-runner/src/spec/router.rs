@@ -125,8 +125,8 @@ pub enum Selection {
         /// Number of groups; divides the number of experts and k.
         groups: usize,
     },
-    /// phimoe: two rounds of argmax, each with its own softmax over the logits within `2·eps` of
-    /// the maximum. k is 2.
+    /// phimoe: the two largest choices, each weighted by its own softmax over the logits within
+    /// `2·eps` of the maximum (the second's without the first). k is 2.
     SparseMixer {
         /// `router_jitter_noise`.
         eps: f32,
@@ -160,7 +160,7 @@ pub enum WeightFrom {
 pub enum Renormalise {
     /// Nothing.
     None,
-    /// `w / (Σw + eps)`; a sum of zero divides by one.
+    /// `w / (Σw + eps)`; as in all of these, a divisor that is not positive is 1 instead.
     Sum {
         /// Added to the sum.
         eps: f32,
@@ -213,20 +213,18 @@ impl RouterSpec {
 
     /// Number of ids that can be chosen: experts, identity and skip experts.
     pub fn choices(&self) -> usize {
-        self.experts
-            + match self.idle {
-                Some(IdleExperts::Identity { count } | IdleExperts::Skip { count }) => count,
-                None => 0,
-            }
+        self.experts.saturating_add(match self.idle {
+            Some(IdleExperts::Identity { count } | IdleExperts::Skip { count }) => count,
+            None => 0,
+        })
     }
 
     /// E_total: columns of the router logits; [`Self::choices`] and jointly weighted shared experts.
     pub fn logits(&self) -> usize {
-        self.choices()
-            + match self.weight_from {
-                WeightFrom::JointSoftmax { shared } => shared,
-                _ => 0,
-            }
+        self.choices().saturating_add(match self.weight_from {
+            WeightFrom::JointSoftmax { shared } => shared,
+            _ => 0,
+        })
     }
 
     /// Checks that the options fit each other; the error says what does not.
@@ -269,6 +267,11 @@ impl RouterSpec {
         }
         match self.selection {
             Selection::TopK => {}
+            Selection::TopKPerGroup { .. } if self.groups.is_some() => {
+                return Err(
+                    "top-k per group and a limit to the best groups exclude each other".into()
+                );
+            }
             Selection::TopKPerGroup { groups } => {
                 if groups == 0
                     || !choices.is_multiple_of(groups)
@@ -287,17 +290,29 @@ impl RouterSpec {
                 if !(eps.is_finite() && eps >= 0.0) {
                     return Err(format!("sparsemixer's epsilon is {eps}"));
                 }
+                if self.weight_from != WeightFrom::Score {
+                    return Err("sparsemixer has its own weights".into());
+                }
             }
             Selection::HashTable { vocabulary } => {
-                if vocabulary == 0 {
-                    return Err("the hash table has no rows".into());
+                if vocabulary == 0 || vocabulary > MAX_SIZE {
+                    return Err(format!(
+                        "the hash table has {vocabulary} rows; there must be 1 to {MAX_SIZE}"
+                    ));
+                }
+                if self.correction != Correction::None || self.groups.is_some() {
+                    return Err("a hash table leaves no choice to a bias or to groups".into());
                 }
             }
         }
-        if let Renormalise::PNorm { p } = self.renormalise
-            && !(p.is_finite() && p > 0.0)
-        {
-            return Err(format!("the weights' norm has order {p}"));
+        let (what, number, allowed) = match self.renormalise {
+            Renormalise::None => ("", 0.0, true),
+            Renormalise::Sum { eps } => ("added to the weights' sum", eps, eps >= 0.0),
+            Renormalise::SumFloor { floor } => ("least sum of the weights", floor, floor >= 0.0),
+            Renormalise::PNorm { p } => ("order of the weights' norm", p, p > 0.0),
+        };
+        if !(allowed && number.is_finite()) {
+            return Err(format!("{what}: {number}"));
         }
         if self.weight_on == WeightOn::Input && self.idle.is_some() {
             return Err("weights on the input and identity experts exclude each other".into());

@@ -1,0 +1,112 @@
+//! What routing yields, in buffers that are used again by the next call.
+
+use super::{LogicalId, select::Candidate};
+use crate::{Error, Result};
+
+/// The chosen experts and weights of T tokens.
+///
+/// A call of [`Router::route`](super::Router::route) resizes and overwrites the buffers; once they
+/// have grown to the largest T, no call allocates.
+#[derive(Clone, Debug, Default)]
+pub struct Routing {
+    /// T.
+    pub tokens: usize,
+    /// k.
+    pub top_k: usize,
+    /// `[T, k]`: the chosen experts; those at or above the number of experts with weights are
+    /// identity or skip experts. Best first (hash tables: as the table has them).
+    pub ids: Vec<LogicalId>,
+    /// `[T, k]`: final weights: renormalised, scaled.
+    pub weights: Vec<f32>,
+    /// `[T, S]`: weights of the shared experts under a joint softmax; empty without one.
+    pub shared_weights: Vec<f32>,
+    pub(super) scratch: Scratch,
+}
+
+/// Working space for one token.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Scratch {
+    /// `[E_total]`: multiplied, capped.
+    pub(super) logits: Vec<f64>,
+    /// `[choices]`, without the bias.
+    pub(super) scores: Vec<f64>,
+    /// `[choices]`: what ids are chosen by.
+    pub(super) choice: Vec<f32>,
+    /// `[groups]`.
+    pub(super) ratings: Vec<f32>,
+    /// The groups that stay.
+    pub(super) kept: Vec<Candidate>,
+    /// `[k]`.
+    pub(super) chosen: Vec<Candidate>,
+    /// `[k + S]`.
+    pub(super) weights: Vec<f64>,
+}
+
+impl Routing {
+    /// Empty, for a router to fill.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Routing that was decided elsewhere: `ids` and `weights` are `[T, k]`.
+    ///
+    /// # Errors
+    /// If the lengths do not fit `top_k` or each other.
+    pub fn from_parts(top_k: usize, ids: Vec<LogicalId>, weights: Vec<f32>) -> Result<Self> {
+        if top_k == 0 || ids.len() != weights.len() || !ids.len().is_multiple_of(top_k) {
+            return Err(Error::input(
+                "routing",
+                format!(
+                    "{} ids and {} weights are not rows of top-k {top_k}",
+                    ids.len(),
+                    weights.len()
+                ),
+            ));
+        }
+        Ok(Self { tokens: ids.len() / top_k, top_k, ids, weights, ..Self::default() })
+    }
+
+    /// The k experts of a token.
+    pub fn ids_of(&self, token: usize) -> &[LogicalId] {
+        &self.ids[token * self.top_k..][..self.top_k]
+    }
+
+    /// The k weights of a token.
+    pub fn weights_of(&self, token: usize) -> &[f32] {
+        &self.weights[token * self.top_k..][..self.top_k]
+    }
+
+    /// Number of slots (token, j) that went to each of `choices` ids.
+    ///
+    /// # Panics
+    /// If an id is not below `choices`.
+    pub fn load(&self, choices: usize) -> Vec<usize> {
+        let mut load = vec![0; choices];
+        for id in &self.ids {
+            load[id.index()] += 1;
+        }
+        load
+    }
+
+    /// Sizes the buffers; what they hold is left over from before.
+    pub(super) fn resize(&mut self, tokens: usize, top_k: usize, shared: usize) {
+        self.tokens = tokens;
+        self.top_k = top_k;
+        self.ids.resize(tokens * top_k, LogicalId(0));
+        self.weights.resize(tokens * top_k, 0.0);
+        self.shared_weights.resize(tokens * shared, 0.0);
+    }
+
+    /// No tokens: what a failed call leaves.
+    pub(super) fn clear(&mut self) {
+        self.resize(0, self.top_k, 0);
+    }
+}
+
+impl Scratch {
+    /// Takes ids as they are, whatever their choice value.
+    pub(super) fn force(&mut self, ids: impl Iterator<Item = u32>) {
+        self.chosen.clear();
+        self.chosen.extend(ids.map(|id| Candidate { choice: 0.0, id }));
+    }
+}

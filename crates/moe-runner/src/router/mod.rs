@@ -8,14 +8,21 @@
 //! Logits that are NaN or +∞ are an error. −∞ masks an expert: neither a bias nor a group's fill
 //! can bring it back; it is chosen only where fewer than k others can be, and then weighs 0.
 
+mod compact_ids;
 mod ids;
+mod replay;
 mod routing;
 mod score;
 mod select;
+mod simulate;
+mod trace;
 mod weigh;
 
 pub use ids::{LocalId, LogicalId, PhysicalId};
+pub use replay::Replay;
 pub use routing::Routing;
+pub use simulate::{Simulator, Strategy};
+pub use trace::{LayerTrace, Trace};
 
 use crate::spec::{Correction, RouterSpec, Selection};
 use crate::{Error, Result};

@@ -4,13 +4,11 @@ use super::routing::Scratch;
 use crate::spec::{Correction, GroupFill, GroupScore, Groups, RouterSpec, Selection};
 
 /// An id (of an expert or of a group) and the value it competes with.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Candidate {
     pub(super) choice: f32,
     pub(super) id: u32,
 }
-
-const EMPTY: Candidate = Candidate { choice: f32::NEG_INFINITY, id: 0 };
 
 /// Fills `scratch.chosen` from scores and logits; best first, ties to the lowest id.
 pub(super) fn select(spec: &RouterSpec, correction: Option<&[f32]>, scratch: &mut Scratch) {
@@ -19,7 +17,7 @@ pub(super) fn select(spec: &RouterSpec, correction: Option<&[f32]>, scratch: &mu
         limit_to_groups(groups, scratch);
     }
     let Scratch { choice, chosen, .. } = scratch;
-    chosen.resize(spec.top_k, EMPTY);
+    chosen.resize(spec.top_k, Candidate::default());
     match spec.selection {
         Selection::TopKPerGroup { groups } => {
             let size = choice.len() / groups;
@@ -68,7 +66,7 @@ fn limit_to_groups(groups: Groups, scratch: &mut Scratch) {
     let size = choice.len() / groups.count;
     ratings.clear();
     ratings.extend(choice.chunks_exact(size).map(|group| rate(groups.score, group)));
-    kept.resize(groups.keep, EMPTY);
+    kept.resize(groups.keep, Candidate::default());
     top_k(ratings, kept);
     for (index, group) in choice.chunks_exact_mut(size).enumerate() {
         if kept.iter().any(|kept| kept.id as usize == index) {

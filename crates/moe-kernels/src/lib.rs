@@ -5,4 +5,5 @@
 #![warn(missing_docs)]
 
 pub mod isa;
+pub mod kernel;
 pub mod pool;

@@ -1,0 +1,112 @@
+//! AVX2 with FMA and F16C: eight lanes, sixteen registers.
+
+use std::arch::x86_64::*;
+
+use super::dot::{DotArgs, DotFns, dot};
+use super::lanes::{Bf16, F16, F32, Lanes};
+
+/// To be entered only with the token [`Avx2`](crate::isa::Avx2).
+pub(super) const DOT: DotFns = DotFns { f32: dot_f32, f16: dot_f16, bf16: dot_bf16 };
+
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn dot_f32(args: &DotArgs) {
+    // SAFETY: the caller's, and the instruction set is enabled here.
+    unsafe { dot::<Avx2, F32>(args) }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn dot_f16(args: &DotArgs) {
+    // SAFETY: as above.
+    unsafe { dot::<Avx2, F16>(args) }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn dot_bf16(args: &DotArgs) {
+    // SAFETY: as above.
+    unsafe { dot::<Avx2, Bf16>(args) }
+}
+
+struct Avx2;
+
+// SAFETY of all blocks below: the CPU has AVX2, FMA and F16C, and the pointers are readable for eight
+// elements, by the contract of `Lanes`.
+impl Lanes for Avx2 {
+    type V = __m256;
+    const COUNT: usize = 8;
+    const TOKENS: usize = 3;
+
+    #[inline(always)]
+    unsafe fn splat(value: f32) -> __m256 {
+        // SAFETY: see above.
+        unsafe { _mm256_set1_ps(value) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_f32(from: *const u8) -> __m256 {
+        // SAFETY: see above.
+        unsafe { _mm256_loadu_ps(from.cast()) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_f16(from: *const u8) -> __m256 {
+        // SAFETY: see above.
+        unsafe { _mm256_cvtph_ps(_mm_loadu_si128(from.cast())) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16(from: *const u8) -> __m256 {
+        // SAFETY: see above.
+        unsafe {
+            let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast()));
+            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn mul_add(a: __m256, b: __m256, c: __m256) -> __m256 {
+        // SAFETY: see above.
+        unsafe { _mm256_fmadd_ps(a, b, c) }
+    }
+
+    #[inline(always)]
+    unsafe fn sums([a, b, c, d]: [__m256; 4]) -> [f32; 4] {
+        // SAFETY: see above.
+        unsafe { sums_of_halves([halves(a), halves(b), halves(c), halves(d)]) }
+    }
+
+    #[inline(always)]
+    unsafe fn prefetch(at: *const u8) {
+        // SAFETY: a prefetch of any address is harmless.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+    }
+}
+
+/// Lanes 0..4 plus lanes 4..8.
+///
+/// # Safety
+/// The CPU has AVX2.
+#[inline(always)]
+pub(super) unsafe fn halves(v: __m256) -> __m128 {
+    // SAFETY: the caller's.
+    unsafe { _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v)) }
+}
+
+/// `(v0 + v2) + (v1 + v3)` of each vector.
+///
+/// # Safety
+/// The CPU has AVX2.
+#[inline(always)]
+pub(super) unsafe fn sums_of_halves([a, b, c, d]: [__m128; 4]) -> [f32; 4] {
+    // SAFETY: the caller's; the store is into an array of four.
+    unsafe {
+        // Transposed, lane l of the four vectors becomes vector l.
+        let (ab_01, cd_01) = (_mm_unpacklo_ps(a, b), _mm_unpacklo_ps(c, d));
+        let (ab_23, cd_23) = (_mm_unpackhi_ps(a, b), _mm_unpackhi_ps(c, d));
+        let (v0, v1) = (_mm_movelh_ps(ab_01, cd_01), _mm_movehl_ps(cd_01, ab_01));
+        let (v2, v3) = (_mm_movelh_ps(ab_23, cd_23), _mm_movehl_ps(cd_23, ab_23));
+        let mut sums = [0.0; 4];
+        let sum = _mm_add_ps(_mm_add_ps(v0, v2), _mm_add_ps(v1, v3));
+        _mm_storeu_ps(sums.as_mut_ptr(), sum);
+        sums
+    }
+}

@@ -1,0 +1,93 @@
+//! AVX-512: sixteen lanes, thirty-two registers.
+
+use std::arch::x86_64::*;
+
+use super::avx2::{halves, sums_of_halves};
+use super::dot::{DotArgs, DotFns, dot};
+use super::lanes::{Bf16, F16, F32, Lanes};
+
+/// To be entered only with the token [`Avx512`](crate::isa::Avx512).
+pub(super) const DOT: DotFns = DotFns { f32: dot_f32, f16: dot_f16, bf16: dot_bf16 };
+
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+unsafe fn dot_f32(args: &DotArgs) {
+    // SAFETY: the caller's, and the instruction set is enabled here.
+    unsafe { dot::<Avx512, F32>(args) }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+unsafe fn dot_f16(args: &DotArgs) {
+    // SAFETY: as above.
+    unsafe { dot::<Avx512, F16>(args) }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+unsafe fn dot_bf16(args: &DotArgs) {
+    // SAFETY: as above.
+    unsafe { dot::<Avx512, Bf16>(args) }
+}
+
+struct Avx512;
+
+// SAFETY of all blocks below: the CPU has AVX-512 F, BW, DQ and VL, and the pointers are readable for
+// sixteen elements, by the contract of `Lanes`.
+impl Lanes for Avx512 {
+    type V = __m512;
+    const COUNT: usize = 16;
+    const TOKENS: usize = 6;
+
+    #[inline(always)]
+    unsafe fn splat(value: f32) -> __m512 {
+        // SAFETY: see above.
+        unsafe { _mm512_set1_ps(value) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_f32(from: *const u8) -> __m512 {
+        // SAFETY: see above.
+        unsafe { _mm512_loadu_ps(from.cast()) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_f16(from: *const u8) -> __m512 {
+        // SAFETY: see above.
+        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(from.cast())) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16(from: *const u8) -> __m512 {
+        // SAFETY: see above.
+        unsafe {
+            let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn mul_add(a: __m512, b: __m512, c: __m512) -> __m512 {
+        // SAFETY: see above.
+        unsafe { _mm512_fmadd_ps(a, b, c) }
+    }
+
+    #[inline(always)]
+    unsafe fn sums([a, b, c, d]: [__m512; 4]) -> [f32; 4] {
+        // SAFETY: see above.
+        unsafe { sums_of_halves([quarters(a), quarters(b), quarters(c), quarters(d)]) }
+    }
+
+    #[inline(always)]
+    unsafe fn prefetch(at: *const u8) {
+        // SAFETY: a prefetch of any address is harmless.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+    }
+}
+
+/// Lanes l and l + 8 added, then l and l + 4.
+///
+/// # Safety
+/// The CPU has AVX-512 F and DQ.
+#[inline(always)]
+unsafe fn quarters(v: __m512) -> __m128 {
+    // SAFETY: the caller's.
+    unsafe { halves(_mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps::<1>(v))) }
+}

@@ -1,0 +1,163 @@
+//! The product, for any instruction set: tiles of token rows × weight rows, held in registers.
+//!
+//! ```text
+//! for each block of weight rows that fits the second-level cache
+//!     for each strip of up to TOKENS token rows            (their elements stay in the first level)
+//!         for each four weight rows of the block           (then single ones)
+//!             for k in steps of COUNT: acc[row][token] += x[token][k..] * w[row][k..]
+//!             out[token][row] = sum of the lanes of acc[row][token]
+//! ```
+//!
+//! The innermost loop is the same for every tile: that is the promise of bit-identical results.
+
+use super::lanes::{Element, F32, Lanes};
+
+/// Weight rows of a tile.
+const ROWS: usize = 4;
+
+/// Bytes of weights that are reused from the second-level cache: half of the smallest in use.
+const BLOCK_BYTES: usize = 128 << 10;
+
+/// The operands of a product: `x` [m, k], `w` [n, k], `out` [m, n].
+pub(super) struct DotArgs {
+    pub(super) x: *const f32,
+    /// In elements.
+    pub(super) x_stride: usize,
+    pub(super) m: usize,
+    pub(super) w: *const u8,
+    /// In bytes.
+    pub(super) w_stride: usize,
+    pub(super) n: usize,
+    pub(super) k: usize,
+    pub(super) out: *mut f32,
+    /// In elements.
+    pub(super) out_stride: usize,
+}
+
+/// A product. Unsafe to call: the CPU must have its instruction set, and the pointers of the
+/// arguments must be good for the rows that they name, `out` for writing.
+pub(super) type DotFn = unsafe fn(&DotArgs);
+
+/// The product for each type of weights.
+#[derive(Clone, Copy)]
+pub(super) struct DotFns {
+    pub(super) f32: DotFn,
+    pub(super) f16: DotFn,
+    pub(super) bf16: DotFn,
+}
+
+/// # Safety
+/// As [`DotFn`]; inlined into a function that enables the instruction set of `S`.
+#[inline(always)]
+pub(super) unsafe fn dot<S: Lanes, E: Element>(args: &DotArgs) {
+    let row_bytes = (args.k * E::SIZE).max(1);
+    let block = (BLOCK_BYTES / row_bytes / ROWS).max(1) * ROWS;
+    let mut row = 0;
+    while row < args.n {
+        let rows = block.min(args.n - row);
+        let mut token = 0;
+        while token < args.m {
+            // Strips of about equal height, none of them higher than a tile.
+            let left = args.m - token;
+            let tokens = left.div_ceil(left.div_ceil(S::TOKENS));
+            // SAFETY: `token + tokens <= m`, `row + rows <= n`.
+            unsafe {
+                match tokens {
+                    6 if S::TOKENS >= 6 => strip::<S, E, 6>(args, token, row, rows),
+                    5 if S::TOKENS >= 5 => strip::<S, E, 5>(args, token, row, rows),
+                    4 if S::TOKENS >= 4 => strip::<S, E, 4>(args, token, row, rows),
+                    3 if S::TOKENS >= 3 => strip::<S, E, 3>(args, token, row, rows),
+                    2 if S::TOKENS >= 2 => strip::<S, E, 2>(args, token, row, rows),
+                    _ => strip::<S, E, 1>(args, token, row, rows),
+                }
+            }
+            token += tokens;
+        }
+        row += rows;
+    }
+}
+
+/// The products of `M` token rows from `token` on with `rows` weight rows from `row` on.
+///
+/// # Safety
+/// As [`dot`]; the rows are among those of `args`.
+#[inline(always)]
+unsafe fn strip<S: Lanes, E: Element, const M: usize>(
+    args: &DotArgs,
+    token: usize,
+    row: usize,
+    rows: usize,
+) {
+    let end = row + rows;
+    let mut row = row;
+    // SAFETY: all of the tiles' rows are among those of `args`.
+    unsafe {
+        while row + ROWS <= end {
+            tile::<S, E, M, ROWS>(args, token, row);
+            row += ROWS;
+        }
+        while row < end {
+            tile::<S, E, M, 1>(args, token, row);
+            row += 1;
+        }
+    }
+}
+
+/// The products of `M` token rows from `token` on with `R` weight rows from `row` on.
+///
+/// # Safety
+/// As [`dot`]; the rows are among those of `args`.
+#[inline(always)]
+unsafe fn tile<S: Lanes, E: Element, const M: usize, const R: usize>(
+    args: &DotArgs,
+    token: usize,
+    row: usize,
+) {
+    // SAFETY: the tile's rows are among those of `args`, whose pointers are good for all of them:
+    // full steps read `COUNT` elements that end at `full <= k`, the last one reads `k - full`.
+    unsafe {
+        let x = args.x.add(token * args.x_stride);
+        let w = args.w.add(row * args.w_stride);
+        let mut acc = [[S::splat(0.0); M]; R];
+        let full = args.k - args.k % S::COUNT;
+        let mut k = 0;
+        while k < full {
+            let mut xs = [S::splat(0.0); M];
+            for (i, x_i) in xs.iter_mut().enumerate() {
+                *x_i = S::load_f32(x.add(i * args.x_stride + k).cast());
+            }
+            for (j, acc) in acc.iter_mut().enumerate() {
+                let at = w.add(j * args.w_stride + k * E::SIZE);
+                if M == 1 {
+                    // Bound by memory: ask for the rows of the next tile, which hardware does not
+                    // foresee across pages. They may lie past the end, where a prefetch is idle.
+                    S::prefetch(at.wrapping_add(R * args.w_stride));
+                }
+                let w_j = E::load::<S>(at);
+                for (acc, x_i) in acc.iter_mut().zip(xs) {
+                    *acc = S::mul_add(x_i, w_j, *acc);
+                }
+            }
+            k += S::COUNT;
+        }
+        if k < args.k {
+            let rest = args.k - k;
+            for (j, acc) in acc.iter_mut().enumerate() {
+                let w_j = E::load_part::<S>(w.add(j * args.w_stride + k * E::SIZE), rest);
+                for (i, acc) in acc.iter_mut().enumerate() {
+                    let x_i = F32::load_part::<S>(x.add(i * args.x_stride + k).cast(), rest);
+                    *acc = S::mul_add(x_i, w_j, *acc);
+                }
+            }
+        }
+        for i in 0..M {
+            let mut vectors = [S::splat(0.0); ROWS];
+            for (vector, acc) in vectors.iter_mut().zip(acc) {
+                *vector = acc[i];
+            }
+            let sums = S::sums(vectors);
+            let out = args.out.add((token + i) * args.out_stride + row);
+            std::ptr::copy_nonoverlapping(sums.as_ptr(), out, R);
+        }
+    }
+}

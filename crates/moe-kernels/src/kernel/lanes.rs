@@ -1,0 +1,100 @@
+//! What an instruction set gives the generic algorithms: vectors of f32 lanes.
+
+/// A vector of [`COUNT`](Lanes::COUNT) f32 lanes.
+///
+/// # Safety
+/// All functions may be called only where the CPU has the implementor's instruction set; they are
+/// inlined into functions that enable it. A pointer must be readable, or writable, for the elements
+/// that the function names, at any alignment.
+pub(super) trait Lanes {
+    type V: Copy;
+
+    /// Lanes of a vector.
+    const COUNT: usize;
+
+    /// Token rows of the largest tile: with four weight rows to each, its sums fit the registers.
+    const TOKENS: usize;
+
+    unsafe fn splat(value: f32) -> Self::V;
+
+    /// `COUNT` little-endian f32.
+    unsafe fn load_f32(from: *const u8) -> Self::V;
+
+    /// `COUNT` little-endian f16, widened.
+    unsafe fn load_f16(from: *const u8) -> Self::V;
+
+    /// `COUNT` little-endian bf16, widened.
+    unsafe fn load_bf16(from: *const u8) -> Self::V;
+
+    /// `a · b + c`, in each lane.
+    unsafe fn mul_add(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+
+    /// The sum of each vector's lanes, all by the same tree.
+    unsafe fn sums(vectors: [Self::V; 4]) -> [f32; 4];
+
+    /// Brings a cache line nearer; any address will do.
+    unsafe fn prefetch(at: *const u8);
+}
+
+/// A stored element type of the weights.
+pub(super) trait Element {
+    const SIZE: usize;
+
+    /// # Safety
+    /// As [`Lanes`]; `from` is readable for `S::COUNT` elements.
+    unsafe fn load<S: Lanes>(from: *const u8) -> S::V;
+
+    /// The `count < S::COUNT` elements at `from`, then zeros.
+    ///
+    /// # Safety
+    /// As [`Lanes`]; `from` is readable for `count` elements.
+    #[inline(always)]
+    unsafe fn load_part<S: Lanes>(from: *const u8, count: usize) -> S::V {
+        let mut buffer = [0u8; 64];
+        debug_assert!(count < S::COUNT && S::COUNT * Self::SIZE <= buffer.len());
+        // SAFETY: `count` elements are readable, and fit the buffer, which holds `COUNT` of them.
+        unsafe {
+            std::ptr::copy_nonoverlapping(from, buffer.as_mut_ptr(), count * Self::SIZE);
+            Self::load::<S>(buffer.as_ptr())
+        }
+    }
+}
+
+/// IEEE binary32.
+pub(super) struct F32;
+
+impl Element for F32 {
+    const SIZE: usize = 4;
+
+    #[inline(always)]
+    unsafe fn load<S: Lanes>(from: *const u8) -> S::V {
+        // SAFETY: the caller's.
+        unsafe { S::load_f32(from) }
+    }
+}
+
+/// IEEE binary16.
+pub(super) struct F16;
+
+impl Element for F16 {
+    const SIZE: usize = 2;
+
+    #[inline(always)]
+    unsafe fn load<S: Lanes>(from: *const u8) -> S::V {
+        // SAFETY: the caller's.
+        unsafe { S::load_f16(from) }
+    }
+}
+
+/// bfloat16.
+pub(super) struct Bf16;
+
+impl Element for Bf16 {
+    const SIZE: usize = 2;
+
+    #[inline(always)]
+    unsafe fn load<S: Lanes>(from: *const u8) -> S::V {
+        // SAFETY: the caller's.
+        unsafe { S::load_bf16(from) }
+    }
+}

@@ -1,0 +1,294 @@
+//! Views of the operands: rows of f32, rows of stored floats, and rows to write.
+//!
+//! A view checks once, when it is made, that its rows lie inside its slice; the kernels rely on it.
+//! `stride` is the number of elements from the start of one row to the start of the next.
+
+use std::marker::PhantomData;
+use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use crate::pool::ThreadPool;
+
+/// The stored types that the float kernels read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Float {
+    /// IEEE binary32.
+    F32,
+    /// IEEE binary16.
+    F16,
+    /// bfloat16.
+    Bf16,
+}
+
+impl Float {
+    /// Bytes of one element.
+    pub fn size(self) -> usize {
+        match self {
+            Float::F32 => 4,
+            Float::F16 | Float::Bf16 => 2,
+        }
+    }
+}
+
+/// Elements from the start of the first row to the end of the last; `None` beyond `usize`.
+fn extent(rows: usize, cols: usize, stride: usize) -> Option<usize> {
+    match rows {
+        0 => Some(0),
+        _ => (rows - 1).checked_mul(stride)?.checked_add(cols),
+    }
+}
+
+/// `range` has an order and ends within `len`.
+fn assert_within(range: &Range<usize>, len: usize, what: &str) {
+    assert!(range.start <= range.end && range.end <= len, "{what} {range:?} of {len}");
+}
+
+/// Rows of f32 [rows, cols], such as hidden states.
+#[derive(Clone, Copy, Debug)]
+pub struct Rows<'a> {
+    data: &'a [f32],
+    rows: usize,
+    cols: usize,
+    stride: usize,
+}
+
+impl<'a> Rows<'a> {
+    /// `rows` rows of `cols` elements of `data`, `stride` apart.
+    ///
+    /// # Panics
+    /// If `data` is too short.
+    pub fn new(data: &'a [f32], rows: usize, cols: usize, stride: usize) -> Rows<'a> {
+        let fits = extent(rows, cols, stride).is_some_and(|extent| extent <= data.len());
+        assert!(fits, "[{rows}, {cols}] at stride {stride} in {} elements", data.len());
+        Rows { data, rows, cols, stride }
+    }
+
+    /// Number of rows.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Elements of a row.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    pub(super) fn stride(&self) -> usize {
+        self.stride
+    }
+
+    pub(super) fn as_ptr(&self) -> *const f32 {
+        self.data.as_ptr()
+    }
+
+    /// The rows of `range`.
+    ///
+    /// # Panics
+    /// If they are not all there.
+    pub fn slice(&self, range: Range<usize>) -> Rows<'a> {
+        assert_within(&range, self.rows, "rows");
+        let data = if range.is_empty() { &[] } else { &self.data[range.start * self.stride..] };
+        Rows { data, rows: range.len(), ..*self }
+    }
+}
+
+/// Rows of stored floats [rows, cols]: the weights of `rows` output features.
+#[derive(Clone, Copy, Debug)]
+pub struct WeightRows<'a> {
+    bytes: &'a [u8],
+    float: Float,
+    rows: usize,
+    cols: usize,
+    stride: usize,
+}
+
+impl<'a> WeightRows<'a> {
+    /// `rows` rows of `cols` elements, `stride` elements apart. The elements are little-endian and
+    /// need no alignment; `bytes` may go on after the last row.
+    ///
+    /// # Panics
+    /// If `bytes` is too short.
+    pub fn new(
+        bytes: &'a [u8],
+        float: Float,
+        rows: usize,
+        cols: usize,
+        stride: usize,
+    ) -> WeightRows<'a> {
+        let extent = extent(rows, cols, stride).and_then(|extent| extent.checked_mul(float.size()));
+        let fits = extent.is_some_and(|extent| extent <= bytes.len());
+        assert!(fits, "{float:?} [{rows}, {cols}] at stride {stride} in {} bytes", bytes.len());
+        WeightRows { bytes, float, rows, cols, stride }
+    }
+
+    /// Number of rows: output features.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Elements of a row: input features.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// Type of the elements.
+    pub fn float(&self) -> Float {
+        self.float
+    }
+
+    pub(super) fn stride(&self) -> usize {
+        self.stride
+    }
+
+    pub(super) fn as_ptr(&self) -> *const u8 {
+        self.bytes.as_ptr()
+    }
+
+    /// The rows of `range`.
+    ///
+    /// # Panics
+    /// If they are not all there.
+    pub fn slice(&self, range: Range<usize>) -> WeightRows<'a> {
+        assert_within(&range, self.rows, "rows");
+        let start = range.start * self.stride * self.float.size();
+        let bytes = if range.is_empty() { &[] } else { &self.bytes[start..] };
+        WeightRows { bytes, rows: range.len(), ..*self }
+    }
+}
+
+/// Rows of f32 [rows, cols] to write. Unlike a slice, it can be a window of some columns, so that
+/// several threads may write to different columns of the same rows.
+#[derive(Debug)]
+pub struct RowsMut<'a> {
+    // Invariant: the elements [r·stride + c] for r < rows, c < cols are borrowed mutably for 'a, and
+    // by this view alone; rows do not overlap (stride >= cols where there are several).
+    data: *mut f32,
+    rows: usize,
+    cols: usize,
+    stride: usize,
+    borrow: PhantomData<&'a mut [f32]>,
+}
+
+// SAFETY: a `RowsMut` is a mutable borrow of f32s, like `&mut [f32]`.
+unsafe impl Send for RowsMut<'_> {}
+// SAFETY: as above; a shared `RowsMut` only lends shared rows.
+unsafe impl Sync for RowsMut<'_> {}
+
+impl<'a> RowsMut<'a> {
+    /// `rows` rows of `cols` elements of `data`, `stride` apart.
+    ///
+    /// # Panics
+    /// If `data` is too short, or the rows overlap.
+    pub fn new(data: &'a mut [f32], rows: usize, cols: usize, stride: usize) -> RowsMut<'a> {
+        let fits = extent(rows, cols, stride).is_some_and(|extent| extent <= data.len());
+        assert!(fits, "[{rows}, {cols}] at stride {stride} in {} elements", data.len());
+        assert!(rows <= 1 || stride >= cols, "rows of {cols} elements overlap at stride {stride}");
+        RowsMut { data: data.as_mut_ptr(), rows, cols, stride, borrow: PhantomData }
+    }
+
+    /// Number of rows.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Elements of a row.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    pub(super) fn stride(&self) -> usize {
+        self.stride
+    }
+
+    pub(super) fn as_mut_ptr(&mut self) -> *mut f32 {
+        self.data
+    }
+
+    /// Row `i`.
+    ///
+    /// # Panics
+    /// If there is none.
+    pub fn row(&self, i: usize) -> &[f32] {
+        assert!(i < self.rows, "row {i} of {}", self.rows);
+        // SAFETY: the row is borrowed by this view, and shared for as long as `self` is.
+        unsafe { std::slice::from_raw_parts(self.data.add(i * self.stride), self.cols) }
+    }
+
+    /// Row `i`, to write.
+    ///
+    /// # Panics
+    /// If there is none.
+    pub fn row_mut(&mut self, i: usize) -> &mut [f32] {
+        assert!(i < self.rows, "row {i} of {}", self.rows);
+        // SAFETY: the row is borrowed by this view alone, mutably for as long as `self` is.
+        unsafe { std::slice::from_raw_parts_mut(self.data.add(i * self.stride), self.cols) }
+    }
+
+    /// The window of `rows` and `cols`.
+    ///
+    /// # Panics
+    /// If they are not all there.
+    pub fn window(&mut self, rows: Range<usize>, cols: Range<usize>) -> RowsMut<'_> {
+        assert_within(&rows, self.rows, "rows");
+        assert_within(&cols, self.cols, "columns");
+        // SAFETY: it is inside `self`, which stays borrowed mutably while the window lives.
+        unsafe { self.window_unchecked(rows, cols) }
+    }
+
+    /// # Safety
+    /// The ranges lie inside `self`, and the window overlaps no other live view.
+    unsafe fn window_unchecked<'b>(&self, rows: Range<usize>, cols: Range<usize>) -> RowsMut<'b> {
+        // An empty window may start past the end of the slice: its pointer is never used.
+        let data = self.data.wrapping_add(rows.start * self.stride + cols.start);
+        RowsMut {
+            data,
+            rows: rows.len(),
+            cols: cols.len(),
+            stride: self.stride,
+            borrow: PhantomData,
+        }
+    }
+
+    /// Cuts the rows into tiles and calls `work(block, cols, tile)` for each, in parallel: `tile` is
+    /// the window of the rows `blocks[block]` and the columns `cols`, at most `tile_cols` of them.
+    /// Tiles of one block come one after another. Rows outside all blocks are left alone.
+    ///
+    /// # Panics
+    /// If `blocks` are not ascending, disjoint and inside the rows, or `tile_cols` is zero. With the
+    /// panic of `work`, if it panics.
+    pub fn for_each_tile(
+        &mut self,
+        pool: &dyn ThreadPool,
+        blocks: &[Range<usize>],
+        tile_cols: usize,
+        work: &(dyn Fn(usize, Range<usize>, RowsMut<'_>) + Sync),
+    ) {
+        assert!(tile_cols > 0, "tiles of no columns");
+        let mut end = 0;
+        for rows in blocks {
+            assert_within(rows, self.rows, "rows");
+            assert!(end <= rows.start, "rows {rows:?} come after row {end}");
+            end = rows.end;
+        }
+        let across = self.cols.div_ceil(tile_cols);
+        let tiles = blocks.len() * across;
+        // A pool may be anyone's. That each tile is handed out once is up to this counter, not to
+        // the items that the pool passes.
+        let next = AtomicUsize::new(0);
+        let this = &*self;
+        pool.run(tiles, &|_| {
+            let tile = next.fetch_add(1, Ordering::Relaxed);
+            if tile >= tiles {
+                return;
+            }
+            let (block, across) = (tile / across, tile % across);
+            let start = across * tile_cols;
+            let cols = start..this.cols.min(start + tile_cols);
+            // SAFETY: the blocks were checked to be disjoint and inside, the columns of different
+            // tiles do not overlap, each tile is made once, and `self` is borrowed meanwhile.
+            let window = unsafe { this.window_unchecked(blocks[block].clone(), cols.clone()) };
+            work(block, cols, window);
+        });
+        assert!(next.into_inner() >= tiles, "the thread pool did not run all items");
+    }
+}

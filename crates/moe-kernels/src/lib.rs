@@ -6,4 +6,5 @@
 
 pub mod isa;
 pub mod kernel;
+pub mod numerics;
 pub mod pool;

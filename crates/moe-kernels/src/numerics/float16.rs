@@ -1,0 +1,121 @@
+//! f16 and bf16 to f32 and back, in bulk: exact upwards; downwards to nearest, ties to even,
+//! overflow to infinity, and NaN stays NaN. Bit-equal to `half`, but for signalling NaNs of bf16,
+//! which widen as they are.
+//!
+//! `half` converts slices of f16 with the CPU's own instructions, but slices of bf16 one by one:
+//! the loops here are left to the compiler's vectoriser, once for each instruction set.
+
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
+
+/// Compiles a function on slices for AVX-512, for AVX2 and for the baseline, and picks at run time.
+macro_rules! for_each_isa {
+    ($(#[$doc:meta])* fn $name:ident($from:ident: &[$From:ty], $to:ident: &mut [$To:ty]) $body:block) => {
+        $(#[$doc])*
+        pub fn $name($from: &[$From], $to: &mut [$To]) {
+            #[inline(always)]
+            fn body($from: &[$From], $to: &mut [$To]) $body
+
+            #[cfg(target_arch = "x86_64")]
+            {
+                #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+                fn avx512($from: &[$From], $to: &mut [$To]) {
+                    body($from, $to)
+                }
+                #[target_feature(enable = "avx2")]
+                fn avx2($from: &[$From], $to: &mut [$To]) {
+                    body($from, $to)
+                }
+                if is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512vl")
+                {
+                    // SAFETY: this CPU has the features that the function is compiled for.
+                    return unsafe { avx512($from, $to) };
+                }
+                if is_x86_feature_detected!("avx2") {
+                    // SAFETY: this CPU has the features that the function is compiled for.
+                    return unsafe { avx2($from, $to) };
+                }
+            }
+            body($from, $to)
+        }
+    };
+}
+
+for_each_isa! {
+    /// Values of bf16 numbers.
+    ///
+    /// # Panics
+    /// If the lengths differ.
+    fn bf16_to_f32(from: &[bf16], to: &mut [f32]) {
+        assert_eq!(from.len(), to.len());
+        for (to, from) in to.iter_mut().zip(from) {
+            *to = f32::from_bits(u32::from(from.to_bits()) << 16);
+        }
+    }
+}
+
+for_each_isa! {
+    /// Values of bf16 numbers in the little-endian bytes of a file; no alignment is needed.
+    ///
+    /// # Panics
+    /// If `from` is not two bytes for each value.
+    fn bf16_bytes_to_f32(from: &[u8], to: &mut [f32]) {
+        assert_eq!(from.len(), 2 * to.len());
+        for (to, from) in to.iter_mut().zip(from.chunks_exact(2)) {
+            *to = f32::from_bits(u32::from(u16::from_le_bytes([from[0], from[1]])) << 16);
+        }
+    }
+}
+
+for_each_isa! {
+    /// Nearest bf16 numbers.
+    ///
+    /// # Panics
+    /// If the lengths differ.
+    fn f32_to_bf16(from: &[f32], to: &mut [bf16]) {
+        assert_eq!(from.len(), to.len());
+        for (to, from) in to.iter_mut().zip(from) {
+            let bits = from.to_bits();
+            // Half of the lowest kept bit, less one where that bit is even: ties go to even. NaN
+            // keeps its upper bits and is made quiet, so that it cannot carry into infinity.
+            let rounded = bits.wrapping_add(0x7FFF + (bits >> 16 & 1));
+            let kept = if from.is_nan() { bits | 0x40_0000 } else { rounded };
+            *to = bf16::from_bits((kept >> 16) as u16);
+        }
+    }
+}
+
+/// Values of f16 numbers.
+///
+/// # Panics
+/// If the lengths differ.
+pub fn f16_to_f32(from: &[f16], to: &mut [f32]) {
+    from.convert_to_f32_slice(to);
+}
+
+/// Values of f16 numbers in the little-endian bytes of a file; no alignment is needed.
+///
+/// # Panics
+/// If `from` is not two bytes for each value.
+pub fn f16_bytes_to_f32(from: &[u8], to: &mut [f32]) {
+    const CHUNK: usize = 64;
+    assert_eq!(from.len(), 2 * to.len());
+    let mut aligned = [f16::ZERO; CHUNK];
+    for (from, to) in from.chunks(2 * CHUNK).zip(to.chunks_mut(CHUNK)) {
+        let aligned = &mut aligned[..to.len()];
+        for (aligned, from) in aligned.iter_mut().zip(from.chunks_exact(2)) {
+            *aligned = f16::from_le_bytes([from[0], from[1]]);
+        }
+        aligned.convert_to_f32_slice(to);
+    }
+}
+
+/// Nearest f16 numbers.
+///
+/// # Panics
+/// If the lengths differ.
+pub fn f32_to_f16(from: &[f32], to: &mut [f16]) {
+    to.convert_from_f32_slice(from);
+}

@@ -1,0 +1,29 @@
+//! Every number format of published checkpoints: exact scalar decode and encode, bulk conversion,
+//! and quantisation.
+//!
+//! Two levels:
+//! - *elements*: one module for each format ([`e4m3`], [`e5m2`], [`e8m0`], [`e3m2`], [`e2m3`],
+//!   [`e2m1`], [`int8`], [`int4`], [`float16`]), which turn codes into f32 values and back;
+//! - *blocks and scales*: [`ggml`] for the block types of GGUF, [`quantise`] for what puts scales
+//!   and elements together, [`for_each_group`] and the global scales [`EncodeScale`] and
+//!   [`DecodeScale`] to take them apart.
+//!
+//! Decoding is exact: f32 holds every value of every element format here. Encoding rounds to the
+//! nearest value, ties to the even code, and saturates: what lies beyond the largest finite value,
+//! infinities included, becomes the largest finite value. NaN stays NaN where the format has one;
+//! each module says what it becomes where not.
+
+pub mod e2m1;
+pub mod e2m3;
+pub mod e3m2;
+pub mod e4m3;
+pub mod e5m2;
+pub mod e8m0;
+pub mod float16;
+pub mod int4;
+pub mod int8;
+mod minifloat;
+mod packed6;
+mod scale;
+
+pub use scale::{DecodeScale, EncodeScale, for_each_group};

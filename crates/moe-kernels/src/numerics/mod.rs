@@ -20,6 +20,7 @@ pub mod e4m3;
 pub mod e5m2;
 pub mod e8m0;
 pub mod float16;
+pub mod ggml;
 pub mod int4;
 pub mod int8;
 mod minifloat;

@@ -1,0 +1,202 @@
+//! The block types of GGUF: fixed numbers of values with their scales, byte for byte as ggml
+//! defines them.
+//!
+//! Every decoded value is the exact one, rounded once to f32: scales are f16 and products of scale
+//! and code fit f32, so that only the subtraction of a minimum rounds.
+
+mod k_quants;
+mod non_linear;
+mod simple;
+mod ternary;
+
+/// A block type.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[non_exhaustive]
+pub enum BlockType {
+    /// 32 values of 4 bits, scale.
+    Q4_0,
+    /// 32 values of 4 bits, scale and minimum.
+    Q4_1,
+    /// 32 values of 5 bits, scale.
+    Q5_0,
+    /// 32 values of 5 bits, scale and minimum.
+    Q5_1,
+    /// 32 values of 8 bits, scale.
+    Q8_0,
+    /// 256 values of 2 bits, 4-bit scales and minima of 16.
+    Q2K,
+    /// 256 values of 3 bits, 6-bit scales of 16.
+    Q3K,
+    /// 256 values of 4 bits, 6-bit scales and minima of 32.
+    Q4K,
+    /// 256 values of 5 bits, 6-bit scales and minima of 32.
+    Q5K,
+    /// 256 values of 6 bits, 8-bit scales of 16.
+    Q6K,
+    /// 32 indices into a table of 16 values, scale.
+    Iq4Nl,
+    /// 256 indices into a table of 16 values, 6-bit scales of 32.
+    Iq4Xs,
+    /// 256 ternary values, five to a byte, scale.
+    Tq1_0,
+    /// 256 ternary values, four to a byte, scale.
+    Tq2_0,
+    /// 32 values of FP4 E2M1, E8M0 scale.
+    Mxfp4,
+}
+
+/// Most values that a block holds.
+const MAX_BLOCK_LEN: usize = 256;
+
+impl BlockType {
+    /// All of them.
+    pub const ALL: [Self; 15] = [
+        Self::Q4_0,
+        Self::Q4_1,
+        Self::Q5_0,
+        Self::Q5_1,
+        Self::Q8_0,
+        Self::Q2K,
+        Self::Q3K,
+        Self::Q4K,
+        Self::Q5K,
+        Self::Q6K,
+        Self::Iq4Nl,
+        Self::Iq4Xs,
+        Self::Tq1_0,
+        Self::Tq2_0,
+        Self::Mxfp4,
+    ];
+
+    /// Number, name, values and bytes of a block.
+    const fn facts(self) -> (u32, &'static str, usize, usize) {
+        match self {
+            Self::Q4_0 => (2, "Q4_0", 32, 18),
+            Self::Q4_1 => (3, "Q4_1", 32, 20),
+            Self::Q5_0 => (6, "Q5_0", 32, 22),
+            Self::Q5_1 => (7, "Q5_1", 32, 24),
+            Self::Q8_0 => (8, "Q8_0", 32, 34),
+            Self::Q2K => (10, "Q2_K", 256, 84),
+            Self::Q3K => (11, "Q3_K", 256, 110),
+            Self::Q4K => (12, "Q4_K", 256, 144),
+            Self::Q5K => (13, "Q5_K", 256, 176),
+            Self::Q6K => (14, "Q6_K", 256, 210),
+            Self::Iq4Nl => (20, "IQ4_NL", 32, 18),
+            Self::Iq4Xs => (23, "IQ4_XS", 256, 136),
+            Self::Tq1_0 => (34, "TQ1_0", 256, 54),
+            Self::Tq2_0 => (35, "TQ2_0", 256, 66),
+            Self::Mxfp4 => (39, "MXFP4", 32, 17),
+        }
+    }
+
+    /// The type that has this number in GGUF files; `None` for plain floats and integers, and for
+    /// types that are not supported.
+    pub fn from_ggml(number: u32) -> Option<Self> {
+        Self::ALL.into_iter().find(|block| block.ggml() == number)
+    }
+
+    /// Its number in GGUF files.
+    pub fn ggml(self) -> u32 {
+        self.facts().0
+    }
+
+    /// Its name as ggml spells it.
+    pub fn name(self) -> &'static str {
+        self.facts().1
+    }
+
+    /// Values of a block.
+    pub fn block_len(self) -> usize {
+        self.facts().2
+    }
+
+    /// Bytes of a block.
+    pub fn block_bytes(self) -> usize {
+        self.facts().3
+    }
+
+    /// Bytes of a row of `cols` values; `None` unless they fill whole blocks.
+    pub fn row_bytes(self, cols: usize) -> Option<usize> {
+        let whole = cols.is_multiple_of(self.block_len());
+        whole.then(|| cols / self.block_len()).and_then(|n| n.checked_mul(self.block_bytes()))
+    }
+
+    /// Values of one block.
+    ///
+    /// # Panics
+    /// If `block` is not [`block_bytes`](Self::block_bytes) or `out` not
+    /// [`block_len`](Self::block_len) long.
+    pub fn decode(self, block: &[u8], out: &mut [f32]) {
+        assert_eq!((block.len(), out.len()), (self.block_bytes(), self.block_len()));
+        match self {
+            Self::Q4_0 => simple::decode_q4_0(block, out),
+            Self::Q4_1 => simple::decode_q4_1(block, out),
+            Self::Q5_0 => simple::decode_q5_0(block, out),
+            Self::Q5_1 => simple::decode_q5_1(block, out),
+            Self::Q8_0 => simple::decode_q8_0(block, out),
+            Self::Q2K => k_quants::decode_q2_k(block, out),
+            Self::Q3K => k_quants::decode_q3_k(block, out),
+            Self::Q4K => k_quants::decode_q4_k(block, out),
+            Self::Q5K => k_quants::decode_q5_k(block, out),
+            Self::Q6K => k_quants::decode_q6_k(block, out),
+            Self::Iq4Nl => non_linear::decode_iq4_nl(block, out),
+            Self::Iq4Xs => non_linear::decode_iq4_xs(block, out),
+            Self::Tq1_0 => ternary::decode_tq1_0(block, out),
+            Self::Tq2_0 => ternary::decode_tq2_0(block, out),
+            Self::Mxfp4 => non_linear::decode_mxfp4(block, out),
+        }
+    }
+
+    /// Values `start..start + out.len()` of a row of blocks. Whole blocks decode in place; those
+    /// that the window cuts take a detour.
+    ///
+    /// # Panics
+    /// If the row is shorter.
+    pub fn decode_row(self, row: &[u8], start: usize, out: &mut [f32]) {
+        let (len, bytes) = (self.block_len(), self.block_bytes());
+        let mut done = 0;
+        while done < out.len() {
+            let (index, first) = ((start + done) / len, (start + done) % len);
+            let block = &row[index * bytes..(index + 1) * bytes];
+            let count = (len - first).min(out.len() - done);
+            let part = &mut out[done..done + count];
+            if count == len {
+                self.decode(block, part);
+            } else {
+                let mut whole = [0.0; MAX_BLOCK_LEN];
+                self.decode(block, &mut whole[..len]);
+                part.copy_from_slice(&whole[first..first + count]);
+            }
+            done += count;
+        }
+    }
+
+    /// Quantises one block by ggml's reference rule, for the types that have a plain one: Q4_0,
+    /// Q4_1, Q5_0, Q5_1, Q8_0 and MXFP4. Returns whether this type is one of them; if not, `block`
+    /// is left alone. Values that are not finite give a block without meaning: look for them
+    /// before.
+    ///
+    /// # Panics
+    /// If `values` is not [`block_len`](Self::block_len) or `block` not
+    /// [`block_bytes`](Self::block_bytes) long.
+    pub fn encode(self, values: &[f32], block: &mut [u8]) -> bool {
+        assert_eq!((block.len(), values.len()), (self.block_bytes(), self.block_len()));
+        match self {
+            Self::Q4_0 => simple::encode_q4_0(values, block),
+            Self::Q4_1 => simple::encode_q4_1(values, block),
+            Self::Q5_0 => simple::encode_q5_0(values, block),
+            Self::Q5_1 => simple::encode_q5_1(values, block),
+            Self::Q8_0 => simple::encode_q8_0(values, block),
+            Self::Mxfp4 => non_linear::encode_mxfp4(values, block),
+            _ => return false,
+        }
+        true
+    }
+}
+
+/// The f16 at byte `at`, as f32.
+#[inline(always)]
+fn f16_at(block: &[u8], at: usize) -> f32 {
+    // Not `to_f32`: it asks the CPU for its features at every call.
+    half::f16::from_le_bytes([block[at], block[at + 1]]).to_f32_const()
+}

@@ -116,3 +116,22 @@ fn near_list(near: &[String]) -> String {
         many => format!("; near ones: {}", many.join(", ")),
     }
 }
+
+/// Up to three of `candidates` that resemble `name`, best first: those that share at least two
+/// thirds of its characters at their beginning and end.
+pub(crate) fn nearest<'a>(name: &str, candidates: impl Iterator<Item = &'a str>) -> Vec<String> {
+    let mut near: Vec<(usize, &str)> = Vec::new();
+    for candidate in candidates {
+        let shared = |a: &mut dyn Iterator<Item = (u8, u8)>| a.take_while(|(a, b)| a == b).count();
+        let prefix = shared(&mut name.bytes().zip(candidate.bytes()));
+        let suffix = shared(&mut name.bytes().rev().zip(candidate.bytes().rev()));
+        let longest = name.len().max(candidate.len());
+        let different = longest - (prefix + suffix).min(longest);
+        if different * 3 <= longest {
+            near.push((different, candidate));
+            near.sort();
+            near.truncate(3);
+        }
+    }
+    near.into_iter().map(|(_, candidate)| candidate.to_owned()).collect()
+}

@@ -1,11 +1,21 @@
 //! `config.json`: the document, and getters that refuse what cannot be meant.
 
+use std::borrow::Cow;
+use std::fs::File;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde_json::Value;
 
+use super::file::printable;
 use crate::{Error, Result};
+
+/// Longest `config.json`, in bytes.
+const MAX_BYTES: u64 = 16 << 20;
+
+/// Most values in one. (A value takes some hundred bytes once it is parsed, in the worst case.)
+const MAX_VALUES: usize = 1 << 18;
 
 /// A parsed `config.json`, or a nested object of one. Cheap to clone.
 ///
@@ -20,6 +30,43 @@ pub struct Config {
 }
 
 impl Config {
+    /// Reads a `config.json`.
+    ///
+    /// `NaN`, `Infinity` and `-Infinity`, which Python writes, are taken as if they stood in
+    /// quotes: a file is not refused for them, a getter that needs a number refuses them.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if it cannot be read; [`Error::File`] if it is longer than 16 MiB, has more
+    /// than 262144 values, is no JSON, is nested deeper than 128, or is no object.
+    pub fn open(path: &Path) -> Result<Self> {
+        let io = |action| move |source| Error::Io { path: path.to_owned(), action, source };
+        if !std::fs::metadata(path).map_err(io("open"))?.is_file() {
+            return Err(Error::file(path, "is no regular file"));
+        }
+        let file = File::open(path).map_err(io("open"))?;
+        let mut bytes = Vec::new();
+        file.take(MAX_BYTES + 1).read_to_end(&mut bytes).map_err(io("read"))?;
+        if bytes.len() as u64 > MAX_BYTES {
+            return Err(Error::file(path, "is longer than 16 MiB, which no model's config is"));
+        }
+        Self::parse(path, &bytes)
+    }
+
+    fn parse(path: &Path, json: &[u8]) -> Result<Self> {
+        let json = Literals::find(json);
+        if json.values > MAX_VALUES {
+            let reason = format!("has more than {MAX_VALUES} values, which no model's config has");
+            return Err(Error::file(path, reason));
+        }
+        let value: Value = serde_json::from_slice(&json.quoted).map_err(|error| {
+            Error::file(path, format!("is no valid JSON: {}", printable(&error.to_string())))
+        })?;
+        if !value.is_object() {
+            return Err(Error::file(path, "is no JSON object"));
+        }
+        Ok(Self::new(path, value))
+    }
+
     /// A document that is parsed already; `path` is what errors name.
     pub fn new(path: &Path, value: Value) -> Self {
         Self { path: Arc::new(path.to_owned()), prefix: String::new(), value: Arc::new(value) }
@@ -94,6 +141,14 @@ impl Config {
         self.read(key, "a list of integers from 0 to 2147483648", |value| list(value, size))
     }
 
+    /// A list of numbers, each as [`Config::f32`] takes it.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if it is anything else.
+    pub fn f32_list(&self, key: &str) -> Result<Option<Vec<f32>>> {
+        self.read(key, "a list of finite numbers", |value| list(value, finite))
+    }
+
     /// A list of strings.
     ///
     /// # Errors
@@ -126,7 +181,14 @@ impl Config {
         let Some(value) = self.get(key) else { return Ok(None) };
         match convert(value) {
             Some(converted) => Ok(Some(converted)),
-            None => Err(self.error(key, format!("is {value}; it must be {wanted}"))),
+            None => {
+                let shown = match value {
+                    Value::Array(items) => format!("a list of {}", items.len()),
+                    Value::Object(_) => "an object".to_owned(),
+                    other => printable(&other.to_string()),
+                };
+                Err(self.error(key, format!("is {shown}; it must be {wanted}")))
+            }
         }
     }
 }
@@ -141,4 +203,54 @@ fn finite(value: &Value) -> Option<f32> {
 
 fn list<'a, T>(value: &'a Value, item: impl Fn(&'a Value) -> Option<T>) -> Option<Vec<T>> {
     value.as_array()?.iter().map(item).collect()
+}
+
+/// JSON text made ready for the parser.
+struct Literals<'a> {
+    /// The text, with Python's literals for numbers that are not finite in quotes.
+    quoted: Cow<'a, [u8]>,
+    /// Not fewer than the values in the text: each but the first follows one of `[`, `{`, `,`.
+    values: usize,
+}
+
+impl<'a> Literals<'a> {
+    fn find(json: &'a [u8]) -> Self {
+        let mut quoted = Vec::new();
+        let mut copied = 0;
+        let mut values = 1;
+        let mut at = 0;
+        while at < json.len() {
+            match json[at] {
+                b'"' => at = string_end(json, at),
+                b'[' | b'{' | b',' => values += 1,
+                _ => {
+                    let rest = &json[at..];
+                    let literal = [&b"NaN"[..], b"Infinity", b"-Infinity"];
+                    if let Some(found) = literal.into_iter().find(|word| rest.starts_with(word)) {
+                        quoted.extend_from_slice(&json[copied..at]);
+                        quoted.push(b'"');
+                        quoted.extend_from_slice(found);
+                        quoted.push(b'"');
+                        copied = at + found.len();
+                        at = copied - 1;
+                    }
+                }
+            }
+            at += 1;
+        }
+        if copied == 0 {
+            return Self { quoted: Cow::Borrowed(json), values };
+        }
+        quoted.extend_from_slice(&json[copied..]);
+        Self { quoted: Cow::Owned(quoted), values }
+    }
+}
+
+/// The closing quote of the string that opens at `open`; the text's end where there is none.
+fn string_end(json: &[u8], open: usize) -> usize {
+    let mut at = open + 1;
+    while at < json.len() && json[at] != b'"' {
+        at += if json[at] == b'\\' { 2 } else { 1 };
+    }
+    at
 }

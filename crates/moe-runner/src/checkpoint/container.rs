@@ -2,100 +2,234 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use super::config::Config;
-use super::gguf;
+use super::file::{Entry, MAX_TENSORS, StoredDtype, TensorFile, map};
+use super::folder::{Folder, INDEX};
 use super::tensor::Tensor;
+use super::{gguf, safetensors};
+use crate::error::nearest;
 use crate::{Error, Result};
 
 /// The file format of a checkpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Container {
-    /// A folder with `config.json` and safetensors files.
+    /// Safetensors files, in a folder with `config.json`.
     Safetensors,
-    /// A GGUF file.
+    /// A GGUF file, or the parts of one.
     Gguf,
 }
 
 /// What a container's header says about one tensor.
-#[derive(Clone, Debug)]
+#[derive(Clone, Copy, Debug)]
 pub struct TensorInfo<'a> {
     /// Full name.
     pub name: &'a str,
     /// The file that holds it.
     pub file: &'a Path,
-    /// The dtype, as the format spells it; it may be one that cannot be read.
-    pub dtype: String,
+    /// The dtype; it may be one that cannot be read.
+    pub dtype: &'a StoredDtype,
     /// Dimensions, outermost first.
     pub shape: &'a [usize],
-    /// Its size in the file.
+    /// Its size in the file; 0 for a GGUF type of unknown size.
     pub bytes: usize,
 }
 
-/// A checkpoint that is open: every file mapped, every header checked, no weight read.
+/// A checkpoint that is open: every file mapped, every header checked, no weight read. Cheap to
+/// clone; its tensors share the mappings, and keep them alive.
+#[derive(Clone)]
 pub struct Checkpoint {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
     path: PathBuf,
     container: Container,
     config: Option<Config>,
     metadata: Option<gguf::Metadata>,
-    names: BTreeMap<String, usize>,
-    duplicates: BTreeMap<String, Vec<PathBuf>>,
+    files: Vec<TensorFile>,
+    /// Number of the file, and of the entry in it; sorted by name, no name twice.
+    table: Vec<(u32, u32)>,
+    /// Tensors that must not be handed out, whether they are in the table or not.
+    faults: BTreeMap<Box<str>, Fault>,
+}
+
+/// Why a tensor is not handed out. It need not be one that anybody asks for, so it is no reason
+/// to refuse the checkpoint.
+enum Fault {
+    /// These files (by number) all hold one of that name.
+    Duplicate(Vec<u32>),
+    /// A shard holds it, but the index does not list it.
+    Unlisted,
+    /// The index says it is in this file (by number), and it is not.
+    Misplaced(u32),
 }
 
 impl Checkpoint {
-    /// Opens a folder with `config.json` and `*.safetensors` (one file, or shards with
-    /// `model.safetensors.index.json`), or a `.gguf` file.
+    /// Opens a folder with `config.json` and safetensors files, or a GGUF file.
+    ///
+    /// A folder's files are those that `model.safetensors.index.json` names; without an index,
+    /// `model.safetensors`; without that, all `model*.safetensors`. Of a split GGUF model, name
+    /// the first part.
+    ///
+    /// The files are mapped: nothing is copied, and while the checkpoint or one of its tensors is
+    /// in use, nobody may write to them or shorten them. Whatever they hold, opening them allocates
+    /// at most 512 MiB beyond their own size: a header or index has at most 100 MB, a checkpoint
+    /// 2^20 tensors of at most 8 dimensions, `config.json` 16 MiB and 2^18 values.
     ///
     /// # Errors
     /// [`Error::Io`], [`Error::File`], [`Error::Config`] or [`Error::Tensor`], with the file and,
-    /// where one is at fault, the tensor.
+    /// where one is at fault, the tensor: a file is missing, cut off or garbage; a tensor lies
+    /// outside of its file, overlaps with another, has a wrong number of bytes, or the same name
+    /// as another in its file.
     pub fn open(path: &Path) -> Result<Self> {
-        Err(Error::file(path, "this version cannot open checkpoints"))
+        let kind = std::fs::metadata(path).map_err(|source| Error::Io {
+            path: path.to_owned(),
+            action: "open",
+            source,
+        })?;
+        if kind.is_dir() {
+            return Self::open_folder(path);
+        }
+        let extension = path.extension().unwrap_or_default();
+        if extension == "safetensors" {
+            let reason =
+                "is one file of a checkpoint; name the folder that holds it and config.json";
+            return Err(Error::file(path, reason));
+        }
+        let (metadata, files) = gguf::open(path)?;
+        Self::new(path, Container::Gguf, None, Some(metadata), files, None)
     }
 
-    /// The folder, or the GGUF file.
+    /// Opens a single safetensors file for its tensors alone: inputs, recorded outputs.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open`].
+    pub fn open_safetensors(path: &Path) -> Result<Self> {
+        let file = safetensors_file(path)?;
+        Self::new(path, Container::Safetensors, None, None, vec![file], None)
+    }
+
+    fn open_folder(path: &Path) -> Result<Self> {
+        let Folder { files, index } = Folder::open(path)?;
+        let config = path.join("config.json");
+        if !config.exists() {
+            return Err(Error::file(
+                path,
+                "holds no config.json, which says what the tensors mean",
+            ));
+        }
+        let config = Config::open(&config)?;
+        let mut opened = Vec::with_capacity(files.len());
+        let mut tensors = 0;
+        for file in files {
+            let file = safetensors_file(&file)?;
+            tensors += file.entries.len();
+            if tensors > MAX_TENSORS {
+                return Err(Error::file(path, format!("holds more than {MAX_TENSORS} tensors")));
+            }
+            opened.push(file);
+        }
+        Self::new(path, Container::Safetensors, Some(config), None, opened, index)
+    }
+
+    /// Makes the table of all tensors.
+    fn new(
+        path: &Path,
+        container: Container,
+        config: Option<Config>,
+        metadata: Option<gguf::Metadata>,
+        files: Vec<TensorFile>,
+        index: Option<Vec<(Box<str>, u32)>>,
+    ) -> Result<Self> {
+        let name =
+            |&(file, entry): &(u32, u32)| &*files[file as usize].entries[entry as usize].name;
+        let mut table: Vec<(u32, u32)> = (0u32..)
+            .zip(&files)
+            .flat_map(|(number, file)| {
+                (0..file.entries.len() as u32).map(move |entry| (number, entry))
+            })
+            .collect();
+        table.sort_unstable_by(|a, b| name(a).cmp(name(b)).then(a.cmp(b)));
+
+        let mut faults = BTreeMap::new();
+        for same in table.chunk_by(|a, b| name(a) == name(b)).filter(|same| same.len() > 1) {
+            let holders = same.iter().map(|(file, _)| *file).collect();
+            faults.insert(name(&same[0]).into(), Fault::Duplicate(holders));
+        }
+        table.dedup_by(|b, a| name(a) == name(b));
+        if let Some(index) = index {
+            let listed =
+                |name: &str| index.binary_search_by(|(listed, _)| (**listed).cmp(name)).is_ok();
+            for unlisted in table.iter().map(name).filter(|name| !listed(name)) {
+                faults.entry(unlisted.into()).or_insert(Fault::Unlisted);
+            }
+            for (tensor, shard) in &index {
+                let entries = &files[*shard as usize].entries;
+                if entries.binary_search_by(|entry| entry.name.cmp(tensor)).is_err() {
+                    faults.entry(tensor.clone()).or_insert(Fault::Misplaced(*shard));
+                }
+            }
+        }
+        let path = path.to_owned();
+        let inner = Inner { path, container, config, metadata, files, table, faults };
+        Ok(Self { inner: Arc::new(inner) })
+    }
+
+    /// The folder or file that was opened.
     pub fn path(&self) -> &Path {
-        &self.path
+        &self.inner.path
     }
 
     /// The file format.
     pub fn container(&self) -> Container {
-        self.container
+        self.inner.container
     }
 
-    /// The parsed `config.json`; a GGUF file has none.
+    /// The parsed `config.json`; `None` for a GGUF file and for a lone safetensors file.
     pub fn config(&self) -> Option<&Config> {
-        self.config.as_ref()
+        self.inner.config.as_ref()
     }
 
-    /// The key/values of a GGUF file; other checkpoints have none.
+    /// The key/values of a GGUF file (of its first part, if it is split); other checkpoints have
+    /// none.
     pub fn metadata(&self) -> Option<&gguf::Metadata> {
-        self.metadata.as_ref()
+        self.inner.metadata.as_ref()
     }
 
-    /// Names of all tensors, sorted.
+    /// Names of all tensors that the files hold, sorted, each once.
     pub fn names(&self) -> impl Iterator<Item = &str> {
-        self.names.keys().map(String::as_str)
+        self.inner.table.iter().map(|place| &*self.entry(*place).1.name)
     }
 
-    /// Whether there is a tensor of this name.
+    /// Whether a file holds a tensor of this name.
     pub fn contains(&self, name: &str) -> bool {
-        self.names.contains_key(name)
+        self.find(name).is_some()
     }
 
-    /// What the header says about a tensor, also where its dtype cannot be read.
+    /// What the header says about a tensor, also where it cannot be read.
     pub fn info(&self, name: &str) -> Option<TensorInfo<'_>> {
-        let _ = name;
-        None
+        let (file, entry) = self.find(name)?;
+        Some(TensorInfo {
+            name: &entry.name,
+            file: &file.path,
+            dtype: &entry.dtype,
+            shape: &entry.shape,
+            bytes: entry.range.len(),
+        })
     }
 
-    /// A tensor, sharing the mapped file; `None` where there is none of that name.
+    /// A tensor, sharing the mapped file; `None` where neither a file nor the index knows of one.
     ///
     /// # Errors
-    /// [`Error::Tensor`] if its dtype is unknown, or several files hold a tensor of that name.
+    /// [`Error::Tensor`] if its dtype cannot be read, several files hold a tensor of that name, or
+    /// the index and the files disagree about it.
     pub fn tensor(&self, name: &str) -> Result<Option<Tensor>> {
-        let _ = name;
-        Ok(None)
+        if let Some(fault) = self.inner.faults.get(name) {
+            return Err(Error::tensor(&self.inner.path, name, self.describe(fault)));
+        }
+        self.find(name).map(|(file, entry)| file.tensor(entry)).transpose()
     }
 
     /// A tensor that must be there.
@@ -103,11 +237,142 @@ impl Checkpoint {
     /// # Errors
     /// As [`Checkpoint::tensor`]; [`Error::Tensor`] with the names nearest to it if it is missing.
     pub fn require(&self, name: &str) -> Result<Tensor> {
-        self.tensor(name)?.ok_or_else(|| Error::tensor(&self.path, name, "is missing"))
+        self.tensor(name)?.ok_or_else(|| {
+            let near = nearest(name, self.names());
+            let reason = match near.is_empty() {
+                true => "is missing".to_owned(),
+                false => format!("is missing; near names: {}", near.join(", ")),
+            };
+            Error::tensor(&self.inner.path, name, reason)
+        })
     }
 
-    /// Tensors that more than one file holds, with those files. Asking for one is an error.
-    pub fn duplicates(&self) -> &BTreeMap<String, Vec<PathBuf>> {
-        &self.duplicates
+    /// Tensors that more than one file holds, with those files, sorted. Asking for one is an error.
+    pub fn duplicates(&self) -> impl Iterator<Item = (&str, Vec<&Path>)> {
+        self.inner.faults.iter().filter_map(|(name, fault)| match fault {
+            Fault::Duplicate(files) => Some((&**name, self.paths(files))),
+            _ => None,
+        })
+    }
+
+    fn find(&self, name: &str) -> Option<(&TensorFile, &Entry)> {
+        let table = &self.inner.table;
+        let i = table.binary_search_by(|place| (*self.entry(*place).1.name).cmp(name)).ok()?;
+        Some(self.entry(table[i]))
+    }
+
+    fn entry(&self, (file, entry): (u32, u32)) -> (&TensorFile, &Entry) {
+        let file = &self.inner.files[file as usize];
+        (file, &file.entries[entry as usize])
+    }
+
+    fn paths(&self, files: &[u32]) -> Vec<&Path> {
+        files.iter().map(|file| &*self.inner.files[*file as usize].path).collect()
+    }
+
+    fn describe(&self, fault: &Fault) -> String {
+        let names = |files: &[u32]| {
+            let names = self.paths(files).into_iter().filter_map(Path::file_name);
+            let first: Vec<_> = names.take(3).map(|name| name.to_string_lossy()).collect();
+            format!("{}{}", first.join(", "), if files.len() > 3 { ", …" } else { "" })
+        };
+        match fault {
+            Fault::Duplicate(files) => format!("stands in more than one file: {}", names(files)),
+            Fault::Unlisted => format!("is not listed in {INDEX}, though a shard holds it"),
+            Fault::Misplaced(file) => {
+                format!("is in {} according to {INDEX}, but that does not hold it", names(&[*file]))
+            }
+        }
+    }
+}
+
+impl std::fmt::Debug for Checkpoint {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Checkpoint({}, {} tensors)", self.inner.path.display(), self.inner.table.len())
+    }
+}
+
+fn safetensors_file(path: &Path) -> Result<TensorFile> {
+    let bytes = map(path)?;
+    let entries = safetensors::read(path, &bytes)?;
+    Ok(TensorFile { path: path.to_owned(), bytes, entries })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::checkpoint::Dtype;
+
+    /// Every recorded checkpoint opens, with all of its tensors, and without the recordings that lie
+    /// beside it.
+    #[test]
+    fn opens_the_golden_checkpoints() {
+        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared/golden");
+        let Ok(cases) = std::fs::read_dir(&golden) else {
+            return eprintln!("SKIPPED: no recorded checkpoints in {}", golden.display());
+        };
+        let mut opened = 0;
+        for case in cases.map(|case| case.unwrap().path()).filter(|path| path.is_dir()) {
+            let gguf = case.join("model.gguf");
+            let path = if gguf.exists() { &gguf } else { &case };
+            let checkpoint = Checkpoint::open(path).unwrap();
+            assert_eq!(checkpoint.config().is_some(), !gguf.exists(), "{}", path.display());
+            assert_eq!(checkpoint.metadata().is_some(), gguf.exists(), "{}", path.display());
+            assert_eq!(checkpoint.duplicates().count(), 0);
+            let names: Vec<&str> = checkpoint.names().collect();
+            assert!(names.len() > 10 && names.is_sorted(), "{}: {names:?}", path.display());
+            assert!(
+                !names.iter().any(|name| name.contains(".prompt.")),
+                "recordings are no weights"
+            );
+            for name in names {
+                let tensor = checkpoint.require(name).unwrap();
+                if let Some(size) = tensor.dtype.size() {
+                    assert_eq!(tensor.bytes.len(), size * tensor.shape.iter().product::<usize>());
+                }
+            }
+            let recorded = Checkpoint::open_safetensors(&case.join("golden.safetensors")).unwrap();
+            assert!(recorded.names().any(|name| name.ends_with(".t7.out")), "{}", case.display());
+            opened += 1;
+        }
+        assert!(opened > 30);
+    }
+
+    /// Rows of stacked experts in a GGUF file, against the values that the reference read.
+    #[test]
+    fn gguf_values_are_the_recorded_ones() {
+        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared/golden");
+        if !golden.is_dir() {
+            return eprintln!("SKIPPED: no recorded checkpoints in {}", golden.display());
+        }
+        for (case, dtype) in [
+            ("gguf_qwen3moe_f32", Dtype::F32),
+            ("gguf_qwen3moe_f16", Dtype::F16),
+            ("gguf_qwen3moe_bf16", Dtype::Bf16),
+        ] {
+            let checkpoint = Checkpoint::open(&golden.join(case).join("model.gguf")).unwrap();
+            let recorded =
+                Checkpoint::open_safetensors(&golden.join(case).join("golden.safetensors"))
+                    .unwrap();
+            let mut compared = 0;
+            for name in recorded.names() {
+                let Some(name) = name.strip_prefix("dequant.") else { continue };
+                let Some(name) = name.strip_suffix(".rows") else { continue };
+                let tensor = checkpoint.require(&format!("{name}.weight")).unwrap();
+                assert_eq!((tensor.dtype, tensor.shape.len()), (dtype, 3), "{name}");
+                let width = tensor.shape[2];
+                let values = tensor.to_f32().unwrap();
+                let rows =
+                    recorded.require(&format!("dequant.{name}.rows")).unwrap().to_i64().unwrap();
+                let wanted = recorded.require(&format!("dequant.{name}.values")).unwrap();
+                assert_eq!(wanted.shape, [rows.len(), width]);
+                for (row, wanted) in rows.iter().zip(wanted.to_f32().unwrap().chunks(width)) {
+                    let start = *row as usize * width;
+                    assert_eq!(&values[start..start + width], wanted, "{name} row {row}");
+                }
+                compared += 1;
+            }
+            assert_eq!(compared, 3, "{case}");
+        }
     }
 }

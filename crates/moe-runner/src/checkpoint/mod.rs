@@ -1,11 +1,18 @@
 //! Checkpoints on disk: containers (safetensors, GGUF), `config.json`, and the table of
 //! architectures that says which tensors make up which layer.
+//!
+//! What a file holds is never trusted: sizes and offsets are checked before they are used, and
+//! a file that is wrong is an [`Error`](crate::Error) that names it.
 
-pub mod config;
-pub mod container;
+mod config;
+mod container;
+mod file;
+mod folder;
 pub mod gguf;
+mod safetensors;
 mod tensor;
 
 pub use config::Config;
 pub use container::{Checkpoint, Container, TensorInfo};
+pub use file::StoredDtype;
 pub use tensor::{Bytes, Dtype, Tensor};

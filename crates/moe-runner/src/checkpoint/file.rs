@@ -1,0 +1,150 @@
+//! One file of a checkpoint: mapped, with the table its header gives.
+
+use std::fs::File;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use memmap2::Mmap;
+
+use super::tensor::{Bytes, Dtype, Tensor};
+use crate::{Error, Result};
+
+/// Most tensors of one checkpoint, over all its files. (The largest published ones have some
+/// 200 000.) With [`MAX_NAME`] and [`MAX_DIMS`] it bounds what a table of tensors can take.
+pub(super) const MAX_TENSORS: usize = 1 << 20;
+
+/// Longest name of a tensor or key, in bytes.
+pub(super) const MAX_NAME: usize = 1024;
+
+/// Most dimensions of a tensor.
+pub(super) const MAX_DIMS: usize = 8;
+
+/// A dtype as a header gives it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum StoredDtype {
+    /// One this library can read.
+    Known(Dtype),
+    /// Another; by the name that stands in the header. Such a tensor can be listed, not read.
+    Unknown(Box<str>),
+}
+
+impl std::fmt::Display for StoredDtype {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Known(dtype) => dtype.fmt(f),
+            Self::Unknown(name) => f.write_str(name),
+        }
+    }
+}
+
+/// A tensor as its file's header describes it. Whoever makes one has checked that the range lies
+/// in the file and, for a known dtype, is as long as shape and dtype say.
+#[derive(Debug)]
+pub(super) struct Entry {
+    pub(super) name: Box<str>,
+    pub(super) dtype: StoredDtype,
+    /// Outermost first.
+    pub(super) shape: Box<[usize]>,
+    /// Place in the file.
+    pub(super) range: Range<usize>,
+}
+
+/// A mapped file and its tensors, sorted by name.
+#[derive(Debug)]
+pub(super) struct TensorFile {
+    pub(super) path: PathBuf,
+    pub(super) bytes: Bytes,
+    pub(super) entries: Vec<Entry>,
+}
+
+impl TensorFile {
+    /// A view of one of the entries.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] if its dtype is unknown.
+    pub(super) fn tensor(&self, entry: &Entry) -> Result<Tensor> {
+        let dtype = match &entry.dtype {
+            StoredDtype::Known(dtype) => *dtype,
+            StoredDtype::Unknown(name) => {
+                let reason = format!("has the dtype '{name}', which cannot be read");
+                return Err(Error::tensor(&self.path, &*entry.name, reason));
+            }
+        };
+        let bytes = self
+            .bytes
+            .slice(entry.range.clone())
+            .ok_or_else(|| Error::tensor(&self.path, &*entry.name, "lies outside of its file"))?;
+        Ok(Tensor {
+            name: entry.name.to_string(),
+            file: self.path.clone(),
+            dtype,
+            shape: entry.shape.to_vec(),
+            bytes,
+        })
+    }
+}
+
+/// Maps a file; it must be a regular file with something in it.
+///
+/// The mapping shows the file as it is on disk: while it is in use, nobody may write to the file
+/// or shorten it. (To replace it with a new one of the same name is fine.)
+pub(super) fn map(path: &Path) -> Result<Bytes> {
+    let io = |action| move |source| Error::Io { path: path.to_owned(), action, source };
+    // Before opening: to open a pipe would wait for its other end.
+    let metadata = std::fs::metadata(path).map_err(io("open"))?;
+    if !metadata.is_file() {
+        let kind =
+            if metadata.is_dir() { "is a folder; a file is needed" } else { "is no regular file" };
+        return Err(Error::file(path, kind));
+    }
+    if metadata.len() == 0 {
+        return Err(Error::file(path, "is empty"));
+    }
+    let file = File::open(path).map_err(io("open"))?;
+    // SAFETY: the mapping is read-only, and `Bytes` bounds every access by its length. That nobody
+    // changes or shortens the file meanwhile cannot be checked; the documentation above asks for it.
+    let mapped = unsafe { Mmap::map(&file) }.map_err(io("map"))?;
+    Ok(Bytes::new(std::sync::Arc::new(mapped)))
+}
+
+/// Checks a tensor's name, which messages and tables are to show: not empty, not absurdly long,
+/// no control characters.
+pub(super) fn check_name(path: &Path, name: &str) -> Result<()> {
+    let reason = if name.len() > MAX_NAME {
+        format!("has a name of {} bytes; at most {MAX_NAME} are taken", name.len())
+    } else if name.chars().any(char::is_control) {
+        "has control characters in its name".to_owned()
+    } else {
+        return Ok(());
+    };
+    Err(Error::tensor(path, printable(name), reason))
+}
+
+/// Sorts entries by name.
+///
+/// # Errors
+/// [`Error::Tensor`] if two have the same name.
+pub(super) fn sort_entries(path: &Path, entries: &mut Vec<Entry>) -> Result<()> {
+    entries.shrink_to_fit();
+    entries.sort_unstable_by(|a, b| a.name.cmp(&b.name));
+    match entries.windows(2).find(|pair| pair[0].name == pair[1].name) {
+        Some(pair) => {
+            Err(Error::tensor(path, &*pair[0].name, "stands more than once in the header"))
+        }
+        None => Ok(()),
+    }
+}
+
+/// Text from a file, fit for one line of a message: control characters escaped, cut off after 80
+/// characters.
+pub(super) fn printable(text: &str) -> String {
+    let mut line = String::new();
+    for (i, c) in text.chars().enumerate() {
+        if i == 80 {
+            line.push('…');
+            break;
+        }
+        if c.is_control() { line.extend(c.escape_default()) } else { line.push(c) }
+    }
+    line
+}

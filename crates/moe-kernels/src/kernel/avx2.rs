@@ -2,6 +2,7 @@
 
 use std::arch::x86_64::*;
 
+use super::activation::{self, Activation};
 use super::dot::{DotArgs, DotFns, dot};
 use super::lanes::{Bf16, F16, F32, Lanes};
 
@@ -24,6 +25,12 @@ unsafe fn dot_f16(args: &DotArgs) {
 unsafe fn dot_bf16(args: &DotArgs) {
     // SAFETY: as above.
     unsafe { dot::<Avx2, Bf16>(args) }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) unsafe fn activate(kind: Activation, gate: &mut [f32], up: Option<&[f32]>) {
+    // SAFETY: as above.
+    unsafe { activation::activate::<Avx2>(kind, gate, up) }
 }
 
 struct Avx2;
@@ -60,6 +67,69 @@ impl Lanes for Avx2 {
             let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast()));
             _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide))
         }
+    }
+
+    #[inline(always)]
+    unsafe fn store(v: __m256, to: *mut f32) {
+        // SAFETY: see above; the pointer is writable.
+        unsafe { _mm256_storeu_ps(to, v) }
+    }
+
+    #[inline(always)]
+    unsafe fn add(a: __m256, b: __m256) -> __m256 {
+        // SAFETY: see above.
+        unsafe { _mm256_add_ps(a, b) }
+    }
+
+    #[inline(always)]
+    unsafe fn sub(a: __m256, b: __m256) -> __m256 {
+        // SAFETY: see above.
+        unsafe { _mm256_sub_ps(a, b) }
+    }
+
+    #[inline(always)]
+    unsafe fn mul(a: __m256, b: __m256) -> __m256 {
+        // SAFETY: see above.
+        unsafe { _mm256_mul_ps(a, b) }
+    }
+
+    #[inline(always)]
+    unsafe fn div(a: __m256, b: __m256) -> __m256 {
+        // SAFETY: see above.
+        unsafe { _mm256_div_ps(a, b) }
+    }
+
+    #[inline(always)]
+    unsafe fn at_least(v: __m256, bound: __m256) -> __m256 {
+        // SAFETY: see above. The instruction gives its second operand where one is NaN.
+        unsafe { _mm256_max_ps(bound, v) }
+    }
+
+    #[inline(always)]
+    unsafe fn at_most(v: __m256, bound: __m256) -> __m256 {
+        // SAFETY: see above. The instruction gives its second operand where one is NaN.
+        unsafe { _mm256_min_ps(bound, v) }
+    }
+
+    #[inline(always)]
+    unsafe fn select_less(a: __m256, b: __m256, yes: __m256, no: __m256) -> __m256 {
+        // SAFETY: see above.
+        unsafe { _mm256_blendv_ps(no, yes, _mm256_cmp_ps::<_CMP_LT_OQ>(a, b)) }
+    }
+
+    #[inline(always)]
+    unsafe fn pow2(n: __m256) -> __m256 {
+        // SAFETY: see above.
+        unsafe {
+            let exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+            _mm256_castsi256_ps(_mm256_slli_epi32::<23>(exponent))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn mul_error(a: __m256, b: __m256, product: __m256) -> __m256 {
+        // SAFETY: see above.
+        unsafe { _mm256_fmsub_ps(a, b, product) }
     }
 
     #[inline(always)]

@@ -2,6 +2,7 @@
 
 use std::arch::x86_64::*;
 
+use super::activation::{self, Activation};
 use super::avx2::{halves, sums_of_halves};
 use super::dot::{DotArgs, DotFns, dot};
 use super::lanes::{Bf16, F16, F32, Lanes};
@@ -25,6 +26,12 @@ unsafe fn dot_f16(args: &DotArgs) {
 unsafe fn dot_bf16(args: &DotArgs) {
     // SAFETY: as above.
     unsafe { dot::<Avx512, Bf16>(args) }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+pub(super) unsafe fn activate(kind: Activation, gate: &mut [f32], up: Option<&[f32]>) {
+    // SAFETY: as above.
+    unsafe { activation::activate::<Avx512>(kind, gate, up) }
 }
 
 struct Avx512;
@@ -61,6 +68,69 @@ impl Lanes for Avx512 {
             let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
             _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide))
         }
+    }
+
+    #[inline(always)]
+    unsafe fn store(v: __m512, to: *mut f32) {
+        // SAFETY: see above; the pointer is writable.
+        unsafe { _mm512_storeu_ps(to, v) }
+    }
+
+    #[inline(always)]
+    unsafe fn add(a: __m512, b: __m512) -> __m512 {
+        // SAFETY: see above.
+        unsafe { _mm512_add_ps(a, b) }
+    }
+
+    #[inline(always)]
+    unsafe fn sub(a: __m512, b: __m512) -> __m512 {
+        // SAFETY: see above.
+        unsafe { _mm512_sub_ps(a, b) }
+    }
+
+    #[inline(always)]
+    unsafe fn mul(a: __m512, b: __m512) -> __m512 {
+        // SAFETY: see above.
+        unsafe { _mm512_mul_ps(a, b) }
+    }
+
+    #[inline(always)]
+    unsafe fn div(a: __m512, b: __m512) -> __m512 {
+        // SAFETY: see above.
+        unsafe { _mm512_div_ps(a, b) }
+    }
+
+    #[inline(always)]
+    unsafe fn at_least(v: __m512, bound: __m512) -> __m512 {
+        // SAFETY: see above. The instruction gives its second operand where one is NaN.
+        unsafe { _mm512_max_ps(bound, v) }
+    }
+
+    #[inline(always)]
+    unsafe fn at_most(v: __m512, bound: __m512) -> __m512 {
+        // SAFETY: see above. The instruction gives its second operand where one is NaN.
+        unsafe { _mm512_min_ps(bound, v) }
+    }
+
+    #[inline(always)]
+    unsafe fn select_less(a: __m512, b: __m512, yes: __m512, no: __m512) -> __m512 {
+        // SAFETY: see above.
+        unsafe { _mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_LT_OQ>(a, b), no, yes) }
+    }
+
+    #[inline(always)]
+    unsafe fn pow2(n: __m512) -> __m512 {
+        // SAFETY: see above.
+        unsafe {
+            let exponent = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<23>(exponent))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn mul_error(a: __m512, b: __m512, product: __m512) -> __m512 {
+        // SAFETY: see above.
+        unsafe { _mm512_fmsub_ps(a, b, product) }
     }
 
     #[inline(always)]

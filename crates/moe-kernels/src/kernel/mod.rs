@@ -8,6 +8,8 @@
 //! out[i][j] = Σ_k x[i][k] · w[j][k]        x [M, K] f32,  w [N, K] f32/f16/bf16,  out [M, N] f32
 //! ```
 //!
+//! and [`Kernel::activate`] is what an expert applies between its two products.
+//!
 //! # The promise
 //! Weights are widened to f32 exactly; products are accumulated in f32, by fused multiply-add where
 //! the instruction set has it. Every element of `out` is computed in the same way: lane `l` of `L`
@@ -15,6 +17,7 @@
 //! tree. Neither M, N, the tile that an element falls into, nor the number of threads has any part
 //! in it, so on the same instruction set a row's result is the same bit by bit in any batch.
 
+mod activation;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
@@ -26,9 +29,11 @@ mod rows;
 
 use std::fmt;
 
+pub use activation::Activation;
 pub use rows::{Float, Rows, RowsMut, WeightRows};
 
 use crate::isa::Isa;
+use activation::ActivateFn;
 use dot::{DotArgs, DotFns};
 
 /// The kernels of one instruction set.
@@ -36,28 +41,30 @@ use dot::{DotArgs, DotFns};
 pub struct Kernel {
     isa: Isa,
     dot: DotFns,
+    activate: ActivateFn,
 }
 
 impl Kernel {
     /// The kernels of the best instruction set of this CPU.
     pub fn detect() -> Kernel {
-        let best = Isa::ALL.into_iter().rev().find_map(Kernel::new);
-        best.unwrap_or(Kernel { isa: Isa::Portable, dot: portable::DOT })
+        Kernel::of(Isa::detect())
     }
 
     /// The kernels of `isa`; `None` if this CPU lacks it.
     pub fn new(isa: Isa) -> Option<Kernel> {
-        // The tables of an instruction set may be entered only where the CPU has it.
-        let dot = match isa {
-            Isa::Portable => portable::DOT,
+        isa.is_available().then(|| Kernel::of(isa))
+    }
+
+    /// The kernels of an instruction set that this CPU has.
+    fn of(isa: Isa) -> Kernel {
+        let (dot, activate): (DotFns, ActivateFn) = match isa {
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => avx2::DOT,
+            Isa::Avx512 => (avx512::DOT, avx512::activate),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => avx512::DOT,
-            #[cfg(not(target_arch = "x86_64"))]
-            Isa::Avx2 | Isa::Avx512 => return None,
+            Isa::Avx2 => (avx2::DOT, avx2::activate),
+            _ => (portable::DOT, portable::activate),
         };
-        isa.is_available().then_some(Kernel { isa, dot })
+        Kernel { isa, dot, activate }
     }
 
     /// The instruction set.
@@ -89,10 +96,21 @@ impl Kernel {
             Float::F16 => self.dot.f16,
             Float::Bf16 => self.dot.bf16,
         };
-        // SAFETY: the CPU has the instruction set, or `new` had made no `Kernel` of it. The views
+        // SAFETY: a `Kernel` exists only for an instruction set that the CPU has. The views
         // own their memory: m rows of k elements, n rows of k, m rows of n, at their strides, and
         // `out` borrows its elements mutably.
         unsafe { dot(&args) }
+    }
+
+    /// `gate[i] = act(gate[i]) · up[i]`, or `act(gate[i])` without an up projection, within 4 ulp
+    /// of the formula; NaN where an operand is NaN. Runs on the calling thread.
+    ///
+    /// # Panics
+    /// If `up` has another length than `gate`.
+    pub fn activate(&self, activation: Activation, gate: &mut [f32], up: Option<&[f32]>) {
+        assert!(up.is_none_or(|up| up.len() == gate.len()), "elements of gate and up");
+        // SAFETY: the CPU has the instruction set, as above; the lengths agree.
+        unsafe { (self.activate)(activation, gate, up) }
     }
 }
 

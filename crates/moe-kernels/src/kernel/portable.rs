@@ -1,5 +1,8 @@
 //! Plain Rust: eight lanes, which the compiler maps to whatever vectors the target has.
 
+use std::array::from_fn;
+
+use super::activation::{self, Activation};
 use super::dot::{DotArgs, DotFns, dot};
 use super::lanes::{Bf16, F16, F32, Lanes};
 
@@ -18,6 +21,11 @@ unsafe fn dot_f16(args: &DotArgs) {
 unsafe fn dot_bf16(args: &DotArgs) {
     // SAFETY: as above.
     unsafe { dot::<Portable, Bf16>(args) }
+}
+
+pub(super) unsafe fn activate(kind: Activation, gate: &mut [f32], up: Option<&[f32]>) {
+    // SAFETY: as above.
+    unsafe { activation::activate::<Portable>(kind, gate, up) }
 }
 
 struct Portable;
@@ -55,14 +63,67 @@ impl Lanes for Portable {
         bits.map(|bits| f32::from_bits(u32::from(u16::from_le(bits)) << 16))
     }
 
+    #[inline(always)]
+    unsafe fn store(v: [f32; COUNT], to: *mut f32) {
+        // SAFETY: writable for as many elements, by the contract of `Lanes`.
+        unsafe { to.cast::<[f32; COUNT]>().write_unaligned(v) }
+    }
+
+    #[inline(always)]
+    unsafe fn add(a: [f32; COUNT], b: [f32; COUNT]) -> [f32; COUNT] {
+        from_fn(|l| a[l] + b[l])
+    }
+
+    #[inline(always)]
+    unsafe fn sub(a: [f32; COUNT], b: [f32; COUNT]) -> [f32; COUNT] {
+        from_fn(|l| a[l] - b[l])
+    }
+
+    #[inline(always)]
+    unsafe fn mul(a: [f32; COUNT], b: [f32; COUNT]) -> [f32; COUNT] {
+        from_fn(|l| a[l] * b[l])
+    }
+
+    #[inline(always)]
+    unsafe fn div(a: [f32; COUNT], b: [f32; COUNT]) -> [f32; COUNT] {
+        from_fn(|l| a[l] / b[l])
+    }
+
+    #[inline(always)]
+    unsafe fn at_least(v: [f32; COUNT], bound: [f32; COUNT]) -> [f32; COUNT] {
+        from_fn(|l| if v[l] < bound[l] { bound[l] } else { v[l] })
+    }
+
+    #[inline(always)]
+    unsafe fn at_most(v: [f32; COUNT], bound: [f32; COUNT]) -> [f32; COUNT] {
+        from_fn(|l| if v[l] > bound[l] { bound[l] } else { v[l] })
+    }
+
+    #[inline(always)]
+    unsafe fn select_less(
+        a: [f32; COUNT],
+        b: [f32; COUNT],
+        yes: [f32; COUNT],
+        no: [f32; COUNT],
+    ) -> [f32; COUNT] {
+        from_fn(|l| if a[l] < b[l] { yes[l] } else { no[l] })
+    }
+
+    #[inline(always)]
+    unsafe fn pow2(n: [f32; COUNT]) -> [f32; COUNT] {
+        n.map(|n| f32::from_bits(((n as i32).wrapping_add(127) as u32) << 23))
+    }
+
+    #[inline(always)]
+    unsafe fn mul_error(a: [f32; COUNT], b: [f32; COUNT], product: [f32; COUNT]) -> [f32; COUNT] {
+        // Exact: a product of two f32 has at most 48 digits.
+        from_fn(|l| (f64::from(a[l]) * f64::from(b[l]) - f64::from(product[l])) as f32)
+    }
+
     /// Rounded twice: a fused multiply-add is a library call where the CPU may lack it.
     #[inline(always)]
     unsafe fn mul_add(a: [f32; COUNT], b: [f32; COUNT], c: [f32; COUNT]) -> [f32; COUNT] {
-        let mut sum = c;
-        for l in 0..COUNT {
-            sum[l] += a[l] * b[l];
-        }
-        sum
+        from_fn(|l| a[l] * b[l] + c[l])
     }
 
     #[inline(always)]

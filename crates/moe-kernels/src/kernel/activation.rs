@@ -1,0 +1,259 @@
+//! The functions between an expert's two products, in f32.
+//!
+//! Those of most models (SiLU and its clamped forms, ReLU) are vectors of the instruction set; the
+//! others are computed in f64, one element after another. All are within 4 ulp of the formula, all
+//! give NaN for NaN, and each element is computed alike wherever it lies.
+
+mod sigmoid;
+mod tails;
+
+use super::lanes::Lanes;
+use sigmoid::times_sigmoid;
+use tails::{half_erfc, sigmoid};
+
+/// The function between the two products. `g` is the gate projection, `u` the up projection;
+/// without a gate projection the function is applied to `u` alone.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Activation {
+    /// `g·σ(g) · u`
+    Silu,
+    /// `g/2·(1+erf(g/√2)) · u`
+    Gelu,
+    /// `g/2·(1+tanh(√(2/π)·(g+0.044715·g³))) · u`
+    GeluTanh,
+    /// `max(g,0) · u`
+    Relu,
+    /// `max(g,0)² · u`
+    Relu2,
+    /// `g' = min(g,limit)`, `u' = clamp(u,±limit)`: `g'·σ(alpha·g') · (u'+beta)`.
+    ClampedSwiglu {
+        /// Steepness of the sigmoid.
+        alpha: f32,
+        /// Added to the up projection.
+        beta: f32,
+        /// Clamps both projections before the function.
+        limit: f32,
+    },
+    /// `min(g·σ(g), limit) · clamp(u,±limit)`
+    SwigluStep {
+        /// Clamps SiLU's result and the up projection.
+        limit: f32,
+    },
+    /// `β·tanh(g/β)·σ(g) · λ·tanh(u/λ)`; λ absent: `· u`.
+    Situ {
+        /// β, positive.
+        beta: f32,
+        /// λ, positive.
+        lambda: Option<f32>,
+    },
+}
+
+/// `gate[i] = act(gate[i]) · up[i]`, or `act(gate[i])` without `up`. Unsafe to call: the CPU must
+/// have the function's instruction set. The slices are of equal length.
+pub(super) type ActivateFn = unsafe fn(Activation, &mut [f32], Option<&[f32]>);
+
+/// # Safety
+/// As [`ActivateFn`]; inlined into a function that enables the instruction set of `S`.
+#[inline(always)]
+pub(super) unsafe fn activate<S: Lanes>(
+    activation: Activation,
+    gate: &mut [f32],
+    up: Option<&[f32]>,
+) {
+    // SAFETY: the caller's.
+    unsafe {
+        match activation {
+            Activation::Silu => apply::<S, _>(Silu, gate, up),
+            Activation::Relu => apply::<S, _>(Relu, gate, up),
+            Activation::Relu2 => apply::<S, _>(Relu2, gate, up),
+            Activation::ClampedSwiglu { alpha, beta, limit } => {
+                apply::<S, _>(ClampedSwiglu { alpha, beta, limit }, gate, up);
+            }
+            Activation::SwigluStep { limit } => apply::<S, _>(SwigluStep { limit }, gate, up),
+            Activation::Gelu => apply_f64(gate, up, |g| g * half_erfc(-g / 2f64.sqrt()), |u| u),
+            Activation::GeluTanh => {
+                // 1 + tanh(z) = 2·σ(2z), which does not cancel.
+                let scale = 2.0 * (2.0 / std::f64::consts::PI).sqrt();
+                let act = |g: f64| g * sigmoid(scale * (g + 0.044715 * g * g * g));
+                apply_f64(gate, up, act, |u| u);
+            }
+            Activation::Situ { beta, lambda } => {
+                let beta = f64::from(beta);
+                let act = |g: f64| beta * (g / beta).tanh() * sigmoid(g);
+                match lambda.map(f64::from) {
+                    Some(lambda) => apply_f64(gate, up, act, |u| lambda * (u / lambda).tanh()),
+                    None => apply_f64(gate, up, act, |u| u),
+                }
+            }
+        }
+    }
+}
+
+/// Element by element in f64, rounded once.
+fn apply_f64(
+    gate: &mut [f32],
+    up: Option<&[f32]>,
+    act: impl Fn(f64) -> f64,
+    of_up: impl Fn(f64) -> f64,
+) {
+    match up {
+        Some(up) => {
+            for (g, u) in gate.iter_mut().zip(up) {
+                *g = (act(f64::from(*g)) * of_up(f64::from(*u))) as f32;
+            }
+        }
+        None => gate.iter_mut().for_each(|g| *g = act(f64::from(*g)) as f32),
+    }
+}
+
+/// A function as vectors: `gate(g) · up(u)`.
+trait Formula: Copy {
+    /// # Safety
+    /// As [`Lanes`].
+    unsafe fn gate<S: Lanes>(self, g: S::V) -> S::V;
+
+    /// # Safety
+    /// As [`Lanes`].
+    #[inline(always)]
+    unsafe fn up<S: Lanes>(self, u: S::V) -> S::V {
+        u
+    }
+}
+
+/// # Safety
+/// As [`Lanes`]; `gate` and `up` are of equal length.
+#[inline(always)]
+unsafe fn apply<S: Lanes, F: Formula>(formula: F, gate: &mut [f32], up: Option<&[f32]>) {
+    let full = gate.len() - gate.len() % S::COUNT;
+    // SAFETY: whole vectors end at `full`; the rest goes by way of a buffer of one vector.
+    unsafe {
+        let mut i = 0;
+        while i < full {
+            let at = gate.as_mut_ptr().add(i);
+            one::<S, F>(formula, at, up.map(|up| up.as_ptr().add(i)));
+            i += S::COUNT;
+        }
+        let rest = gate.len() - full;
+        if rest > 0 {
+            let (mut g, mut u) = ([0.0; 16], [0.0; 16]);
+            debug_assert!(S::COUNT <= g.len());
+            g[..rest].copy_from_slice(&gate[full..]);
+            let up = up.map(|up| {
+                u[..rest].copy_from_slice(&up[full..]);
+                u.as_ptr()
+            });
+            one::<S, F>(formula, g.as_mut_ptr(), up);
+            gate[full..].copy_from_slice(&g[..rest]);
+        }
+    }
+}
+
+/// One vector.
+///
+/// # Safety
+/// As [`Lanes`]; the pointers are good for `S::COUNT` elements.
+#[inline(always)]
+unsafe fn one<S: Lanes, F: Formula>(formula: F, gate: *mut f32, up: Option<*const f32>) {
+    // SAFETY: the caller's.
+    unsafe {
+        let mut value = formula.gate::<S>(S::load_f32(gate.cast()));
+        if let Some(up) = up {
+            value = S::mul(value, formula.up::<S>(S::load_f32(up.cast())));
+        }
+        S::store(value, gate);
+    }
+}
+
+/// `clamp(v, ±limit)`.
+///
+/// # Safety
+/// As [`Lanes`].
+#[inline(always)]
+unsafe fn clamp<S: Lanes>(v: S::V, limit: f32) -> S::V {
+    // SAFETY: the caller's.
+    unsafe { S::at_least(S::at_most(v, S::splat(limit)), S::splat(-limit)) }
+}
+
+#[derive(Clone, Copy)]
+struct Silu;
+
+impl Formula for Silu {
+    #[inline(always)]
+    unsafe fn gate<S: Lanes>(self, g: S::V) -> S::V {
+        // SAFETY: the caller's.
+        unsafe { times_sigmoid::<S>(g, g, S::splat(0.0)) }
+    }
+}
+
+#[derive(Clone, Copy)]
+struct ClampedSwiglu {
+    alpha: f32,
+    beta: f32,
+    limit: f32,
+}
+
+impl Formula for ClampedSwiglu {
+    #[inline(always)]
+    unsafe fn gate<S: Lanes>(self, g: S::V) -> S::V {
+        // SAFETY: the caller's.
+        unsafe {
+            let g = S::at_most(g, S::splat(self.limit));
+            let alpha = S::splat(self.alpha);
+            let z = S::mul(alpha, g);
+            times_sigmoid::<S>(g, z, S::mul_error(alpha, g, z))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn up<S: Lanes>(self, u: S::V) -> S::V {
+        // SAFETY: the caller's.
+        unsafe { S::add(clamp::<S>(u, self.limit), S::splat(self.beta)) }
+    }
+}
+
+#[derive(Clone, Copy)]
+struct SwigluStep {
+    limit: f32,
+}
+
+impl Formula for SwigluStep {
+    #[inline(always)]
+    unsafe fn gate<S: Lanes>(self, g: S::V) -> S::V {
+        // SAFETY: the caller's.
+        unsafe { S::at_most(Silu.gate::<S>(g), S::splat(self.limit)) }
+    }
+
+    #[inline(always)]
+    unsafe fn up<S: Lanes>(self, u: S::V) -> S::V {
+        // SAFETY: the caller's.
+        unsafe { clamp::<S>(u, self.limit) }
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Relu;
+
+impl Formula for Relu {
+    #[inline(always)]
+    unsafe fn gate<S: Lanes>(self, g: S::V) -> S::V {
+        // SAFETY: the caller's.
+        unsafe { S::at_least(g, S::splat(0.0)) }
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Relu2;
+
+impl Formula for Relu2 {
+    #[inline(always)]
+    unsafe fn gate<S: Lanes>(self, g: S::V) -> S::V {
+        // SAFETY: the caller's.
+        unsafe {
+            let positive = Relu.gate::<S>(g);
+            S::mul(positive, positive)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

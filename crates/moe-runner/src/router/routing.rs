@@ -110,3 +110,46 @@ impl Scratch {
         self.chosen.extend(ids.map(|id| Candidate { choice: 0.0, id }));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::Routing;
+    use crate::router::{Router, RouterTensors};
+    use crate::spec::{GroupFill, GroupScore, Groups, RouterSpec, WeightFrom};
+
+    /// Capacities of all buffers.
+    fn capacities(routing: &Routing) -> [usize; 10] {
+        let scratch = &routing.scratch;
+        [
+            routing.ids.capacity(),
+            routing.weights.capacity(),
+            routing.shared_weights.capacity(),
+            scratch.logits.capacity(),
+            scratch.scores.capacity(),
+            scratch.choice.capacity(),
+            scratch.ratings.capacity(),
+            scratch.kept.capacity(),
+            scratch.chosen.capacity(),
+            scratch.weights.capacity(),
+        ]
+    }
+
+    #[test]
+    fn a_second_call_allocates_nothing() {
+        let groups =
+            Groups { count: 4, keep: 2, score: GroupScore::Max, fill: GroupFill::NegativeInfinity };
+        let spec = RouterSpec {
+            groups: Some(groups),
+            weight_from: WeightFrom::JointSoftmax { shared: 2 },
+            ..RouterSpec::softmax(16, 4, true)
+        };
+        let router = Router::new(spec, 1.0, RouterTensors::default()).unwrap();
+        let mut routing = Routing::new();
+        router.route(&[0.5; 9 * 18], None, 9, &mut routing).unwrap();
+        let before = capacities(&routing);
+        for tokens in [2, 0, 9] {
+            router.route(&vec![0.5; tokens * 18], None, tokens, &mut routing).unwrap();
+            assert_eq!(capacities(&routing), before);
+        }
+    }
+}

@@ -141,3 +141,16 @@ impl SplitMix64 {
         radius * (std::f64::consts::TAU * self.uniform()).cos()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::SplitMix64;
+
+    /// The first outputs for seed 0, as published with the reference implementation.
+    #[test]
+    fn splitmix64_vectors() {
+        let mut random = SplitMix64(0);
+        let expected = [0xE220_A839_7B1D_CDAF, 0x6E78_9E6A_A1B9_65F4, 0x06C4_5D18_8009_454F];
+        assert_eq!(expected.map(|_| random.next()), expected);
+    }
+}

@@ -18,4 +18,6 @@ pub mod router;
 
 pub mod weights;
 
+pub mod comm;
+
 pub use error::{Error, Result};

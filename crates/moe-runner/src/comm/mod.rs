@@ -1,0 +1,159 @@
+//! Ranks that work on one layer together: who they are, and how they exchange rows.
+//!
+//! A [`Communicator`] is one rank's end of a group. Every collective is built on one primitive,
+//! the *exchange*: each rank hands one part of its elements to every rank and gets one part from
+//! every rank. An implementation provides that primitive (and groups, and failure); the
+//! collectives, their checks and their arithmetic are the same code for all of them, so that
+//! ranks as threads and ranks as MPI processes give the same bits.
+//!
+//! * [`single`]: one rank; every collective is a copy.
+//! * [`threads`], [`run_ranks`]: the ranks are threads of this process (the embedded default).
+//!
+//! **Order of sums.** Contributions are added in rank order, in f32 for bf16 and f16, and rounded
+//! once. A result depends on the number of ranks and their contributions, on nothing else.
+//!
+//! **Failure.** A collective returns, on every rank, within the time-out ([`Options::timeout`],
+//! 60 s unless set): with its result, or with an [`Error::Communication`](crate::Error) that names
+//! the rank at fault, and the layer and step it was last seen at. That covers ranks that return
+//! early, panic, report an error ([`Communicator::abort`]), call another collective or the same one
+//! with other lengths, or never arrive. After a failure the group and all groups split from it or
+//! beside it are poisoned: every later call fails at once with the first cause.
+//!
+//! ```
+//! use moe_runner::comm::{At, Step, run_ranks};
+//!
+//! let sums = run_ranks(4, |comm| {
+//!     let mut x = vec![comm.rank() as f32; 3];
+//!     comm.all_reduce(At::new("model.layers.0.mlp", Step::ReduceOutput), &mut x)?;
+//!     Ok(x)
+//! })?;
+//! assert!(sums.iter().all(|x| x == &[6.0, 6.0, 6.0]));
+//! # Ok::<(), moe_runner::Error>(())
+//! ```
+
+mod collectives;
+mod element;
+mod groups;
+mod head;
+mod single;
+mod threads;
+mod traffic;
+
+pub use collectives::{Pending, all_reduce_sent};
+pub use element::{Dtype, Element, Elements, Parts, Sum};
+pub use groups::{Groups, Sizes};
+pub use head::{At, Head, Kind, Place, Step};
+pub use single::single;
+pub use threads::{run_ranks, run_ranks_with, threads, threads_with};
+pub use traffic::{Count, Traffic, TrafficCounter};
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::{Error, Result};
+
+/// One rank's end of a group of ranks.
+///
+/// The collectives are methods of `dyn Communicator` ([`all_reduce`](dyn Communicator::all_reduce)
+/// and its neighbours); this trait is what an implementation provides. All ranks of a group call
+/// the same collectives in the same order. Several exchanges of a group may be under way.
+pub trait Communicator: Send + Sync {
+    /// This rank, in `0..size`.
+    fn rank(&self) -> usize;
+
+    /// The number of ranks in the group.
+    fn size(&self) -> usize;
+
+    /// "single", "threads", or the MPI library's name and version.
+    fn name(&self) -> String;
+
+    /// Starts one exchange: hands out this rank's parts, returns without waiting for others.
+    ///
+    /// The collectives are built on this; call those instead.
+    fn start(&self, exchange: Exchange) -> Result<Box<dyn InFlight>>;
+
+    /// The subgroup of the ranks that passed the same `color`, ordered by `key`, then by rank. All
+    /// ranks of this group call it together.
+    fn split(&self, color: usize, key: usize) -> Result<Arc<dyn Communicator>>;
+
+    /// Tells all ranks, of this group and of those related to it by `split`, that this one cannot
+    /// go on: their calls end with `reason`. Does not wait.
+    fn abort(&self, reason: &str);
+
+    /// What this rank has sent and received in this group.
+    fn traffic(&self) -> &TrafficCounter;
+}
+
+/// What one rank puts into an exchange.
+pub struct Exchange {
+    /// Which collective, where in the model; compared with what the other ranks say.
+    pub head: Head,
+    /// The elements, shared so that receivers can read them where they are.
+    pub send: Arc<Elements>,
+    /// Which of them go to which rank.
+    pub spans: Spans,
+}
+
+/// Which elements of a buffer go to which rank.
+pub enum Spans {
+    /// All of them, to every rank.
+    Whole,
+    /// Rank r gets elements `offsets[r]..offsets[r + 1]`.
+    Offsets(Vec<usize>),
+}
+
+impl Spans {
+    /// The spans of consecutive parts of the given lengths.
+    pub fn of_counts(counts: &[usize]) -> Self {
+        let ends = counts.iter().scan(0, |end, &count| {
+            *end += count;
+            Some(*end)
+        });
+        Self::Offsets(std::iter::once(0).chain(ends).collect())
+    }
+
+    /// The span for `rank`, of a buffer of `len` elements.
+    pub fn to(&self, rank: usize, len: usize) -> Range<usize> {
+        match self {
+            Self::Whole => 0..len,
+            Self::Offsets(offsets) => offsets[rank]..offsets[rank + 1],
+        }
+    }
+}
+
+/// An exchange under way. Dropping it gives up this rank's received parts, not those of others.
+pub trait InFlight: Send {
+    /// True when [`wait`](InFlight::wait) would return at once. Moves the exchange on; never blocks.
+    fn poll(&mut self) -> Result<bool>;
+
+    /// Waits for every rank's part: the elements in rank order, and how many came from each.
+    fn wait(self: Box<Self>) -> Result<(Elements, Vec<usize>)>;
+}
+
+/// How a group is set up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Options {
+    /// How long a rank waits for the others in one collective before it fails. It must cover the
+    /// largest difference in time between ranks, e.g. of loading weights. 60 s by default.
+    pub timeout: Duration,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { timeout: Duration::from_secs(60) }
+    }
+}
+
+/// "rank 3 last seen at layer 'x', step combine (all-to-all)".
+pub(crate) fn sighting(rank: usize, seen: Option<&Head>) -> String {
+    match seen {
+        Some(head) => format!("rank {rank}, last seen in {head}"),
+        None => format!("rank {rank}, which took part in no collective"),
+    }
+}
+
+/// The error of a group, as seen by `rank`.
+pub(crate) fn failure(rank: usize, cause: &str) -> Error {
+    Error::Communication(format!("rank {rank}: {cause}"))
+}

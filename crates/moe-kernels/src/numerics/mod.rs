@@ -25,6 +25,7 @@ pub mod int4;
 pub mod int8;
 mod minifloat;
 mod packed6;
+pub mod quantise;
 mod scale;
 
 pub use scale::{DecodeScale, EncodeScale, for_each_group};

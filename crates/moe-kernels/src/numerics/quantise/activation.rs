@@ -52,7 +52,7 @@ pub enum Qdq {
     Mxfp4,
     /// NVFP4: E2M1 elements, E4M3 scales of 16, a given scale for the tensor.
     Nvfp4 {
-        /// Positive and finite.
+        /// Positive and at most 2^118.
         global: EncodeScale,
         /// Order of the arithmetic.
         rule: Nvfp4Rule,

@@ -6,6 +6,9 @@ use super::amax;
 /// Elements that share a scale.
 pub(super) const BLOCK: usize = 16;
 
+/// Largest global scale, 2^118: divided by the smallest block scale, 2^−9, it is still finite.
+const MAX_GLOBAL: f32 = f32::from_bits((118 + 127) << 23);
+
 /// Order of the arithmetic, where `G` is the global scale and `m` the largest magnitude of a block.
 /// They differ only where a value lies on, or a rounding error beside, a tie.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -19,8 +22,7 @@ pub enum Nvfp4Rule {
 
 /// The scale that takes `amax` to the largest value that a block can hold: 448 · 6.
 pub(super) fn global_scale(amax: f32) -> EncodeScale {
-    // A tiny `amax` must not give an infinite scale.
-    EncodeScale((e4m3::MAX * e2m1::MAX / amax).min(f32::MAX))
+    EncodeScale((e4m3::MAX * e2m1::MAX / amax).min(MAX_GLOBAL))
 }
 
 #[inline(always)]

@@ -11,8 +11,10 @@ mod folder;
 pub mod gguf;
 mod safetensors;
 mod tensor;
+mod write;
 
 pub use config::Config;
 pub use container::{Checkpoint, Container, TensorInfo};
 pub use file::StoredDtype;
 pub use tensor::{Bytes, Dtype, Tensor};
+pub use write::{NewTensor, Writer, write_safetensors};

@@ -24,6 +24,9 @@ use crate::{Error, Result};
 /// Longest header, in bytes; other readers of the format have the same limit.
 pub(super) const MAX_HEADER: u64 = 100_000_000;
 
+/// The header's key for strings about the file.
+pub(super) const METADATA: &str = "__metadata__";
+
 /// A dtype by the name that the format has for it. Known to the format, but not here: F4, F6_E2M3,
 /// F6_E3M2, C64 and the FNUZ variants of FP8.
 fn dtype(name: &str) -> Option<Dtype> {
@@ -143,7 +146,7 @@ impl<'de> Visitor<'de> for &mut Header<'_> {
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
         while let Some(name) = map.next_key::<String>()? {
-            if name == "__metadata__" {
+            if name == METADATA {
                 map.next_value::<IgnoredAny>()?;
                 continue;
             }

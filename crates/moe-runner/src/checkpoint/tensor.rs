@@ -4,6 +4,7 @@ use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use super::gguf::GgmlType;
 use crate::{Error, Result};
 
 /// Bytes that stay valid for as long as anyone holds them: a part of a mapped file, or owned.
@@ -95,7 +96,10 @@ impl Dtype {
 impl std::fmt::Display for Dtype {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let name = match self {
-            Self::Ggml(number) => return write!(f, "ggml type {number}"),
+            Self::Ggml(number) => match GgmlType::of(*number) {
+                Some(stored) => stored.name,
+                None => return write!(f, "ggml type {number}"),
+            },
             Self::Bool => "BOOL",
             Self::U8 => "U8",
             Self::I8 => "I8",

@@ -1,6 +1,8 @@
 //! The types of GGUF tensors: a row is a sequence of blocks, each of so many elements in so many
 //! bytes.
 
+use moe_kernels::numerics::ggml::BlockType;
+
 use crate::checkpoint::tensor::Dtype;
 
 /// How a type of GGUF tensor is stored.
@@ -19,12 +21,12 @@ pub struct GgmlType {
 impl GgmlType {
     /// The type of this number; `None` for unknown ones, and for those that ggml has removed.
     pub fn of(number: u32) -> Option<Self> {
-        GGML_TYPES.iter().find(|row| row.0 == number).map(|&(number, name, block, bytes)| Self {
-            number,
-            name,
-            block,
-            bytes,
-        })
+        let row = match BlockType::from_ggml(number) {
+            Some(known) => (number, known.name(), known.block_len(), known.block_bytes()),
+            None => OTHERS.into_iter().find(|row| row.0 == number)?,
+        };
+        let (number, name, block, bytes) = row;
+        Some(Self { number, name, block, bytes })
     }
 
     /// The dtype of a tensor of this type: plain types have one of their own.
@@ -43,30 +45,19 @@ impl GgmlType {
     }
 }
 
-/// Number, name, elements and bytes of a block.
-const GGML_TYPES: [(u32, &str, usize, usize); 35] = [
+/// The types that are not among [`BlockType`]s, plain ones and those that cannot be decoded: number,
+/// name, elements and bytes of a block.
+const OTHERS: [(u32, &str, usize, usize); 20] = [
     (0, "F32", 1, 4),
     (1, "F16", 1, 2),
-    (2, "Q4_0", 32, 2 + 16),
-    (3, "Q4_1", 32, 4 + 16),
-    (6, "Q5_0", 32, 2 + 4 + 16),
-    (7, "Q5_1", 32, 4 + 4 + 16),
-    (8, "Q8_0", 32, 2 + 32),
     (9, "Q8_1", 32, 4 + 32),
-    (10, "Q2_K", 256, 16 + 64 + 4),
-    (11, "Q3_K", 256, 32 + 64 + 12 + 2),
-    (12, "Q4_K", 256, 4 + 12 + 128),
-    (13, "Q5_K", 256, 4 + 12 + 32 + 128),
-    (14, "Q6_K", 256, 128 + 64 + 16 + 2),
     (15, "Q8_K", 256, 4 + 256 + 32),
     (16, "IQ2_XXS", 256, 2 + 64),
     (17, "IQ2_XS", 256, 2 + 64 + 8),
     (18, "IQ3_XXS", 256, 2 + 64 + 32),
     (19, "IQ1_S", 256, 2 + 32 + 16),
-    (20, "IQ4_NL", 32, 2 + 16),
     (21, "IQ3_S", 256, 2 + 64 + 32 + 8 + 4),
     (22, "IQ2_S", 256, 2 + 64 + 16),
-    (23, "IQ4_XS", 256, 2 + 2 + 128 + 4),
     (24, "I8", 1, 1),
     (25, "I16", 1, 2),
     (26, "I32", 1, 4),
@@ -74,10 +65,36 @@ const GGML_TYPES: [(u32, &str, usize, usize); 35] = [
     (28, "F64", 1, 8),
     (29, "IQ1_M", 256, 32 + 16 + 8),
     (30, "BF16", 1, 2),
-    (34, "TQ1_0", 256, 48 + 4 + 2),
-    (35, "TQ2_0", 256, 64 + 2),
-    (39, "MXFP4", 32, 1 + 16),
     (40, "NVFP4", 64, 4 + 32),
     (41, "Q1_0", 128, 2 + 16),
     (42, "Q2_0", 64, 2 + 16),
 ];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_number_stands_for_two_types() {
+        for (number, name, ..) in OTHERS {
+            assert_eq!(BlockType::from_ggml(number), None, "{name}");
+            assert_eq!(GgmlType::of(number).unwrap().name, name);
+        }
+        assert_eq!(GgmlType::of(12).unwrap().name, "Q4_K");
+        // Removed from ggml: Q4_2, Q4_3 and the interleaved variants of Q4_0.
+        assert!([4, 5, 31, 32, 33].into_iter().all(|number| GgmlType::of(number).is_none()));
+    }
+
+    #[test]
+    fn plain_types_have_their_own_dtype() {
+        for number in 0..50 {
+            let Some(stored) = GgmlType::of(number) else { continue };
+            match stored.dtype().size() {
+                Some(size) => {
+                    assert_eq!((stored.block, stored.bytes), (1, size), "{}", stored.name)
+                }
+                None => assert!(stored.block > 1, "{}", stored.name),
+            }
+        }
+    }
+}

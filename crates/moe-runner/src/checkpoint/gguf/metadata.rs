@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use super::reader::Reader;
 use crate::checkpoint::file::{MAX_NAME, printable};
@@ -70,7 +71,15 @@ pub struct Metadata {
     path: PathBuf,
     bytes: Bytes,
     /// Sorted by key.
-    values: std::sync::Arc<[(Box<str>, Kind, Range<usize>)]>,
+    values: Arc<[Stored]>,
+}
+
+/// Where a value lies in the file.
+#[derive(Debug)]
+struct Stored {
+    key: Box<str>,
+    kind: Kind,
+    range: Range<usize>,
 }
 
 impl Metadata {
@@ -98,13 +107,13 @@ impl Metadata {
                 Error::File { path, reason } => Error::Config { path, key: key.to_owned(), reason },
                 other => other,
             })?;
-            values.push((key.into(), kind, start..reader.at));
+            values.push(Stored { key: key.into(), kind, range: start..reader.at });
         }
-        values.sort_by(|a: &(Box<str>, _, _), b| a.0.cmp(&b.0));
-        if let Some(pair) = values.windows(2).find(|pair| pair[0].0 == pair[1].0) {
+        values.sort_by(|a, b| a.key.cmp(&b.key));
+        if let Some(pair) = values.windows(2).find(|pair| pair[0].key == pair[1].key) {
             return Err(Error::config(
                 reader.path,
-                &*pair[0].0,
+                &*pair[0].key,
                 "stands more than once in the file",
             ));
         }
@@ -118,15 +127,15 @@ impl Metadata {
 
     /// The value at `key`.
     pub fn get(&self, key: &str) -> Option<Value<'_>> {
-        let i = self.values.binary_search_by(|(name, ..)| (**name).cmp(key)).ok()?;
-        let (_, kind, range) = &self.values[i];
+        let i = self.values.binary_search_by(|stored| (*stored.key).cmp(key)).ok()?;
+        let Stored { kind, range, .. } = &self.values[i];
         let bytes = self.bytes.get(range.clone())?;
         decode(*kind, &mut Reader { path: &self.path, bytes, at: 0 }).ok()
     }
 
     /// All keys, sorted.
     pub fn keys(&self) -> impl Iterator<Item = &str> {
-        self.values.iter().map(|(key, ..)| &**key)
+        self.values.iter().map(|stored| &*stored.key)
     }
 
     /// A size or count, of any integer type.

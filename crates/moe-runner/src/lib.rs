@@ -10,14 +10,25 @@
 
 pub mod error;
 pub mod hidden;
+pub mod random;
 pub mod spec;
 
 pub mod checkpoint;
 
 pub mod router;
 
+pub mod plan;
+
 pub mod weights;
 
+pub mod experts;
+pub mod oracle;
+
 pub mod comm;
+pub mod exchange;
+
+pub mod shared_experts;
+
+pub mod runner;
 
 pub use error::{Error, Result};

@@ -103,6 +103,19 @@ pub struct WeightRows<'a> {
 }
 
 impl<'a> WeightRows<'a> {
+    /// A view of f32 values in memory, `stride` apart.
+    ///
+    /// # Panics
+    /// As [`new`](WeightRows::new).
+    pub fn from_f32(values: &'a [f32], rows: usize, cols: usize, stride: usize) -> WeightRows<'a> {
+        // SAFETY: any f32 is four initialised bytes, and the borrow is the same. (Little-endian is
+        // this machine's order wherever the kernels run: see `new`.)
+        let bytes = unsafe {
+            std::slice::from_raw_parts(values.as_ptr().cast::<u8>(), size_of_val(values))
+        };
+        WeightRows::new(bytes, Float::F32, rows, cols, stride)
+    }
+
     /// `rows` rows of `cols` elements, `stride` elements apart. The elements are little-endian and
     /// need no alignment; `bytes` may go on after the last row.
     ///

@@ -4,6 +4,7 @@ use std::str::FromStr;
 
 use super::select::top_k;
 use super::{LogicalId, Routing};
+use crate::random::Random;
 use crate::spec::{RouterSpec, WeightFrom};
 use crate::{Error, Result};
 
@@ -54,13 +55,13 @@ impl FromStr for Strategy {
 #[derive(Clone, Debug)]
 pub struct Simulator {
     strategy: Strategy,
-    random: SplitMix64,
+    random: Random,
 }
 
 impl Simulator {
     /// A simulator whose choices follow from `seed` alone.
     pub fn new(strategy: Strategy, seed: u64) -> Self {
-        Self { strategy, random: SplitMix64(seed) }
+        Self { strategy, random: Random::new(seed) }
     }
 
     /// Routes `tokens` tokens among all [`RouterSpec::choices`], `top_k` each. Jointly weighted
@@ -86,7 +87,7 @@ impl Simulator {
             match self.strategy {
                 Strategy::UniformRandom => {
                     scratch.choice.clear();
-                    scratch.choice.extend((0..experts).map(|_| self.random.uniform() as f32));
+                    scratch.choice.extend((0..experts).map(|_| self.random.unit() as f32));
                     scratch.chosen.resize(k, Default::default());
                     top_k(&scratch.choice, &mut scratch.chosen);
                     for (id, candidate) in ids.iter_mut().zip(&scratch.chosen) {
@@ -114,43 +115,5 @@ impl Simulator {
             }
         }
         Ok(())
-    }
-}
-
-/// SplitMix64 (Steele, Lea, Flood 2014): 64 bits of state, every seed as good as any other.
-#[derive(Clone, Debug)]
-struct SplitMix64(u64);
-
-impl SplitMix64 {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut mixed = self.0;
-        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        mixed ^ (mixed >> 31)
-    }
-
-    /// In (0, 1): 53 bits, shifted off zero so that a logarithm is finite.
-    fn uniform(&mut self) -> f64 {
-        ((self.next() >> 11) as f64 + 0.5) * (-53_f64).exp2()
-    }
-
-    /// N(0, 1), by Box and Muller.
-    fn normal(&mut self) -> f64 {
-        let radius = (-2.0 * self.uniform().ln()).sqrt();
-        radius * (std::f64::consts::TAU * self.uniform()).cos()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::SplitMix64;
-
-    /// The first outputs for seed 0, as published with the reference implementation.
-    #[test]
-    fn splitmix64_vectors() {
-        let mut random = SplitMix64(0);
-        let expected = [0xE220_A839_7B1D_CDAF, 0x6E78_9E6A_A1B9_65F4, 0x06C4_5D18_8009_454F];
-        assert_eq!(expected.map(|_| random.next()), expected);
     }
 }

@@ -18,6 +18,7 @@ mod router;
 mod scheme;
 
 pub use activation::Activation;
+pub(crate) use activation::sigmoid;
 pub use router::{
     Correction, GroupFill, GroupScore, Groups, IdleExperts, Renormalise, RouterSpec, Score,
     Selection, WeightFrom, WeightOn,
@@ -256,6 +257,17 @@ impl LayerSpec {
                     .into(),
             );
         }
+        if matches!(self.router.idle, Some(IdleExperts::Identity { .. }))
+            && !(self.input_transform.is_identity()
+                && self.output_transform.is_identity()
+                && (self.routed_scale.on == ScaleOn::Weights || self.routed_scale.factor == 1.0))
+        {
+            return fail(
+                "identity experts return the layer's own input: neither a transform nor a factor \
+                 on the output can stand between"
+                    .into(),
+            );
+        }
         if !self.output.multiplier.is_finite() {
             return fail(format!("output multiplier is {}", self.output.multiplier));
         }
@@ -266,6 +278,16 @@ impl LayerSpec {
             if shared.intermediate == 0 || shared.intermediate > MAX_SIZE {
                 return fail(format!("shared intermediate size is {}", shared.intermediate));
             }
+        }
+        if self.shared.as_ref().is_some_and(|s| s.combine == SharedCombine::RouterWeighted)
+            && self.routed_scale.on == ScaleOn::Output
+            && self.routed_scale.factor != 1.0
+        {
+            return fail(
+                "shared experts weighted by the router take its scaling factor: it must be \
+                 applied to the weights"
+                    .into(),
+            );
         }
         let joint = match self.router.weight_from {
             WeightFrom::JointSoftmax { shared } => Some(shared),

@@ -1,5 +1,7 @@
 //! Names of stored number formats: what the oracle matches kernels on.
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 
 /// How the numbers of a weight matrix are stored.
@@ -22,4 +24,22 @@ pub enum WeightFormat {
 pub enum ActivationFormat {
     /// Not at all.
     Unquantised,
+}
+
+impl fmt::Display for WeightFormat {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::F32 => "f32",
+            Self::F16 => "f16",
+            Self::Bf16 => "bf16",
+        })
+    }
+}
+
+impl fmt::Display for ActivationFormat {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Unquantised => "unquantised",
+        })
+    }
 }

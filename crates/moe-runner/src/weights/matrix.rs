@@ -84,6 +84,20 @@ impl ActivationQuant {
             Self::None => ActivationFormat::Unquantised,
         }
     }
+
+    /// `row` quantised and dequantised, in place.
+    pub fn apply(&self, _row: &mut [f32]) {
+        match self {
+            Self::None => {}
+        }
+    }
+
+    /// `row` quantised and dequantised; where it is not quantised, it stays float64.
+    pub fn apply_f64(&self, row: &[f64]) -> Vec<f64> {
+        match self {
+            Self::None => row.to_vec(),
+        }
+    }
 }
 
 /// One projection `[rows, cols]` = `[out, in]`: a window of an [`Encoding`].
@@ -171,6 +185,37 @@ impl Matrix {
             all
         } else {
             all / self.encoding.cols().max(1) * self.cols()
+        }
+    }
+
+    /// The same matrix, ready for kernels that read rows: floats stored the other way round are
+    /// copied, once, everything else is shared.
+    pub fn packed(&self) -> Self {
+        let float = match self.format() {
+            WeightFormat::F32 => FloatType::F32,
+            WeightFormat::F16 => FloatType::F16,
+            WeightFormat::Bf16 => FloatType::Bf16,
+            #[allow(unreachable_patterns)]
+            _ => return self.clone(),
+        };
+        if self.float_rows().is_some() {
+            return self.clone();
+        }
+        let mut bytes = Vec::with_capacity(self.rows * self.cols() * float.size());
+        let mut row = vec![0.0; self.cols()];
+        for n in 0..self.rows {
+            self.decode_row(n, &mut row);
+            for v in &row {
+                match float {
+                    FloatType::F32 => bytes.extend_from_slice(&v.to_le_bytes()),
+                    FloatType::F16 => bytes.extend_from_slice(&f16::from_f32(*v).to_le_bytes()),
+                    FloatType::Bf16 => bytes.extend_from_slice(&bf16::from_f32(*v).to_le_bytes()),
+                }
+            }
+        }
+        match FloatEncoding::row_major(bytes.into(), float, self.rows, self.cols()) {
+            Some(encoding) => Self::new(Arc::new(encoding)).with_input(self.input),
+            None => self.clone(),
         }
     }
 

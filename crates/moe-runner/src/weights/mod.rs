@@ -4,8 +4,10 @@
 //! transposed, interleaved, quantised. It is a view; loading copies nothing that need not be.
 
 mod matrix;
+mod synthetic;
 
 pub use matrix::{ActivationQuant, Encoding, FloatEncoding, FloatRows, FloatType, Matrix};
+pub use synthetic::{random_layer, random_matrix};
 
 use crate::spec::LayerSpec;
 

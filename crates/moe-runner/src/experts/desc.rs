@@ -1,0 +1,105 @@
+//! What a kernel is, as data: the oracle, `explain`, the tests and the documentation read the same.
+
+use moe_kernels::isa::Isa;
+
+use crate::hidden::ActivationDtype;
+use crate::spec::{ActivationFormat, WeightFormat};
+
+/// A kernel's properties.
+#[derive(Clone, Copy, Debug)]
+pub struct KernelDesc {
+    /// The name that users write.
+    pub name: &'static str,
+    /// One line: what it is.
+    pub summary: &'static str,
+    /// Where it runs.
+    pub device: Device,
+    /// The instruction set it needs.
+    pub isa: Isa,
+    /// The number formats of weights it can read.
+    pub weights: Formats<WeightFormat>,
+    /// The quantisations of activations it can apply.
+    pub activations: Formats<ActivationFormat>,
+    /// Dtypes of hidden states.
+    pub dtypes: &'static [ActivationDtype],
+    /// The hidden and the intermediate size must be multiples of these.
+    pub multiples: (usize, usize),
+    /// How rows come to it.
+    pub row_format: RowFormat,
+    /// Routes by itself; takes logits, returns weighted sums.
+    pub monolithic: bool,
+    /// Shared experts may run while this kernel's rows are on their way.
+    pub overlaps_shared: bool,
+    /// Chosen only when the user names it: it exists to compare with, not to be fast.
+    pub by_name_only: bool,
+    /// How far its results repeat.
+    pub determinism: Determinism,
+}
+
+/// Where a kernel runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Device {
+    /// The processor.
+    Cpu,
+    /// An NVIDIA GPU.
+    Cuda,
+}
+
+impl Device {
+    /// "cpu" or "cuda".
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Cpu => "cpu",
+            Self::Cuda => "cuda",
+        }
+    }
+}
+
+/// A set of formats.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Formats<F: 'static> {
+    /// Everything that can be loaded.
+    All,
+    /// These.
+    Only(&'static [F]),
+}
+
+impl<F: PartialEq + std::fmt::Display> Formats<F> {
+    /// True if `format` belongs to the set.
+    pub fn contains(&self, format: &F) -> bool {
+        match self {
+            Self::All => true,
+            Self::Only(formats) => formats.contains(format),
+        }
+    }
+
+    /// The formats, for people.
+    pub fn list(&self) -> String {
+        match self {
+            Self::All => "any format".into(),
+            Self::Only(formats) => formats.iter().map(F::to_string).collect::<Vec<_>>().join(", "),
+        }
+    }
+}
+
+/// How rows come to a kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RowFormat {
+    /// `[rows, H]` in any order, with a plan.
+    Standard,
+    /// `[experts, capacity, H]`, each expert's rows together.
+    Batched,
+}
+
+/// How far a kernel's results repeat; each includes those before it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Determinism {
+    /// Nothing is promised.
+    None,
+    /// The same call gives the same bits.
+    RunToRun,
+    /// …for any number of threads.
+    AnyThreads,
+    /// …and for any other rows in the batch, and any placement of whole experts on ranks.
+    AnyBatch,
+}

@@ -1,0 +1,157 @@
+//! The experts' two products, and every kernel that computes them.
+//!
+//! A kernel gets rows and a [`Plan`]; it returns one row for each slot, not yet weighted. Weights
+//! and sums are the exchange's business, after the rows have come back to their token's rank, so
+//! that there is one order of summation for all kernels and all splits.
+
+pub mod cpu;
+mod desc;
+pub mod reference;
+
+pub use desc::{Determinism, Device, Formats, KernelDesc, RowFormat};
+
+use crate::plan::Plan;
+use crate::router::{Router, Routing};
+use crate::weights::Expert;
+use crate::{Error, Result, spec};
+use cpu::{CPU_AVX2, CPU_AVX512, CPU_PORTABLE, CpuExperts, SharedPool};
+use reference::{REFERENCE, REFERENCE_MONOLITHIC, Reference, ReferenceMonolithic};
+
+/// Every kernel, in order of preference.
+pub const KERNELS: &[&KernelDesc] =
+    &[&CPU_AVX512, &CPU_AVX2, &CPU_PORTABLE, &REFERENCE, &REFERENCE_MONOLITHIC];
+
+/// A kernel with its packed weights.
+#[derive(Debug)]
+pub enum BuiltKernel {
+    /// Gets rows and a plan, returns a row for each slot.
+    Modular(Box<dyn Experts>),
+    /// Gets rows and logits, returns weighted sums.
+    Monolithic(Box<dyn MonolithicExperts>),
+}
+
+/// Packs `set` for the kernel that `desc` describes.
+///
+/// # Errors
+/// [`Error::NoKernel`] if the processor lacks the instruction set, or no kernel has that name.
+pub fn build(desc: &KernelDesc, set: ExpertSet<'_>, pool: &SharedPool) -> Result<BuiltKernel> {
+    match desc.name {
+        name if name == REFERENCE_MONOLITHIC.name => {
+            Ok(BuiltKernel::Monolithic(Box::new(ReferenceMonolithic::new(set))))
+        }
+        _ => build_dense(desc, set, pool).map(BuiltKernel::Modular),
+    }
+}
+
+/// Packs `set`, experts that every token takes, for the kernel that `desc` describes or, where that
+/// one routes by itself, for its counterpart that does not.
+///
+/// # Errors
+/// As [`build`].
+pub fn build_dense(
+    desc: &KernelDesc,
+    set: ExpertSet<'_>,
+    pool: &SharedPool,
+) -> Result<Box<dyn Experts>> {
+    if desc.name == REFERENCE.name || desc.name == REFERENCE_MONOLITHIC.name {
+        return Ok(Box::new(Reference::new(set)));
+    }
+    match [&CPU_AVX512, &CPU_AVX2, &CPU_PORTABLE].into_iter().find(|cpu| cpu.name == desc.name) {
+        Some(cpu) => Ok(Box::new(CpuExperts::new(cpu, set, pool.clone())?)),
+        None => Err(Error::NoKernel(format!("no kernel '{}' can be built", desc.name))),
+    }
+}
+
+/// What the experts of one rank are, for a kernel to pack.
+#[derive(Clone, Copy, Debug)]
+pub struct ExpertSet<'a> {
+    /// Gated or not, activation, biases, norm.
+    pub spec: &'a spec::ExpertSpec,
+    /// Where weights are multiplied.
+    pub weight_on: spec::WeightOn,
+    /// This rank's experts, by local id. All have the same shapes.
+    pub experts: &'a [Expert],
+}
+
+impl ExpertSet<'_> {
+    /// Width of the rows that go in and come out.
+    pub fn hidden(&self) -> usize {
+        self.experts.first().map_or(0, |expert| expert.up.cols())
+    }
+
+    /// Width between the two products.
+    pub fn intermediate(&self) -> usize {
+        self.experts.first().map_or(0, |expert| expert.up.rows())
+    }
+}
+
+/// Rows for the experts of this rank.
+#[derive(Debug)]
+pub struct ExpertCall<'a> {
+    /// Input rows, `stride` apart; the columns beyond the experts' width are zero.
+    pub rows: &'a [f32],
+    /// Elements from one row to the next, in `rows` and `out`.
+    pub stride: usize,
+    /// The slots of these rows, by local expert.
+    pub plan: &'a Plan,
+    /// Weight of each slot [rows · k]; kernels use it only where weights multiply the input.
+    pub weights: &'a [f32],
+    /// One output row for each slot. Rows of slots without an expert here are not touched.
+    pub out: &'a mut [f32],
+}
+
+/// A kernel with its packed weights: computes `expert(row)` for each slot of the plan.
+pub trait Experts: Send + Sync + std::fmt::Debug {
+    /// What the kernel is and can do.
+    fn desc(&self) -> &'static KernelDesc;
+
+    /// Columns that a row of `hidden` columns must have in memory; the rest is zero.
+    fn padded_width(&self, hidden: usize) -> usize {
+        hidden
+    }
+
+    /// Bytes of scratch memory for `slots` slots at most.
+    fn workspace_bytes(&self, slots: usize) -> usize;
+
+    /// Bytes of weights that are read for `plan`.
+    fn weight_bytes(&self, plan: &Plan) -> usize;
+
+    /// Computes one row for each slot.
+    ///
+    /// # Errors
+    /// What the device or the numbers refuse. The shapes are the runner's responsibility.
+    fn forward(&mut self, call: ExpertCall<'_>) -> Result<()>;
+}
+
+/// A kernel that routes by itself, and returns the weighted sums.
+pub trait MonolithicExperts: Send + Sync + std::fmt::Debug {
+    /// What the kernel is and can do.
+    fn desc(&self) -> &'static KernelDesc;
+
+    /// Bytes of weights that are read for a batch routed as `routing`.
+    fn weight_bytes(&self, routing: &Routing) -> usize;
+
+    /// Routes the rows by their logits, into `routing`, and writes the weighted sum of the chosen
+    /// experts for each row to `out`. Identity experts are left to the runner.
+    ///
+    /// # Errors
+    /// As the router's.
+    fn forward(&mut self, call: MonolithicCall<'_>) -> Result<()>;
+}
+
+/// Rows for a kernel that routes by itself: all inputs of a row together.
+#[derive(Debug)]
+pub struct MonolithicCall<'a> {
+    /// `[T, H]`.
+    pub rows: &'a [f32],
+    /// `[T, E_total]`.
+    pub logits: &'a [f32],
+    /// `[T]`, where routing goes by token id.
+    pub input_ids: Option<&'a [u32]>,
+    /// The layer's router.
+    pub router: &'a Router,
+    /// Filled by the kernel: what was chosen.
+    pub routing: &'a mut Routing,
+    /// `[T, H]`, overwritten.
+    pub out: &'a mut [f32],
+}

@@ -1,0 +1,220 @@
+//! The truth: every expert in scalar float64 arithmetic, for every format. Slow and obvious.
+
+use moe_kernels::isa::Isa;
+
+use crate::experts::{
+    Determinism, Device, ExpertCall, ExpertSet, Experts, Formats, KernelDesc, MonolithicCall,
+    MonolithicExperts, RowFormat,
+};
+use crate::hidden::ActivationDtype;
+use crate::plan::Plan;
+use crate::router::Routing;
+use crate::spec::{Activation, ExpertSpec, RmsNorm, WeightOn};
+use crate::weights::{Expert, Matrix};
+use crate::{Error, Result};
+
+/// The reference kernel.
+pub const REFERENCE: KernelDesc = KernelDesc {
+    name: "reference",
+    summary: "scalar float64, every format: the truth that the others are measured against",
+    device: Device::Cpu,
+    isa: Isa::Portable,
+    weights: Formats::All,
+    activations: Formats::All,
+    dtypes: &[ActivationDtype::F32, ActivationDtype::Bf16, ActivationDtype::F16],
+    multiples: (1, 1),
+    row_format: RowFormat::Standard,
+    monolithic: false,
+    overlaps_shared: true,
+    by_name_only: true,
+    determinism: Determinism::AnyBatch,
+};
+
+/// The reference kernel that routes by itself and sums in float64.
+pub const REFERENCE_MONOLITHIC: KernelDesc = KernelDesc {
+    name: "reference_monolithic",
+    summary: "scalar float64, routes by itself and sums in float64: the monolithic contract",
+    monolithic: true,
+    overlaps_shared: false,
+    ..REFERENCE
+};
+
+/// `Σ_k a[k]·b[k]`, in float64.
+pub fn dot(a: &[f32], b: &[f64]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| f64::from(*a) * b).sum()
+}
+
+/// `rows · matrixᵀ + bias`, row by row, in float64. `rows` hold `matrix.cols()` values each, and
+/// are quantised first where the matrix asks for it.
+pub fn project(matrix: &Matrix, bias: Option<&[f32]>, rows: &[Vec<f64>]) -> Vec<Vec<f64>> {
+    let rows: Vec<Vec<f64>> = rows.iter().map(|row| matrix.input.apply_f64(row)).collect();
+    let mut out = vec![Vec::with_capacity(matrix.rows()); rows.len()];
+    let mut weight = vec![0.0; matrix.cols()];
+    for n in 0..matrix.rows() {
+        matrix.decode_row(n, &mut weight);
+        let bias = bias.map_or(0.0, |bias| f64::from(bias[n]));
+        for (out, row) in out.iter_mut().zip(&rows) {
+            out.push(dot(&weight, row) + bias);
+        }
+    }
+    out
+}
+
+/// `x / sqrt(mean(x²) + eps) · w`, in place.
+pub fn rms_norm(norm: RmsNorm, weight: &[f32], row: &mut [f64]) {
+    let mean_square = row.iter().map(|v| v * v).sum::<f64>() / row.len() as f64;
+    let inverse = 1.0 / (mean_square + f64::from(norm.eps)).sqrt();
+    let offset = if norm.unit_offset { 1.0 } else { 0.0 };
+    for (v, w) in row.iter_mut().zip(weight) {
+        *v *= inverse * (offset + f64::from(*w));
+    }
+}
+
+/// One expert on some rows: `down · act(gate·x, up·x)`, with biases and norm.
+pub fn expert(
+    expert: &Expert,
+    activation: Activation,
+    norm: Option<RmsNorm>,
+    rows: &[Vec<f64>],
+) -> Vec<Vec<f64>> {
+    let up = project(&expert.up, expert.up_bias.as_deref(), rows);
+    let middle: Vec<Vec<f64>> = match &expert.gate {
+        Some(gate) => project(gate, expert.gate_bias.as_deref(), rows)
+            .iter()
+            .zip(&up)
+            .map(|(g, u)| g.iter().zip(u).map(|(g, u)| activation.gated(*g, *u)).collect())
+            .collect(),
+        None => up.iter().map(|u| u.iter().map(|u| activation.plain(*u)).collect()).collect(),
+    };
+    let mut out = project(&expert.down, expert.down_bias.as_deref(), &middle);
+    if let (Some(norm), Some(weight)) = (norm, &expert.norm) {
+        out.iter_mut().for_each(|row| rms_norm(norm, weight, row));
+    }
+    out
+}
+
+/// Bytes of the file behind one expert's projections.
+pub fn stored_bytes(expert: &Expert) -> usize {
+    let gate = expert.gate.as_ref().map_or(0, Matrix::stored_bytes);
+    gate + expert.up.stored_bytes() + expert.down.stored_bytes()
+}
+
+/// [`REFERENCE`] with its weights.
+#[derive(Debug)]
+pub struct Reference {
+    spec: ExpertSpec,
+    weight_on: WeightOn,
+    experts: Vec<Expert>,
+}
+
+impl Reference {
+    /// Keeps views of the weights as they are stored.
+    pub fn new(set: ExpertSet<'_>) -> Self {
+        Self { spec: *set.spec, weight_on: set.weight_on, experts: set.experts.to_vec() }
+    }
+
+    fn expert(&self, e: usize, rows: &[Vec<f64>]) -> Vec<Vec<f64>> {
+        expert(&self.experts[e], self.spec.activation, self.spec.norm, rows)
+    }
+
+    /// A row as the experts see it: float64, times the weight where that is applied to the input.
+    fn input_row(&self, row: &[f32], weight: f32) -> Vec<f64> {
+        let factor = match self.weight_on {
+            WeightOn::Output => 1.0,
+            WeightOn::Input => f64::from(weight),
+        };
+        row.iter().map(|v| f64::from(*v) * factor).collect()
+    }
+}
+
+impl Experts for Reference {
+    fn desc(&self) -> &'static KernelDesc {
+        &REFERENCE
+    }
+
+    fn workspace_bytes(&self, _slots: usize) -> usize {
+        0
+    }
+
+    fn weight_bytes(&self, plan: &Plan) -> usize {
+        plan.active().map(|e| stored_bytes(&self.experts[e])).sum()
+    }
+
+    fn forward(&mut self, call: ExpertCall<'_>) -> Result<()> {
+        let ExpertCall { rows, stride, plan, weights, out } = call;
+        for e in plan.active() {
+            let width = self.experts[e].up.cols();
+            let inputs: Vec<Vec<f64>> = plan
+                .slots(e)
+                .iter()
+                .map(|&slot| {
+                    let start = plan.row(slot) * stride;
+                    self.input_row(&rows[start..start + width], weights[slot as usize])
+                })
+                .collect();
+            for (&slot, row) in plan.slots(e).iter().zip(self.expert(e, &inputs)) {
+                let start = slot as usize * stride;
+                for (out, v) in out[start..].iter_mut().zip(row) {
+                    *out = v as f32;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// [`REFERENCE_MONOLITHIC`] with its weights.
+#[derive(Debug)]
+pub struct ReferenceMonolithic(Reference);
+
+impl ReferenceMonolithic {
+    /// Keeps views of the weights as they are stored.
+    pub fn new(set: ExpertSet<'_>) -> Self {
+        Self(Reference::new(set))
+    }
+}
+
+impl MonolithicExperts for ReferenceMonolithic {
+    fn desc(&self) -> &'static KernelDesc {
+        &REFERENCE_MONOLITHIC
+    }
+
+    fn weight_bytes(&self, routing: &Routing) -> usize {
+        let mut ids: Vec<u32> = routing.ids.iter().map(|id| id.0).collect();
+        ids.sort_unstable();
+        ids.dedup();
+        ids.iter().filter_map(|id| self.0.experts.get(*id as usize)).map(stored_bytes).sum()
+    }
+
+    fn forward(&mut self, call: MonolithicCall<'_>) -> Result<()> {
+        let MonolithicCall { rows, logits, input_ids, router, routing, out } = call;
+        let width = self.0.experts.first().map_or(0, |expert| expert.up.cols());
+        if width == 0 {
+            return Err(Error::input("experts", "there are none"));
+        }
+        let tokens = rows.len() / width;
+        router.route(logits, input_ids, tokens, routing)?;
+        let k = routing.top_k;
+        for (t, (row, out)) in rows.chunks(width).zip(out.chunks_mut(width)).enumerate() {
+            let mut sum = vec![0.0f64; width];
+            for slot in t * k..(t + 1) * k {
+                let (id, weight) = (routing.ids[slot].index(), routing.weights[slot]);
+                if id >= self.0.experts.len() {
+                    continue;
+                }
+                let y = self.0.expert(id, &[self.0.input_row(row, weight)]);
+                let factor = match self.0.weight_on {
+                    WeightOn::Output => f64::from(weight),
+                    WeightOn::Input => 1.0,
+                };
+                for (sum, y) in sum.iter_mut().zip(&y[0]) {
+                    *sum += factor * y;
+                }
+            }
+            for (out, sum) in out.iter_mut().zip(sum) {
+                *out = sum as f32;
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,274 @@
+//! Which kernel runs, why, and why no other.
+//!
+//! One oracle for all formats. It knows kernels only by their [`KernelDesc`]: the request and the
+//! machine go in; the chosen kernel comes out, with *every* failing condition of every other one and
+//! what would remove it. A kernel that the user names is used or refused, never replaced.
+
+mod machine;
+
+pub use machine::Machine;
+
+use std::fmt;
+
+use crate::experts::{Device, KernelDesc, RowFormat};
+use crate::hidden::ActivationDtype;
+use crate::spec::{ActivationFormat, WeightFormat};
+use crate::weights::LoadedLayer;
+use crate::{Error, Result};
+
+/// What a layer needs from a kernel, and what the user asked for.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// The layer's name, for messages.
+    pub layer: String,
+    /// A kernel by name; `None`: the first that can.
+    pub kernel: Option<String>,
+    /// A device; `None`: any.
+    pub device: Option<Device>,
+    /// Dtype of the hidden states.
+    pub dtype: ActivationDtype,
+    /// Formats of the routed experts' weights.
+    pub weights: Vec<WeightFormat>,
+    /// Quantisations of the rows that they multiply.
+    pub activations: Vec<ActivationFormat>,
+    /// Width of the experts' rows.
+    pub hidden: usize,
+    /// Width between the two products, on this rank.
+    pub intermediate: usize,
+    /// How the exchange hands over rows.
+    pub row_format: RowFormat,
+    /// Routing must happen outside the kernel, and why (a replayed routing, a dispatch by expert).
+    pub routed_outside: Option<&'static str>,
+}
+
+impl Request {
+    /// What `layer` needs; automatic choice, on any device, rows in any order.
+    pub fn of(layer: &LoadedLayer, dtype: ActivationDtype) -> Self {
+        let mut weights = Vec::new();
+        let mut activations = Vec::new();
+        let matrices = layer.experts.iter().flat_map(|e| e.gate.iter().chain([&e.up, &e.down]));
+        for matrix in matrices {
+            weights.push(matrix.format());
+            activations.push(matrix.input.format());
+        }
+        weights.sort_unstable();
+        weights.dedup();
+        activations.sort_unstable();
+        activations.dedup();
+        let first = layer.experts.first();
+        Self {
+            layer: layer.spec.name.clone(),
+            kernel: None,
+            device: None,
+            dtype,
+            weights,
+            activations,
+            hidden: first.map_or(layer.spec.dims.routed_hidden, |e| e.up.cols()),
+            intermediate: first.map_or(layer.spec.dims.intermediate, |e| e.up.rows()),
+            row_format: RowFormat::Standard,
+            routed_outside: None,
+        }
+    }
+}
+
+/// One condition that a kernel fails, and the smallest change that would remove it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Reason {
+    /// The condition, with what is needed and what is there.
+    pub what: String,
+    /// The change.
+    pub fix: String,
+}
+
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} ({})", self.what, self.fix)
+    }
+}
+
+/// A kernel that cannot run, with every condition that it fails.
+#[derive(Clone, Debug)]
+pub struct Rejection {
+    /// The kernel.
+    pub kernel: &'static KernelDesc,
+    /// All failing conditions; never empty.
+    pub reasons: Vec<Reason>,
+}
+
+impl fmt::Display for Rejection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: ", self.kernel.name)?;
+        for (i, reason) in self.reasons.iter().enumerate() {
+            write!(f, "{}{reason}", if i == 0 { "" } else { "; " })?;
+        }
+        Ok(())
+    }
+}
+
+/// The oracle's answer.
+#[derive(Clone, Debug)]
+pub struct Choice {
+    /// The kernel that runs.
+    pub kernel: &'static KernelDesc,
+    /// Why this one.
+    pub why: String,
+    /// Kernels that could run too, in order of preference, and why they do not.
+    pub able: Vec<(&'static KernelDesc, String)>,
+    /// Kernels that cannot run.
+    pub rejected: Vec<Rejection>,
+}
+
+/// Chooses among `kernels`, which stand in order of preference.
+///
+/// # Errors
+/// [`Error::NoKernel`] with every failing condition: of the named kernel, or of all of them. A name
+/// that no kernel has is answered with the list of names.
+pub fn select(
+    kernels: &[&'static KernelDesc],
+    request: &Request,
+    machine: &Machine,
+) -> Result<Choice> {
+    let mut able = Vec::new();
+    let mut rejected = Vec::new();
+    for kernel in kernels {
+        let reasons = failing_conditions(kernel, request, machine);
+        if reasons.is_empty() {
+            able.push(*kernel);
+        } else {
+            rejected.push(Rejection { kernel, reasons });
+        }
+    }
+    let (chosen, why) = match &request.kernel {
+        Some(name) => (named(kernels, name, &able, &rejected, request)?, "named".to_owned()),
+        None => match able.iter().find(|kernel| !kernel.by_name_only) {
+            Some(kernel) => (*kernel, format!("first able one on {}", machine.name)),
+            None => return Err(none_able(request, machine, &able, &rejected)),
+        },
+    };
+    let able = able
+        .into_iter()
+        .filter(|kernel| kernel.name != chosen.name)
+        .map(|kernel| (kernel, why_not(kernel, chosen, request)))
+        .collect();
+    Ok(Choice { kernel: chosen, why, able, rejected })
+}
+
+fn named(
+    kernels: &[&'static KernelDesc],
+    name: &str,
+    able: &[&'static KernelDesc],
+    rejected: &[Rejection],
+    request: &Request,
+) -> Result<&'static KernelDesc> {
+    if let Some(kernel) = able.iter().find(|kernel| kernel.name == name) {
+        return Ok(kernel);
+    }
+    if let Some(rejection) = rejected.iter().find(|rejection| rejection.kernel.name == name) {
+        return Err(Error::NoKernel(format!("layer '{}': kernel {rejection}", request.layer)));
+    }
+    let names: Vec<&str> = kernels.iter().map(|kernel| kernel.name).collect();
+    Err(Error::NoKernel(format!("no kernel '{name}'; there are: {}", names.join(", "))))
+}
+
+fn none_able(
+    request: &Request,
+    machine: &Machine,
+    able: &[&'static KernelDesc],
+    rejected: &[Rejection],
+) -> Error {
+    let mut text = format!("layer '{}': no kernel can run it on {}", request.layer, machine.name);
+    for kernel in able {
+        text.push_str(&format!("; {}: runs only when named", kernel.name));
+    }
+    for rejection in rejected {
+        text.push_str(&format!("; {rejection}"));
+    }
+    Error::NoKernel(text)
+}
+
+fn why_not(kernel: &KernelDesc, chosen: &KernelDesc, request: &Request) -> String {
+    if request.kernel.is_some() {
+        format!("could run, but '{}' was named", chosen.name)
+    } else if kernel.by_name_only {
+        format!("could run, but only when named (--kernel {})", kernel.name)
+    } else {
+        format!("could run, but '{}' is preferred (--kernel {})", chosen.name, kernel.name)
+    }
+}
+
+/// Every condition of `kernel` that `request` on `machine` does not meet.
+pub fn failing_conditions(
+    kernel: &KernelDesc,
+    request: &Request,
+    machine: &Machine,
+) -> Vec<Reason> {
+    let mut reasons = Vec::new();
+    let mut fail = |what: String, fix: String| reasons.push(Reason { what, fix });
+    if let Some(device) = request.device
+        && device != kernel.device
+    {
+        fail(
+            format!("runs on {}, {} was asked for", kernel.device.name(), device.name()),
+            format!("--device {}", kernel.device.name()),
+        );
+    }
+    match kernel.device {
+        Device::Cpu if !machine.isas.contains(&kernel.isa) => fail(
+            format!("needs {}, which {} does not have", kernel.isa.name(), machine.name),
+            format!("a processor with {}", kernel.isa.name()),
+        ),
+        Device::Cuda if machine.compute_capability.is_none() => fail(
+            format!("needs an NVIDIA GPU, which {} does not have", machine.name),
+            "a machine with an NVIDIA GPU and its driver".into(),
+        ),
+        _ => {}
+    }
+    for format in request.weights.iter().filter(|format| !kernel.weights.contains(format)) {
+        fail(
+            format!("cannot read {format} weights"),
+            format!("a checkpoint in {}", kernel.weights.list()),
+        );
+    }
+    for format in request.activations.iter().filter(|f| !kernel.activations.contains(f)) {
+        fail(
+            format!("does not take activations as {format}"),
+            format!("a checkpoint with activations as {}", kernel.activations.list()),
+        );
+    }
+    if !kernel.dtypes.contains(&request.dtype) {
+        let dtypes: Vec<&str> = kernel.dtypes.iter().map(|dtype| dtype.name()).collect();
+        fail(
+            format!("does not take {} hidden states", request.dtype.name()),
+            format!("--dtype {}", dtypes.join(" or ")),
+        );
+    }
+    for (what, size, multiple) in [
+        ("hidden", request.hidden, kernel.multiples.0),
+        ("intermediate", request.intermediate, kernel.multiples.1),
+    ] {
+        if multiple > 1 && !size.is_multiple_of(multiple) {
+            fail(
+                format!("needs a {what} size in multiples of {multiple}; it is {size}"),
+                format!("a {what} size of {}", size.next_multiple_of(multiple)),
+            );
+        }
+    }
+    if kernel.row_format != request.row_format {
+        fail(
+            format!(
+                "takes rows in {:?} order, the exchange delivers {:?}",
+                kernel.row_format, request.row_format
+            ),
+            format!("an exchange that delivers {:?} rows", kernel.row_format),
+        );
+    }
+    if let Some(why) = request.routed_outside
+        && kernel.monolithic
+    {
+        fail(
+            format!("routes by itself, but routing must happen outside: {why}"),
+            "a run without that".into(),
+        );
+    }
+    reasons
+}

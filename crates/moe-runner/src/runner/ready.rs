@@ -1,0 +1,229 @@
+//! From a loaded layer to one that can run: the kernel is chosen, the weights are packed for it.
+
+use std::sync::Arc;
+
+use moe_kernels::isa::Isa;
+use moe_kernels::pool::Pool;
+
+use super::gate::Gate;
+use super::transform::TransformOp;
+use crate::exchange::{Exchange, LocalExchange};
+use crate::experts::cpu::SharedPool;
+use crate::experts::{self, BuiltKernel, Device, ExpertSet, KernelDesc};
+use crate::hidden::ActivationDtype;
+use crate::oracle::{self, Choice, Machine, Request};
+use crate::router::{Router, RouterTensors};
+use crate::shared_experts::SharedExperts;
+use crate::spec::{ExpertSpec, LayerSpec, ScaleOn, WeightOn};
+use crate::weights::LoadedLayer;
+use crate::{Error, Result};
+
+/// How layers are to run. Plain values: parsed once, part of every report.
+#[derive(Clone)]
+pub struct Options {
+    /// Dtype of the hidden states and of the output.
+    pub dtype: ActivationDtype,
+    /// A kernel by name; `None`: the first that can.
+    pub kernel: Option<String>,
+    /// A device; `None`: any.
+    pub device: Option<Device>,
+    /// The threads that kernels run on.
+    pub pool: SharedPool,
+    /// The machine that kernels are chosen for.
+    pub machine: Machine,
+}
+
+impl Options {
+    /// Automatic choice for `dtype`, on `threads` threads of this machine.
+    ///
+    /// # Errors
+    /// If the threads cannot be started.
+    pub fn new(dtype: ActivationDtype, threads: usize) -> Result<Self> {
+        let pool = Pool::new(threads).map_err(|source| Error::Io {
+            path: "threads".into(),
+            action: "start",
+            source,
+        })?;
+        Ok(Self {
+            dtype,
+            kernel: None,
+            device: None,
+            pool: Arc::new(pool),
+            machine: Machine::detect(),
+        })
+    }
+}
+
+impl std::fmt::Debug for Options {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Options")
+            .field("dtype", &self.dtype)
+            .field("kernel", &self.kernel)
+            .field("device", &self.device)
+            .field("machine", &self.machine)
+            .finish_non_exhaustive()
+    }
+}
+
+/// How the routed experts execute: a kernel with its weights, and the exchange that brings rows to
+/// it. A value: [`replace_quant_method`](super::MoeRunnerInterface::replace_quant_method) swaps it,
+/// and nothing about it is remembered elsewhere.
+#[derive(Debug)]
+pub struct QuantMethod {
+    /// The kernel, with its packed weights.
+    pub kernel: BuiltKernel,
+    /// Dispatch and combine.
+    pub exchange: Box<dyn Exchange>,
+}
+
+impl QuantMethod {
+    /// What the kernel is.
+    pub fn desc(&self) -> &'static KernelDesc {
+        match &self.kernel {
+            BuiltKernel::Modular(kernel) => kernel.desc(),
+            BuiltKernel::Monolithic(kernel) => kernel.desc(),
+        }
+    }
+}
+
+/// A layer that can run: the last state of `LayerSpec` → [`LoadedLayer`] → `ReadyLayer`.
+#[derive(Debug)]
+pub struct ReadyLayer {
+    pub(super) spec: Arc<LayerSpec>,
+    pub(super) dtype: ActivationDtype,
+    pub(super) gate: Option<Gate>,
+    pub(super) router: Router,
+    pub(super) input_transform: TransformOp,
+    pub(super) output_transform: TransformOp,
+    pub(super) method: QuantMethod,
+    pub(super) shared: Option<SharedExperts>,
+    pub(super) output: crate::weights::OutputWeights,
+    pub(super) choice: Choice,
+}
+
+impl LoadedLayer {
+    /// Chooses a kernel for the layer, without packing anything.
+    ///
+    /// # Errors
+    /// [`Error::NoKernel`] with every failing condition.
+    pub fn choose(&self, options: &Options) -> Result<Choice> {
+        let request = Request {
+            kernel: options.kernel.clone(),
+            device: options.device,
+            ..Request::of(self, options.dtype)
+        };
+        oracle::select(experts::KERNELS, &request, &options.machine)
+    }
+
+    /// The routed experts' part of the layer, for [`QuantMethod`]s built by hand.
+    pub fn expert_set(&self) -> ExpertSet<'_> {
+        ExpertSet {
+            spec: &self.spec.expert,
+            weight_on: self.spec.router.weight_on,
+            experts: &self.experts,
+        }
+    }
+
+    /// Packs the routed experts for `kernel`, all on this rank.
+    ///
+    /// # Errors
+    /// What the kernel refuses.
+    pub fn quant_method(&self, kernel: &KernelDesc, options: &Options) -> Result<QuantMethod> {
+        Ok(QuantMethod {
+            kernel: experts::build(kernel, self.expert_set(), &options.pool)?,
+            exchange: Box::new(LocalExchange::new(self.experts.len(), false)),
+        })
+    }
+
+    /// Chooses a kernel and packs the weights for it.
+    ///
+    /// # Errors
+    /// [`Error::Spec`] for a contradictory description, [`Error::NoKernel`] where no kernel can run
+    /// it or the named one cannot.
+    pub fn ready(&self, options: &Options) -> Result<ReadyLayer> {
+        self.spec.validate()?;
+        let choice = self.choose(options)?;
+        let method = self.quant_method(choice.kernel, options)?;
+        self.ready_with(choice, method, options)
+    }
+
+    pub(crate) fn ready_with(
+        &self,
+        choice: Choice,
+        method: QuantMethod,
+        options: &Options,
+    ) -> Result<ReadyLayer> {
+        let spec = &self.spec;
+        let isa = dense_isa(choice.kernel);
+        let tensors = match &self.gate {
+            Some(gate) => RouterTensors {
+                correction: gate.correction.clone(),
+                per_expert_scale: gate.per_expert_scale.clone(),
+                hash_table: gate.hash_table.clone(),
+            },
+            None => RouterTensors::default(),
+        };
+        let scale = match spec.routed_scale.on {
+            ScaleOn::Weights => spec.routed_scale.factor,
+            ScaleOn::Output => 1.0,
+        };
+        let router = Router::new(spec.router.clone(), scale, tensors)
+            .map_err(|error| Error::Spec { layer: spec.name.clone(), reason: error.to_string() })?;
+        let shared = match (&spec.shared, &self.shared) {
+            (Some(shared), Some(weights)) => {
+                let expert_spec = ExpertSpec {
+                    gated: shared.gated,
+                    activation: shared.activation,
+                    bias: shared.bias,
+                    norm: None,
+                };
+                let set = ExpertSet {
+                    spec: &expert_spec,
+                    weight_on: WeightOn::Output,
+                    experts: &weights.experts,
+                };
+                let experts = experts::build_dense(choice.kernel, set, &options.pool)?;
+                Some(SharedExperts::new(shared.clone(), weights, experts))
+            }
+            (None, None) => None,
+            _ => {
+                return Err(Error::Spec {
+                    layer: spec.name.clone(),
+                    reason: "shared experts are described but not loaded, or the reverse".into(),
+                });
+            }
+        };
+        let pool = &options.pool;
+        Ok(ReadyLayer {
+            spec: Arc::new(spec.clone()),
+            dtype: options.dtype,
+            gate: self.gate.as_ref().map(|gate| Gate::new(spec.gate, gate, isa, pool)),
+            router,
+            input_transform: TransformOp::new(
+                &spec.input_transform,
+                &self.input_transform,
+                isa,
+                pool,
+            )?,
+            output_transform: TransformOp::new(
+                &spec.output_transform,
+                &self.output_transform,
+                isa,
+                pool,
+            )?,
+            method,
+            shared,
+            output: self.output.clone(),
+            choice,
+        })
+    }
+}
+
+/// The instruction set for the dense products beside a kernel: the kernel's own, so that a kernel
+/// named for comparison is compared as a whole; the reference's neighbours use the best there is.
+fn dense_isa(kernel: &KernelDesc) -> Isa {
+    match kernel.by_name_only {
+        true => Isa::detect(),
+        false => kernel.isa,
+    }
+}

@@ -1,0 +1,179 @@
+//! Layers for the tests: a plain one, and one for each option that differs from it.
+#![allow(dead_code, unreachable_pub)] // each test file uses its own part
+
+use moe_runner::hidden::{ActivationDtype, Rows, RowsMut};
+use moe_runner::random::Random;
+use moe_runner::runner::{ForwardInput, MoeRunner, MoeRunnerInterface, Options, reference};
+use moe_runner::spec::{
+    Activation, Correction, Dims, ExpertSpec, GateSpec, GroupFill, GroupScore, Groups, IdleExperts,
+    LayerSpec, OutputSpec, Renormalise, RmsNorm, RoutedScale, RouterSpec, ScaleOn, Score,
+    SharedCombine, SharedSpec, Transform, TransformStep, WeightFrom, WeightOn,
+};
+use moe_runner::weights::LoadedLayer;
+
+/// Eight experts, two chosen, gated SiLU, nothing else.
+pub fn plain() -> LayerSpec {
+    LayerSpec {
+        name: "model.layers.0.mlp".into(),
+        index: 0,
+        dims: Dims { hidden: 48, routed_hidden: 48, intermediate: 40 },
+        gate: GateSpec::default(),
+        router: RouterSpec::softmax(8, 2, true),
+        expert: ExpertSpec { gated: true, activation: Activation::Silu, bias: false, norm: None },
+        input_transform: Transform::default(),
+        output_transform: Transform::default(),
+        routed_scale: RoutedScale { factor: 1.0, on: ScaleOn::Weights },
+        shared: None,
+        output: OutputSpec::default(),
+    }
+}
+
+/// One plain shared expert.
+pub fn shared() -> SharedSpec {
+    SharedSpec {
+        count: 1,
+        intermediate: 56,
+        gated: true,
+        activation: Activation::Silu,
+        bias: false,
+        sigmoid_gate: false,
+        combine: SharedCombine::Add,
+        input_norm: None,
+        output_norm: None,
+    }
+}
+
+const NORM: RmsNorm = RmsNorm { eps: 1e-6, unit_offset: false };
+
+/// The plain layer with one option changed, by name: every option of [`LayerSpec`].
+pub fn variants() -> Vec<(&'static str, LayerSpec)> {
+    let mut all = vec![("plain", plain())];
+    let mut add = |name, change: &dyn Fn(&mut LayerSpec)| {
+        let mut spec = plain();
+        change(&mut spec);
+        all.push((name, spec));
+    };
+    add("gate bias", &|s| s.gate.bias = true);
+    add("gate norm", &|s| s.gate.scaled_rms_eps = Some(1e-6));
+    add("not gated", &|s| {
+        s.expert.gated = false;
+        s.expert.activation = Activation::Relu2;
+    });
+    for (name, activation) in [
+        ("gelu", Activation::Gelu),
+        ("gelu_tanh", Activation::GeluTanh),
+        ("relu", Activation::Relu),
+        ("relu2", Activation::Relu2),
+        ("clamped", Activation::ClampedSwiglu { alpha: 1.702, beta: 1.0, limit: 0.7 }),
+        ("step", Activation::SwigluStep { limit: 0.3 }),
+        ("situ", Activation::Situ { beta: 0.5, lambda: Some(0.4) }),
+    ] {
+        add(name, &move |s| s.expert.activation = activation);
+    }
+    add("expert bias", &|s| s.expert.bias = true);
+    add("expert norm", &|s| s.expert.norm = Some(RmsNorm { eps: 1e-5, unit_offset: true }));
+    let latent = |s: &mut LayerSpec| {
+        s.dims.routed_hidden = 24;
+        s.input_transform.steps = vec![TransformStep::Linear { width: 24 }];
+        s.output_transform.steps = vec![TransformStep::Linear { width: 48 }];
+    };
+    add("latent", &latent);
+    add("latent with norm", &move |s| {
+        latent(s);
+        s.input_transform.steps.push(TransformStep::RmsNorm(NORM));
+    });
+    add("output transform that is no sum", &|s| {
+        s.output_transform.steps = vec![TransformStep::RmsNorm(NORM)];
+    });
+    add("weight on input", &|s| {
+        s.router = RouterSpec {
+            weight_on: WeightOn::Input,
+            weight_from: WeightFrom::SigmoidChosen,
+            score: Score::Logits,
+            renormalise: Renormalise::None,
+            ..RouterSpec::softmax(8, 1, false)
+        };
+    });
+    add("correction and groups", &|s| {
+        s.router.score = Score::Sigmoid;
+        s.router.correction = Correction::OnScore;
+        s.router.groups = Some(Groups {
+            count: 4,
+            keep: 2,
+            score: GroupScore::TopTwoSum,
+            fill: GroupFill::NegativeInfinity,
+        });
+    });
+    add("identity experts", &|s| s.router.idle = Some(IdleExperts::Identity { count: 3 }));
+    add("skip experts", &|s| s.router.idle = Some(IdleExperts::Skip { count: 3 }));
+    add("scale on weights", &|s| s.routed_scale.factor = 2.5);
+    add("scale on output", &|s| s.routed_scale = RoutedScale { factor: 2.5, on: ScaleOn::Output });
+    add("shared", &|s| s.shared = Some(shared()));
+    add("shared, scale on output", &|s| {
+        s.shared = Some(shared());
+        s.routed_scale = RoutedScale { factor: 16.0, on: ScaleOn::Output };
+    });
+    add("shared with gate", &|s| {
+        s.shared = Some(SharedSpec { sigmoid_gate: true, ..shared() });
+    });
+    add("two shared with biases", &|s| {
+        s.shared = Some(SharedSpec { count: 2, bias: true, ..shared() });
+    });
+    add("shared averaged", &|s| {
+        s.shared = Some(SharedSpec { combine: SharedCombine::Average, ..shared() });
+    });
+    add("shared weighted by the router", &|s| {
+        s.shared =
+            Some(SharedSpec { count: 2, combine: SharedCombine::RouterWeighted, ..shared() });
+        s.router.weight_from = WeightFrom::JointSoftmax { shared: 2 };
+        s.router.renormalise = Renormalise::None;
+    });
+    add("shared with norms", &|s| {
+        s.shared = Some(SharedSpec { input_norm: Some(NORM), output_norm: Some(NORM), ..shared() });
+    });
+    add("output bias", &|s| s.output.bias = true);
+    add("output norm", &|s| s.output.norm = Some(NORM));
+    add("output multiplier", &|s| s.output.multiplier = 0.22);
+    all
+}
+
+/// Hidden states of unit variance, rounded to `dtype`.
+pub fn rows(dtype: ActivationDtype, tokens: usize, width: usize, seed: u64) -> Vec<f32> {
+    let random = &mut Random::new(seed);
+    (0..tokens * width).map(|_| dtype.round(random.normal() as f32)).collect()
+}
+
+/// ‖y − r‖² / ‖r‖².
+pub fn nmse(y: &[f32], r: &[f64]) -> f64 {
+    assert_eq!(y.len(), r.len());
+    let error: f64 = y.iter().zip(r).map(|(y, r)| (f64::from(*y) - r).powi(2)).sum();
+    let norm: f64 = r.iter().map(|r| r * r).sum();
+    if norm == 0.0 { error } else { error / norm }
+}
+
+/// Options for a named kernel on two threads.
+pub fn options(kernel: Option<&str>, dtype: ActivationDtype) -> Options {
+    let options = Options::new(dtype, 2).expect("two threads can be started");
+    Options { kernel: kernel.map(str::to_owned), ..options }
+}
+
+/// A runner of one rank.
+pub fn runner(layer: &LoadedLayer, kernel: Option<&str>, dtype: ActivationDtype) -> MoeRunner {
+    MoeRunner::new(layer.ready(&options(kernel, dtype)).expect("the kernel can run the layer"))
+}
+
+/// The layer's true output on `hidden`, in f32 and in the layer's dtype (with its scale undone).
+pub fn forward(runner: &mut MoeRunner, hidden: &[f32]) -> Vec<f32> {
+    let mut out = vec![f32::NAN; hidden.len()];
+    let result = runner
+        .forward(&ForwardInput::new(Rows::F32(hidden)), RowsMut::F32(&mut out))
+        .expect("the input fits the layer");
+    let scale = result.output_scale;
+    out.iter_mut().for_each(|v| *v *= scale);
+    out
+}
+
+/// The reference's output on `hidden`.
+pub fn truth(layer: &LoadedLayer, hidden: &[f32]) -> Vec<f64> {
+    reference::layer(layer, hidden, None, None).expect("the input fits the layer").output
+}

@@ -79,6 +79,13 @@ impl Config {
             .filter(|v| !v.is_null())
     }
 
+    /// Whether `key` is there, but `null`.
+    pub fn is_null(&self, key: &str) -> bool {
+        key.split('.')
+            .try_fold(&*self.value, |value, part| value.get(part))
+            .is_some_and(Value::is_null)
+    }
+
     /// The nested object at `key`, with the same getters.
     ///
     /// # Errors

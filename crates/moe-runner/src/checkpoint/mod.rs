@@ -4,6 +4,7 @@
 //! What a file holds is never trusted: sizes and offsets are checked before they are used, and
 //! a file that is wrong is an [`Error`](crate::Error) that names it.
 
+pub mod architecture;
 mod config;
 mod container;
 mod file;

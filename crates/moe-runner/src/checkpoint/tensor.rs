@@ -149,11 +149,14 @@ impl Tensor {
     /// [`Error::Tensor`] with both shapes.
     pub fn expect_shape(&self, shape: &[usize]) -> Result<()> {
         if self.shape != shape {
-            return Err(
-                self.error(format!("has shape {:?}, the layer needs {shape:?}", self.shape))
-            );
+            return Err(self.wrong_shape(shape));
         }
         Ok(())
+    }
+
+    /// The [`Error::Tensor`] that the layer needs another shape.
+    pub fn wrong_shape(&self, needed: &[usize]) -> Error {
+        self.error(format!("has shape {:?}, the layer needs {needed:?}", self.shape))
     }
 
     /// All elements of a float or integer tensor as f32 (64-bit values are rounded).

@@ -90,13 +90,16 @@ pub struct ExpertSpec {
     pub norm: Option<RmsNorm>,
 }
 
-/// `x / sqrt(mean(x²) + eps) · w`, or `· (1 + w)`.
+/// `x / sqrt(mean(x²) + eps) · w`, or `· (1 + w)`; or the same of `x · w`, with no weight after.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RmsNorm {
     /// Added to the mean square.
     pub eps: f32,
     /// The stored weight is an offset from one.
     pub unit_offset: bool,
+    /// The weight multiplies before the mean square is taken, not after (muse_spark's norm after
+    /// each expert).
+    pub scale_first: bool,
 }
 
 /// Steps applied to rows, first to last.
@@ -196,7 +199,8 @@ pub enum SharedCombine {
 pub struct OutputSpec {
     /// A vector is added (jetmoe).
     pub bias: bool,
-    /// Normalisation inside the block (axk1, afmoe, kolibri1, gemma4).
+    /// Normalisation inside the block (axk1, gemma4); norms that stand between the block and the
+    /// residual stream (afmoe, kolibri1) are the decoder layer's.
     pub norm: Option<RmsNorm>,
     /// Multiplies the result.
     pub multiplier: f32,
@@ -208,8 +212,10 @@ impl Default for OutputSpec {
     }
 }
 
-/// No layer may be wider, or have more experts or shared experts, than this: beyond any published
-/// model, and small enough that products of two sizes never overflow.
+/// No layer may have more experts than this: sixty times what has been published.
+pub const MAX_EXPERTS: usize = 1 << 16;
+
+/// No layer may be wider than this: beyond any published model, and small enough that products of two sizes never overflow.
 pub const MAX_SIZE: usize = 1 << 24;
 
 impl LayerSpec {
@@ -272,7 +278,7 @@ impl LayerSpec {
             return fail(format!("output multiplier is {}", self.output.multiplier));
         }
         if let Some(shared) = &self.shared {
-            if shared.count == 0 || shared.count > MAX_SIZE {
+            if shared.count == 0 || shared.count > MAX_EXPERTS {
                 return fail(format!("{} shared experts", shared.count));
             }
             if shared.intermediate == 0 || shared.intermediate > MAX_SIZE {

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::MAX_SIZE;
+use super::{MAX_EXPERTS, MAX_SIZE};
 
 /// The routing of one layer.
 ///
@@ -230,8 +230,8 @@ impl RouterSpec {
     /// Checks that the options fit each other; the error says what does not.
     pub fn validate(&self) -> Result<(), String> {
         let choices = self.choices();
-        if self.experts == 0 || self.logits() > MAX_SIZE {
-            return Err(format!("{} experts; there must be 1 to {MAX_SIZE}", self.experts));
+        if self.experts == 0 || self.logits() > MAX_EXPERTS {
+            return Err(format!("{} experts; there must be 1 to {MAX_EXPERTS}", self.experts));
         }
         if self.top_k == 0 || self.top_k > choices {
             return Err(format!("top-k is {}, of {choices} experts", self.top_k));
@@ -297,7 +297,7 @@ impl RouterSpec {
             Selection::HashTable { vocabulary } => {
                 if vocabulary == 0 || vocabulary > MAX_SIZE {
                     return Err(format!(
-                        "the hash table has {vocabulary} rows; there must be 1 to {MAX_SIZE}"
+                        "the hash table has {vocabulary} rows; there must be 1 to {MAX_EXPERTS}"
                     ));
                 }
                 if self.correction != Correction::None || self.groups.is_some() {

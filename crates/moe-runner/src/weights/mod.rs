@@ -3,9 +3,11 @@
 //! A [`Matrix`] is one projection `[out, in]`, whatever the file's layout: stacked or per expert,
 //! transposed, interleaved, quantised. It is a view; loading copies nothing that need not be.
 
+mod load;
 mod matrix;
 mod synthetic;
 
+pub use load::{Accounting, account, scan_finite};
 pub use matrix::{ActivationQuant, Encoding, FloatEncoding, FloatRows, FloatType, Matrix};
 pub use synthetic::{random_layer, random_matrix};
 

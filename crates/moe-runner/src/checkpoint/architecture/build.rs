@@ -1,0 +1,322 @@
+//! From a row, a config and the names in a checkpoint to the layers.
+
+use super::row::{Architecture, ExpertNames, Names, Renorm, Shared};
+use super::rules::listed_kind;
+use super::settings::Settings;
+use super::tensors::{Experts, LayerTensors, Projection, SharedTensors, StepTensors};
+use super::{LayerEntry, TensorNames};
+use crate::Result;
+use crate::checkpoint::Checkpoint;
+use crate::spec::{
+    Correction, Dims, ExpertSpec, GateSpec, Groups, LayerSpec, OutputSpec, Renormalise,
+    RoutedScale, RouterSpec, Score, Selection, SharedSpec, Transform, TransformStep,
+};
+
+/// Everything that the layers of a model have in common.
+pub(super) struct Model<'a> {
+    pub row: &'a Architecture,
+    pub settings: Settings,
+    pub resolver: Resolver<'a>,
+}
+
+impl Model<'_> {
+    /// All MoE layers, in order.
+    pub(super) fn layers(&self) -> Result<Vec<LayerEntry>> {
+        let mut moe = Vec::new();
+        for layer in 0..self.settings.layers {
+            if self.row.moe_layers.is_moe(&self.settings, layer)? {
+                moe.push(layer);
+            }
+        }
+        let (stem, names) = self.spelling(&moe);
+        moe.into_iter().map(|layer| self.layer(stem, names, layer)).collect()
+    }
+
+    /// Where layers stand and what their tensors are called: the first way in which any MoE layer
+    /// has a gate.
+    fn spelling(&self, moe: &[usize]) -> (&'static str, &'static Names) {
+        let row = self.row;
+        let ways = || row.stems.iter().flat_map(|stem| row.names.iter().map(move |n| (*stem, n)));
+        let found = ways().find(|(stem, names)| {
+            moe.iter().any(|layer| {
+                let gate = Scope::new(stem, names, *layer).resolve(names.gate);
+                self.resolver.index.has_module(&gate)
+            })
+        });
+        found
+            .or_else(|| ways().find(|(stem, _)| self.resolver.index.any_below(stem)))
+            .unwrap_or((row.stems[0], &row.names[0]))
+    }
+
+    fn layer(&self, stem: &str, names: &Names, layer: usize) -> Result<LayerEntry> {
+        let scope = Scope::new(stem, names, layer);
+        let mut spec = self.spec(scope.block.clone(), layer)?;
+        (self.row.adjust)(&self.settings, layer, &mut spec)?;
+        spec.validate()?;
+        let tensors = self.resolver.tensors(&scope, names, &spec);
+        Ok(LayerEntry { spec, tensors })
+    }
+
+    fn spec(&self, name: String, layer: usize) -> Result<LayerSpec> {
+        let (row, settings) = (self.row, &self.settings);
+        let hidden = settings.need_size(row.hidden, layer)?;
+        let intermediate = settings.need_size(row.intermediate, layer)?;
+        let activation = settings.activation(row.activation.0, row.activation.1)?;
+        let factor = settings.number(row.scale.0, layer)?;
+        let default_scale = if settings.states_null(row.scale.0) { 1.0 } else { row.scale.1 };
+        let shared_width = match row.shared {
+            Shared::No => 0,
+            Shared::Width(keys, Some(default)) => settings.size(keys, layer)?.unwrap_or(default),
+            Shared::Width(keys, None) => settings.need_size(keys, layer)?,
+            Shared::Times(keys, _) if settings.states_null(keys) => 0,
+            Shared::Times(keys, default) => {
+                settings.size(keys, layer)?.unwrap_or(default).saturating_mul(intermediate)
+            }
+            Shared::Same => intermediate,
+        };
+        Ok(LayerSpec {
+            name,
+            index: layer,
+            dims: Dims { hidden, routed_hidden: hidden, intermediate },
+            gate: GateSpec::default(),
+            router: self.router(layer)?,
+            expert: ExpertSpec { gated: true, activation, bias: row.expert_bias, norm: None },
+            input_transform: Transform::default(),
+            output_transform: Transform::default(),
+            routed_scale: RoutedScale { factor: factor.unwrap_or(default_scale), on: row.scale_on },
+            shared: (shared_width > 0).then_some(SharedSpec {
+                count: 1,
+                intermediate: shared_width,
+                gated: true,
+                activation,
+                bias: false,
+                sigmoid_gate: !row.names[0].shared_gate.is_empty(),
+                combine: row.combine,
+                input_norm: None,
+                output_norm: None,
+            }),
+            output: OutputSpec::default(),
+        })
+    }
+
+    fn router(&self, layer: usize) -> Result<RouterSpec> {
+        let (row, settings) = (self.row, &self.settings);
+        let experts = settings.need_size(row.experts, layer)?;
+        let top_k = settings.need_size(row.top_k, layer)?;
+        let renormalise = match row.renormalise {
+            Renorm::Never => Renormalise::None,
+            Renorm::Always(eps) => Renormalise::Sum { eps },
+            Renorm::If(keys, default, eps) if settings.flag(keys, default)? => {
+                Renormalise::Sum { eps }
+            }
+            Renorm::If(..) => Renormalise::None,
+        };
+        let score = match settings.text(&["scoring_func"])? {
+            Some(_) if !row.scoring_func => row.score,
+            None => row.score,
+            // dots1 publishes the name of the selection method here
+            Some("sigmoid" | "noaux_tc") => Score::Sigmoid,
+            Some("softmax") => Score::Softmax,
+            Some("sqrtsoftplus") => Score::SqrtSoftplus,
+            Some(other) => {
+                return Err(settings.error(
+                    &["scoring_func"],
+                    format!("is '{other}'; known are sigmoid, softmax and sqrtsoftplus"),
+                ));
+            }
+        };
+        let groups = match row.groups {
+            None => None,
+            Some((score, fill)) => {
+                let count = settings.size(&["n_group", "num_expert_group"], 0)?;
+                let keep = settings.size(&["topk_group"], 0)?;
+                match (count, keep) {
+                    (None | Some(0 | 1), _) => None,
+                    (Some(_), None) => return Err(settings.missing(&["topk_group"])),
+                    (Some(count), Some(keep)) => Some(Groups { count, keep, score, fill }),
+                }
+            }
+        };
+        Ok(RouterSpec {
+            score,
+            correction: row.correction,
+            groups,
+            weight_from: row.weight_from,
+            renormalise,
+            weight_on: row.weight_on,
+            ..RouterSpec::softmax(experts, top_k, false)
+        })
+    }
+}
+
+/// Finds the tensors of layers.
+pub(super) struct Resolver<'a> {
+    pub checkpoint: &'a Checkpoint,
+    pub index: &'a TensorNames<'a>,
+}
+
+impl Resolver<'_> {
+    /// Where the weights of a layer stand.
+    pub(super) fn tensors(&self, scope: &Scope, names: &Names, spec: &LayerSpec) -> LayerTensors {
+        let given = |name: &str| (!name.is_empty()).then(|| scope.resolve(name));
+        let needed = |needed: bool, name: &str| given(name).filter(|_| needed);
+        let hash = matches!(spec.router.selection, Selection::HashTable { .. });
+        let steps = |transform: &Transform, names: &[&str], width: usize| {
+            let mut width = width;
+            let steps = transform.steps.iter().zip(names).map(|(step, name)| match step {
+                TransformStep::RmsNorm(_) => StepTensors::RmsNorm(scope.resolve(name)),
+                TransformStep::Linear { width: out } => {
+                    let module = scope.resolve(name);
+                    let cols = std::mem::replace(&mut width, *out);
+                    StepTensors::Linear(Projection::whole(module, *out, cols))
+                }
+            });
+            steps.collect::<Vec<_>>()
+        };
+        let shared = spec.shared.as_ref().map(|shared| SharedTensors {
+            experts: Experts {
+                count: shared.count,
+                intermediate: shared.intermediate,
+                hidden: spec.dims.hidden,
+                ..experts(scope, &names.shared, shared.gated, shared.bias, false)
+            },
+            gate: needed(shared.sigmoid_gate, names.shared_gate),
+            input_norm: needed(shared.input_norm.is_some(), names.shared_norms[0]),
+            output_norm: needed(shared.output_norm.is_some(), names.shared_norms[1]),
+        });
+        LayerTensors {
+            gate: Projection::whole(
+                scope.resolve(names.gate),
+                spec.router.logits(),
+                spec.dims.hidden,
+            ),
+            gate_bias: needed(spec.gate.bias, names.gate_bias),
+            correction: needed(spec.router.correction != Correction::None, names.correction),
+            per_expert_scale: needed(spec.router.per_expert_scale, names.per_expert_scale),
+            gate_input_scale: needed(spec.gate.scaled_rms_eps.is_some(), names.gate_input_scale),
+            global_scale: given(names.global_scale),
+            hash_table: needed(hash, names.hash_table),
+            experts: self.stored_experts(scope, names, spec),
+            input_transform: steps(&spec.input_transform, names.input_transform, spec.dims.hidden),
+            output_transform: steps(
+                &spec.output_transform,
+                names.output_transform,
+                spec.dims.routed_hidden,
+            ),
+            shared,
+            output_bias: needed(spec.output.bias, names.output_bias),
+            output_norm: needed(spec.output.norm.is_some(), names.output_norm),
+            scopes: match names.scopes {
+                [] => vec![scope.resolve("")],
+                scopes => scopes.iter().map(|name| scope.resolve(name)).collect(),
+            },
+        }
+    }
+
+    /// The way in which this checkpoint stores the layer's experts. Where two ways have the same
+    /// names, the shapes decide; where the shapes fit both, the order in the row does.
+    fn stored_experts(&self, scope: &Scope, names: &Names, spec: &LayerSpec) -> Experts {
+        let ways: Vec<Experts> = names
+            .experts
+            .iter()
+            .filter(|names| self.index.has_experts(scope, names))
+            .chain(&names.experts[..1])
+            .map(|names| Experts {
+                count: spec.router.experts,
+                intermediate: spec.dims.intermediate,
+                hidden: spec.dims.routed_hidden,
+                ..experts(
+                    scope,
+                    names,
+                    spec.expert.gated,
+                    spec.expert.bias,
+                    spec.expert.norm.is_some(),
+                )
+            })
+            .collect();
+        let fits = |way: &&Experts| {
+            let expert = way.get(0);
+            [&expert.up, &expert.down].iter().all(|projection| {
+                let info = self
+                    .checkpoint
+                    .info(&format!("{}.weight", projection.module))
+                    .or_else(|| self.checkpoint.info(&projection.module));
+                info.is_none_or(|info| info.shape == projection.stored_shape())
+            })
+        };
+        ways.iter().find(fits).unwrap_or(&ways[0]).clone()
+    }
+}
+
+/// The rule for the experts' tensors, sizes left open.
+fn experts(scope: &Scope, names: &ExpertNames, gated: bool, bias: bool, norm: bool) -> Experts {
+    Experts {
+        count: 0,
+        intermediate: 0,
+        hidden: 0,
+        form: names.form,
+        interleaved: names.interleaved,
+        gate: gated.then(|| scope.resolve(names.gate)),
+        up: scope.resolve(names.up),
+        down: scope.resolve(names.down),
+        bias: bias.then(|| names.bias.to_string()),
+        norm: norm.then(|| scope.resolve(names.norm)),
+    }
+}
+
+/// Where the names of one layer begin.
+pub(super) struct Scope {
+    /// The decoder layer's path.
+    layer: String,
+    /// The block's path.
+    pub block: String,
+}
+
+impl Scope {
+    pub(super) fn new(stem: &str, names: &Names, layer: usize) -> Self {
+        let layer = format!("{stem}{layer}");
+        let block = match names.block {
+            "" => layer.clone(),
+            block => format!("{layer}.{block}"),
+        };
+        Self { layer, block }
+    }
+
+    /// The full name of `name`, which is relative to the block, or with `../` to the layer.
+    pub(super) fn resolve(&self, name: &str) -> String {
+        match name.strip_prefix("../") {
+            Some(name) => format!("{}.{name}", self.layer),
+            None => format!("{}.{name}", self.block),
+        }
+    }
+}
+
+impl TensorNames<'_> {
+    /// Whether tensors of a module are there, in any number format.
+    pub(super) fn has_module(&self, module: &str) -> bool {
+        self.below(module)
+            .iter()
+            .any(|name| matches!(name.as_bytes().get(module.len()), None | Some(b'.' | b'_')))
+    }
+
+    /// Whether experts stored in this way are there.
+    fn has_experts(&self, scope: &Scope, names: &ExpertNames) -> bool {
+        let down = scope.resolve(names.down);
+        match down.split_once("{e}") {
+            None if names.marker.is_empty() => self.has_module(&down),
+            None => self.any_below(&(down + names.marker)),
+            Some((before, after)) => self.below(before).iter().any(|name| {
+                let rest = name[before.len()..].trim_start_matches(|c: char| c.is_ascii_digit());
+                rest.len() + before.len() < name.len() && rest.starts_with(after)
+            }),
+        }
+    }
+}
+
+/// The kind of an MoE layer in `mlp_layer_types`, for rows that tell kinds apart.
+pub(super) fn is_hash_layer(settings: &Settings, layer: usize) -> Result<bool> {
+    Ok(match listed_kind(settings, layer)? {
+        Some(kind) => kind == "hash_moe",
+        None => layer < settings.size(&["num_hash_layers"], 0)?.unwrap_or(0),
+    })
+}

@@ -1,0 +1,191 @@
+//! Which tensors of a layer have been asked for, and what was wrong with them.
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+
+use crate::checkpoint::architecture::{Form, LayerEntry, TensorNames};
+use crate::checkpoint::{Checkpoint, Tensor};
+use crate::{Error, Result};
+
+/// What a layer's tensors are, against what they should be.
+#[derive(Debug, Default)]
+pub struct Accounting {
+    /// Tensors that the layer needs and the checkpoint lacks.
+    pub missing: Vec<String>,
+    /// Tensors that are there, but of the wrong shape, dtype or content.
+    pub wrong: Vec<Error>,
+    /// Tensors that belong to the block, but have no role in it.
+    pub unexpected: Vec<String>,
+    /// As `unexpected`, of the routed experts: an expert too many, a second copy under another
+    /// spelling, a scale that no format asked for.
+    pub unexpected_experts: Vec<String>,
+    /// Tensors that several files hold, with those files.
+    pub duplicates: Vec<(String, Vec<PathBuf>)>,
+    /// Bytes of the tensors with a role.
+    pub bytes: usize,
+}
+
+impl Accounting {
+    /// Whether the layer can be loaded.
+    pub fn is_complete(&self) -> bool {
+        self.problems() == 0
+    }
+
+    fn problems(&self) -> usize {
+        self.missing.len()
+            + self.wrong.len()
+            + self.unexpected_experts.len()
+            + self.duplicates.len()
+    }
+
+    /// The first problem, with the number of others; `None` if there is none.
+    pub(super) fn into_error(mut self, checkpoint: &Checkpoint) -> Option<Error> {
+        let others = match self.problems() {
+            0 | 1 => String::new(),
+            count => format!(" (and {} more problems with this layer)", count - 1),
+        };
+        let about = |name: &str, reason: String| {
+            let info = checkpoint.info(name);
+            let path = info.as_ref().map_or(checkpoint.path(), |info| info.file);
+            Some(Error::tensor(path, name, reason + &others))
+        };
+        if let Some((name, files)) = self.duplicates.first() {
+            let files: Vec<String> = files.iter().map(|f| f.display().to_string()).collect();
+            return about(name, format!("is in several files: {}", files.join(", ")));
+        }
+        if !self.wrong.is_empty() {
+            return Some(match self.wrong.swap_remove(0) {
+                Error::Tensor { path, tensor, reason } => {
+                    Error::Tensor { path, tensor, reason: reason + &others }
+                }
+                other => other,
+            });
+        }
+        if let Some(name) = self.missing.first() {
+            return about(name, "is missing".into());
+        }
+        let name = self.unexpected_experts.first()?;
+        about(name, "belongs to the experts, but the model as configured has no use for it".into())
+    }
+}
+
+/// Gets tensors, and keeps account of them.
+pub(crate) struct Loader<'a> {
+    checkpoint: &'a Checkpoint,
+    accounting: Accounting,
+    claimed: BTreeSet<String>,
+    /// Tensors that several files hold.
+    duplicates: Vec<(String, Vec<PathBuf>)>,
+    /// Tensors with a problem noted: a stack of experts is asked for once for each.
+    noted: BTreeSet<String>,
+}
+
+impl<'a> Loader<'a> {
+    pub(super) fn new(checkpoint: &'a Checkpoint) -> Self {
+        Self {
+            checkpoint,
+            accounting: Accounting::default(),
+            claimed: BTreeSet::new(),
+            duplicates: checkpoint
+                .duplicates()
+                .map(|(name, files)| {
+                    (name.to_string(), files.into_iter().map(PathBuf::from).collect())
+                })
+                .collect(),
+            noted: BTreeSet::new(),
+        }
+    }
+
+    /// The checkpoint that is loaded from: formats look here at what is there.
+    pub(crate) fn checkpoint(&self) -> &'a Checkpoint {
+        self.checkpoint
+    }
+
+    /// The tensor `name`, which now has a role; `None` if there is none.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::tensor`].
+    pub(crate) fn claim(&mut self, name: &str) -> Result<Option<Tensor>> {
+        if let Some(info) = self.checkpoint.info(name)
+            && self.claimed.insert(name.to_string())
+        {
+            self.accounting.bytes += info.bytes;
+        }
+        self.checkpoint.tensor(name)
+    }
+
+    /// The tensor `name`; if it is not there or cannot be read, that is noted.
+    pub(super) fn needed(&mut self, name: &str) -> Option<Tensor> {
+        let tensor = self.claim(name);
+        match self.note(tensor)? {
+            Some(tensor) => Some(tensor),
+            None => {
+                self.note_missing(name.to_string());
+                None
+            }
+        }
+    }
+
+    /// The value, or `None` after the error is noted (once for each tensor).
+    pub(super) fn note<T>(&mut self, result: Result<T>) -> Option<T> {
+        match result {
+            Ok(value) => Some(value),
+            Err(error) => {
+                let first = match &error {
+                    // duplicates are listed by themselves
+                    Error::Tensor { tensor, .. } => {
+                        !self.duplicates.iter().any(|(name, _)| name == tensor)
+                            && self.noted.insert(tensor.clone())
+                    }
+                    _ => true,
+                };
+                if first {
+                    self.accounting.wrong.push(error);
+                }
+                None
+            }
+        }
+    }
+
+    pub(super) fn note_missing(&mut self, name: String) {
+        if self.noted.insert(name.clone()) {
+            self.accounting.missing.push(name);
+        }
+    }
+
+    /// The account, with the tensors of the block that nothing asked for.
+    pub(super) fn finish(mut self, entry: &LayerEntry) -> Accounting {
+        let index = TensorNames::new(self.checkpoint);
+        let mut unclaimed: Vec<&str> = Vec::new();
+        for scope in &entry.tensors.scopes {
+            unclaimed.extend(index.below(scope).iter().filter(|n| !self.claimed.contains(**n)));
+        }
+        self.duplicates.retain(|(name, _)| {
+            self.claimed.contains(name) || entry.tensors.scopes.iter().any(|s| name.starts_with(s))
+        });
+        self.accounting.duplicates = self.duplicates;
+        for name in unclaimed {
+            if is_idle_expert(entry, name) {
+                continue;
+            }
+            let accounting = &mut self.accounting;
+            match name.contains(".experts.") {
+                true => accounting.unexpected_experts.push(name.to_string()),
+                false => accounting.unexpected.push(name.to_string()),
+            }
+        }
+        self.accounting
+    }
+}
+
+/// Whether `name` is a tensor of an identity expert: some saves of longcat have them, unused.
+fn is_idle_expert(entry: &LayerEntry, name: &str) -> bool {
+    let (experts, router) = (&entry.tensors.experts, &entry.spec.router);
+    let index = (experts.form == Form::Each)
+        .then(|| experts.up.split_once("{e}"))
+        .flatten()
+        .and_then(|(before, _)| name.strip_prefix(before))
+        .and_then(|rest| rest.split('.').next())
+        .and_then(|index| index.parse::<usize>().ok());
+    index.is_some_and(|index| (router.experts..router.choices()).contains(&index))
+}

@@ -1,0 +1,4 @@
+//! The table of architectures and the loading of layers.
+
+mod block;
+mod golden;

@@ -54,7 +54,7 @@ fn sqrt_softplus() {
 fn soft_cap_and_multiplier() {
     let spec = RouterSpec { soft_cap: Some(2.0), ..scored(Score::Logits, 2, 1) };
     // 2·tanh(2/2)
-    assert_weights(&route(&spec, 1.0, none(), &[2.0, -9.0]).weights, &[1.523_188_311_911_529_9]);
+    assert_weights(&route(&spec, 1.0, none(), &[2.0, -9.0]).weights, &[1.523_188_311_911_53]);
     let spec = RouterSpec { logit_multiplier: -0.5, ..scored(Score::Logits, 2, 1) };
     let routing = route(&spec, 1.0, none(), &[2.0, -9.0]);
     assert_eq!(ids(&routing), [1]);
@@ -138,6 +138,11 @@ fn sparsemixer() {
         &routing.weights,
         &[1.0 / (1.0 + gap(-1.0, -1.02).exp()), 1.0 / (1.0 + gap(-1.02, -1.03).exp())],
     );
+    // The second round has no first expert in it, even where the caller insists.
+    let router = Router::new(spec.clone(), 1.0, none()).unwrap();
+    let mut twice = Routing::new();
+    router.route_to(&[1.0, 0.99, 0.5, 0.2], &logical(&[0, 0]), 1, &mut twice).unwrap();
+    assert!(twice.weights[0] > 0.5 && twice.weights[1] == 0.0);
     // The largest logit is 0: 0/0 is near.
     assert_weights(&route(&spec, 1.0, none(), &[0.0, 0.0, -1.0, -2.0]).weights, &[0.5, 1.0]);
 }
@@ -250,6 +255,29 @@ fn masked_experts_are_last_and_weigh_nothing() {
 }
 
 #[test]
+fn choices_beyond_f32_stay_comparable() {
+    // The bias takes expert 1 past the largest f32; with a masked neighbour its group is rated −∞,
+    // not NaN, and group 1 wins.
+    let groups = Groups {
+        count: 2,
+        keep: 1,
+        score: GroupScore::TopTwoSum,
+        fill: GroupFill::NegativeInfinity,
+    };
+    let spec = RouterSpec {
+        groups: Some(groups),
+        correction: Correction::OnScore,
+        ..scored(Score::Logits, 4, 2)
+    };
+    let bias = correction(&[0.0, 3e38, 0.0, 3e38]);
+    assert_eq!(ids(&route(&spec, 1.0, bias.clone(), &[MASKED, 3e38, 1.0, 2.0])), [3, 2]);
+    // −∞ is for masked experts only: one pushed below the smallest f32 comes before them.
+    let spec = RouterSpec { groups: None, top_k: 1, ..spec };
+    let bias = correction(&[0.0, -3e38, 0.0, 0.0]);
+    assert_eq!(ids(&route(&spec, 1.0, bias, &[MASKED, -3e38, MASKED, MASKED])), [1]);
+}
+
+#[test]
 fn a_row_of_masked_experts_weighs_nothing() {
     for weight_from in [
         WeightFrom::Score,
@@ -300,6 +328,10 @@ fn bad_logits_name_token_and_expert() {
     let doubled = RouterSpec { logit_multiplier: 2.0, ..spec.clone() };
     let error = refused(&doubled, none(), &[0.0, 0.0, 0.0, 0.0, 0.0, 3e38], None);
     assert!(error.contains("token 1, expert 2: inf"), "{error}");
+    // A cap would make +∞ finite.
+    let capped = RouterSpec { soft_cap: Some(1.0), ..spec.clone() };
+    let error = refused(&capped, none(), &[f32::INFINITY, 0.0, 0.0, 0.0, 0.0, 0.0], None);
+    assert!(error.contains("token 0, expert 0: inf"), "{error}");
     let joint = WeightFrom::JointSoftmax { shared: 1 };
     let joint = RouterSpec { weight_from: joint, ..RouterSpec::softmax(2, 1, false) };
     let error = refused(&joint, none(), &[0.0, 0.0, f32::NAN, 0.0, 0.0, 0.0], None);

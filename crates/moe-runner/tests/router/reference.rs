@@ -65,9 +65,9 @@ pub(crate) fn row(
             })
             .collect();
         let kept = best(&rating, &(0..count).collect::<Vec<_>>(), keep);
-        for e in 0..n {
+        for (e, value) in selection.iter_mut().enumerate() {
             if !kept.contains(&(e / size)) {
-                selection[e] = match fill {
+                *value = match fill {
                     GroupFill::NegativeInfinity => f32::NEG_INFINITY,
                     GroupFill::Zero => 0.0,
                 };

@@ -8,47 +8,14 @@
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
-/// Compiles a function on slices for AVX-512, for AVX2 and for the baseline, and picks at run time.
-macro_rules! for_each_isa {
-    ($(#[$doc:meta])* fn $name:ident($from:ident: &[$From:ty], $to:ident: &mut [$To:ty]) $body:block) => {
-        $(#[$doc])*
-        pub fn $name($from: &[$From], $to: &mut [$To]) {
-            #[inline(always)]
-            fn body($from: &[$From], $to: &mut [$To]) $body
-
-            #[cfg(target_arch = "x86_64")]
-            {
-                #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-                fn avx512($from: &[$From], $to: &mut [$To]) {
-                    body($from, $to)
-                }
-                #[target_feature(enable = "avx2")]
-                fn avx2($from: &[$From], $to: &mut [$To]) {
-                    body($from, $to)
-                }
-                if is_x86_feature_detected!("avx512f")
-                    && is_x86_feature_detected!("avx512bw")
-                    && is_x86_feature_detected!("avx512vl")
-                {
-                    // SAFETY: this CPU has the features that the function is compiled for.
-                    return unsafe { avx512($from, $to) };
-                }
-                if is_x86_feature_detected!("avx2") {
-                    // SAFETY: this CPU has the features that the function is compiled for.
-                    return unsafe { avx2($from, $to) };
-                }
-            }
-            body($from, $to)
-        }
-    };
-}
+use super::vectorised::for_each_isa;
 
 for_each_isa! {
     /// Values of bf16 numbers.
     ///
     /// # Panics
     /// If the lengths differ.
-    fn bf16_to_f32(from: &[bf16], to: &mut [f32]) {
+    pub fn bf16_to_f32(from: &[bf16], to: &mut [f32]) {
         assert_eq!(from.len(), to.len());
         for (to, from) in to.iter_mut().zip(from) {
             *to = f32::from_bits(u32::from(from.to_bits()) << 16);
@@ -61,7 +28,7 @@ for_each_isa! {
     ///
     /// # Panics
     /// If `from` is not two bytes for each value.
-    fn bf16_bytes_to_f32(from: &[u8], to: &mut [f32]) {
+    pub fn bf16_bytes_to_f32(from: &[u8], to: &mut [f32]) {
         assert_eq!(from.len(), 2 * to.len());
         for (to, from) in to.iter_mut().zip(from.chunks_exact(2)) {
             *to = f32::from_bits(u32::from(u16::from_le_bytes([from[0], from[1]])) << 16);
@@ -74,7 +41,7 @@ for_each_isa! {
     ///
     /// # Panics
     /// If the lengths differ.
-    fn f32_to_bf16(from: &[f32], to: &mut [bf16]) {
+    pub fn f32_to_bf16(from: &[f32], to: &mut [bf16]) {
         assert_eq!(from.len(), to.len());
         for (to, from) in to.iter_mut().zip(from) {
             let bits = from.to_bits();

@@ -27,5 +27,6 @@ mod minifloat;
 mod packed6;
 pub mod quantise;
 mod scale;
+mod vectorised;
 
 pub use scale::{DecodeScale, EncodeScale, for_each_group};

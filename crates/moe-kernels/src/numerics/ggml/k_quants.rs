@@ -5,6 +5,7 @@ use super::f16_at;
 /// Bytes: 16 of 4-bit scales (low) and minima (high), 64 of 2-bit codes, f16 scale, f16 minimum.
 /// Each half of the block takes 32 bytes of codes, and from them first the lowest two bits of all,
 /// then the next two; a scale holds for 16 values.
+#[inline(always)]
 pub(super) fn decode_q2_k(block: &[u8], out: &mut [f32]) {
     let (scales, codes) = (&block[..16], &block[16..80]);
     let (d, dmin) = (f16_at(block, 80), f16_at(block, 82));
@@ -13,7 +14,7 @@ pub(super) fn decode_q2_k(block: &[u8], out: &mut [f32]) {
         let min = dmin * f32::from(scales[sub] >> 4);
         let (half, shift, side) = (sub / 8, sub % 8 / 2 * 2, sub % 2);
         let codes = &codes[half * 32 + side * 16..][..16];
-        for (out, code) in out.iter_mut().zip(codes) {
+        for (out, &code) in out.iter_mut().zip(codes) {
             *out = scale * f32::from(code >> shift & 3) - min;
         }
     }
@@ -22,6 +23,7 @@ pub(super) fn decode_q2_k(block: &[u8], out: &mut [f32]) {
 /// Bytes: 32 of high bits, 64 of low two bits, 12 of 6-bit scales, f16 scale. The low bits lie as
 /// in Q2_K. Bit `j` of the 32 high-bit bytes belongs to the `j`-th 32 values; where it is clear, the
 /// value is 4 less.
+#[inline(always)]
 pub(super) fn decode_q3_k(block: &[u8], out: &mut [f32]) {
     let (high, codes, packed) = (&block[..32], &block[32..96], &block[96..108]);
     let d = f16_at(block, 108);
@@ -41,6 +43,7 @@ pub(super) fn decode_q3_k(block: &[u8], out: &mut [f32]) {
 
 /// Bytes: f16 scale, f16 minimum, 12 of 6-bit scales and minima, 128 of codes. 32 bytes of codes
 /// hold 32 values in their low and the next 32 in their high nibbles.
+#[inline(always)]
 pub(super) fn decode_q4_k(block: &[u8], out: &mut [f32]) {
     let (d, dmin) = (f16_at(block, 0), f16_at(block, 2));
     let (packed, codes) = (&block[4..16], &block[16..144]);
@@ -56,6 +59,7 @@ pub(super) fn decode_q4_k(block: &[u8], out: &mut [f32]) {
 
 /// As Q4_K, with 32 bytes between scales and codes: bit `j` of them is the fifth bit of the `j`-th
 /// 32 values.
+#[inline(always)]
 pub(super) fn decode_q5_k(block: &[u8], out: &mut [f32]) {
     let (d, dmin) = (f16_at(block, 0), f16_at(block, 2));
     let (packed, high, codes) = (&block[4..16], &block[16..48], &block[48..176]);
@@ -73,6 +77,7 @@ pub(super) fn decode_q5_k(block: &[u8], out: &mut [f32]) {
 /// Bytes: 128 of low nibbles, 64 of high two bits, 16 of signed scales, f16 scale. Each half of the
 /// block takes 64 bytes of nibbles, low ones first, and 32 bytes of high bits, lowest first; a scale
 /// holds for 16 values, codes are offset by 32.
+#[inline(always)]
 pub(super) fn decode_q6_k(block: &[u8], out: &mut [f32]) {
     let (low, high, scales) = (&block[..128], &block[128..192], &block[192..208]);
     let d = f16_at(block, 208);

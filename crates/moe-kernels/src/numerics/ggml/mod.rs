@@ -9,6 +9,8 @@ mod non_linear;
 mod simple;
 mod ternary;
 
+use super::vectorised::for_each_isa;
+
 /// A block type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[non_exhaustive]
@@ -128,6 +130,21 @@ impl BlockType {
     /// [`block_len`](Self::block_len) long.
     pub fn decode(self, block: &[u8], out: &mut [f32]) {
         assert_eq!((block.len(), out.len()), (self.block_bytes(), self.block_len()));
+        self.decode_row(block, 0, out);
+    }
+
+    /// Values `start..start + out.len()` of a row of blocks. Whole blocks decode in place; those
+    /// that the window cuts take a detour.
+    ///
+    /// # Panics
+    /// If the row is shorter.
+    pub fn decode_row(self, row: &[u8], start: usize, out: &mut [f32]) {
+        decode_row(self, row, start, out);
+    }
+
+    /// Values of one block, both of the right length.
+    #[inline(always)]
+    fn decode_block(self, block: &[u8], out: &mut [f32]) {
         match self {
             Self::Q4_0 => simple::decode_q4_0(block, out),
             Self::Q4_1 => simple::decode_q4_1(block, out),
@@ -144,30 +161,6 @@ impl BlockType {
             Self::Tq1_0 => ternary::decode_tq1_0(block, out),
             Self::Tq2_0 => ternary::decode_tq2_0(block, out),
             Self::Mxfp4 => non_linear::decode_mxfp4(block, out),
-        }
-    }
-
-    /// Values `start..start + out.len()` of a row of blocks. Whole blocks decode in place; those
-    /// that the window cuts take a detour.
-    ///
-    /// # Panics
-    /// If the row is shorter.
-    pub fn decode_row(self, row: &[u8], start: usize, out: &mut [f32]) {
-        let (len, bytes) = (self.block_len(), self.block_bytes());
-        let mut done = 0;
-        while done < out.len() {
-            let (index, first) = ((start + done) / len, (start + done) % len);
-            let block = &row[index * bytes..(index + 1) * bytes];
-            let count = (len - first).min(out.len() - done);
-            let part = &mut out[done..done + count];
-            if count == len {
-                self.decode(block, part);
-            } else {
-                let mut whole = [0.0; MAX_BLOCK_LEN];
-                self.decode(block, &mut whole[..len]);
-                part.copy_from_slice(&whole[first..first + count]);
-            }
-            done += count;
         }
     }
 
@@ -191,6 +184,25 @@ impl BlockType {
             _ => return false,
         }
         true
+    }
+}
+
+for_each_isa! {
+    fn decode_row(kind: BlockType, row: &[u8], start: usize, out: &mut [f32]) {
+        let (len, bytes) = (kind.block_len(), kind.block_bytes());
+        let mut cut = [0.0; MAX_BLOCK_LEN];
+        let mut done = 0;
+        while done < out.len() {
+            let (index, first) = ((start + done) / len, (start + done) % len);
+            let count = (len - first).min(out.len() - done);
+            let part = &mut out[done..done + count];
+            let whole = if count == len { &mut *part } else { &mut cut[..len] };
+            kind.decode_block(&row[index * bytes..(index + 1) * bytes], whole);
+            if count < len {
+                part.copy_from_slice(&cut[first..first + count]);
+            }
+            done += count;
+        }
     }
 }
 

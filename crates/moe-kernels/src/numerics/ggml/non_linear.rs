@@ -10,12 +10,14 @@ static IQ4_VALUES: [f32; 16] = [
 ];
 
 /// Bytes: f16 scale, 16 of indices.
+#[inline(always)]
 pub(super) fn decode_iq4_nl(block: &[u8], out: &mut [f32]) {
     decode_indices(&block[2..], f16_at(block, 0), &IQ4_VALUES, out);
 }
 
 /// Bytes: f16 scale, 2 of the high two bits and 4 of the low four bits of eight scales, 128 of
 /// indices. Scales are offset by 32.
+#[inline(always)]
 pub(super) fn decode_iq4_xs(block: &[u8], out: &mut [f32]) {
     let d = f16_at(block, 0);
     let high = u16::from_le_bytes([block[2], block[3]]);
@@ -28,6 +30,7 @@ pub(super) fn decode_iq4_xs(block: &[u8], out: &mut [f32]) {
 }
 
 /// Bytes: E8M0 scale, 16 of codes. Scale 255 is NaN, as E8M0 has it.
+#[inline(always)]
 pub(super) fn decode_mxfp4(block: &[u8], out: &mut [f32]) {
     decode_indices(&block[1..], e8m0::decode(block[0]), &e2m1::VALUES, out);
 }
@@ -35,9 +38,12 @@ pub(super) fn decode_mxfp4(block: &[u8], out: &mut [f32]) {
 /// The low nibbles of 16 bytes are the values 0 to 15, the high ones 16 to 31.
 #[inline(always)]
 fn decode_indices(codes: &[u8], scale: f32, values: &[f32; 16], out: &mut [f32]) {
-    let (low, high) = out.split_at_mut(16);
-    for ((low, high), &byte) in low.iter_mut().zip(high).zip(codes) {
+    let (low, high) = out[..32].split_at_mut(16);
+    let codes = &codes[..16];
+    for (low, &byte) in low.iter_mut().zip(codes) {
         *low = values[usize::from(byte & 15)] * scale;
+    }
+    for (high, &byte) in high.iter_mut().zip(codes) {
         *high = values[usize::from(byte >> 4)] * scale;
     }
 }

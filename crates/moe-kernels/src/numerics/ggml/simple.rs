@@ -7,50 +7,72 @@ use half::f16;
 
 use super::f16_at;
 
+#[inline(always)]
 pub(super) fn decode_q4_0(block: &[u8], out: &mut [f32]) {
     let scale = f16_at(block, 0);
     decode_4_bits(&block[2..], out, |code| (f32::from(code) - 8.0) * scale);
 }
 
+#[inline(always)]
 pub(super) fn decode_q4_1(block: &[u8], out: &mut [f32]) {
     let (scale, min) = (f16_at(block, 0), f16_at(block, 2));
     decode_4_bits(&block[4..], out, |code| f32::from(code) * scale + min);
 }
 
+#[inline(always)]
 pub(super) fn decode_q5_0(block: &[u8], out: &mut [f32]) {
     let scale = f16_at(block, 0);
     decode_5_bits(&block[2..], out, |code| (f32::from(code) - 16.0) * scale);
 }
 
+#[inline(always)]
 pub(super) fn decode_q5_1(block: &[u8], out: &mut [f32]) {
     let (scale, min) = (f16_at(block, 0), f16_at(block, 2));
     decode_5_bits(&block[4..], out, |code| f32::from(code) * scale + min);
 }
 
+#[inline(always)]
 pub(super) fn decode_q8_0(block: &[u8], out: &mut [f32]) {
     let scale = f16_at(block, 0);
-    for (out, &code) in out.iter_mut().zip(&block[2..]) {
+    for (out, &code) in out[..32].iter_mut().zip(&block[2..34]) {
         *out = f32::from(code as i8) * scale;
     }
 }
 
 #[inline(always)]
 fn decode_4_bits(codes: &[u8], out: &mut [f32], value: impl Fn(u8) -> f32) {
-    let (low, high) = out.split_at_mut(16);
-    for ((low, high), &byte) in low.iter_mut().zip(high).zip(codes) {
+    let (low, high) = out[..32].split_at_mut(16);
+    let codes = &codes[..16];
+    // Two loops: the compiler vectorises each, but not one that writes in two places.
+    for (low, &byte) in low.iter_mut().zip(codes) {
         *low = value(byte & 15);
+    }
+    for (high, &byte) in high.iter_mut().zip(codes) {
         *high = value(byte >> 4);
     }
 }
 
 #[inline(always)]
 fn decode_5_bits(bytes: &[u8], out: &mut [f32], value: impl Fn(u8) -> f32) {
-    let fifth = u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
-    let (low, high) = out.split_at_mut(16);
-    for (i, ((low, high), &byte)) in low.iter_mut().zip(high).zip(&bytes[4..]).enumerate() {
-        *low = value(byte & 15 | ((fifth >> i & 1) << 4) as u8);
-        *high = value(byte >> 4 | ((fifth >> (i + 16) & 1) << 4) as u8);
+    let (low, high) = out[..32].split_at_mut(16);
+    let codes = &bytes[4..20];
+    let fifth: [[u8; 8]; 4] = std::array::from_fn(|i| spread(bytes[i]));
+    let fifth = fifth.as_flattened();
+    for ((low, &byte), fifth) in low.iter_mut().zip(codes).zip(&fifth[..16]) {
+        *low = value(byte & 15 | fifth << 4);
     }
+    for ((high, &byte), fifth) in high.iter_mut().zip(codes).zip(&fifth[16..]) {
+        *high = value(byte >> 4 | fifth << 4);
+    }
+}
+
+/// The eight bits of `bits`, lowest first, each in a byte.
+#[inline(always)]
+fn spread(bits: u8) -> [u8; 8] {
+    // Byte i of the product keeps bit i; the addition moves it to the top of its byte.
+    let one_each = (u64::from(bits) * 0x0101_0101_0101_0101) & 0x8040_2010_0804_0201;
+    let at_top = one_each + 0x7F7F_7F7F_7F7F_7F7F;
+    ((at_top >> 7) & 0x0101_0101_0101_0101).to_le_bytes()
 }
 
 // The rules to quantise. Codes are computed with the unrounded scale, the block stores it as f16.

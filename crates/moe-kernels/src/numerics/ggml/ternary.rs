@@ -5,6 +5,7 @@ use super::f16_at;
 /// Bytes: 48 with five values each, 4 with four, f16 scale. A byte is a fraction of 256 in base 3:
 /// times 3^i, and the carry out of the next times 3 is digit `i`. Values come digit by digit of 32
 /// bytes, then of 16, then of the last 4.
+#[inline(always)]
 pub(super) fn decode_tq1_0(block: &[u8], out: &mut [f32]) {
     let scale = f16_at(block, 52);
     let parts = [(&block[..32], 5), (&block[32..48], 5), (&block[48..52], 4)];
@@ -22,6 +23,7 @@ pub(super) fn decode_tq1_0(block: &[u8], out: &mut [f32]) {
 
 /// Bytes: 64 with four values of 2 bits each, f16 scale. 32 bytes hold 128 values, first the lowest
 /// bits of all, then the next.
+#[inline(always)]
 pub(super) fn decode_tq2_0(block: &[u8], out: &mut [f32]) {
     let scale = f16_at(block, 64);
     for (part, out) in out.chunks_exact_mut(32).enumerate() {

@@ -1,5 +1,6 @@
 //! Quantise-dequantise of activation rows, and the codes of single rows.
 
+use super::super::vectorised::for_each_isa;
 use super::super::{EncodeScale, e4m3, e8m0};
 use super::{Fp6, Mxfp8Rule, Nvfp4Rule, amax, mx, nvfp4};
 
@@ -87,22 +88,11 @@ impl Qdq {
         if rows.is_empty() {
             return;
         }
-        #[cfg(target_arch = "x86_64")]
-        {
-            #[target_feature(enable = "avx2")]
-            fn avx2(qdq: &Qdq, rows: &mut [f32], cols: usize) {
-                qdq.apply_portable(rows, cols);
-            }
-            if is_x86_feature_detected!("avx2") {
-                // SAFETY: this CPU has the feature that the function is compiled for.
-                return unsafe { avx2(self, rows, cols) };
-            }
-        }
-        self.apply_portable(rows, cols);
+        apply(self, rows, cols);
     }
 
     #[inline(always)]
-    fn apply_portable(&self, rows: &mut [f32], cols: usize) {
+    fn apply_inlined(&self, rows: &mut [f32], cols: usize) {
         match *self {
             Self::Fp8Static { scale } => fp8(rows, scale),
             // The floor only keeps zeros from becoming 0 / 0.
@@ -148,6 +138,12 @@ impl Qdq {
     }
 }
 
+for_each_isa! {
+    fn apply(qdq: &Qdq, rows: &mut [f32], cols: usize) {
+        qdq.apply_inlined(rows, cols);
+    }
+}
+
 /// Codes of `row` as [`Qdq::Int8Token`] quantises it; returns `s`. If a value is NaN or infinite,
 /// `s` is NaN and the codes are 0.
 ///
@@ -161,9 +157,7 @@ pub fn int8_row(row: &[f32], codes: &mut [i8]) -> f32 {
         return f32::NAN;
     }
     let scale = int8_scale(amax);
-    for (code, &x) in codes.iter_mut().zip(row) {
-        *code = int8_code(x / scale) as i8;
-    }
+    int8_codes(row, scale, codes);
     scale
 }
 
@@ -180,10 +174,25 @@ pub fn fp8_row(row: &[f32], codes: &mut [u8]) -> f32 {
         return f32::NAN;
     }
     let scale = fp8_scale(amax, FP8_TOKEN_FLOOR);
-    for (code, &x) in codes.iter_mut().zip(row) {
-        *code = e4m3::encode(x / scale);
-    }
+    fp8_codes(row, scale, codes);
     scale
+}
+
+for_each_isa! {
+    fn int8_codes(row: &[f32], scale: f32, codes: &mut [i8]) {
+        for (code, &x) in codes.iter_mut().zip(row) {
+            // The low bits of the sum are the code.
+            *code = int8_anchored(x / scale).to_bits() as i8;
+        }
+    }
+}
+
+for_each_isa! {
+    fn fp8_codes(row: &[f32], scale: f32, codes: &mut [u8]) {
+        for (code, &x) in codes.iter_mut().zip(row) {
+            *code = e4m3::encode(x / scale);
+        }
+    }
 }
 
 /// Quantises values that share one scale, taken from their largest magnitude.
@@ -230,14 +239,16 @@ fn fp8(values: &mut [f32], scale: f32) {
 #[inline(always)]
 fn int8(values: &mut [f32], scale: f32) {
     for x in values {
-        *x = int8_code(*x / scale) * scale;
+        *x = (int8_anchored(*x / scale) - ANCHOR) * scale;
     }
 }
 
-/// Nearest integer in −128..=127, ties to even; NaN stays.
+/// At 1.5 · 2^23 the distance of neighbouring floats is 1: a sum's own rounding, to nearest and
+/// ties to even, rounds to integers.
+const ANCHOR: f32 = 12_582_912.0;
+
+/// [`ANCHOR`] and the nearest integer in −128..=127, ties to even; NaN stays.
 #[inline(always)]
-fn int8_code(x: f32) -> f32 {
-    // At 1.5 · 2^23 the distance of neighbouring floats is 1: the sum's own rounding does the work.
-    const ANCHOR: f32 = 12_582_912.0;
-    (x.clamp(-128.0, 127.0) + ANCHOR) - ANCHOR
+fn int8_anchored(x: f32) -> f32 {
+    x.clamp(-128.0, 127.0) + ANCHOR
 }

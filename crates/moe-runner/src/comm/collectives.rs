@@ -64,7 +64,7 @@ impl dyn Communicator + '_ {
         }
         let shares = shares(data.len(), self.size());
         let share = self.scatter(head, data.to_vec(), &shares)?;
-        let sums = self.begin::<T>(head, 0, share, Spans::Whole)?.wait()?;
+        let sums = self.begin::<T>(head, 0, share, Spans::Whole)?.wait(self)?;
         data.copy_from_slice(sums.data());
         Ok(())
     }
@@ -96,7 +96,7 @@ impl dyn Communicator + '_ {
 
     /// Sends each rank its part; returns the parts that came from each.
     pub fn all_to_all_v<T: Element>(&self, at: At<'_>, send: Parts<T>) -> Result<Parts<T>> {
-        self.start_all_to_all_v(at, send)?.wait()
+        self.start_all_to_all_v(at, send)?.wait(self)
     }
 
     /// [`all_to_all_v`](dyn Communicator::all_to_all_v) in two steps: other work, and other
@@ -105,7 +105,7 @@ impl dyn Communicator + '_ {
         &self,
         at: At<'_>,
         send: Parts<T>,
-    ) -> Result<Pending<'_, T>> {
+    ) -> Result<Pending<T>> {
         self.check_counts(send.counts(), send.data().len())?;
         let (data, counts) = send.into_inner();
         let head = self.head::<T>(Kind::AllToAllV, at, data.len());
@@ -133,12 +133,12 @@ impl dyn Communicator + '_ {
 
     /// Every rank gets all of `mine`.
     fn gather<T: Element>(&self, head: Head, mine: Vec<T>) -> Result<Parts<T>> {
-        self.begin(head, 1, mine, Spans::Whole)?.wait()
+        self.begin(head, 1, mine, Spans::Whole)?.wait(self)
     }
 
     /// The sum of the parts for this rank.
     fn scatter<T: Sum>(&self, head: Head, data: Vec<T>, counts: &[usize]) -> Result<Vec<T>> {
-        let parts = self.begin(head, 1, data, Spans::of_counts(counts))?.wait()?;
+        let parts = self.begin(head, 1, data, Spans::of_counts(counts))?.wait(self)?;
         for (rank, &count) in parts.counts().iter().enumerate() {
             self.expect(count, counts[self.rank()], rank)?;
         }
@@ -152,7 +152,7 @@ impl dyn Communicator + '_ {
         calls: u64,
         data: Vec<T>,
         spans: Spans,
-    ) -> Result<Pending<'_, T>> {
+    ) -> Result<Pending<T>> {
         let sent: usize = (0..self.size())
             .filter(|&rank| rank != self.rank())
             .map(|rank| spans.to(rank, data.len()).len() * size_of::<T>())
@@ -160,7 +160,7 @@ impl dyn Communicator + '_ {
         let send = Arc::new(T::wrap(data));
         let flight = self.start(Exchange { head, send, spans })?;
         self.traffic().add(head.kind, Count { calls, sent: sent as u64, received: 0 });
-        Ok(Pending { comm: self, kind: head.kind, flight, dtype: PhantomData })
+        Ok(Pending { kind: head.kind, flight, dtype: PhantomData })
     }
 
     fn check_counts(&self, counts: &[usize], len: usize) -> Result<()> {
@@ -204,29 +204,28 @@ fn shares(len: usize, ranks: usize) -> Vec<usize> {
 }
 
 /// An all-to-all under way. Dropping it gives up what this rank would have received.
-pub struct Pending<'a, T> {
-    comm: &'a dyn Communicator,
+pub struct Pending<T> {
     kind: Kind,
     flight: Box<dyn InFlight>,
     dtype: PhantomData<T>,
 }
 
-impl<T: Element> Pending<'_, T> {
+impl<T: Element> Pending<T> {
     /// True when [`wait`](Pending::wait) would return at once. Moves the exchange on (MPI does so
     /// only inside calls: poll between pieces of other work); never blocks.
     pub fn poll(&mut self) -> Result<bool> {
         self.flight.poll()
     }
 
-    /// Waits for every rank's part.
-    pub fn wait(self) -> Result<Parts<T>> {
+    /// Waits for every rank's part. `comm` is the group in which this was started.
+    pub fn wait(self, comm: &dyn Communicator) -> Result<Parts<T>> {
         let (elements, counts) = self.flight.wait()?;
-        let received: usize = counts.iter().sum::<usize>() - counts[self.comm.rank()];
+        let received: usize = counts.iter().sum::<usize>() - counts[comm.rank()];
         let received = (received * size_of::<T>()) as u64;
-        self.comm.traffic().add(self.kind, Count { calls: 0, sent: 0, received });
+        comm.traffic().add(self.kind, Count { calls: 0, sent: 0, received });
         match T::unwrap(elements) {
             Some(data) => Parts::new(data, counts),
-            None => Err(self.comm.refuse(format!("received elements that are not {}", T::DTYPE))),
+            None => Err(comm.refuse(format!("received elements that are not {}", T::DTYPE))),
         }
     }
 }

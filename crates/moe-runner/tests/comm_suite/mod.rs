@@ -232,11 +232,11 @@ fn overlap(comm: &dyn Communicator, key: usize, tally: &mut Tally) -> Result<()>
     let mut sum = [1.0f32];
     comm.all_reduce(at(Step::ReduceShared), &mut sum)?;
     tally.equal("all-reduce between start and wait", &sum, &[n as f32]);
-    let third = third.wait()?;
+    let third = third.wait(comm)?;
     while !second.poll()? {
         std::thread::yield_now();
     }
-    for (what, received) in [(2, third), (1, second.wait()?), (0, first.wait()?)] {
+    for (what, received) in [(2, third), (1, second.wait(comm)?), (0, first.wait(comm)?)] {
         let want = to_all(n, |from| sent(what, from, me))?;
         tally.equal(&format!("overlapping all-to-all-v {what}"), &received, &want);
     }

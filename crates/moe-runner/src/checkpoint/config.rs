@@ -22,7 +22,7 @@ const MAX_VALUES: usize = 1 << 18;
 /// A key may be a path with dots (`"ffn_config.moe_top_k"`). An absent key and `null` are `None`;
 /// a value of the wrong type, a negative or absurd size, or a number that is not finite is an
 /// [`Error::Config`] with the file and the full key.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Config {
     path: Arc<PathBuf>,
     prefix: String,
@@ -197,6 +197,12 @@ impl Config {
                 Err(self.error(key, format!("is {shown}; it must be {wanted}")))
             }
         }
+    }
+}
+
+impl std::fmt::Debug for Config {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Config({}, '{}')", self.path.display(), self.prefix)
     }
 }
 

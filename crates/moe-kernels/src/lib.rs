@@ -6,5 +6,6 @@
 
 pub mod isa;
 pub mod kernel;
+pub mod limits;
 pub mod numerics;
 pub mod pool;

@@ -5,9 +5,13 @@ use std::arch::x86_64::*;
 use super::activation::{self, Activation};
 use super::dot::{DotArgs, DotFns, dot};
 use super::lanes::{Bf16, F16, F32, Lanes};
+use super::probe::{self, Probes};
 
 /// To be entered only with the token [`Avx2`](crate::isa::Avx2).
 pub(super) const DOT: DotFns = DotFns { f32: dot_f32, f16: dot_f16, bf16: dot_bf16 };
+
+/// As [`DOT`].
+pub(super) const PROBES: Probes = Probes { read, multiply_add };
 
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn dot_f32(args: &DotArgs) {
@@ -33,6 +37,18 @@ pub(super) unsafe fn activate(kind: Activation, gate: &mut [f32], up: Option<&[f
     unsafe { activation::activate::<Avx2>(kind, gate, up) }
 }
 
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn read(data: &[f32]) -> f32 {
+    // SAFETY: as above.
+    unsafe { probe::read::<Avx2>(data) }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn multiply_add(rounds: usize) -> u64 {
+    // SAFETY: as above.
+    unsafe { probe::multiply_add::<Avx2, 12>(rounds) }
+}
+
 struct Avx2;
 
 // SAFETY of all blocks below: the CPU has AVX2, FMA and F16C, and the pointers are readable for eight
@@ -40,7 +56,7 @@ struct Avx2;
 impl Lanes for Avx2 {
     type V = __m256;
     const COUNT: usize = 8;
-    const TOKENS: usize = 3;
+    const REGISTERS: usize = 16;
 
     #[inline(always)]
     unsafe fn splat(value: f32) -> __m256 {
@@ -147,7 +163,7 @@ impl Lanes for Avx2 {
     #[inline(always)]
     unsafe fn prefetch(at: *const u8) {
         // SAFETY: a prefetch of any address is harmless.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
     }
 }
 

@@ -6,9 +6,13 @@ use super::activation::{self, Activation};
 use super::avx2::{halves, sums_of_halves};
 use super::dot::{DotArgs, DotFns, dot};
 use super::lanes::{Bf16, F16, F32, Lanes};
+use super::probe::{self, Probes};
 
 /// To be entered only with the token [`Avx512`](crate::isa::Avx512).
 pub(super) const DOT: DotFns = DotFns { f32: dot_f32, f16: dot_f16, bf16: dot_bf16 };
+
+/// As [`DOT`].
+pub(super) const PROBES: Probes = Probes { read, multiply_add };
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
 unsafe fn dot_f32(args: &DotArgs) {
@@ -34,6 +38,18 @@ pub(super) unsafe fn activate(kind: Activation, gate: &mut [f32], up: Option<&[f
     unsafe { activation::activate::<Avx512>(kind, gate, up) }
 }
 
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+unsafe fn read(data: &[f32]) -> f32 {
+    // SAFETY: as above.
+    unsafe { probe::read::<Avx512>(data) }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+unsafe fn multiply_add(rounds: usize) -> u64 {
+    // SAFETY: as above.
+    unsafe { probe::multiply_add::<Avx512, 16>(rounds) }
+}
+
 struct Avx512;
 
 // SAFETY of all blocks below: the CPU has AVX-512 F, BW, DQ and VL, and the pointers are readable for
@@ -41,7 +57,7 @@ struct Avx512;
 impl Lanes for Avx512 {
     type V = __m512;
     const COUNT: usize = 16;
-    const TOKENS: usize = 6;
+    const REGISTERS: usize = 32;
 
     #[inline(always)]
     unsafe fn splat(value: f32) -> __m512 {
@@ -148,7 +164,7 @@ impl Lanes for Avx512 {
     #[inline(always)]
     unsafe fn prefetch(at: *const u8) {
         // SAFETY: a prefetch of any address is harmless.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
     }
 }
 

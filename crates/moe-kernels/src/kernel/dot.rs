@@ -2,8 +2,8 @@
 //!
 //! ```text
 //! for each block of weight rows that fits the second-level cache
-//!     for each strip of up to TOKENS token rows            (their elements stay in the first level)
-//!         for each four weight rows of the block           (then single ones)
+//!     for each strip of up to six token rows               (as many as the registers allow)
+//!         for each four weight rows of the block           (two where registers are few)
 //!             for k in steps of COUNT: acc[row][token] += x[token][k..] * w[row][k..]
 //!             out[token][row] = sum of the lanes of acc[row][token]
 //! ```
@@ -12,7 +12,16 @@
 
 use super::lanes::{Element, F32, Lanes};
 
-/// Weight rows of a tile.
+/// Token rows of the largest tile.
+const fn most_tokens<S: Lanes>() -> usize {
+    match S::REGISTERS {
+        32.. => 6,
+        16.. => 3,
+        _ => 2,
+    }
+}
+
+/// Weight rows of the largest tile.
 const ROWS: usize = 4;
 
 /// Bytes of weights that are reused from the second-level cache: half of the smallest in use.
@@ -59,16 +68,17 @@ pub(super) unsafe fn dot<S: Lanes, E: Element>(args: &DotArgs) {
         while token < args.m {
             // Strips of about equal height, none of them higher than a tile.
             let left = args.m - token;
-            let tokens = left.div_ceil(left.div_ceil(S::TOKENS));
+            let most = most_tokens::<S>();
+            let tokens = left.div_ceil(left.div_ceil(most));
             // SAFETY: `token + tokens <= m`, `row + rows <= n`.
             unsafe {
                 match tokens {
-                    6 if S::TOKENS >= 6 => strip::<S, E, 6>(args, token, row, rows),
-                    5 if S::TOKENS >= 5 => strip::<S, E, 5>(args, token, row, rows),
-                    4 if S::TOKENS >= 4 => strip::<S, E, 4>(args, token, row, rows),
-                    3 if S::TOKENS >= 3 => strip::<S, E, 3>(args, token, row, rows),
-                    2 if S::TOKENS >= 2 => strip::<S, E, 2>(args, token, row, rows),
-                    _ => strip::<S, E, 1>(args, token, row, rows),
+                    1 => strip::<S, E, 1>(args, token, row, rows),
+                    3 if most >= 3 => strip::<S, E, 3>(args, token, row, rows),
+                    4 if most >= 4 => strip::<S, E, 4>(args, token, row, rows),
+                    5 if most >= 5 => strip::<S, E, 5>(args, token, row, rows),
+                    6 if most >= 6 => strip::<S, E, 6>(args, token, row, rows),
+                    _ => strip::<S, E, 2>(args, token, row, rows),
                 }
             }
             token += tokens;
@@ -92,15 +102,27 @@ unsafe fn strip<S: Lanes, E: Element, const M: usize>(
     let mut row = row;
     // SAFETY: all of the tiles' rows are among those of `args`.
     unsafe {
-        while row + ROWS <= end {
-            tile::<S, E, M, ROWS>(args, token, row);
-            row += ROWS;
+        if const { fits::<S>(M, ROWS) } {
+            while row + ROWS <= end {
+                tile::<S, E, M, ROWS>(args, token, row);
+                row += ROWS;
+            }
+        } else {
+            while row + 2 <= end {
+                tile::<S, E, M, 2>(args, token, row);
+                row += 2;
+            }
         }
         while row < end {
             tile::<S, E, M, 1>(args, token, row);
             row += 1;
         }
     }
+}
+
+/// Whether the registers hold the sums of a tile, its token vectors and one of weights.
+const fn fits<S: Lanes>(tokens: usize, rows: usize) -> bool {
+    tokens * rows + tokens < S::REGISTERS
 }
 
 /// The products of `M` token rows from `token` on with `R` weight rows from `row` on.
@@ -122,18 +144,18 @@ unsafe fn tile<S: Lanes, E: Element, const M: usize, const R: usize>(
         let full = args.k - args.k % S::COUNT;
         let mut k = 0;
         while k < full {
+            let w_at = |j: usize| w.wrapping_add(j * args.w_stride + k * E::SIZE);
+            // The rows of the next tile, which hardware does not foresee across pages. Past the end
+            // a prefetch is idle.
+            for j in 0..R {
+                S::prefetch(w_at(j + R));
+            }
             let mut xs = [S::splat(0.0); M];
             for (i, x_i) in xs.iter_mut().enumerate() {
                 *x_i = S::load_f32(x.add(i * args.x_stride + k).cast());
             }
             for (j, acc) in acc.iter_mut().enumerate() {
-                let at = w.add(j * args.w_stride + k * E::SIZE);
-                if M == 1 {
-                    // Bound by memory: ask for the rows of the next tile, which hardware does not
-                    // foresee across pages. They may lie past the end, where a prefetch is idle.
-                    S::prefetch(at.wrapping_add(R * args.w_stride));
-                }
-                let w_j = E::load::<S>(at);
+                let w_j = E::load::<S>(w_at(j));
                 for (acc, x_i) in acc.iter_mut().zip(xs) {
                     *acc = S::mul_add(x_i, w_j, *acc);
                 }
@@ -152,7 +174,7 @@ unsafe fn tile<S: Lanes, E: Element, const M: usize, const R: usize>(
         }
         for i in 0..M {
             let mut vectors = [S::splat(0.0); ROWS];
-            for (vector, acc) in vectors.iter_mut().zip(acc) {
+            for (vector, acc) in vectors.iter_mut().zip(&acc) {
                 *vector = acc[i];
             }
             let sums = S::sums(vectors);

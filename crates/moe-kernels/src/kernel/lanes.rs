@@ -12,8 +12,8 @@ pub(super) trait Lanes {
     /// Lanes of a vector.
     const COUNT: usize;
 
-    /// Token rows of the largest tile: with four weight rows to each, its sums fit the registers.
-    const TOKENS: usize;
+    /// Vectors that the CPU's registers hold.
+    const REGISTERS: usize;
 
     unsafe fn splat(value: f32) -> Self::V;
 

@@ -25,6 +25,7 @@ mod avx512;
 mod dot;
 mod lanes;
 mod portable;
+mod probe;
 mod rows;
 
 use std::fmt;
@@ -35,6 +36,7 @@ pub use rows::{Float, Rows, RowsMut, WeightRows};
 use crate::isa::Isa;
 use activation::ActivateFn;
 use dot::{DotArgs, DotFns};
+use probe::Probes;
 
 /// The kernels of one instruction set.
 #[derive(Clone, Copy)]
@@ -42,6 +44,7 @@ pub struct Kernel {
     isa: Isa,
     dot: DotFns,
     activate: ActivateFn,
+    probes: Probes,
 }
 
 impl Kernel {
@@ -57,14 +60,14 @@ impl Kernel {
 
     /// The kernels of an instruction set that this CPU has.
     fn of(isa: Isa) -> Kernel {
-        let (dot, activate): (DotFns, ActivateFn) = match isa {
+        let (dot, activate, probes): (DotFns, ActivateFn, Probes) = match isa {
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => (avx512::DOT, avx512::activate),
+            Isa::Avx512 => (avx512::DOT, avx512::activate, avx512::PROBES),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => (avx2::DOT, avx2::activate),
-            _ => (portable::DOT, portable::activate),
+            Isa::Avx2 => (avx2::DOT, avx2::activate, avx2::PROBES),
+            _ => (portable::DOT, portable::activate, portable::PROBES),
         };
-        Kernel { isa, dot, activate }
+        Kernel { isa, dot, activate, probes }
     }
 
     /// The instruction set.
@@ -111,6 +114,18 @@ impl Kernel {
         assert!(up.is_none_or(|up| up.len() == gate.len()), "elements of gate and up");
         // SAFETY: the CPU has the instruction set, as above; the lengths agree.
         unsafe { (self.activate)(activation, gate, up) }
+    }
+
+    /// Reads all of `data` and returns its sum, up to a last part that is smaller than a step.
+    pub(crate) fn probe_read(&self, data: &[f32]) -> f32 {
+        // SAFETY: the CPU has the instruction set, as above.
+        unsafe { (self.probes.read)(data) }
+    }
+
+    /// Does `rounds` rounds of multiply-adds in registers; returns the number of f32 operations.
+    pub(crate) fn probe_multiply_add(&self, rounds: usize) -> u64 {
+        // SAFETY: the CPU has the instruction set, as above.
+        unsafe { (self.probes.multiply_add)(rounds) }
     }
 }
 

@@ -5,8 +5,12 @@ use std::array::from_fn;
 use super::activation::{self, Activation};
 use super::dot::{DotArgs, DotFns, dot};
 use super::lanes::{Bf16, F16, F32, Lanes};
+use super::probe::{self, Probes};
 
 pub(super) const DOT: DotFns = DotFns { f32: dot_f32, f16: dot_f16, bf16: dot_bf16 };
+
+/// As [`DOT`].
+pub(super) const PROBES: Probes = Probes { read, multiply_add };
 
 unsafe fn dot_f32(args: &DotArgs) {
     // SAFETY: the caller's; every CPU has this instruction set.
@@ -28,6 +32,16 @@ pub(super) unsafe fn activate(kind: Activation, gate: &mut [f32], up: Option<&[f
     unsafe { activation::activate::<Portable>(kind, gate, up) }
 }
 
+unsafe fn read(data: &[f32]) -> f32 {
+    // SAFETY: as above.
+    unsafe { probe::read::<Portable>(data) }
+}
+
+unsafe fn multiply_add(rounds: usize) -> u64 {
+    // SAFETY: as above.
+    unsafe { probe::multiply_add::<Portable, 6>(rounds) }
+}
+
 struct Portable;
 
 const COUNT: usize = 8;
@@ -35,7 +49,7 @@ const COUNT: usize = 8;
 impl Lanes for Portable {
     type V = [f32; COUNT];
     const COUNT: usize = COUNT;
-    const TOKENS: usize = 2;
+    const REGISTERS: usize = if cfg!(target_arch = "x86_64") { 8 } else { 16 };
 
     #[inline(always)]
     unsafe fn splat(value: f32) -> [f32; COUNT] {
@@ -120,10 +134,14 @@ impl Lanes for Portable {
         from_fn(|l| (f64::from(a[l]) * f64::from(b[l]) - f64::from(product[l])) as f32)
     }
 
-    /// Rounded twice: a fused multiply-add is a library call where the CPU may lack it.
+    /// Rounded once where every CPU of the target can, twice where one may lack the instruction.
     #[inline(always)]
     unsafe fn mul_add(a: [f32; COUNT], b: [f32; COUNT], c: [f32; COUNT]) -> [f32; COUNT] {
-        from_fn(|l| a[l] * b[l] + c[l])
+        if cfg!(any(target_arch = "aarch64", target_feature = "fma")) {
+            from_fn(|l| a[l].mul_add(b[l], c[l]))
+        } else {
+            from_fn(|l| a[l] * b[l] + c[l])
+        }
     }
 
     #[inline(always)]

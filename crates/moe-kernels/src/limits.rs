@@ -1,0 +1,143 @@
+//! What this machine can do at most: the yardstick for every timing.
+//!
+//! A layer with few tokens is bound by reading its weights, one with many by multiply-adds. Both
+//! limits are measured with the threads and the instruction set that the kernels use.
+
+use std::fs;
+use std::ops::Range;
+use std::time::{Duration, Instant};
+
+use crate::kernel::{Kernel, RowsMut};
+use crate::pool::Pool;
+
+/// The limits of this machine for one instruction set and number of threads.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Limits {
+    /// Memory read by all threads together, from a buffer far larger than the caches: 10⁹ bytes/s.
+    pub read_gbps: f64,
+    /// f32 multiply-adds of all threads together, in registers: 10⁹ operations/s, two for each.
+    pub f32_gflops: f64,
+    /// Threads that took part.
+    pub threads: usize,
+}
+
+/// Elements that a thread reads at a time: 1 MiB.
+const CHUNK: usize = 1 << 18;
+
+impl Limits {
+    /// Measures for about `budget` (a second is ample): the best of repeated runs, because other
+    /// work on the machine only ever makes them slower. Allocates a buffer of at least 256 MiB and
+    /// four times the last-level cache, at most 2 GiB.
+    pub fn measure(kernel: Kernel, pool: &Pool, budget: Duration) -> Limits {
+        Limits {
+            read_gbps: read_gbps(kernel, pool, budget / 2),
+            f32_gflops: f32_gflops(kernel, pool, budget / 2),
+            threads: pool.threads(),
+        }
+    }
+}
+
+fn read_gbps(kernel: Kernel, pool: &Pool, budget: Duration) -> f64 {
+    let end = Instant::now() + budget;
+    let bytes = last_level_cache().unwrap_or(0).saturating_mul(4).clamp(256 << 20, 2 << 30);
+    let chunks = bytes / 4 / CHUNK;
+    // Each page is written first by a thread of the pool: untouched memory has no pages of its own,
+    // and on a machine with several memories it should lie near its readers.
+    let mut data = vec![0.0f32; chunks * CHUNK];
+    let blocks: Vec<Range<usize>> = (0..chunks).map(|chunk| chunk..chunk + 1).collect();
+    RowsMut::new(&mut data, chunks, CHUNK, CHUNK).for_each_tile(
+        pool,
+        &blocks,
+        CHUNK,
+        &|chunk, _, mut tile| tile.row_mut(0).fill(chunk as f32),
+    );
+    let best = best_time(end, || {
+        pool.run(chunks, &|chunk| {
+            std::hint::black_box(kernel.probe_read(&data[chunk * CHUNK..][..CHUNK]));
+        });
+    });
+    (data.len() * 4) as f64 / best.as_secs_f64() / 1e9
+}
+
+fn f32_gflops(kernel: Kernel, pool: &Pool, budget: Duration) -> f64 {
+    // Items of some 50 µs, many to a thread, so that the threads end at about the same time.
+    const ROUNDS: usize = 15_000;
+    let items = 64 * pool.threads();
+    let operations = kernel.probe_multiply_add(ROUNDS) * items as u64;
+    let best = best_time(Instant::now() + budget, || {
+        pool.run(items, &|_| {
+            kernel.probe_multiply_add(ROUNDS);
+        });
+    });
+    operations as f64 / best.as_secs_f64() / 1e9
+}
+
+/// The shortest time of `work`, repeated until `end` but at least twice.
+fn best_time(end: Instant, mut work: impl FnMut()) -> Duration {
+    let mut best = Duration::MAX;
+    for run in 0.. {
+        if run >= 2 && Instant::now() >= end {
+            break;
+        }
+        let start = Instant::now();
+        work();
+        best = best.min(start.elapsed());
+    }
+    best.max(Duration::from_nanos(1))
+}
+
+/// Bytes of the last-level cache, where Linux's `/sys` tells.
+fn last_level_cache() -> Option<usize> {
+    (0..8)
+        .filter_map(|index| {
+            let path = format!("/sys/devices/system/cpu/cpu0/cache/index{index}/size");
+            parse_size(&fs::read_to_string(path).ok()?)
+        })
+        .max()
+}
+
+/// A size as `/sys` writes it: `32768K`.
+fn parse_size(text: &str) -> Option<usize> {
+    let text = text.trim();
+    let (digits, unit) = match text.strip_suffix('K') {
+        Some(digits) => (digits, 1 << 10),
+        None => text.strip_suffix('M').map_or((text, 1), |digits| (digits, 1 << 20)),
+    };
+    digits.parse::<usize>().ok()?.checked_mul(unit)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::isa::Isa;
+
+    #[test]
+    fn sizes() {
+        assert_eq!(parse_size("32768K\n"), Some(32 << 20));
+        assert_eq!(parse_size("32M"), Some(32 << 20));
+        assert_eq!(parse_size("512"), Some(512));
+        assert_eq!(parse_size("K"), None);
+    }
+
+    /// What the probes claim to have done, they did: all of the buffer, all of the rounds.
+    #[test]
+    fn probes_do_all_of_the_work() {
+        for isa in Isa::available() {
+            let kernel = Kernel::new(isa).unwrap();
+            assert_eq!(kernel.probe_read(&[1.0; 8192]), 8192.0, "{isa}");
+            let one = kernel.probe_multiply_add(1);
+            assert!(one >= 2 * 8, "{isa}");
+            assert_eq!(kernel.probe_multiply_add(100), 100 * one, "{isa}");
+        }
+    }
+
+    #[test]
+    fn limits_are_those_of_a_machine() {
+        let pool = Pool::new(2).unwrap();
+        let limits = Limits::measure(Kernel::detect(), &pool, Duration::ZERO);
+        assert_eq!(limits.threads, 2);
+        // Between a very slow machine and more than any has.
+        assert!((0.01..1e5).contains(&limits.read_gbps), "{limits:?}");
+        assert!((0.01..1e6).contains(&limits.f32_gflops), "{limits:?}");
+    }
+}

@@ -1,6 +1,6 @@
 //! A growing list of expert ids in as few bytes each as the number of experts needs.
 
-use safetensors::tensor::Dtype;
+use crate::checkpoint::Dtype;
 
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum CompactIds {
@@ -63,7 +63,8 @@ impl CompactIds {
 }
 
 /// Ids stored as any unsigned type of at most 32 bits, little-endian; `None` for other types.
-pub(super) fn decode(dtype: Dtype, bytes: &[u8]) -> Option<Vec<u32>> {
+pub(super) fn decode(dtype: safetensors::Dtype, bytes: &[u8]) -> Option<Vec<u32>> {
+    use safetensors::Dtype;
     match dtype {
         Dtype::U8 => Some(bytes.iter().map(|&id| u32::from(id)).collect()),
         Dtype::U16 => {

@@ -12,14 +12,14 @@
 //! `choices` is the number of ids that can occur, identity and skip experts included; `calls` are
 //! the tokens of each call. Layers stand in the order of their first call.
 
-use std::collections::HashMap;
 use std::path::Path;
 
-use safetensors::tensor::{SafeTensors, TensorView};
+use safetensors::tensor::SafeTensors;
 use serde::{Deserialize, Serialize};
 
 use super::compact_ids::{self, CompactIds};
 use super::{LogicalId, Routing};
+use crate::checkpoint::{NewTensor, write_safetensors};
 use crate::spec::{MAX_SIZE, RouterSpec};
 use crate::{Error, Result};
 
@@ -108,7 +108,7 @@ impl Trace {
         self.layers.iter().find(|layer| layer.info.name == name)
     }
 
-    /// Writes the trace as described at the top of this module.
+    /// Writes the trace as described at the top of this module: all of it, or nothing.
     ///
     /// # Errors
     /// If the file cannot be written.
@@ -117,24 +117,18 @@ impl Trace {
             version: VERSION,
             layers: self.layers.iter().map(|layer| layer.info.clone()).collect(),
         };
-        let refuse = |reason: String| Error::file(path, format!("cannot store a trace: {reason}"));
-        let header = serde_json::to_string(&header).map_err(|error| refuse(error.to_string()))?;
+        let header = serde_json::to_string(&header)
+            .map_err(|error| Error::file(path, format!("cannot store a trace: {error}")))?;
         let bytes: Vec<_> = self.layers.iter().map(|layer| layer.ids.to_bytes()).collect();
-        let mut tensors = Vec::with_capacity(self.layers.len());
-        for (layer, bytes) in self.layers.iter().zip(&bytes) {
-            let shape = vec![layer.tokens(), layer.top_k()];
-            let view = TensorView::new(layer.ids.dtype(), shape, bytes)
-                .map_err(|error| refuse(error.to_string()))?;
-            tensors.push((tensor_name(layer.name()), view));
-        }
-        let metadata = HashMap::from([(METADATA_KEY.to_owned(), header)]);
-        let file = safetensors::serialize(tensors, Some(metadata))
-            .map_err(|error| refuse(error.to_string()))?;
-        std::fs::write(path, file).map_err(|source| Error::Io {
-            path: path.to_owned(),
-            action: "write",
-            source,
-        })
+        let tensors = self.layers.iter().zip(&bytes).map(|(layer, bytes)| {
+            let tensor = NewTensor {
+                name: tensor_name(layer.name()),
+                dtype: layer.ids.dtype(),
+                shape: vec![layer.tokens(), layer.top_k()],
+            };
+            (tensor, &bytes[..])
+        });
+        write_safetensors(path, &[(METADATA_KEY, &header)], tensors)
     }
 
     /// Reads what [`Self::save`] wrote.

@@ -168,10 +168,14 @@ fn dot_f64(a: &[f32], b: &[f32]) -> f64 {
 
 /// `x / sqrt(mean(x²) + eps) · w`, in place; the mean in float64.
 pub fn rms_norm(norm: RmsNorm, weight: &[f32], row: &mut [f32]) {
+    let offset = if norm.unit_offset { 1.0 } else { 0.0 };
+    let scaled = |v: f32, w: f32| f64::from(v) * (offset + f64::from(w));
+    if norm.scale_first {
+        row.iter_mut().zip(weight).for_each(|(v, &w)| *v = scaled(*v, w) as f32);
+    }
     let mean_square = dot_f64(row, row) / row.len() as f64;
     let inverse = 1.0 / (mean_square + f64::from(norm.eps)).sqrt();
-    let offset = if norm.unit_offset { 1.0 } else { 0.0 };
-    for (v, w) in row.iter_mut().zip(weight) {
-        *v = (f64::from(*v) * inverse * (offset + f64::from(*w))) as f32;
+    for (v, &w) in row.iter_mut().zip(weight) {
+        *v = (inverse * if norm.scale_first { f64::from(*v) } else { scaled(*v, w) }) as f32;
     }
 }

@@ -101,11 +101,7 @@ impl dyn Communicator + '_ {
 
     /// [`all_to_all_v`](dyn Communicator::all_to_all_v) in two steps: other work, and other
     /// collectives, may come between them.
-    pub fn start_all_to_all_v<T: Element>(
-        &self,
-        at: At<'_>,
-        send: Parts<T>,
-    ) -> Result<Pending<T>> {
+    pub fn start_all_to_all_v<T: Element>(&self, at: At<'_>, send: Parts<T>) -> Result<Pending<T>> {
         self.check_counts(send.counts(), send.data().len())?;
         let (data, counts) = send.into_inner();
         let head = self.head::<T>(Kind::AllToAllV, at, data.len());

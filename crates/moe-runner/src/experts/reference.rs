@@ -62,11 +62,15 @@ pub fn project(matrix: &Matrix, bias: Option<&[f32]>, rows: &[Vec<f64>]) -> Vec<
 
 /// `x / sqrt(mean(x²) + eps) · w`, in place.
 pub fn rms_norm(norm: RmsNorm, weight: &[f32], row: &mut [f64]) {
+    let offset = if norm.unit_offset { 1.0 } else { 0.0 };
+    let scaled = |v: f64, w: f32| v * (offset + f64::from(w));
+    if norm.scale_first {
+        row.iter_mut().zip(weight).for_each(|(v, &w)| *v = scaled(*v, w));
+    }
     let mean_square = row.iter().map(|v| v * v).sum::<f64>() / row.len() as f64;
     let inverse = 1.0 / (mean_square + f64::from(norm.eps)).sqrt();
-    let offset = if norm.unit_offset { 1.0 } else { 0.0 };
-    for (v, w) in row.iter_mut().zip(weight) {
-        *v *= inverse * (offset + f64::from(*w));
+    for (v, &w) in row.iter_mut().zip(weight) {
+        *v = inverse * if norm.scale_first { *v } else { scaled(*v, w) };
     }
 }
 

@@ -38,7 +38,8 @@ impl Gate {
         let rows = match &self.input_norm {
             None => rows,
             Some((eps, scale)) => {
-                let norm = crate::spec::RmsNorm { eps: *eps, unit_offset: false };
+                let norm =
+                    crate::spec::RmsNorm { eps: *eps, unit_offset: false, scale_first: false };
                 self.normalised.clear();
                 self.normalised.extend_from_slice(rows);
                 for row in self.normalised.chunks_exact_mut(scale.len()) {

@@ -77,7 +77,7 @@ fn gate(layer: &LoadedLayer, rows: &[Vec<f64>]) -> Result<Vec<f32>> {
     if let (Some(eps), Some(scale)) = (layer.spec.gate.scaled_rms_eps, &gate.input_scale) {
         let root = (layer.spec.dims.hidden as f64).sqrt();
         for row in &mut rows {
-            rms_norm(RmsNorm { eps, unit_offset: false }, scale, row);
+            rms_norm(RmsNorm { eps, unit_offset: false, scale_first: false }, scale, row);
             row.iter_mut().for_each(|v| *v /= root);
         }
     }

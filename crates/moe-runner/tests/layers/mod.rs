@@ -43,7 +43,7 @@ pub fn shared() -> SharedSpec {
     }
 }
 
-const NORM: RmsNorm = RmsNorm { eps: 1e-6, unit_offset: false };
+const NORM: RmsNorm = RmsNorm { eps: 1e-6, unit_offset: false, scale_first: false };
 
 /// The plain layer with one option changed, by name: every option of [`LayerSpec`].
 pub fn variants() -> Vec<(&'static str, LayerSpec)> {
@@ -71,7 +71,10 @@ pub fn variants() -> Vec<(&'static str, LayerSpec)> {
         add(name, &move |s| s.expert.activation = activation);
     }
     add("expert bias", &|s| s.expert.bias = true);
-    add("expert norm", &|s| s.expert.norm = Some(RmsNorm { eps: 1e-5, unit_offset: true }));
+    add("expert norm", &|s| s.expert.norm = Some(RmsNorm { unit_offset: true, ..NORM }));
+    add("expert norm, scaled first", &|s| {
+        s.expert.norm = Some(RmsNorm { scale_first: true, ..NORM });
+    });
     let latent = |s: &mut LayerSpec| {
         s.dims.routed_hidden = 24;
         s.input_transform.steps = vec![TransformStep::Linear { width: 24 }];

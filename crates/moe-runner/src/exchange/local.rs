@@ -1,48 +1,82 @@
-//! The exchange of one rank that owns all experts: nothing moves.
+//! The exchange in which rows stay where they are: every rank of the group has all of them.
 
+use std::sync::Arc;
+
+use super::{
+    Completeness, DispatchedRows, Exchange, ExpertMap, LocalRows, SlotRows, local_ids, weighted_sum,
+};
 use crate::Result;
-use crate::exchange::{DispatchedRows, Exchange, LocalRows, Partial, Reduced, Sum, weighted_sum};
-use crate::router::{LocalId, Routing};
-use crate::spec::WeightOn;
+use crate::plan::NO_EXPERT;
+use crate::router::LocalId;
 
-/// Nothing moves. With tensor parallelism the experts hold a share of the intermediate width, and
-/// the sum is partial.
+/// Nothing moves. One rank with all experts; or, in a tensor-parallel group whose ranks all have the
+/// same rows, a rank with a slice of every expert or with some whole ones, whose sum is partial.
 #[derive(Clone, Debug)]
 pub struct LocalExchange {
-    experts: usize,
-    sharded: bool,
-    ids: Vec<LocalId>,
+    map: Arc<ExpertMap>,
+    rank: usize,
+    completeness: Completeness,
+    lanes: Vec<Vec<LocalId>>,
 }
 
 impl LocalExchange {
-    /// All `experts` live here; `sharded`: each rank of the tensor-parallel group holds a part of
-    /// every one of them.
-    pub fn new(experts: usize, sharded: bool) -> Self {
-        Self { experts, sharded, ids: Vec::new() }
+    /// One rank, all of the experts.
+    pub fn new(experts: usize) -> Self {
+        Self::of(Arc::new(ExpertMap::one_rank(experts)), 0, Completeness::Complete)
+    }
+
+    /// The experts that `map` gives to `rank`.
+    pub fn of(map: Arc<ExpertMap>, rank: usize, completeness: Completeness) -> Self {
+        Self { map, rank, completeness, lanes: Vec::new() }
     }
 }
 
 impl Exchange for LocalExchange {
-    fn dispatch<'a>(&'a mut self, rows: LocalRows<'a>) -> Result<DispatchedRows<'a>> {
-        // all experts are here: a logical id is the local one, and idle ids lie beyond the experts
-        self.ids.clear();
-        self.ids.extend(rows.routing.ids.iter().map(|id| LocalId(id.0)));
-        let Routing { weights, .. } = rows.routing;
-        Ok(DispatchedRows { hidden: rows.hidden, ids: &self.ids, weights })
+    fn name(&self) -> &'static str {
+        "local"
     }
 
-    fn combine(
+    fn local_experts(&self) -> usize {
+        self.map.held_by(self.rank).len()
+    }
+
+    fn moves_rows(&self) -> bool {
+        false
+    }
+
+    fn start_dispatch(&mut self, lane: usize, rows: LocalRows<'_>) -> Result<()> {
+        if self.lanes.len() <= lane {
+            self.lanes.resize(lane + 1, Vec::new());
+        }
+        let ids = &mut self.lanes[lane];
+        ids.clear();
+        ids.extend(local_ids(&self.map, self.rank, rows.ids, rows.top_k));
+        Ok(())
+    }
+
+    fn finish_dispatch<'a>(
+        &'a mut self,
+        lane: usize,
+        rows: LocalRows<'a>,
+    ) -> Result<DispatchedRows<'a>> {
+        let LocalRows { hidden, weights, .. } = rows;
+        Ok(DispatchedRows { hidden, ids: &self.lanes[lane], weights })
+    }
+
+    fn start_combine(&mut self, _lane: usize, _slots: SlotRows<'_>) -> Result<()> {
+        Ok(())
+    }
+
+    fn finish_combine(
         &mut self,
+        lane: usize,
         rows: LocalRows<'_>,
-        weight_on: WeightOn,
-        slots: &[f32],
-        mut out: Vec<f32>,
-    ) -> Result<Sum> {
-        let Routing { ids, weights, top_k, .. } = rows.routing;
-        weighted_sum(ids, weights, *top_k, self.experts, weight_on, (slots, rows.stride), &mut out);
-        Ok(match self.sharded {
-            true => Sum::Partial(Partial::new(out)),
-            false => Sum::Reduced(Reduced::new(out)),
-        })
+        slots: SlotRows<'_>,
+        out: &mut [f32],
+    ) -> Result<Completeness> {
+        let ids = &self.lanes[lane];
+        let has = |slot: usize| ids[slot] != NO_EXPERT;
+        weighted_sum(rows.weights, rows.top_k, has, slots, rows.stride, (out, rows.width));
+        Ok(self.completeness)
     }
 }

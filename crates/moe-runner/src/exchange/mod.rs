@@ -1,30 +1,86 @@
 //! Dispatch and combine: how rows reach the ranks that own their experts, and how results return.
 //!
+//! * [`LocalExchange`]: the rows stay; each rank's experts see all of them.
+//! * [`GatherExchange`]: every rank gets all rows of the group; partial sums are reduced and
+//!   scattered back (the naive dispatch and combine).
+//! * [`AllToAllExchange`]: each row goes only to the ranks that own its experts; the experts' rows
+//!   come back and are added on the token's own rank.
+//!
 //! Dispatch takes *all* inputs of a row together, so that rows before and after it cannot be mixed
-//! up. Combine applies the weights and adds a token's slots in slot order, in f32, on the token's
-//! own rank; and it says by its type whether the sum is complete.
+//! up. Weights meet experts' outputs in one function, [`weighted_sum`]: in slot order, in f32. Each
+//! exchange says whether the sum it returns is complete, and that is all that decides on a later
+//! reduction. Both directions are split into start and finish, and several batches ("lanes") may be
+//! under way, so that other work can run in between.
 
+mod all_to_all;
+mod gather;
 mod local;
+mod map;
 mod sum;
+mod wire;
 
+pub use all_to_all::AllToAllExchange;
+pub(crate) use all_to_all::share;
+pub use gather::GatherExchange;
 pub use local::LocalExchange;
-pub use sum::{Partial, Reduced, Sum};
+pub use map::{ExpertMap, Home};
+pub use sum::{Completeness, Partial, Reduced, Sum};
+pub use wire::Wire;
 
+use std::ops::Range;
+
+use crate::Result;
+use crate::experts::RowFormat;
 use crate::router::{LocalId, LogicalId, Routing};
 use crate::spec::WeightOn;
-use crate::{Result, experts::RowFormat};
 
 /// The rows of this rank, with everything that belongs to them.
 #[derive(Clone, Copy, Debug)]
 pub struct LocalRows<'a> {
-    /// Number of rows.
-    pub tokens: usize,
     /// `[T, stride]`.
     pub hidden: &'a [f32],
-    /// Elements from one row to the next.
+    /// Elements from one row to the next; those beyond the width are zero.
     pub stride: usize,
-    /// Ids and weights `[T, k]`.
-    pub routing: &'a Routing,
+    /// Columns that carry values.
+    pub width: usize,
+    /// k.
+    pub top_k: usize,
+    /// `[T, k]`.
+    pub ids: &'a [LogicalId],
+    /// `[T, k]`.
+    pub weights: &'a [f32],
+}
+
+impl<'a> LocalRows<'a> {
+    /// `hidden` `[T, stride]`, routed.
+    pub fn new(hidden: &'a [f32], stride: usize, width: usize, routing: &'a Routing) -> Self {
+        let Routing { top_k, ids, weights, .. } = routing;
+        Self { hidden, stride, width, top_k: *top_k, ids, weights }
+    }
+
+    /// T.
+    pub fn tokens(&self) -> usize {
+        self.ids.len() / self.top_k.max(1)
+    }
+
+    /// The rows of `range`.
+    pub fn slice(&self, range: Range<usize>) -> Self {
+        let slots = range.start * self.top_k..range.end * self.top_k;
+        Self {
+            hidden: &self.hidden[range.start * self.stride..range.end * self.stride],
+            ids: &self.ids[slots.clone()],
+            weights: &self.weights[slots],
+            ..*self
+        }
+    }
+
+    fn ids_of(&self, t: usize) -> &'a [LogicalId] {
+        &self.ids[t * self.top_k..][..self.top_k]
+    }
+
+    fn weights_of(&self, t: usize) -> &'a [f32] {
+        &self.weights[t * self.top_k..][..self.top_k]
+    }
 }
 
 /// The rows that this rank's experts get: after dispatch.
@@ -38,57 +94,99 @@ pub struct DispatchedRows<'a> {
     pub weights: &'a [f32],
 }
 
-/// Brings rows to experts and results back.
+/// What the experts made of the dispatched rows.
+#[derive(Clone, Copy, Debug)]
+pub struct SlotRows<'a> {
+    /// `[rows · k, stride]`, by slot; rows of slots without an expert here hold anything.
+    pub values: &'a [f32],
+    /// What weights multiply.
+    pub weight_on: WeightOn,
+}
+
+/// Brings rows to experts and results back. For each lane the four steps come in order; lanes may
+/// interleave. All ranks of a group take the same steps in the same order.
 pub trait Exchange: Send + std::fmt::Debug {
+    /// For messages and reports.
+    fn name(&self) -> &'static str;
+
     /// How rows are handed to the experts.
     fn row_format(&self) -> RowFormat {
         RowFormat::Standard
     }
 
-    /// Sends rows to the ranks that own their experts.
-    ///
-    /// # Errors
-    /// A rank that does not arrive.
-    fn dispatch<'a>(&'a mut self, rows: LocalRows<'a>) -> Result<DispatchedRows<'a>>;
+    /// The experts that this rank holds.
+    fn local_experts(&self) -> usize;
 
-    /// Takes back what the experts made of the dispatched rows, `[rows · k, stride]` by slot, and
-    /// writes the weighted sum of each of this rank's rows to `out` `[T, stride]`.
+    /// Rows leave this rank: kernels must not route by themselves, and other work can run while
+    /// they are on their way.
+    fn moves_rows(&self) -> bool;
+
+    /// Sends rows to the ranks that own their experts. Does not wait.
     ///
     /// # Errors
-    /// A rank that does not arrive.
-    fn combine(
+    /// As [`Self::finish_dispatch`].
+    fn start_dispatch(&mut self, lane: usize, rows: LocalRows<'_>) -> Result<()>;
+
+    /// The rows that have arrived for this rank's experts. `rows` as given to the start.
+    ///
+    /// # Errors
+    /// [`Error::Communication`](crate::Error::Communication): a rank that does not arrive.
+    fn finish_dispatch<'a>(
+        &'a mut self,
+        lane: usize,
+        rows: LocalRows<'a>,
+    ) -> Result<DispatchedRows<'a>>;
+
+    /// Sends back what the experts made of the dispatched rows. Does not wait.
+    ///
+    /// # Errors
+    /// As [`Self::finish_combine`].
+    fn start_combine(&mut self, lane: usize, slots: SlotRows<'_>) -> Result<()>;
+
+    /// Writes the weighted sum of each of this rank's rows to `out` `[T, width]`. `rows` and
+    /// `slots` as given to the starts.
+    ///
+    /// # Errors
+    /// [`Error::Communication`](crate::Error::Communication): a rank that does not arrive.
+    fn finish_combine(
         &mut self,
+        lane: usize,
         rows: LocalRows<'_>,
-        weight_on: WeightOn,
-        slots: &[f32],
-        out: Vec<f32>,
-    ) -> Result<Sum>;
+        slots: SlotRows<'_>,
+        out: &mut [f32],
+    ) -> Result<Completeness>;
 }
 
-/// `out[t] = Σ_j w_j · slots[t·k + j]`, in slot order, for the ids that belong to an expert.
-/// The one place where weights meet experts' outputs.
-pub fn weighted_sum(
-    ids: &[LogicalId],
+/// `out[t] = Σ_j w_j · slots[t·k + j]`, in slot order, for the slots that `has` a row. The one place
+/// where weights meet experts' outputs. `out` is `[T, width]`, `slots` `[T·k, stride]`.
+pub(crate) fn weighted_sum(
     weights: &[f32],
     top_k: usize,
-    experts: usize,
-    weight_on: WeightOn,
-    (slots, stride): (&[f32], usize),
-    out: &mut [f32],
+    has: impl Fn(usize) -> bool,
+    slots: SlotRows<'_>,
+    stride: usize,
+    (out, width): (&mut [f32], usize),
 ) {
-    for (t, out) in out.chunks_exact_mut(stride).enumerate() {
+    for (t, out) in out.chunks_exact_mut(width).enumerate() {
         out.fill(0.0);
-        for slot in t * top_k..(t + 1) * top_k {
-            if ids[slot].index() >= experts {
-                continue;
-            }
-            let weight = match weight_on {
+        for slot in (t * top_k..(t + 1) * top_k).filter(|slot| has(*slot)) {
+            let weight = match slots.weight_on {
                 WeightOn::Output => weights[slot],
                 WeightOn::Input => 1.0,
             };
-            for (out, value) in out.iter_mut().zip(&slots[slot * stride..(slot + 1) * stride]) {
+            for (out, value) in out.iter_mut().zip(&slots.values[slot * stride..]) {
                 *out += weight * value;
             }
         }
     }
+}
+
+/// The ids of one rank's copies for the rows of `ids` `[T, k]`, in order.
+fn local_ids<'a>(
+    map: &'a ExpertMap,
+    rank: usize,
+    ids: &'a [LogicalId],
+    top_k: usize,
+) -> impl Iterator<Item = LocalId> + 'a {
+    ids.iter().enumerate().map(move |(slot, id)| map.local(*id, slot / top_k.max(1), rank))
 }

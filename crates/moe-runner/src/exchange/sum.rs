@@ -23,6 +23,15 @@ pub enum Sum {
     Reduced(Reduced),
 }
 
+/// What an exchange's combine leaves to be done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Completeness {
+    /// The ranks of the tensor-parallel group hold parts of the sum.
+    Partial,
+    /// The sum is complete on this rank.
+    Complete,
+}
+
 impl Partial {
     /// Declares `values` this rank's part.
     pub fn new(values: Vec<f32>) -> Self {
@@ -59,6 +68,14 @@ impl Reduced {
 }
 
 impl Sum {
+    /// `values` in the state that an exchange reported.
+    pub fn new(values: Vec<f32>, completeness: Completeness) -> Self {
+        match completeness {
+            Completeness::Partial => Self::Partial(Partial(values)),
+            Completeness::Complete => Self::Reduced(Reduced(values)),
+        }
+    }
+
     /// The complete sum, reducing it over `group` if it is not complete yet.
     ///
     /// # Errors
@@ -70,22 +87,11 @@ impl Sum {
         }
     }
 
-    /// The values, whatever their state: for steps that act on each element alike.
+    /// The values, whatever their state: for steps that act on each rank's part alike.
     pub fn values_mut(&mut self) -> &mut Vec<f32> {
         match self {
             Self::Partial(Partial(values)) | Self::Reduced(Reduced(values)) => values,
         }
-    }
-
-    /// A sum of the same state, with its values replaced by `f` of them.
-    ///
-    /// # Errors
-    /// As `f`.
-    pub fn try_map(self, f: impl FnOnce(Vec<f32>) -> Result<Vec<f32>>) -> Result<Self> {
-        Ok(match self {
-            Self::Partial(Partial(values)) => Self::Partial(Partial(f(values)?)),
-            Self::Reduced(Reduced(values)) => Self::Reduced(Reduced(f(values)?)),
-        })
     }
 
     /// True for a complete sum.

@@ -8,29 +8,34 @@
 //! What a forward pass decides (order of the shared experts, who reduces) it decides once, from the
 //! parts that execute this very call; nothing is remembered between calls.
 
+mod finish;
 mod gate;
 mod model;
 mod ready;
 pub mod reference;
+mod routed;
 pub mod scale;
+mod shared;
+mod timeline;
 mod transform;
 
 use std::sync::Arc;
 
 pub use model::Model;
 pub use ready::{Options, QuantMethod, ReadyLayer};
+pub use timeline::{Span, Timeline};
 
-use crate::comm::{At, Communicator, Step};
-use crate::exchange::{LocalRows, Partial, Reduced, Sum};
-use crate::experts::{BuiltKernel, ExpertCall, MonolithicCall};
+use crate::comm::Communicator;
+use crate::exchange::Sum;
+use crate::experts::BuiltKernel;
 use crate::hidden::{ActivationDtype, Rows, RowsMut};
 use crate::oracle::Choice;
-use crate::plan::Plan;
-use crate::router::{LogicalId, Router, Routing, Simulator};
-use crate::shared_experts::{Point, SharedExperts, SharedOrder, rms_norm};
-use crate::spec::{IdleExperts, LayerSpec, SharedCombine};
+use crate::router::{LogicalId, Routing, Simulator};
+use crate::shared_experts::{SharedExperts, SharedOrder};
+use crate::spec::{LayerSpec, SharedCombine};
 use crate::{Error, Result};
-use scale::scaling;
+use routed::{Lane, RoutedCall, resized};
+use shared::SharedCall;
 
 /// What engines program against.
 pub trait MoeRunnerInterface {
@@ -111,9 +116,11 @@ pub struct MoeRunner {
     group: Arc<dyn Communicator>,
     reduce_results: bool,
     simulator: Option<Simulator>,
-    plan: Plan,
+    micro_batches: usize,
+    lanes: Vec<Lane>,
     routing: Routing,
     buffers: Buffers,
+    timeline: Timeline,
 }
 
 impl std::fmt::Debug for MoeRunner {
@@ -135,7 +142,6 @@ struct Buffers {
     rows: Vec<f32>,
     padded: Vec<f32>,
     logits: Vec<f32>,
-    slots: Vec<f32>,
     routed: Vec<f32>,
     shared: Vec<f32>,
     shared_seen: Vec<f32>,
@@ -154,9 +160,11 @@ impl MoeRunner {
             group: crate::comm::single(),
             reduce_results: true,
             simulator: None,
-            plan: Plan::default(),
+            micro_batches: 1,
+            lanes: Vec::new(),
             routing: Routing::default(),
             buffers: Buffers::default(),
+            timeline: Timeline::off(),
         }
     }
 
@@ -180,6 +188,22 @@ impl MoeRunner {
     /// Replaces the router's choice by a simulated one, for benchmarks.
     pub fn with_simulator(self, simulator: Option<Simulator>) -> Self {
         Self { simulator, ..self }
+    }
+
+    /// Cuts every batch into `n` micro-batches whose dispatch, experts and combine overlap. All
+    /// ranks of a group must agree on the number. The output does not depend on it.
+    pub fn with_micro_batches(self, n: usize) -> Self {
+        Self { micro_batches: n.max(1), ..self }
+    }
+
+    /// Records what each forward pass does when.
+    pub fn with_timeline(self, timeline: Timeline) -> Self {
+        Self { timeline, ..self }
+    }
+
+    /// What was recorded.
+    pub fn timeline(&self) -> &Timeline {
+        &self.timeline
     }
 
     /// What the layer is.
@@ -279,137 +303,6 @@ impl MoeRunner {
     }
 }
 
-/// The shared experts of one forward pass: run at one point, collected once.
-struct SharedCall<'a> {
-    experts: Option<&'a mut SharedExperts>,
-    order: SharedOrder,
-    rows: &'a [f32],
-    out: Vec<f32>,
-    done: bool,
-}
-
-impl SharedCall<'_> {
-    /// Nothing runs here: there are no shared experts, or another thread has them.
-    fn absent() -> Self {
-        Self { experts: None, order: SharedOrder::None, rows: &[], out: Vec::new(), done: true }
-    }
-
-    fn reach(&mut self, point: Point, routing: &Routing) -> Result<()> {
-        if self.order.runs_at(point) {
-            self.run(routing)?;
-        }
-        Ok(())
-    }
-
-    fn run(&mut self, routing: &Routing) -> Result<()> {
-        if let Some(experts) = &mut self.experts
-            && !self.done
-        {
-            experts.forward(self.rows, &routing.shared_weights, &mut self.out)?;
-            self.done = true;
-        }
-        Ok(())
-    }
-}
-
-/// The routed branch of one forward pass, with exclusive use of its parts.
-struct RoutedCall<'a> {
-    layer: &'a LayerSpec,
-    gate: Option<&'a mut gate::Gate>,
-    router: &'a Router,
-    simulator: Option<&'a mut Simulator>,
-    expert_ids: Option<&'a [LogicalId]>,
-    method: &'a mut QuantMethod,
-    plan: &'a mut Plan,
-    routing: &'a mut Routing,
-    logits: &'a mut Vec<f32>,
-    padded: &'a mut Vec<f32>,
-    slots: &'a mut Vec<f32>,
-    tokens: usize,
-    /// `[T, H]`: what the gate sees.
-    hidden: &'a [f32],
-    /// `[T, routed_hidden]`.
-    rows: &'a [f32],
-    input_ids: Option<&'a [u32]>,
-}
-
-impl RoutedCall<'_> {
-    /// The gate, or the logits that the caller gave (already in place); then ids and weights.
-    fn route(&mut self) -> Result<()> {
-        if let Some(gate) = &mut self.gate {
-            gate.forward(self.hidden, self.tokens, self.logits);
-        }
-        let monolithic = matches!(self.method.kernel, BuiltKernel::Monolithic(_));
-        if monolithic && (self.simulator.is_some() || self.expert_ids.is_some()) {
-            return Err(Error::input(
-                "routing",
-                format!(
-                    "'{}' routes by itself; simulated or given ids need a kernel that does not",
-                    self.method.desc().name
-                ),
-            ));
-        }
-        let (tokens, routing) = (self.tokens, &mut *self.routing);
-        match (&mut self.simulator, self.expert_ids) {
-            _ if monolithic => Ok(()),
-            (_, Some(ids)) => self.router.route_to(self.logits, ids, tokens, routing),
-            (Some(simulator), None) => simulator.route(self.router.spec(), tokens, routing),
-            (None, None) => self.router.route(self.logits, self.input_ids, tokens, routing),
-        }
-    }
-
-    /// Dispatch, experts, combine: the routed sum `[T, routed_hidden]`, and the bytes of weights
-    /// that were read.
-    fn experts(&mut self, out: Vec<f32>, shared: &mut SharedCall<'_>) -> Result<(Sum, usize)> {
-        let width = self.layer.dims.routed_hidden;
-        match &mut self.method.kernel {
-            BuiltKernel::Monolithic(kernel) => {
-                let mut out = resized(out, self.tokens * width);
-                kernel.forward(MonolithicCall {
-                    rows: self.rows,
-                    logits: self.logits,
-                    input_ids: self.input_ids,
-                    router: self.router,
-                    routing: self.routing,
-                    out: &mut out,
-                })?;
-                shared.run(self.routing)?;
-                let bytes = kernel.weight_bytes(self.routing);
-                Ok((Sum::Reduced(Reduced::new(out)), bytes))
-            }
-            BuiltKernel::Modular(kernel) => {
-                let stride = kernel.padded_width(width);
-                let hidden = match stride == width {
-                    true => self.rows,
-                    false => {
-                        pad(self.rows, width, stride, self.padded);
-                        &*self.padded
-                    }
-                };
-                let rows = LocalRows { tokens: self.tokens, hidden, stride, routing: self.routing };
-                let dispatched = self.method.exchange.dispatch(rows)?;
-                shared.reach(Point::BeforeExperts, self.routing)?;
-                let (top_k, experts) = (self.routing.top_k, self.layer.router.experts);
-                self.plan.build(dispatched.ids, top_k.max(1), experts);
-                self.slots.resize(dispatched.ids.len() * stride, 0.0);
-                kernel.forward(ExpertCall {
-                    rows: dispatched.hidden,
-                    stride,
-                    plan: self.plan,
-                    weights: dispatched.weights,
-                    out: self.slots,
-                })?;
-                let out = resized(out, self.tokens * stride);
-                let weight_on = self.layer.router.weight_on;
-                shared.reach(Point::DuringCombine, self.routing)?;
-                let mut sum = self.method.exchange.combine(rows, weight_on, self.slots, out)?;
-                truncate(sum.values_mut(), stride, width);
-                Ok((sum, kernel.weight_bytes(self.plan)))
-            }
-        }
-    }
-}
-
 impl MoeRunnerInterface for MoeRunner {
     fn forward(
         &mut self,
@@ -417,76 +310,19 @@ impl MoeRunnerInterface for MoeRunner {
         mut output: RowsMut<'_>,
     ) -> Result<ForwardOutput<'_>> {
         let tokens = self.accept(input, &output)?;
-        let layer = &mut self.layer;
-        let spec = layer.spec.clone();
-        let buffers = &mut self.buffers;
-        if let Some(logits) = input.router_logits {
-            buffers.logits.clear();
-            buffers.logits.extend_from_slice(logits);
-        }
-        let mut shared = SharedCall {
-            experts: layer.shared.as_mut(),
-            order: self.order,
-            rows: &buffers.hidden,
-            out: resized(std::mem::take(&mut buffers.shared), tokens * spec.dims.hidden),
-            done: false,
-        };
-        let mut routed = RoutedCall {
-            layer: &spec,
-            gate: layer.gate.as_mut().filter(|_| input.router_logits.is_none()),
-            router: &layer.router,
-            simulator: self.simulator.as_mut(),
-            expert_ids: input.expert_ids,
-            method: &mut layer.method,
-            plan: &mut self.plan,
-            routing: &mut self.routing,
-            logits: &mut buffers.logits,
-            padded: &mut buffers.padded,
-            slots: &mut buffers.slots,
+        let spec = self.layer.spec.clone();
+        let (routed, shared, weight_bytes) = self.branches(&spec, tokens, input)?;
+        let (output_scale, complete) = self.finish(&spec, tokens, routed, shared, &mut output)?;
+        Ok(ForwardOutput {
             tokens,
-            hidden: &buffers.hidden,
-            rows: &buffers.rows,
-            input_ids: input.input_ids,
-        };
-        let out = std::mem::take(&mut buffers.routed);
-        // A second thread cannot know the router's weights before the router has run.
-        let second_thread = self.order == SharedOrder::SecondThread
-            && spec.shared.as_ref().is_some_and(|s| s.combine != SharedCombine::RouterWeighted);
-        let (result, shared) = if second_thread {
-            std::thread::scope(|scope| {
-                let handle = scope.spawn(|| {
-                    let result = shared.run(&Routing::default());
-                    (result, shared)
-                });
-                let mut absent = SharedCall::absent();
-                let routed = routed.route().and_then(|()| routed.experts(out, &mut absent));
-                let joined = handle.join();
-                let (ran, shared) = joined.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-                (ran.and(routed), shared)
-            })
-        } else {
-            let result = routed.route().and_then(|()| routed.experts(out, &mut shared));
-            let ran = shared.run(routed.routing);
-            (result.and_then(|result| ran.map(|()| result)), shared)
-        };
-        let (sum, mut weight_bytes) = result?;
-        let shared_rows = shared.out;
-        if layer.shared.is_some() && tokens > 0 {
-            weight_bytes += layer.shared.as_ref().map_or(0, SharedExperts::weight_bytes);
-        }
-        let flops = flops(&spec, tokens, &self.routing);
-        self.finish(&spec, tokens, sum, shared_rows, &mut output).map(
-            |(output_scale, complete, this)| ForwardOutput {
-                tokens,
-                output_scale,
-                complete,
-                router_logits: &this.buffers.logits,
-                routing: &this.routing,
-                shared: this.layer.shared.as_ref().map(|_| this.buffers.shared_seen.as_slice()),
-                weight_bytes,
-                flops,
-            },
-        )
+            output_scale,
+            complete,
+            router_logits: &self.buffers.logits,
+            routing: &self.routing,
+            shared: self.layer.shared.as_ref().map(|_| self.buffers.shared_seen.as_slice()),
+            weight_bytes,
+            flops: flops(&spec, tokens, &self.routing),
+        })
     }
 
     fn is_internal_router(&self) -> bool {
@@ -503,137 +339,68 @@ impl MoeRunnerInterface for MoeRunner {
 }
 
 impl MoeRunner {
-    /// Everything after the experts: reductions, scaling, output transform, the sum of the
-    /// branches, output steps, identity experts.
-    fn finish(
+    /// Both branches: the routed sum, the shared experts' output (empty without), and the bytes of
+    /// weights read. The shared experts run where their order says, once.
+    fn branches(
         &mut self,
         spec: &LayerSpec,
         tokens: usize,
-        routed: Sum,
-        shared: Vec<f32>,
-        output: &mut RowsMut<'_>,
-    ) -> Result<(f32, bool, &Self)> {
-        let group = self.group.clone();
-        let at = |step| At { layer: &spec.name, step };
+        input: &ForwardInput<'_>,
+    ) -> Result<(Sum, Vec<f32>, usize)> {
         let layer = &mut self.layer;
-        let reduces = group.size() > 1;
-
-        // 1. a transform that does not commute with the sum over ranks needs the complete sum
-        let mut routed = match layer.output_transform.is_linear() {
-            true => routed,
-            false => Sum::Reduced(routed.reduce(&*group, at(Step::ReduceRouted))?),
+        let buffers = &mut self.buffers;
+        if let Some(logits) = input.router_logits {
+            buffers.logits.clear();
+            buffers.logits.extend_from_slice(logits);
+        }
+        let shared_out = resized(std::mem::take(&mut buffers.shared), tokens * spec.dims.hidden);
+        let mut shared =
+            SharedCall::new(layer.shared.as_mut(), self.order, &buffers.hidden, shared_out);
+        let mut routed = RoutedCall {
+            layer: spec,
+            gate: layer.gate.as_mut().filter(|_| input.router_logits.is_none()),
+            router: &layer.router,
+            simulator: self.simulator.as_mut(),
+            expert_ids: input.expert_ids,
+            method: &mut layer.method,
+            lanes: &mut self.lanes,
+            micro_batches: self.micro_batches,
+            routing: &mut self.routing,
+            logits: &mut buffers.logits,
+            padded: &mut buffers.padded,
+            tokens,
+            hidden: &buffers.hidden,
+            rows: &buffers.rows,
+            input_ids: input.input_ids,
+            timeline: &mut self.timeline,
         };
-        // 2. the shared branch: a part of the sum on every rank, as the routed one would be
-        let mut shared = match &layer.shared {
-            None => None,
-            Some(experts) => {
-                let part = Partial::new(shared);
-                let mut sum = match routed.is_reduced() || experts.finishes() || !reduces {
-                    true => Sum::Reduced(part.reduce(&*group, at(Step::ReduceShared))?),
-                    false => Sum::Partial(part),
-                };
-                experts.finish(sum.values_mut());
-                Some(sum)
-            }
+        let out = std::mem::take(&mut buffers.routed);
+        // A second thread cannot know the router's weights before the router has run.
+        let second_thread = self.order == SharedOrder::SecondThread
+            && spec.shared.as_ref().is_some_and(|s| s.combine != SharedCombine::RouterWeighted);
+        let (result, shared) = if second_thread {
+            std::thread::scope(|scope| {
+                let handle = scope.spawn(|| {
+                    let result = shared.run(&Routing::default());
+                    (result, shared)
+                });
+                let routed = routed.run(out, &mut SharedCall::absent());
+                let joined = handle.join();
+                let (ran, shared) = joined.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+                (ran.and(routed), shared)
+            })
+        } else {
+            let result = routed.run(out, &mut shared);
+            let ran = shared.run(routed.routing);
+            (result.and_then(|result| ran.map(|()| result)), shared)
         };
-        self.buffers.shared_seen.clear();
-        if let Some(shared) = &mut shared {
-            self.buffers.shared_seen.extend_from_slice(shared.values_mut());
+        let (sum, mut weight_bytes) = result?;
+        let shared_rows = shared.into_output();
+        if tokens > 0 {
+            weight_bytes += layer.shared.as_ref().map_or(0, SharedExperts::weight_bytes);
         }
-        // 3. the scaling factor, once
-        let linear_output = !spec.output.bias && spec.output.norm.is_none();
-        let scaling = scaling(spec.routed_scale, layer.dtype, shared.is_some(), linear_output);
-        multiply(routed.values_mut(), scaling.routed);
-        // 4. the output transform
-        routed = routed.try_map(|mut values| {
-            layer.output_transform.apply(&mut values, tokens);
-            Ok(values)
-        })?;
-        // 5. the branches become one; only sums of the same state can be added
-        let mut sum = match shared {
-            None => routed,
-            Some(mut shared) => {
-                multiply(shared.values_mut(), scaling.shared);
-                if routed.is_reduced() != shared.is_reduced() {
-                    routed = Sum::Reduced(routed.reduce(&*group, at(Step::ReduceRouted))?);
-                    shared = Sum::Reduced(shared.reduce(&*group, at(Step::ReduceShared))?);
-                }
-                let values = routed.values_mut();
-                values.iter_mut().zip(shared.values_mut()).for_each(|(y, s)| *y += *s);
-                if spec.shared.as_ref().is_some_and(|s| s.combine == SharedCombine::Average) {
-                    multiply(values, 0.5);
-                }
-                self.buffers.shared = std::mem::take(shared.values_mut());
-                routed
-            }
-        };
-        // 6. the final reduction, unless the caller does it and nothing here needs it
-        let identity = matches!(spec.router.idle, Some(IdleExperts::Identity { .. }));
-        if self.reduce_results || identity || !linear_output || !reduces {
-            sum = Sum::Reduced(sum.reduce(&*group, at(Step::ReduceOutput))?);
-        }
-        // 7. what is done to the sum of both branches
-        let values = sum.values_mut();
-        if let Some(bias) = &layer.output.bias {
-            for row in values.chunks_exact_mut(bias.len()) {
-                row.iter_mut().zip(bias).for_each(|(y, b)| *y += b);
-            }
-        }
-        if let Some((norm, weight)) = spec.output.norm.zip(layer.output.norm.as_ref()) {
-            values.chunks_exact_mut(weight.len()).for_each(|row| rms_norm(norm, weight, row));
-        }
-        multiply(values, spec.output.multiplier);
-        // 8. identity experts: from this rank's own rows, after every reduction
-        if identity {
-            add_identity(&self.routing, spec.router.experts, &self.buffers.rows, values);
-        }
-        output.write(values);
-        let complete = sum.is_reduced();
-        self.buffers.routed = std::mem::take(sum.values_mut());
-        Ok((scaling.output, complete, self))
+        Ok((sum, shared_rows, weight_bytes))
     }
-}
-
-/// `y[t] += x[t] · Σ w` over the token's choices of identity experts.
-fn add_identity(routing: &Routing, experts: usize, rows: &[f32], out: &mut [f32]) {
-    let Some(width) = rows.len().checked_div(routing.tokens) else { return };
-    for (t, (x, y)) in rows.chunks_exact(width).zip(out.chunks_exact_mut(width)).enumerate() {
-        let chosen = routing.ids_of(t).iter().zip(routing.weights_of(t));
-        let weight: f32 = chosen.filter(|(id, _)| id.index() >= experts).map(|(_, w)| *w).sum();
-        y.iter_mut().zip(x).for_each(|(y, x)| *y += weight * x);
-    }
-}
-
-fn multiply(values: &mut [f32], factor: f32) {
-    if factor != 1.0 {
-        values.iter_mut().for_each(|v| *v *= factor);
-    }
-}
-
-fn resized(mut buffer: Vec<f32>, len: usize) -> Vec<f32> {
-    buffer.resize(len, 0.0);
-    buffer
-}
-
-/// Copies rows of `width` columns to rows of `stride`, the rest zero.
-fn pad(rows: &[f32], width: usize, stride: usize, out: &mut Vec<f32>) {
-    out.clear();
-    out.resize(rows.len() / width * stride, 0.0);
-    for (to, from) in out.chunks_exact_mut(stride).zip(rows.chunks_exact(width)) {
-        to[..width].copy_from_slice(from);
-    }
-}
-
-/// Drops the columns beyond `width` of rows `stride` apart, in place.
-fn truncate(rows: &mut Vec<f32>, stride: usize, width: usize) {
-    if stride == width {
-        return;
-    }
-    let tokens = rows.len() / stride;
-    for t in 1..tokens {
-        rows.copy_within(t * stride..t * stride + width, t * width);
-    }
-    rows.truncate(tokens * width);
 }
 
 fn check_finite(what: &'static str, rows: &[f32], width: usize) -> Result<()> {

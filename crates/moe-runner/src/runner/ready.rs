@@ -131,7 +131,7 @@ impl LoadedLayer {
     pub fn quant_method(&self, kernel: &KernelDesc, options: &Options) -> Result<QuantMethod> {
         Ok(QuantMethod {
             kernel: experts::build(kernel, self.expert_set(), &options.pool)?,
-            exchange: Box::new(LocalExchange::new(self.experts.len(), false)),
+            exchange: Box::new(LocalExchange::new(self.experts.len())),
         })
     }
 

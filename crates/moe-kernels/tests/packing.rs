@@ -108,6 +108,19 @@ proptest! {
 }
 
 #[test]
+fn ties_of_bf16_go_to_even() {
+    let bits = (0..=u16::MAX).flat_map(|high| {
+        [0x7FFF, 0x8000, 0x8001].map(|low| f32::from_bits(u32::from(high) << 16 | low))
+    });
+    let values: Vec<f32> = bits.collect();
+    let mut narrow = vec![bf16::ZERO; values.len()];
+    float16::f32_to_bf16(&values, &mut narrow);
+    for (x, narrow) in values.iter().zip(narrow) {
+        assert_eq!(narrow.to_bits(), bf16::from_f32(*x).to_bits(), "{x:e}");
+    }
+}
+
+#[test]
 fn words_of_a_published_layout() {
     // compressed-tensors: `(word >> 4 * (k % 8)) & 15`.
     let word = 0x8765_4321u32.to_le_bytes();

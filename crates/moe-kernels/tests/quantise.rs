@@ -267,11 +267,20 @@ proptest! {
         prop_assert_eq!(q.scales.len(), 3);
         let scales: Vec<f32> = (0..80).map(|i| q.scales[i % 40 / 16]).collect();
         let got: Vec<f32> = (0..80).map(|i| e4m3::decode(q.codes[i]) * scales[i]).collect();
+        for (block, scale) in q.scales.iter().enumerate() {
+            let inside = (0..80).filter(|i| i % 40 / 16 == block).map(|i| values[i]);
+            let max = max_of(&inside.collect::<Vec<_>>());
+            prop_assert_eq!(*scale, if max == 0.0 { 1.0 } else { max / 448.0 });
+        }
         check("fp8 block", &got, &scales, &|x| nearest(&e4m3s, x));
 
         let q = weight::int8_channel(&values, 40).unwrap();
         let scales: Vec<f32> = (0..80).map(|i| q.scales[i / 40]).collect();
         let got: Vec<f32> = (0..80).map(|i| f32::from(q.codes[i]) * scales[i]).collect();
+        for (row, scale) in values.chunks(40).zip(&q.scales) {
+            let max = max_of(row);
+            prop_assert_eq!(*scale, if max == 0.0 { 1.0 } else { max / 127.5 });
+        }
         check("int8 channel", &got, &scales, &|x| int8_nearest(x));
 
         for scale_type in [ScaleType::F32, ScaleType::F16, ScaleType::Bf16] {
@@ -334,6 +343,12 @@ fn cases_by_hand() {
     assert_eq!(block(Qdq::Mxfp8(Mxfp8Rule::Ceil), [448.0, small]), [448.0, small]);
     assert_eq!(block(Qdq::Mxfp8(Mxfp8Rule::Ceil), [449.0, small]), [448.0, 0.0]);
     assert_eq!(block(Qdq::Mxfp8(Mxfp8Rule::Floor), [448.0, 0.3, 0.2]), [448.0, 0.5, 0.0]);
+    // Scales of subnormals are those of the smallest normal number, 2^−126.
+    let (half, tiny) = (f32::MIN_POSITIVE / 2.0, 2f32.powi(-126) * 2f32.powi(-10));
+    assert_eq!(block(Qdq::Mxfp8(Mxfp8Rule::Floor), [half, tiny]), [half, 0.0]);
+    // Floors: s = 1 / 229376, and 0.001 / s = 229.4 rounds to 224; s = 1e-10 / 127.
+    assert_eq!(block(Qdq::Fp8Token, [0.001]), [224.0 / 229376.0]);
+    assert_eq!(block(Qdq::Int8Token, [1e-11]), [13.0 * (1e-10 / 127.0)]);
     // s = e4m3(6 / 6) = 1.
     let nvfp4 = Qdq::Nvfp4 { global: EncodeScale(1.0), rule: Nvfp4Rule::Division };
     assert_eq!(block(nvfp4, [6.0, -2.5, 0.25, 5.5]), [6.0, -2.0, 0.0, 6.0]);
@@ -343,6 +358,39 @@ fn cases_by_hand() {
     // amax 300 / 448 rounds up to 1.
     let up = Qdq::Fp8Group { size: 32, scale: GroupScale::PowerOfTwo };
     assert_eq!(block(up, [300.0, 17.0]), [288.0, 16.0]);
+}
+
+/// Beside the ties of block scales and of elements, where the order of operations shows.
+#[test]
+fn the_rules_of_nvfp4_are_told_apart() {
+    let rules = [KINDS[14].0, RECIPROCAL];
+    let (g, mut differ) = (GLOBAL.0, [0, 0]);
+    let mut compare = |block: [f32; 4], what: usize| {
+        let results = rules.map(|qdq| {
+            let (mut got, mut expected) = (block, block);
+            qdq.apply(&mut got, 4);
+            model(qdq, &mut expected);
+            assert_eq!(got, expected, "{qdq:?} of {block:?}");
+            // Scale times element: a multiple of 1/2, once the last bits of `s / G` are rounded off.
+            got.map(|x| (x * g * 4.0).round())
+        });
+        differ[what] += usize::from(results[0] != results[1]);
+    };
+    let beside =
+        |x: f32| (-20i32..=20).map(move |i| f32::from_bits((x.to_bits() as i32 + i) as u32));
+    for code in 0x50..0x78 {
+        let middle = (e4m3::decode(code) + e4m3::decode(code + 1)) / 2.0;
+        for max in beside(middle * 6.0 / g) {
+            compare([max, max * 0.3, 0.0, -max], 0);
+        }
+        let scale = e4m3::decode(code);
+        for tie in [0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0] {
+            for x in beside(tie * scale / g) {
+                compare([6.0 * scale / g, x, -x, 0.0], 1);
+            }
+        }
+    }
+    assert!(differ[0] > 0 && differ[1] > 0, "{differ:?}");
 }
 
 #[test]

@@ -11,7 +11,7 @@
 //! Decoding is exact: f32 holds every value of every element format here. Encoding rounds to the
 //! nearest value, ties to the even code, and saturates: what lies beyond the largest finite value,
 //! infinities included, becomes the largest finite value. NaN stays NaN where the format has one;
-//! each module says what it becomes where not.
+//! each module says what it becomes where not. The 16-bit floats alone overflow to infinity.
 
 pub mod e2m1;
 pub mod e2m3;

@@ -5,7 +5,8 @@ use super::super::{EncodeScale, e4m3, e8m0};
 use super::{Fp6, Mxfp8Rule, Nvfp4Rule, amax, mx, nvfp4};
 
 /// How activation rows `[rows, cols]` are quantised before a product. `s` is the multiplier that
-/// takes codes back.
+/// takes codes back. Values are divided by `s`, as the definitions have it; kernels of other engines
+/// multiply by its rounded reciprocal, which differs where a value lies beside a tie.
 ///
 /// A last group that is shorter than the others is a group of its own. Rows and groups of zeros
 /// stay zeros, signs included for the floating-point formats. Where a scale is taken from the

@@ -34,9 +34,8 @@ pub(super) fn qdq(rows: &mut [f32], cols: usize, global: EncodeScale, rule: Nvfp
             Nvfp4Rule::Division => e4m3::round(g * amax / 6.0),
             Nvfp4Rule::Reciprocal => e4m3::round(g * (amax * (1.0 / 6.0))),
         };
-        if amax.is_nan() {
-            block.fill(f32::NAN);
-        } else if scale == 0.0 {
+        // Where one value is NaN the scale is, and so the whole block becomes.
+        if scale == 0.0 {
             // Too small for the scale: zeros, with the signs of the values.
             block.iter_mut().for_each(|x| *x = 0f32.copysign(*x));
         } else if rule == Nvfp4Rule::Division {

@@ -175,7 +175,7 @@ pub fn nvfp4(
 }
 
 /// MXFP4: `w = e2m1 · 2^(scale[row, col / 32] − 127)`, the scale by the "even" rule, as
-/// [`Qdq::Mxfp4`](super::Qdq::Mxfp4). Codes are packed as in [`nvfp4`]; the scales are E8M0 codes.
+/// [`Qdq::Mxfp4`](super::Qdq::Mxfp4). Codes are packed as in [`nvfp4()`]; the scales are E8M0 codes.
 ///
 /// # Panics
 /// If `values` are not whole rows.

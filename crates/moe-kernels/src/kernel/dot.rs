@@ -2,8 +2,8 @@
 //!
 //! ```text
 //! for each block of weight rows that fits the second-level cache
-//!     for each strip of up to six token rows               (as many as the registers allow)
-//!         for each four weight rows of the block           (two where registers are few)
+//!     for each strip of two to six token rows      (as many as the registers allow, or what is left)
+//!         for each two to four weight rows of it   (likewise; what is left, one by one)
 //!             for k in steps of COUNT: acc[row][token] += x[token][k..] * w[row][k..]
 //!             out[token][row] = sum of the lanes of acc[row][token]
 //! ```
@@ -22,10 +22,13 @@ const fn most_tokens<S: Lanes>() -> usize {
 }
 
 /// Weight rows of the largest tile.
-const ROWS: usize = 4;
+const MOST_ROWS: usize = 4;
 
 /// Bytes of weights that are reused from the second-level cache: half of the smallest in use.
 const BLOCK_BYTES: usize = 128 << 10;
+
+/// The weight rows of a block are a multiple of this, so that tiles of any height fill it.
+const BLOCK_ROWS: usize = 12;
 
 /// The operands of a product: `x` [m, k], `w` [n, k], `out` [m, n].
 pub(super) struct DotArgs {
@@ -60,7 +63,7 @@ pub(super) struct DotFns {
 #[inline(always)]
 pub(super) unsafe fn dot<S: Lanes, E: Element>(args: &DotArgs) {
     let row_bytes = (args.k * E::SIZE).max(1);
-    let block = (BLOCK_BYTES / row_bytes / ROWS).max(1) * ROWS;
+    let block = (BLOCK_BYTES / row_bytes / BLOCK_ROWS).max(1) * BLOCK_ROWS;
     let mut row = 0;
     while row < args.n {
         let rows = block.min(args.n - row);
@@ -98,31 +101,44 @@ unsafe fn strip<S: Lanes, E: Element, const M: usize>(
     row: usize,
     rows: usize,
 ) {
-    let end = row + rows;
-    let mut row = row;
     // SAFETY: all of the tiles' rows are among those of `args`.
     unsafe {
-        if const { fits::<S>(M, ROWS) } {
-            while row + ROWS <= end {
-                tile::<S, E, M, ROWS>(args, token, row);
-                row += ROWS;
-            }
-        } else {
-            while row + 2 <= end {
-                tile::<S, E, M, 2>(args, token, row);
-                row += 2;
-            }
-        }
-        while row < end {
-            tile::<S, E, M, 1>(args, token, row);
-            row += 1;
-        }
+        let whole = match const { tile_rows::<S>(M) } {
+            4 => tiles::<S, E, M, 4>(args, token, row, rows),
+            3 => tiles::<S, E, M, 3>(args, token, row, rows),
+            _ => tiles::<S, E, M, 2>(args, token, row, rows),
+        };
+        tiles::<S, E, M, 1>(args, token, row + whole, rows - whole);
     }
 }
 
-/// Whether the registers hold the sums of a tile, its token vectors and one of weights.
-const fn fits<S: Lanes>(tokens: usize, rows: usize) -> bool {
-    tokens * rows + tokens < S::REGISTERS
+/// Weight rows of a tile of `tokens` token rows: as many as leave the registers room for the sums,
+/// the token vectors and two vectors of weights, one in use and one on its way.
+const fn tile_rows<S: Lanes>(tokens: usize) -> usize {
+    let mut rows = MOST_ROWS;
+    while rows > 2 && tokens * rows + tokens + 2 > S::REGISTERS {
+        rows -= 1;
+    }
+    rows
+}
+
+/// As many tiles of `R` weight rows as `rows` rows from `row` on hold; returns the rows done.
+///
+/// # Safety
+/// As [`strip`].
+#[inline(always)]
+unsafe fn tiles<S: Lanes, E: Element, const M: usize, const R: usize>(
+    args: &DotArgs,
+    token: usize,
+    row: usize,
+    rows: usize,
+) -> usize {
+    let whole = rows - rows % R;
+    for row in (row..row + whole).step_by(R) {
+        // SAFETY: the tile's rows are among those of the strip.
+        unsafe { tile::<S, E, M, R>(args, token, row) };
+    }
+    whole
 }
 
 /// The products of `M` token rows from `token` on with `R` weight rows from `row` on.
@@ -145,10 +161,12 @@ unsafe fn tile<S: Lanes, E: Element, const M: usize, const R: usize>(
         let mut k = 0;
         while k < full {
             let w_at = |j: usize| w.wrapping_add(j * args.w_stride + k * E::SIZE);
-            // The rows of the next tile, which hardware does not foresee across pages. Past the end
-            // a prefetch is idle.
-            for j in 0..R {
-                S::prefetch(w_at(j + R));
+            // Once for each cache line of a row, the same of the next tile's rows, which hardware
+            // does not foresee across pages. Past the end a prefetch is idle.
+            if (k * E::SIZE).is_multiple_of(64) {
+                for j in 0..R {
+                    S::prefetch(w_at(j + R));
+                }
             }
             let mut xs = [S::splat(0.0); M];
             for (i, x_i) in xs.iter_mut().enumerate() {
@@ -173,7 +191,7 @@ unsafe fn tile<S: Lanes, E: Element, const M: usize, const R: usize>(
             }
         }
         for i in 0..M {
-            let mut vectors = [S::splat(0.0); ROWS];
+            let mut vectors = [S::splat(0.0); MOST_ROWS];
             for (vector, acc) in vectors.iter_mut().zip(&acc) {
                 *vector = acc[i];
             }

@@ -22,6 +22,10 @@ pub(super) struct Model<'a> {
 impl Model<'_> {
     /// All MoE layers, in order.
     pub(super) fn layers(&self) -> Result<Vec<LayerEntry>> {
+        // some families have members without routed experts
+        if self.settings.size(self.row.experts, 0)? == Some(0) {
+            return Ok(Vec::new());
+        }
         let mut moe = Vec::new();
         for layer in 0..self.settings.layers {
             if self.row.moe_layers.is_moe(&self.settings, layer)? {
@@ -32,20 +36,23 @@ impl Model<'_> {
         moe.into_iter().map(|layer| self.layer(stem, names, layer)).collect()
     }
 
-    /// Where layers stand and what their tensors are called: the first way in which any MoE layer
-    /// has a gate.
+    /// Where layers stand and what their tensors are called: of the row's spellings the one that
+    /// the checkpoint has most of.
     fn spelling(&self, moe: &[usize]) -> (&'static str, &'static Names) {
         let row = self.row;
-        let ways = || row.stems.iter().flat_map(|stem| row.names.iter().map(move |n| (*stem, n)));
-        let found = ways().find(|(stem, names)| {
-            moe.iter().any(|layer| {
-                let gate = Scope::new(stem, names, *layer).resolve(names.gate);
-                self.resolver.index.has_module(&gate)
-            })
-        });
-        found
-            .or_else(|| ways().find(|(stem, _)| self.resolver.index.any_below(stem)))
-            .unwrap_or((row.stems[0], &row.names[0]))
+        let mut best = (row.stems[0], &row.names[0]);
+        let mut most = 0;
+        for stem in row.stems.iter().copied().filter(|stem| self.resolver.index.any_below(stem)) {
+            for names in row.names {
+                let found =
+                    |layer: &usize| self.resolver.found(&Scope::new(stem, names, *layer), names);
+                let found = moe.iter().map(found).sum();
+                if found > most {
+                    (best, most) = ((stem, names), found);
+                }
+            }
+        }
+        best
     }
 
     fn layer(&self, stem: &str, names: &Names, layer: usize) -> Result<LayerEntry> {
@@ -156,6 +163,21 @@ pub(super) struct Resolver<'a> {
 }
 
 impl Resolver<'_> {
+    /// How many of a block's kinds of tensors are there under these names.
+    fn found(&self, scope: &Scope, names: &Names) -> usize {
+        let module = |name: &str| !name.is_empty() && self.index.has_module(&scope.resolve(name));
+        [
+            module(names.gate),
+            module(names.correction),
+            module(names.shared.gate),
+            module(names.shared.down),
+            names.experts.iter().any(|experts| self.index.has_experts(scope, experts)),
+        ]
+        .into_iter()
+        .filter(|found| *found)
+        .count()
+    }
+
     /// Where the weights of a layer stand.
     pub(super) fn tensors(&self, scope: &Scope, names: &Names, spec: &LayerSpec) -> LayerTensors {
         let given = |name: &str| (!name.is_empty()).then(|| scope.resolve(name));
@@ -299,17 +321,20 @@ impl TensorNames<'_> {
             .any(|name| matches!(name.as_bytes().get(module.len()), None | Some(b'.' | b'_')))
     }
 
-    /// Whether experts stored in this way are there.
+    /// Whether experts stored in this way are there: any of their up or down projections.
     fn has_experts(&self, scope: &Scope, names: &ExpertNames) -> bool {
-        let down = scope.resolve(names.down);
-        match down.split_once("{e}") {
-            None if names.marker.is_empty() => self.has_module(&down),
-            None => self.any_below(&(down + names.marker)),
-            Some((before, after)) => self.below(before).iter().any(|name| {
-                let rest = name[before.len()..].trim_start_matches(|c: char| c.is_ascii_digit());
-                rest.len() + before.len() < name.len() && rest.starts_with(after)
-            }),
-        }
+        [names.up, names.down].into_iter().any(|name| {
+            let module = scope.resolve(name);
+            match module.split_once("{e}") {
+                None if names.marker.is_empty() => self.has_module(&module),
+                None => self.any_below(&(module + names.marker)),
+                Some((before, after)) => self.below(before).iter().any(|name| {
+                    let rest = &name[before.len()..];
+                    let after_index = rest.trim_start_matches(|c: char| c.is_ascii_digit());
+                    after_index.len() < rest.len() && after_index.starts_with(after)
+                }),
+            }
+        })
     }
 }
 

@@ -1,0 +1,209 @@
+//! GGUF files: what each architecture fixes, and what the file's keys say.
+
+use std::path::Path;
+
+use moe_runner::checkpoint::Checkpoint;
+use moe_runner::checkpoint::architecture;
+use moe_runner::spec::{
+    Activation, Correction, GroupFill, GroupScore, Groups, LayerSpec, Renormalise, Score,
+    WeightFrom, WeightOn,
+};
+use moe_runner::weights::account;
+
+enum Value {
+    U32(u32),
+    F32(f32),
+    Bool(bool),
+}
+
+use Value::{Bool, F32, U32};
+
+fn string(out: &mut Vec<u8>, text: &str) {
+    out.extend((text.len() as u64).to_le_bytes());
+    out.extend(text.as_bytes());
+}
+
+/// Writes a file of version 3 with zeros for tensors; `tensors` are "name shape", outermost first.
+fn write(path: &Path, architecture: &str, keys: &[(&str, Value)], tensors: &[&str]) {
+    let mut out = b"GGUF\x03\0\0\0".to_vec();
+    out.extend((tensors.len() as u64).to_le_bytes());
+    out.extend((keys.len() as u64 + 1).to_le_bytes());
+    string(&mut out, "general.architecture");
+    out.extend(8u32.to_le_bytes());
+    string(&mut out, architecture);
+    for (key, value) in keys {
+        string(&mut out, &format!("{architecture}.{key}"));
+        match value {
+            U32(value) => {
+                out.extend(4u32.to_le_bytes());
+                out.extend(value.to_le_bytes());
+            }
+            F32(value) => {
+                out.extend(6u32.to_le_bytes());
+                out.extend(value.to_le_bytes());
+            }
+            Bool(value) => {
+                out.extend(7u32.to_le_bytes());
+                out.push(u8::from(*value));
+            }
+        }
+    }
+    let mut offset = 0;
+    for tensor in tensors {
+        let (name, shape) = tensor.split_once(' ').unwrap();
+        let shape: Vec<u64> = shape.split(' ').map(|n| n.parse().unwrap()).collect();
+        string(&mut out, name);
+        out.extend((shape.len() as u32).to_le_bytes());
+        shape.iter().rev().for_each(|size| out.extend(size.to_le_bytes()));
+        out.extend(0u32.to_le_bytes());
+        out.extend((offset as u64).to_le_bytes());
+        offset += (shape.iter().product::<u64>() as usize * 4).next_multiple_of(32);
+    }
+    out.resize(out.len().next_multiple_of(32) + offset, 0);
+    std::fs::write(path, out).unwrap();
+}
+
+/// The specs of a file of two layers with H = 8, I = 4, E = 4, k = 2, after `keys`.
+fn specs(name: &str, keys: Vec<(&str, Value)>, tensors: &[&str]) -> Vec<LayerSpec> {
+    let mut all = vec![
+        ("block_count", U32(2)),
+        ("embedding_length", U32(8)),
+        ("feed_forward_length", U32(4)),
+        ("expert_count", U32(4)),
+        ("expert_used_count", U32(2)),
+    ];
+    all.extend(keys);
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.gguf");
+    write(&path, name, &all, tensors);
+    let checkpoint = Checkpoint::open(&path).unwrap();
+    let described = architecture::describe(&checkpoint).unwrap();
+    assert_eq!((described.architecture.as_str(), described.decoder_layers), (name, 2));
+    let layers = architecture::layers(&checkpoint).unwrap();
+    for entry in &layers {
+        let accounting = account(&checkpoint, entry);
+        assert!(accounting.is_complete(), "{name}: {accounting:?}");
+        assert!(accounting.unexpected.is_empty(), "{name}: {accounting:?}");
+    }
+    layers.into_iter().map(|entry| entry.spec).collect()
+}
+
+const EXPERTS: [&str; 4] = [
+    "blk.1.ffn_gate_inp.weight 4 8",
+    "blk.1.ffn_gate_exps.weight 4 4 8",
+    "blk.1.ffn_up_exps.weight 4 4 8",
+    "blk.1.ffn_down_exps.weight 4 8 4",
+];
+
+fn with(more: &[&'static str]) -> Vec<&'static str> {
+    EXPERTS.iter().chain(more).copied().collect()
+}
+
+#[test]
+fn deepseek2() {
+    let tensors = with(&[
+        "blk.0.ffn_up.weight 4 8",
+        "blk.1.exp_probs_b.bias 4",
+        "blk.1.ffn_gate_shexp.weight 8 8",
+        "blk.1.ffn_up_shexp.weight 8 8",
+        "blk.1.ffn_down_shexp.weight 8 8",
+        "blk.1.attn_q.weight 8 8",
+    ]);
+    let keys = vec![
+        ("expert_gating_func", U32(2)),
+        ("expert_weights_norm", Bool(true)),
+        ("expert_weights_scale", F32(2.5)),
+        ("expert_shared_count", U32(2)),
+        ("expert_group_count", U32(2)),
+        ("expert_group_used_count", U32(1)),
+        ("leading_dense_block_count", U32(1)),
+    ];
+    let specs = specs("deepseek2", keys, &tensors);
+    let [spec] = specs.as_slice() else { panic!("{} layers", specs.len()) };
+    assert_eq!((spec.index, spec.name.as_str()), (1, "blk.1"));
+    let router = &spec.router;
+    assert_eq!(router.score, Score::Sigmoid);
+    assert_eq!(router.correction, Correction::OnScore);
+    assert_eq!(router.renormalise, Renormalise::Sum { eps: 1e-20 });
+    let (score, fill) = (GroupScore::TopTwoSum, GroupFill::NegativeInfinity);
+    assert_eq!(router.groups, Some(Groups { count: 2, keep: 1, score, fill }));
+    assert_eq!(spec.routed_scale.factor, 2.5);
+    let shared = spec.shared.as_ref().unwrap();
+    assert_eq!((shared.intermediate, shared.sigmoid_gate), (8, false));
+}
+
+#[test]
+fn deepseek2_without_keys_is_version_two() {
+    let specs = specs("deepseek2", vec![("expert_weights_scale", F32(16.0))], &EXPERTS);
+    assert_eq!(specs[0].router.score, Score::Softmax);
+    assert_eq!(specs[0].router.renormalise, Renormalise::None);
+    assert_eq!(specs[0].routed_scale.factor, 16.0);
+    assert_eq!(specs[0].shared, None);
+}
+
+#[test]
+fn gpt_oss() {
+    let tensors = with(&[
+        "blk.1.ffn_gate_inp.bias 4",
+        "blk.1.ffn_gate_exps.bias 4 4",
+        "blk.1.ffn_up_exps.bias 4 4",
+        "blk.1.ffn_down_exps.bias 4 8",
+    ]);
+    let spec = &specs("gpt-oss", vec![("expert_feed_forward_length", U32(4))], &tensors)[0];
+    assert!(spec.gate.bias && spec.expert.bias);
+    assert_eq!(spec.router.weight_from, WeightFrom::SoftmaxChosen);
+    let activation = Activation::ClampedSwiglu { alpha: 1.702, beta: 1.0, limit: 7.0 };
+    assert_eq!(spec.expert.activation, activation);
+}
+
+#[test]
+fn llama4() {
+    let tensors = with(&[
+        "blk.1.ffn_gate_shexp.weight 4 8",
+        "blk.1.ffn_up_shexp.weight 4 8",
+        "blk.1.ffn_down_shexp.weight 8 4",
+    ]);
+    let keys = vec![("expert_gating_func", U32(2)), ("expert_feed_forward_length", U32(4))];
+    let spec = &specs("llama4", keys, &tensors)[0];
+    assert_eq!(spec.router.weight_on, WeightOn::Input);
+    assert_eq!(spec.router.weight_from, WeightFrom::SigmoidChosen);
+    assert_eq!(spec.router.score, Score::Logits);
+}
+
+#[test]
+fn qwen2moe() {
+    let tensors = with(&[
+        "blk.1.ffn_gate_inp_shexp.weight 8",
+        "blk.1.ffn_gate_shexp.weight 6 8",
+        "blk.1.ffn_up_shexp.weight 6 8",
+        "blk.1.ffn_down_shexp.weight 8 6",
+    ]);
+    let keys = vec![("expert_shared_feed_forward_length", U32(6))];
+    let spec = &specs("qwen2moe", keys, &tensors)[0];
+    assert_eq!(spec.router.renormalise, Renormalise::None);
+    let shared = spec.shared.as_ref().unwrap();
+    assert_eq!((shared.intermediate, shared.sigmoid_gate), (6, true));
+}
+
+/// From before experts were stacked.
+#[test]
+fn one_tensor_for_each_expert() {
+    let mut tensors = vec!["blk.0.ffn_gate_inp.weight 4 8".to_string()];
+    for e in 0..4 {
+        tensors.push(format!("blk.0.ffn_gate.{e}.weight 4 8"));
+        tensors.push(format!("blk.0.ffn_up.{e}.weight 4 8"));
+        tensors.push(format!("blk.0.ffn_down.{e}.weight 8 4"));
+    }
+    let tensors: Vec<&str> = tensors.iter().map(String::as_str).collect();
+    let spec = &specs("llama", vec![], &tensors)[0];
+    assert_eq!(spec.router.renormalise, Renormalise::Sum { eps: 0.0 });
+}
+
+#[test]
+fn unknown_architectures_are_refused_by_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.gguf");
+    write(&path, "phimoe", &[("block_count", U32(1))], &EXPERTS);
+    let error = architecture::layers(&Checkpoint::open(&path).unwrap()).unwrap_err().to_string();
+    assert!(error.contains("phimoe") && error.contains("qwen3moe"), "{error}");
+}

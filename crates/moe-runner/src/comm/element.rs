@@ -49,9 +49,29 @@ macro_rules! elements {
                 match self { $(Self::$variant(v) => v.len()),* }
             }
 
+            /// Empties the buffer; its room stays.
+            pub(crate) fn clear(&mut self) {
+                match self { $(Self::$variant(v) => v.clear()),* }
+            }
+
             /// Makes room for `additional` more elements.
             pub fn reserve(&mut self, additional: usize) {
                 match self { $(Self::$variant(v) => v.reserve_exact(additional)),* }
+            }
+
+            /// Makes it `len` elements long; new ones are zero.
+            pub(crate) fn resize(&mut self, len: usize) {
+                match self { $(Self::$variant(v) => v.resize(len, Default::default())),* }
+            }
+
+            /// Where the elements are.
+            pub(crate) fn as_ptr(&self) -> *const u8 {
+                match self { $(Self::$variant(v) => v.as_ptr().cast()),* }
+            }
+
+            /// Where the elements are, to be overwritten.
+            pub(crate) fn as_mut_ptr(&mut self) -> *mut u8 {
+                match self { $(Self::$variant(v) => v.as_mut_ptr().cast()),* }
             }
 
             /// Appends `from[span]`; false, and nothing done, if the dtypes differ or the span does

@@ -98,6 +98,8 @@ named! {
         AllToAllV = "all-to-all-v",
         /// Subgroups are formed.
         Split = "split",
+        /// A process leaves: it will take part in nothing more.
+        Leave = "leave",
     }
 }
 
@@ -166,7 +168,6 @@ pub struct Head {
     pub place: Place,
 }
 
-#[cfg_attr(not(test), expect(dead_code, reason = "the wire form is for MPI"))]
 impl Head {
     /// Bytes of the wire form.
     pub(crate) const WIRE: usize = 72;

@@ -8,6 +8,7 @@
 //!
 //! * [`single`]: one rank; every collective is a copy.
 //! * [`threads`], [`run_ranks`]: the ranks are threads of this process (the embedded default).
+//! * [`mpi`]: the ranks are processes, on one machine or many; the library is opened at run time.
 //!
 //! **Order of sums.** Contributions are added in rank order, in f32 for bf16 and f16, and rounded
 //! once. A result depends on the number of ranks and their contributions, on nothing else.
@@ -35,6 +36,9 @@ mod collectives;
 mod element;
 mod groups;
 mod head;
+#[cfg(unix)]
+pub mod mpi;
+mod pool;
 mod single;
 mod threads;
 mod traffic;

@@ -10,6 +10,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use super::pool::Pool;
 use super::{
     Communicator, Elements, Exchange, Head, InFlight, Options, TrafficCounter, failure, sighting,
 };
@@ -278,6 +279,7 @@ struct Member {
     /// The number of the next round.
     next: AtomicU64,
     splits: AtomicU64,
+    pool: Arc<Pool>,
     traffic: TrafficCounter,
 }
 
@@ -289,6 +291,7 @@ impl Member {
             presence,
             next: AtomicU64::new(0),
             splits: AtomicU64::new(0),
+            pool: Arc::default(),
             traffic: TrafficCounter::default(),
         }
     }
@@ -322,7 +325,9 @@ impl Communicator for Member {
             head: exchange.head,
             waiting_since: None,
             posts: None,
+            pool: self.pool.clone(),
         };
+        self.pool.keep(exchange.send.clone());
         self.group.post(flight.number, self.rank, exchange);
         Ok(Box::new(flight))
     }
@@ -367,6 +372,7 @@ struct Flight {
     waiting_since: Option<Instant>,
     /// All ranks' posts, once they are there and agree.
     posts: Option<Arc<Vec<Exchange>>>,
+    pool: Arc<Pool>,
 }
 
 impl Flight {
@@ -436,7 +442,8 @@ impl InFlight for Flight {
         let spans = posts.iter().map(|post| post.spans.to(self.rank, post.send.len()));
         let spans: Vec<_> = spans.collect();
         let counts: Vec<usize> = spans.iter().map(ExactSizeIterator::len).collect();
-        let mut elements = Elements::new(self.head.dtype);
+        let mut elements = self.pool.take(self.head.dtype);
+        elements.clear();
         elements.reserve(counts.iter().sum());
         for (post, span) in posts.iter().zip(spans) {
             // Cannot fail: heads with equal dtypes, and spans that `Parts` has checked.

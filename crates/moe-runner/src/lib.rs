@@ -29,6 +29,8 @@ pub mod exchange;
 
 pub mod shared_experts;
 
+pub mod parallel;
+
 pub mod runner;
 
 pub use error::{Error, Result};

@@ -113,6 +113,9 @@ pub struct Groups {
     pub pcp: Arc<dyn Communicator>,
     /// The ranks among which whole experts are dealt: all, or this one alone.
     pub ep: Arc<dyn Communicator>,
+    /// The ranks with rows of their own, whose rows together are the whole batch: all that have this
+    /// one's `tp_rank`, or all ranks under sequence parallel.
+    pub rows: Arc<dyn Communicator>,
     /// The ranks that hold chunks of the same rows: `tp` under sequence parallel, or this alone.
     pub sp: Arc<dyn Communicator>,
 }
@@ -140,10 +143,11 @@ impl Groups {
         let tp = group(sizes.rank(dp_rank, pcp_rank, 0))?;
         let dp = group(sizes.rank(0, pcp_rank, tp_rank))?;
         let pcp = group(sizes.rank(dp_rank, 0, tp_rank))?;
+        let rows = group(if sizes.sp() > 1 { 0 } else { tp_rank })?;
         let alone = super::single();
         let ep = if sizes.use_ep() { group(0)? } else { alone.clone() };
         let sp = if sizes.sp() > 1 { tp.clone() } else { alone };
-        Ok(Self { sizes, world, tp, dp, pcp, ep, sp })
+        Ok(Self { sizes, world, tp, dp, pcp, ep, rows, sp })
     }
 }
 

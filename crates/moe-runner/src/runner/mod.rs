@@ -11,6 +11,7 @@
 mod finish;
 mod gate;
 mod model;
+mod ranks;
 mod ready;
 pub mod reference;
 mod routed;
@@ -261,7 +262,7 @@ impl MoeRunner {
         };
         expect("output", output.len(), tokens * dims.hidden)?;
         for dtype in [input.hidden.dtype(), output.dtype()] {
-            // f32 carries every dtype's values; the layer's own dtype is the only other one
+            // f32 rows are rounded to the layer's dtype; the only others are those of that dtype
             if dtype != self.layer.dtype && dtype != ActivationDtype::F32 {
                 return Err(Error::input(
                     "hidden_states",
@@ -286,10 +287,12 @@ impl MoeRunner {
         }
         let buffers = &mut self.buffers;
         input.hidden.widen_into(&mut buffers.hidden);
+        round(self.layer.dtype, &mut buffers.hidden);
         check_finite("hidden_states", &buffers.hidden, hidden_width)?;
         if let Some(shared) = input.shared_input {
             expect("shared_input", shared.len(), tokens * dims.hidden)?;
             shared.widen_into(&mut buffers.shared_input);
+            round(self.layer.dtype, &mut buffers.shared_input);
             check_finite("shared_input", &buffers.shared_input, dims.hidden)?;
             // what follows reads the original rows from `hidden` and the transformed from `rows`
             std::mem::swap(&mut buffers.hidden, &mut buffers.shared_input);
@@ -400,6 +403,12 @@ impl MoeRunner {
             weight_bytes += layer.shared.as_ref().map_or(0, SharedExperts::weight_bytes);
         }
         Ok((sum, shared_rows, weight_bytes))
+    }
+}
+
+fn round(dtype: ActivationDtype, rows: &mut [f32]) {
+    if dtype != ActivationDtype::F32 {
+        rows.iter_mut().for_each(|v| *v = dtype.round(*v));
     }
 }
 

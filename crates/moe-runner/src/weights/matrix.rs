@@ -85,6 +85,13 @@ impl ActivationQuant {
         }
     }
 
+    /// Columns that share one scale, where rows are quantised in groups.
+    pub fn group(&self) -> Option<usize> {
+        match self {
+            Self::None => None,
+        }
+    }
+
     /// `row` quantised and dequantised, in place.
     pub fn apply(&self, _row: &mut [f32]) {
         match self {

@@ -1,0 +1,118 @@
+//! One rank's runner of a layer that is split over many.
+
+use std::sync::Arc;
+
+use super::ready::{Options, QuantMethod};
+use super::{MoeRunner, ReadyLayer};
+use crate::Result;
+use crate::comm::{self, Groups};
+use crate::exchange::{
+    AllToAllExchange, Completeness, Exchange, ExpertMap, GatherExchange, LocalExchange, Wire,
+};
+use crate::experts::{self, BuiltKernel};
+use crate::oracle::{self, Request};
+use crate::parallel::{ExchangeKind, Parallel, shard};
+use crate::weights::LoadedLayer;
+use crate::{Error, experts::ExpertSet};
+
+impl MoeRunner {
+    /// The runner of this rank: its share of `layer` (which holds the weights of all ranks, as
+    /// views), the exchange that `parallel` asks for, and the groups over which sums are reduced.
+    /// All ranks call this together.
+    ///
+    /// # Errors
+    /// [`Error::Spec`] where the layer cannot be cut so; [`Error::Input`] where the options
+    /// contradict each other; and as [`LoadedLayer::ready`].
+    pub fn on_rank(
+        layer: &LoadedLayer,
+        options: &Options,
+        groups: &Groups,
+        parallel: &Parallel,
+    ) -> Result<Self> {
+        let sizes = groups.sizes;
+        let map = match sizes.use_ep() {
+            true => parallel.placement.map(layer.experts.len(), sizes.ep())?,
+            false => ExpertMap::one_rank(layer.experts.len()),
+        };
+        Self::on_rank_with(layer, options, groups, parallel, Arc::new(map))
+    }
+
+    /// [`Self::on_rank`] with a given placement of the experts, such as a balanced one.
+    ///
+    /// # Errors
+    /// As [`Self::on_rank`].
+    pub fn on_rank_with(
+        layer: &LoadedLayer,
+        options: &Options,
+        groups: &Groups,
+        parallel: &Parallel,
+        map: Arc<ExpertMap>,
+    ) -> Result<Self> {
+        layer.spec.validate()?;
+        let (sizes, rank) = (groups.sizes, groups.world.rank());
+        let share = shard(layer, sizes, rank, &map)?;
+        let exchange = exchange(layer, options, groups, parallel, map)?;
+        // chosen by the whole layer, so that all ranks choose alike, even one without experts
+        let request = Request {
+            kernel: options.kernel.clone(),
+            device: options.device,
+            row_format: exchange.row_format(),
+            intermediate: share.experts.first().map_or(0, |expert| expert.up.rows()),
+            routed_outside: (sizes.ranks() > 1)
+                .then_some("the experts are split over ranks, which must agree on the routing"),
+            ..Request::of(layer, options.dtype)
+        };
+        let choice = oracle::select(experts::KERNELS, &request, &options.machine)?;
+        let set = ExpertSet { experts: &share.experts, ..share.expert_set() };
+        let kernel: BuiltKernel = experts::build(choice.kernel, set, &options.pool)?;
+        let method = QuantMethod { kernel, exchange };
+        let ready: ReadyLayer = share.ready_with(choice, method, options)?;
+        // under sequence parallelism every rank has its own rows: nothing is left to reduce
+        let group = if sizes.sp() > 1 { comm::single() } else { groups.tp.clone() };
+        Ok(Self::new(ready)
+            .with_group(group)
+            .with_order(parallel.order)
+            .with_micro_batches(parallel.micro_batches))
+    }
+}
+
+/// The exchange for these sizes.
+///
+/// | rows | experts | exchange | the sum over the TP group |
+/// |---|---|---|---|
+/// | the same on all ranks | slices, or whole (naive) | local | partial |
+/// | differ | slices, or whole (naive) | gather over the ranks whose rows differ | partial if tp > 1 |
+/// | any | whole | all-to-all over all ranks | complete |
+fn exchange(
+    layer: &LoadedLayer,
+    options: &Options,
+    groups: &Groups,
+    parallel: &Parallel,
+    map: Arc<ExpertMap>,
+) -> Result<Box<dyn Exchange>> {
+    let (sizes, name) = (groups.sizes, layer.spec.name.as_str());
+    let wire = Wire::exact(options.dtype, !layer.spec.input_transform.is_identity());
+    let completeness = match sizes.tp > 1 && sizes.sp() == 1 {
+        true => Completeness::Partial,
+        false => Completeness::Complete,
+    };
+    let rank = if sizes.use_ep() { groups.world.rank() } else { 0 };
+    let all_to_all = match (parallel.exchange, sizes.use_ep()) {
+        (ExchangeKind::AllToAll, false) if sizes.ranks() > 1 => {
+            return Err(Error::input(
+                "exchange",
+                "all-to-all sends rows to the owners of whole experts: it needs expert parallelism",
+            ));
+        }
+        (ExchangeKind::Naive, _) | (_, false) => false,
+        (ExchangeKind::Auto | ExchangeKind::AllToAll, true) => true,
+    };
+    Ok(if all_to_all {
+        let same_rows = (sizes.tp > 1 && sizes.sp() == 1).then(|| groups.tp.clone());
+        Box::new(AllToAllExchange::new(name, groups.ep.clone(), map, same_rows, wire))
+    } else if groups.rows.size() > 1 {
+        Box::new(GatherExchange::new(name, groups.rows.clone(), (map, rank), completeness, wire))
+    } else {
+        Box::new(LocalExchange::of(map, rank, completeness))
+    })
+}

@@ -2,11 +2,11 @@
 
 mod layers;
 
-use layers::{forward, nmse, options, rows, runner, truth, variants};
+use layers::{forward, nmse, options, rows, runner, sizes, splits, truth, variants};
 use moe_runner::comm::{Groups, Sizes, run_ranks};
 use moe_runner::hidden::ActivationDtype::F32;
 use moe_runner::hidden::{Rows, RowsMut};
-use moe_runner::parallel::{ExchangeKind, Parallel, Placement, deal_rows};
+use moe_runner::parallel::{ExchangeKind, Parallel, deal_rows};
 use moe_runner::runner::{ForwardInput, MoeRunner, MoeRunnerInterface};
 use moe_runner::shared_experts::SharedOrder;
 use moe_runner::weights::{FloatType, LoadedLayer, random_layer};
@@ -38,47 +38,6 @@ fn split(layer: &LoadedLayer, parallel: &Parallel, hidden: &[f32]) -> Result<Vec
         place.copy_from_slice(out);
     }
     Ok(all)
-}
-
-fn sizes(tp: usize, dp: usize, pcp: usize, expert_parallel: bool) -> Sizes {
-    Sizes { tp, dp, pcp, expert_parallel, sequence_parallel: false }
-}
-
-/// Every way of splitting that is promised, with every exchange that can serve it.
-fn splits() -> Vec<(String, Parallel)> {
-    let sequence = |s: Sizes| Sizes { sequence_parallel: true, ..s };
-    let mut all = Vec::new();
-    for (sizes, micro_batches) in [
-        (sizes(2, 1, 1, false), 1),
-        (sizes(4, 1, 1, false), 1),
-        (sizes(2, 1, 1, true), 1),
-        (sizes(1, 2, 1, false), 1),
-        (sizes(1, 2, 1, true), 1),
-        (sizes(1, 3, 1, true), 1),
-        (sizes(1, 8, 1, true), 1),
-        (sizes(2, 2, 1, false), 1),
-        (sizes(2, 2, 1, true), 1),
-        (sizes(1, 1, 2, false), 1),
-        (sizes(1, 1, 2, true), 1),
-        (sequence(sizes(2, 1, 1, true)), 1),
-        (sequence(sizes(2, 2, 1, true)), 1),
-        (sizes(1, 2, 1, true), 2),
-        (sizes(2, 1, 1, true), 3),
-    ] {
-        for exchange in [ExchangeKind::Auto, ExchangeKind::Naive] {
-            for placement in [Placement::Linear, Placement::RoundRobin] {
-                let parallel =
-                    Parallel { sizes, placement, exchange, micro_batches, ..Parallel::default() };
-                if sizes.expert_parallel || placement == Placement::Linear {
-                    all.push((
-                        format!("{sizes:?} {exchange:?} {placement:?} ×{micro_batches}"),
-                        parallel,
-                    ));
-                }
-            }
-        }
-    }
-    all
 }
 
 #[test]

@@ -1,7 +1,9 @@
 //! Layers for the tests: a plain one, and one for each option that differs from it.
 #![allow(dead_code, unreachable_pub)] // each test file uses its own part
 
+use moe_runner::comm::Sizes;
 use moe_runner::hidden::{ActivationDtype, Rows, RowsMut};
+use moe_runner::parallel::{ExchangeKind, Parallel, Placement};
 use moe_runner::random::Random;
 use moe_runner::runner::{ForwardInput, MoeRunner, MoeRunnerInterface, Options, reference};
 use moe_runner::spec::{
@@ -179,4 +181,46 @@ pub fn forward(runner: &mut MoeRunner, hidden: &[f32]) -> Vec<f32> {
 /// The reference's output on `hidden`.
 pub fn truth(layer: &LoadedLayer, hidden: &[f32]) -> Vec<f64> {
     reference::layer(layer, hidden, None, None).expect("the input fits the layer").output
+}
+
+/// Sizes without sequence parallelism.
+pub fn sizes(tp: usize, dp: usize, pcp: usize, expert_parallel: bool) -> Sizes {
+    Sizes { tp, dp, pcp, expert_parallel, sequence_parallel: false }
+}
+
+/// Every way of splitting that is promised, with every exchange that can serve it.
+pub fn splits() -> Vec<(String, Parallel)> {
+    let sequence = |s: Sizes| Sizes { sequence_parallel: true, ..s };
+    let mut all = Vec::new();
+    for (sizes, micro_batches) in [
+        (sizes(2, 1, 1, false), 1),
+        (sizes(4, 1, 1, false), 1),
+        (sizes(2, 1, 1, true), 1),
+        (sizes(1, 2, 1, false), 1),
+        (sizes(1, 2, 1, true), 1),
+        (sizes(1, 3, 1, true), 1),
+        (sizes(1, 8, 1, true), 1),
+        (sizes(2, 2, 1, false), 1),
+        (sizes(2, 2, 1, true), 1),
+        (sizes(1, 1, 2, false), 1),
+        (sizes(1, 1, 2, true), 1),
+        (sequence(sizes(2, 1, 1, true)), 1),
+        (sequence(sizes(2, 2, 1, true)), 1),
+        (sizes(1, 2, 1, true), 2),
+        (sizes(2, 1, 1, true), 3),
+    ] {
+        for exchange in [ExchangeKind::Auto, ExchangeKind::Naive] {
+            for placement in [Placement::Linear, Placement::RoundRobin] {
+                let parallel =
+                    Parallel { sizes, placement, exchange, micro_batches, ..Parallel::default() };
+                if sizes.expert_parallel || placement == Placement::Linear {
+                    all.push((
+                        format!("{sizes:?} {exchange:?} {placement:?} ×{micro_batches}"),
+                        parallel,
+                    ));
+                }
+            }
+        }
+    }
+    all
 }

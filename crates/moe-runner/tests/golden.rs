@@ -1,0 +1,153 @@
+//! Published layouts with recorded inputs, routing and outputs: every case, layer and token count,
+//! through every kernel, on one rank and split over many.
+//!
+//! The repository carries one case for each architecture and format. Where the full set stands
+//! beside the repository, all of it runs.
+
+mod cases;
+mod layers;
+
+use cases::{Case, Recorded, all_cases};
+use layers::{nmse, options, splits};
+use moe_runner::comm::{Groups, run_ranks};
+use moe_runner::experts::KERNELS;
+use moe_runner::hidden::{ActivationDtype, Rows, RowsMut};
+use moe_runner::parallel::deal_rows;
+use moe_runner::runner::{ForwardInput, MoeRunner, MoeRunnerInterface};
+use moe_runner::{Error, oracle};
+
+const TOKENS: [usize; 3] = [1, 7, 33];
+
+/// The recordings are float32: their own rounding is part of the bound. Where activations are
+/// quantised between the products, a rounding may flip.
+fn bound(recorded: &Recorded) -> f64 {
+    if recorded.fake_quantised { 1e-4 } else { 1e-10 }
+}
+
+#[test]
+fn every_recorded_layer_is_reproduced_by_every_kernel() {
+    let isas = oracle::Machine::detect().isas;
+    for case in all_cases() {
+        for (entry, layer) in case.layers() {
+            for kernel in KERNELS.iter().filter(|kernel| isas.contains(&kernel.isa)) {
+                let ready = match layer.ready(&options(Some(kernel.name), ActivationDtype::F32)) {
+                    Ok(ready) => ready,
+                    Err(Error::NoKernel(_)) => continue,
+                    Err(error) => panic!("{}: {error}", case.name),
+                };
+                let mut runner = MoeRunner::new(ready);
+                for tokens in TOKENS {
+                    let recorded = case.recorded(entry.spec.index, tokens);
+                    let mut y = vec![f32::NAN; recorded.x.len()];
+                    let out = runner
+                        .forward(&ForwardInput::new(Rows::F32(&recorded.x)), RowsMut::F32(&mut y))
+                        .unwrap_or_else(|error| panic!("{}: {error}", case.name));
+                    let place =
+                        format!("{} {} {} T={tokens}", case.name, entry.spec.name, kernel.name);
+                    recorded.expect_routing(&place, out.routing);
+                    if let (Some(shared), Some(want)) = (out.shared, &recorded.shared_out)
+                        && !recorded.fake_quantised
+                    {
+                        let error = nmse(shared, want);
+                        assert!(error <= 1e-10, "{place}: shared output, NMSE {error:e}");
+                    }
+                    let scale = out.output_scale;
+                    y.iter_mut().for_each(|v| *v *= scale);
+                    let error = nmse(&y, &recorded.out);
+                    assert!(error <= bound(&recorded), "{place}: NMSE {error:e}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn sixteen_bit_cases_hold_their_bounds_in_their_own_dtype() {
+    let mut tested = 0;
+    for case in all_cases() {
+        let (dtype, limit) = match case.dtype() {
+            ActivationDtype::F32 => continue,
+            ActivationDtype::Bf16 => (ActivationDtype::Bf16, 1e-5),
+            ActivationDtype::F16 => (ActivationDtype::F16, 1e-6),
+        };
+        for (entry, layer) in case.layers() {
+            let mut runner = MoeRunner::new(layer.ready(&options(None, dtype)).unwrap());
+            for tokens in TOKENS {
+                let recorded = case.recorded(entry.spec.index, tokens);
+                if recorded.fake_quantised {
+                    continue;
+                }
+                let mut y = vec![f32::NAN; recorded.x.len()];
+                let out = runner
+                    .forward(&ForwardInput::new(Rows::F32(&recorded.x)), RowsMut::F32(&mut y))
+                    .unwrap();
+                let scale = out.output_scale;
+                y.iter_mut().for_each(|v| *v = dtype.round(*v) * scale);
+                let error = nmse(&y, &recorded.out);
+                assert!(error <= limit, "{} {tokens}: NMSE {error:e}", case.name);
+                tested += 1;
+            }
+        }
+    }
+    assert!(tested > 0, "no 16-bit case was found");
+}
+
+/// The same layers over threads of this process, in every way of splitting that is promised.
+#[test]
+fn every_recorded_layer_is_reproduced_by_every_split() {
+    let options = options(None, ActivationDtype::F32);
+    for case in all_cases() {
+        for (entry, layer) in case.layers() {
+            let width = entry.spec.dims.hidden;
+            for (name, parallel) in splits() {
+                let deal = TOKENS.map(|tokens| deal_rows(tokens, parallel.sizes));
+                let recorded = TOKENS.map(|tokens| case.recorded(entry.spec.index, tokens));
+                let outputs = run_ranks(parallel.sizes.ranks(), |world| {
+                    let rank = world.rank();
+                    let groups = Groups::new(world.clone(), parallel.sizes)?;
+                    let mut runner = MoeRunner::on_rank(&layer, &options, &groups, &parallel)?;
+                    let mut outputs = Vec::new();
+                    for (deal, recorded) in deal.iter().zip(&recorded) {
+                        let rows = &deal[rank];
+                        let mine = &recorded.x[rows.start * width..rows.end * width];
+                        let mut y = vec![f32::NAN; mine.len()];
+                        let out = runner
+                            .forward(&ForwardInput::new(Rows::F32(mine)), RowsMut::F32(&mut y))?;
+                        let scale = out.output_scale;
+                        y.iter_mut().for_each(|v| *v *= scale);
+                        outputs.push(y);
+                    }
+                    Ok(outputs)
+                });
+                let place = format!("{} {} {name}", case.name, entry.spec.name);
+                let outputs = match outputs {
+                    Ok(outputs) => outputs,
+                    // refused with the reason and the way out, never computed wrongly
+                    Err(Error::Spec { reason, .. }) if reason.contains("--ep") => continue,
+                    Err(error) => panic!("{place}: {error}"),
+                };
+                for (i, (deal, recorded)) in deal.iter().zip(&recorded).enumerate() {
+                    let mut y = vec![f32::NAN; recorded.x.len()];
+                    for (rows, output) in deal.iter().zip(&outputs) {
+                        y[rows.start * width..rows.end * width].copy_from_slice(&output[i]);
+                    }
+                    let error = nmse(&y, &recorded.out);
+                    assert!(
+                        error <= bound(recorded),
+                        "{place}, {} tokens: NMSE {error:e}",
+                        TOKENS[i]
+                    );
+                }
+            }
+        }
+    }
+}
+
+/// A case that cannot be read would otherwise be a case that is not tested.
+#[test]
+fn cases_are_found() {
+    let names: Vec<String> = all_cases().iter().map(|case: &Case| case.name.clone()).collect();
+    for wanted in ["gpt_oss", "longcat_flash", "phimoe", "qwen2_moe"] {
+        assert!(names.iter().any(|name| name.starts_with(wanted)), "{wanted} is not in {names:?}");
+    }
+}

@@ -1,0 +1,260 @@
+//! The arguments: as written, and resolved.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use clap::{Parser, Subcommand};
+use moe_kernels::isa::physical_cores;
+use moe_kernels::pool::Pool;
+use moe_runner::experts::{Device, KERNELS};
+use moe_runner::hidden::ActivationDtype;
+use moe_runner::oracle::Machine;
+use moe_runner::runner::Options;
+
+use crate::checkpoints::LayerChoice;
+use crate::failure::{UNUSABLE, one_line, unusable};
+use crate::splitting::Splitting;
+
+/// More threads than any machine has.
+const MAX_THREADS: usize = 4096;
+
+const ABOUT: &str =
+    "Runs, checks, explains and times the mixture-of-experts layers of a checkpoint.
+
+CHECKPOINT is a folder with config.json and *.safetensors, or a .gguf file.";
+
+const STATUS: &str = "Exit status: 0 done (and, for check, everything within bounds); 1 it ran and \
+something is wrong (a failed check, a bad checkpoint, bad input, a kernel that cannot run the \
+layer); 2 unusable arguments (an unknown flag, layer, kernel or preset).";
+
+/// The whole command line.
+#[derive(Parser, Debug)]
+#[command(name = "moe-runner", version, about = ABOUT, after_help = STATUS, max_term_width = 100)]
+pub(crate) struct Args {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+    #[command(flatten)]
+    pub(crate) common: CommonArgs,
+}
+
+/// The modes.
+#[derive(Subcommand, Debug)]
+pub(crate) enum Command {
+    /// Run layers on given hidden states, and write their outputs.
+    #[command(after_help = RUN_EXAMPLES)]
+    Run(RunArgs),
+    /// Show what a checkpoint holds: layers, routing, formats, bytes, completeness.
+    #[command(after_help = INSPECT_EXAMPLES)]
+    Inspect(InspectArgs),
+    /// Show which kernel runs each layer, why, and why not the others.
+    #[command(after_help = EXPLAIN_EXAMPLES)]
+    Explain(ExplainArgs),
+}
+
+/// Flags that every command has.
+#[derive(clap::Args, Debug)]
+#[command(next_help_heading = "Common options")]
+pub(crate) struct CommonArgs {
+    /// Print one JSON object on standard output, and nothing else there.
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+    /// Threads to compute on [default: the physical cores that this process may use].
+    #[arg(long, global = true, value_name = "N")]
+    threads: Option<usize>,
+    /// Seed of everything random.
+    #[arg(long, global = true, value_name = "N", default_value_t = 0)]
+    seed: u64,
+    /// The kernel: auto, or a name that `explain` lists. A named kernel is used or refused, never
+    /// replaced.
+    #[arg(long, global = true, value_name = "NAME", default_value = "auto")]
+    kernel: String,
+    /// Where to compute: auto, cpu, cuda or cuda:N.
+    #[arg(long, global = true, value_name = "DEVICE", default_value = "auto", value_parser = device)]
+    device: DeviceChoice,
+    /// Dtype of the activations: auto, f32, bf16 or f16. auto: that of the experts' weights where
+    /// they are stored in one of these, else bf16.
+    #[arg(long, global = true, value_name = "DTYPE", default_value = "auto", value_parser = dtype_or_auto)]
+    dtype: DtypeChoice,
+}
+
+const RUN_EXAMPLES: &str = "IN.safetensors holds hidden_states [T, H] (F32, F16 or BF16); optionally router_logits [T, E], used
+in place of the gate, and input_ids [T], for layers that route by token id. With --layer all,
+layers.N.NAME is taken where present, else NAME. Hidden states in F32 are used unrounded, whatever
+the dtype of the activations; the output is rounded once, to its dtype.
+OUT.safetensors gets output [T, H], router_logits [T, E] F32, topk_ids [T, K] I32, topk_weights
+[T, K] F32, and shared_output [T, H] where there are shared experts; with --layer all, each under
+layers.N. The file appears when it is complete, or not at all.
+
+Examples:
+  moe-runner run ./Qwen3-30B-A3B --layer 3 --input in.safetensors --output out.safetensors
+  moe-runner run model.gguf --layer all --input in.safetensors --output out.safetensors --json
+  moe-runner run ./model --layer 0 --input in.safetensors --output out.safetensors --dtype f32";
+
+const INSPECT_EXAMPLES: &str = "Reads headers only; weights are not loaded. Exit status 1 if tensors are missing, wrong or duplicate.
+
+Examples:
+  moe-runner inspect ./Mixtral-8x7B-v0.1
+  moe-runner inspect model.gguf --json";
+
+const EXPLAIN_EXAMPLES: &str = "Examples:
+  moe-runner explain ./OLMoE-1B-7B
+  moe-runner explain ./OLMoE-1B-7B --layer 3 --device cuda
+  moe-runner explain ./OLMoE-1B-7B --machine avx2";
+
+/// `run`
+#[derive(clap::Args, Debug)]
+pub(crate) struct RunArgs {
+    /// Folder with config.json and *.safetensors, or a .gguf file.
+    pub(crate) checkpoint: PathBuf,
+    /// Index of the decoder layer in the model, or `all` MoE layers.
+    #[arg(long, value_name = "N|all", allow_hyphen_values = true)]
+    pub(crate) layer: LayerChoice,
+    /// Safetensors file with the hidden states.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) input: PathBuf,
+    /// Safetensors file to write.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) output: PathBuf,
+    /// The tensor of the input file that holds the hidden states.
+    #[arg(long, value_name = "NAME", default_value = "hidden_states")]
+    pub(crate) input_name: String,
+    /// Dtype of the written output [default: that of the activations].
+    #[arg(long, value_name = "DTYPE", value_parser = dtype)]
+    pub(crate) output_dtype: Option<ActivationDtype>,
+    #[command(flatten)]
+    pub(crate) splitting: Splitting,
+}
+
+/// `inspect`
+#[derive(clap::Args, Debug)]
+pub(crate) struct InspectArgs {
+    /// Folder with config.json and *.safetensors, or a .gguf file.
+    pub(crate) checkpoint: PathBuf,
+}
+
+/// `explain`
+#[derive(clap::Args, Debug)]
+pub(crate) struct ExplainArgs {
+    /// Folder with config.json and *.safetensors, or a .gguf file.
+    pub(crate) checkpoint: PathBuf,
+    /// Index of the decoder layer in the model, or `all` MoE layers.
+    #[arg(long, value_name = "N|all", default_value = "all", allow_hyphen_values = true)]
+    pub(crate) layer: LayerChoice,
+    /// Choose for another machine: portable, avx2, avx512, or smNN, such as sm90, for a host with
+    /// an NVIDIA GPU.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) machine: Option<String>,
+}
+
+/// A device as the user names it.
+#[derive(Clone, Copy, Debug)]
+struct DeviceChoice(Option<Device>);
+
+/// A dtype as the user names it; `None` is auto.
+#[derive(Clone, Copy, Debug)]
+struct DtypeChoice(Option<ActivationDtype>);
+
+fn device(text: &str) -> Result<DeviceChoice, String> {
+    let known = match text.split_once(':') {
+        None => match text {
+            "auto" => Some(None),
+            "cpu" => Some(Some(Device::Cpu)),
+            "cuda" => Some(Some(Device::Cuda)),
+            _ => None,
+        },
+        // Which of several GPUs: no kernel of this build runs on any.
+        Some(("cuda", number)) => number.parse::<u32>().ok().map(|_| Some(Device::Cuda)),
+        Some(_) => None,
+    };
+    known.map(DeviceChoice).ok_or_else(|| "devices are auto, cpu, cuda and cuda:N".into())
+}
+
+fn dtype(text: &str) -> Result<ActivationDtype, String> {
+    [ActivationDtype::F32, ActivationDtype::Bf16, ActivationDtype::F16]
+        .into_iter()
+        .find(|dtype| dtype.name() == text)
+        .ok_or_else(|| "dtypes are f32, bf16 and f16".into())
+}
+
+fn dtype_or_auto(text: &str) -> Result<DtypeChoice, String> {
+    match text {
+        "auto" => Ok(DtypeChoice(None)),
+        _ => dtype(text)
+            .map(|dtype| DtypeChoice(Some(dtype)))
+            .map_err(|_| "dtypes are auto, f32, bf16 and f16".into()),
+    }
+}
+
+impl Args {
+    /// Parses the command line; otherwise the exit status, after help or one line of what is wrong.
+    pub(crate) fn read() -> Result<Self, ExitCode> {
+        Self::try_parse().map_err(|error| {
+            if !error.use_stderr() {
+                // a closed pipe is no failure
+                let _ = error.print();
+                return ExitCode::SUCCESS;
+            }
+            let text = error.render().to_string();
+            let message = text.split("\n\nUsage").next().unwrap_or_default();
+            let message = message.split("\n\nFor more").next().unwrap_or_default();
+            let words: Vec<&str> = message.split_whitespace().collect();
+            eprintln!("{} (moe-runner --help tells more)", one_line(&words.join(" ")));
+            ExitCode::from(UNUSABLE)
+        })
+    }
+}
+
+/// The flags that every command has, checked and turned into what they stand for.
+pub(crate) struct Common {
+    /// Seed of everything random.
+    #[allow(dead_code)]
+    pub(crate) seed: u64,
+    /// `None`: auto.
+    pub(crate) kernel: Option<String>,
+    /// `None`: auto.
+    pub(crate) device: Option<Device>,
+    /// `None`: auto.
+    pub(crate) dtype: Option<ActivationDtype>,
+    /// The threads to compute on.
+    pub(crate) pool: Arc<Pool>,
+}
+
+impl Common {
+    /// Checks the flags, and starts the threads.
+    pub(crate) fn resolve(args: &CommonArgs) -> Result<Self> {
+        let threads = args.threads.unwrap_or_else(physical_cores);
+        if !(1..=MAX_THREADS).contains(&threads) {
+            return Err(unusable(format!("--threads {threads}: must be 1 to {MAX_THREADS}")));
+        }
+        let kernel = (args.kernel != "auto").then(|| args.kernel.clone());
+        if let Some(name) = &kernel
+            && !KERNELS.iter().any(|kernel| kernel.name == name)
+        {
+            let names: Vec<&str> = KERNELS.iter().map(|kernel| kernel.name).collect();
+            return Err(unusable(format!(
+                "--kernel {name}: no such kernel; there are {}",
+                names.join(", ")
+            )));
+        }
+        Ok(Self {
+            seed: args.seed,
+            kernel,
+            device: args.device.0,
+            dtype: args.dtype.0,
+            pool: Arc::new(Pool::new(threads).context("cannot start threads; try --threads 1")?),
+        })
+    }
+
+    /// The library's options, for activations in `dtype`.
+    pub(crate) fn options(&self, dtype: ActivationDtype) -> Options {
+        Options {
+            dtype,
+            kernel: self.kernel.clone(),
+            device: self.device,
+            pool: self.pool.clone(),
+            machine: Machine::detect(),
+        }
+    }
+}

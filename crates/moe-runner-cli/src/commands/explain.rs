@@ -1,0 +1,147 @@
+//! `explain`: which kernel runs each layer, why, and what keeps every other one from it.
+
+use anyhow::Result;
+use moe_runner::experts::{KERNELS, KernelDesc};
+use moe_runner::oracle::{Machine, Rejection, Request, failing_conditions};
+use moe_runner::runner::Options;
+use moe_runner::weights::LoadedLayer;
+use serde::Serialize;
+
+use crate::args::{Common, ExplainArgs};
+use crate::checkpoints::{Opened, ranges};
+use crate::failure::unusable;
+use crate::report::Report;
+use crate::report::table::{Tone, toned};
+
+#[derive(Serialize)]
+struct ExplainJson {
+    machine: String,
+    layers: Vec<LayerJson>,
+}
+
+#[derive(Serialize)]
+struct LayerJson {
+    layer: usize,
+    #[serde(flatten)]
+    answer: Answer,
+}
+
+/// The oracle's answer for one layer.
+#[derive(PartialEq, Serialize)]
+struct Answer {
+    dtype: &'static str,
+    /// `None`: no kernel can run the layer, or the named one cannot.
+    chosen: Option<&'static str>,
+    why: String,
+    able: Vec<Able>,
+    rejected: Vec<Rejected>,
+}
+
+/// A kernel that could run too.
+#[derive(PartialEq, Serialize)]
+struct Able {
+    kernel: &'static str,
+    reason: String,
+}
+
+/// A kernel that cannot run.
+#[derive(PartialEq, Serialize)]
+struct Rejected {
+    kernel: &'static str,
+    reasons: Vec<String>,
+}
+
+/// Runs the command.
+pub(crate) fn run(args: &ExplainArgs, common: &Common) -> Result<Report> {
+    let machine = match &args.machine {
+        Some(name) => Machine::named(name).map_err(|error| unusable(error.to_string()))?,
+        None => Machine::detect(),
+    };
+    let opened = Opened::open(&args.checkpoint)?;
+    let mut layers = Vec::new();
+    for entry in opened.select(&args.layer)? {
+        let layer = opened.load(entry)?;
+        let options =
+            Options { machine: machine.clone(), ..common.options(common.dtype_for(&layer)) };
+        layers.push(LayerJson { layer: entry.spec.index, answer: ask(&layer, &options) });
+    }
+    let ok = layers.iter().all(|layer| layer.answer.chosen.is_some());
+    let json = ExplainJson { machine: machine.name, layers };
+    Report::new(ok, text(&json), &json)
+}
+
+fn ask(layer: &LoadedLayer, options: &Options) -> Answer {
+    let dtype = options.dtype.name();
+    let able =
+        |(kernel, reason): (&'static KernelDesc, String)| Able { kernel: kernel.name, reason };
+    match layer.choose(options) {
+        Ok(choice) => Answer {
+            dtype,
+            chosen: Some(choice.kernel.name),
+            why: format!("{}: {}", choice.why, choice.kernel.summary),
+            able: choice.able.into_iter().map(able).collect(),
+            rejected: choice.rejected.iter().map(rejected).collect(),
+        },
+        Err(error) => {
+            let request = Request { device: options.device, ..Request::of(layer, options.dtype) };
+            let all = KERNELS.iter().map(|kernel| Rejection {
+                kernel,
+                reasons: failing_conditions(kernel, &request, &options.machine),
+            });
+            let (able, unable): (Vec<_>, Vec<_>) = all.partition(|r| r.reasons.is_empty());
+            let only_named = |r: Rejection| Able {
+                kernel: r.kernel.name,
+                reason: format!("could run, but only when named (--kernel {})", r.kernel.name),
+            };
+            Answer {
+                dtype,
+                chosen: None,
+                why: error.to_string(),
+                able: able.into_iter().map(only_named).collect(),
+                rejected: unable.iter().map(rejected).collect(),
+            }
+        }
+    }
+}
+
+fn rejected(rejection: &Rejection) -> Rejected {
+    Rejected {
+        kernel: rejection.kernel.name,
+        reasons: rejection.reasons.iter().map(ToString::to_string).collect(),
+    }
+}
+
+fn text(json: &ExplainJson) -> String {
+    let mut groups: Vec<(&Answer, Vec<usize>)> = Vec::new();
+    for layer in &json.layers {
+        match groups.iter_mut().find(|(answer, _)| **answer == layer.answer) {
+            Some((_, layers)) => layers.push(layer.layer),
+            None => groups.push((&layer.answer, vec![layer.layer])),
+        }
+    }
+    let mut out = String::new();
+    for (answer, layers) in groups {
+        let noun = if layers.len() == 1 { "layer" } else { "layers" };
+        let title = format!("{noun} {}, {} activations", ranges(&layers), answer.dtype);
+        out += &format!("{}\n", toned(Tone::Title, &title));
+        let width = KERNELS.iter().map(|kernel| kernel.name.len()).max().unwrap_or(0);
+        let mut line = |mark: &str, kernel: &str, what: &str| {
+            out += &format!("  {mark} {kernel:width$}  {what}\n");
+        };
+        match answer.chosen {
+            Some(chosen) => line("→", chosen, &answer.why),
+            None => line("✗", "none", "no kernel is chosen"),
+        }
+        for able in &answer.able {
+            line("·", able.kernel, &able.reason);
+        }
+        for rejected in &answer.rejected {
+            for (i, reason) in rejected.reasons.iter().enumerate() {
+                let (mark, name) = if i == 0 { ("✗", rejected.kernel) } else { (" ", "") };
+                line(mark, name, reason);
+            }
+        }
+        out += "\n";
+    }
+    out + "→ runs   · could run   ✗ cannot run (and what would change that)\n"
+}

@@ -1,0 +1,315 @@
+//! `inspect`: what a checkpoint holds, from headers alone.
+
+use std::collections::BTreeMap;
+
+use anyhow::Result;
+use moe_runner::checkpoint::Container;
+use moe_runner::checkpoint::architecture::LayerEntry;
+use moe_runner::spec::LayerSpec;
+use moe_runner::weights::{Accounting, Expert, LoadedLayer, Matrix, account};
+use serde::Serialize;
+
+use crate::args::InspectArgs;
+use crate::checkpoints::{Opened, ranges};
+use crate::failure::one_line;
+use crate::report::table::{Columns, Facts, Tone, toned};
+use crate::report::{Report, formula, units};
+
+#[derive(Serialize)]
+struct InspectJson {
+    ok: bool,
+    path: String,
+    container: &'static str,
+    architecture: String,
+    decoder_layers: usize,
+    moe_layers: Vec<usize>,
+    tensors: usize,
+    bytes: Bytes,
+    layers: Vec<LayerJson>,
+}
+
+/// Bytes in the checkpoint's files, by what they are for.
+#[derive(Clone, Default, Serialize)]
+struct Bytes {
+    experts: usize,
+    shared_experts: usize,
+    gate: usize,
+    rest: usize,
+    total: usize,
+}
+
+#[derive(Serialize)]
+struct LayerJson {
+    layer: usize,
+    name: String,
+    hidden: usize,
+    intermediate: usize,
+    experts: usize,
+    top_k: usize,
+    shared_experts: usize,
+    routing: Vec<String>,
+    output: String,
+    expert: String,
+    formats: BTreeMap<&'static str, Vec<String>>,
+    bytes: Bytes,
+    missing: Vec<String>,
+    wrong: Vec<String>,
+    unexpected: Vec<String>,
+    duplicate: Vec<String>,
+    spec: LayerSpec,
+}
+
+/// Runs the command.
+pub(crate) fn run(args: &InspectArgs) -> Result<Report> {
+    let opened = Opened::open(&args.checkpoint)?;
+    let checkpoint = &opened.checkpoint;
+    let layers = opened.layers.iter().map(|entry| layer(&opened, entry)).collect::<Vec<_>>();
+    let total = checkpoint.names().filter_map(|name| checkpoint.info(name)).map(|i| i.bytes).sum();
+    let sum = |of: fn(&Bytes) -> usize| layers.iter().map(|layer| of(&layer.bytes)).sum::<usize>();
+    let (experts, shared_experts, gate) =
+        (sum(|b| b.experts), sum(|b| b.shared_experts), sum(|b| b.gate));
+    let rest = usize::saturating_sub(total, experts + shared_experts + gate);
+    let json = InspectJson {
+        ok: layers.iter().all(LayerJson::ok),
+        path: checkpoint.path().display().to_string(),
+        container: match checkpoint.container() {
+            Container::Safetensors => "safetensors",
+            Container::Gguf => "gguf",
+        },
+        architecture: opened.description.architecture.clone(),
+        decoder_layers: opened.description.decoder_layers,
+        moe_layers: opened.layers.iter().map(|entry| entry.spec.index).collect(),
+        tensors: checkpoint.names().count(),
+        bytes: Bytes { experts, shared_experts, gate, rest, total },
+        layers,
+    };
+    Report::new(json.ok, text(&json), &json)
+}
+
+impl LayerJson {
+    fn ok(&self) -> bool {
+        self.missing.is_empty() && self.wrong.is_empty() && self.duplicate.is_empty()
+    }
+}
+
+fn layer(opened: &Opened, entry: &LayerEntry) -> LayerJson {
+    let spec = &entry.spec;
+    let accounting = account(&opened.checkpoint, entry);
+    let loaded = opened.load(entry);
+    // a layer that loads has no such problem, and the other way round
+    let mut wrong: Vec<String> = accounting.wrong.iter().map(ToString::to_string).collect();
+    if let Err(error) = &loaded
+        && accounting.is_complete()
+    {
+        wrong.push(error.to_string());
+    }
+    let (formats, bytes) = match &loaded {
+        Ok(loaded) => (formats(loaded), layer_bytes(loaded, &accounting)),
+        Err(_) => (
+            BTreeMap::new(),
+            Bytes { rest: accounting.bytes, total: accounting.bytes, ..Bytes::default() },
+        ),
+    };
+    let mut unexpected = accounting.unexpected;
+    let mut wrong_experts: Vec<String> = accounting
+        .unexpected_experts
+        .iter()
+        .map(|name| format!("'{name}' belongs to the experts, but has no use there"))
+        .collect();
+    wrong.append(&mut wrong_experts);
+    unexpected.sort();
+    LayerJson {
+        layer: spec.index,
+        name: spec.name.clone(),
+        hidden: spec.dims.hidden,
+        intermediate: spec.dims.intermediate,
+        experts: spec.router.experts,
+        top_k: spec.router.top_k,
+        shared_experts: spec.shared.as_ref().map_or(0, |shared| shared.count),
+        routing: formula::routing(spec),
+        output: formula::output(spec),
+        expert: formula::expert(
+            spec.expert.gated,
+            spec.expert.activation,
+            spec.expert.bias,
+            spec.expert.norm.is_some(),
+        ),
+        formats,
+        bytes,
+        missing: accounting.missing,
+        wrong,
+        unexpected,
+        duplicate: accounting.duplicates.into_iter().map(|(name, _)| name).collect(),
+        spec: spec.clone(),
+    }
+}
+
+/// The number formats of every projection; more than one where experts differ.
+fn formats(layer: &LoadedLayer) -> BTreeMap<&'static str, Vec<String>> {
+    let mut formats: BTreeMap<&'static str, Vec<String>> = BTreeMap::new();
+    let mut add = |what, matrix: &Matrix| {
+        let input = matrix.input.format();
+        let mut name = matrix.format().to_string();
+        if input != moe_runner::spec::ActivationFormat::Unquantised {
+            name += &format!(" × {input}");
+        }
+        let seen = formats.entry(what).or_default();
+        if !seen.contains(&name) {
+            seen.push(name);
+        }
+    };
+    if let Some(gate) = &layer.gate {
+        add("router", &gate.weight);
+    }
+    for expert in &layer.experts {
+        expert.gate.iter().for_each(|gate| add("gate", gate));
+        add("up", &expert.up);
+        add("down", &expert.down);
+    }
+    for expert in layer.shared.iter().flat_map(|shared| &shared.experts) {
+        expert.gate.iter().for_each(|gate| add("shared gate", gate));
+        add("shared up", &expert.up);
+        add("shared down", &expert.down);
+    }
+    formats
+}
+
+fn layer_bytes(layer: &LoadedLayer, accounting: &Accounting) -> Bytes {
+    let of = |experts: &[Expert]| -> usize {
+        let matrices = experts.iter().flat_map(|e| e.gate.iter().chain([&e.up, &e.down]));
+        matrices.map(Matrix::stored_bytes).sum()
+    };
+    let experts = of(&layer.experts);
+    let shared_experts = layer.shared.as_ref().map_or(0, |shared| of(&shared.experts));
+    let gate = layer.gate.as_ref().map_or(0, |gate| gate.weight.stored_bytes());
+    let total = accounting.bytes;
+    let rest = total.saturating_sub(experts + shared_experts + gate);
+    Bytes { experts, shared_experts, gate, rest, total }
+}
+
+fn text(json: &InspectJson) -> String {
+    let mut out = format!("{}\n\n", toned(Tone::Title, &one_line(&json.path)));
+    let mut facts = Facts::new();
+    facts.add("architecture", format!("{} ({})", one_line(&json.architecture), json.container));
+    facts.add(
+        "MoE layers",
+        format!(
+            "{} of {} decoder layers: {}",
+            json.moe_layers.len(),
+            json.decoder_layers,
+            ranges(&json.moe_layers)
+        ),
+    );
+    facts.add("tensors", format!("{}, {}", json.tensors, units::bytes(json.bytes.total)));
+    out += &facts.to_string();
+
+    for group in groups(&json.layers) {
+        out += &layer_text(&group);
+    }
+    out += "\n";
+    let mut table = Columns::new(&["bytes", ">size", ">share"]);
+    let bytes = &json.bytes;
+    for (what, size) in [
+        ("experts", bytes.experts),
+        ("shared experts", bytes.shared_experts),
+        ("gate", bytes.gate),
+        ("rest of the model", bytes.rest),
+        ("total", bytes.total),
+    ] {
+        let share = 100.0 * size as f64 / bytes.total.max(1) as f64;
+        table.row([what.to_owned(), units::bytes(size), format!("{share:.1} %")]);
+    }
+    out += &table.to_string();
+    out + "\n" + &completeness(json)
+}
+
+/// Layers that differ in nothing but their index stand together.
+fn groups(layers: &[LayerJson]) -> Vec<Vec<&LayerJson>> {
+    let alike = |a: &LayerJson, b: &LayerJson| {
+        let anonymous =
+            LayerSpec { name: a.spec.name.clone(), index: a.spec.index, ..b.spec.clone() };
+        anonymous == a.spec && a.formats == b.formats
+    };
+    let mut groups: Vec<Vec<&LayerJson>> = Vec::new();
+    for layer in layers {
+        match groups.iter_mut().find(|group| alike(group[0], layer)) {
+            Some(group) => group.push(layer),
+            None => groups.push(vec![layer]),
+        }
+    }
+    groups
+}
+
+fn layer_text(group: &[&LayerJson]) -> String {
+    let layer = group[0];
+    let indices: Vec<usize> = group.iter().map(|layer| layer.layer).collect();
+    let noun = if group.len() == 1 { "layer" } else { "layers" };
+    let title = format!("{noun} {}", ranges(&indices));
+    let mut facts = Facts::new();
+    facts.add(
+        "experts",
+        format!(
+            "{}, top-{}, hidden {}, intermediate {}",
+            layer.experts, layer.top_k, layer.hidden, layer.intermediate
+        ),
+    );
+    if let Some(shared) = &layer.spec.shared {
+        let each = if shared.count == 1 { "" } else { " each" };
+        facts.add(
+            "shared experts",
+            format!("{}, intermediate {}{each}", shared.count, shared.intermediate),
+        );
+    }
+    facts.add("routing", layer.routing.join("\n"));
+    facts.add("output", layer.output.clone());
+    facts.add("expert", layer.expert.clone());
+    let mut formats: Vec<(String, Vec<&str>)> = Vec::new();
+    for (what, names) in &layer.formats {
+        let names = names.join(" and ");
+        match formats.iter_mut().find(|(format, _)| *format == names) {
+            Some((_, users)) => users.push(what),
+            None => formats.push((names, vec![what])),
+        }
+    }
+    let formats: Vec<String> = formats
+        .into_iter()
+        .map(|(format, users)| format!("{format}: {}", users.join(", ")))
+        .collect();
+    facts.add("formats", if formats.is_empty() { "unknown".into() } else { formats.join("\n") });
+    facts.add("bytes a layer", units::bytes(layer.bytes.total));
+    format!("\n{}\n{facts}", toned(Tone::Title, &title))
+}
+
+/// How many names of a kind are shown.
+const SHOWN: usize = 5;
+
+fn completeness(json: &InspectJson) -> String {
+    let mut out = String::new();
+    for layer in &json.layers {
+        for (what, names) in [
+            ("missing", &layer.missing),
+            ("wrong", &layer.wrong),
+            ("duplicate", &layer.duplicate),
+            ("unexpected", &layer.unexpected),
+        ] {
+            for name in names.iter().take(SHOWN) {
+                out += &format!("layer {}: {what}: {}\n", layer.layer, one_line(name));
+            }
+            if names.len() > SHOWN {
+                let more = names.len() - SHOWN;
+                out += &format!("layer {}: {what}: {more} more (--json lists all)\n", layer.layer);
+            }
+        }
+    }
+    let broken = json.layers.iter().filter(|layer| !layer.ok()).count();
+    out + &match broken {
+        0 => toned(Tone::Good, "complete: every tensor of every MoE layer is there, once"),
+        _ => toned(
+            Tone::Bad,
+            &format!(
+                "INCOMPLETE: {broken} of {} cannot be loaded",
+                units::plural(json.layers.len(), "MoE layer")
+            ),
+        ),
+    }
+}

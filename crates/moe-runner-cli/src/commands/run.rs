@@ -1,0 +1,233 @@
+//! `run`: layers on given hidden states, to a file.
+
+use std::time::Instant;
+
+use anyhow::{Result, anyhow};
+use half::{bf16, f16};
+use moe_runner::Error;
+use moe_runner::checkpoint::{Dtype, NewTensor, Writer};
+use moe_runner::hidden::{ActivationDtype, Rows, RowsMut};
+use moe_runner::runner::{ForwardInput, MoeRunner, MoeRunnerInterface};
+use moe_runner::spec::{LayerSpec, ScaleOn};
+use moe_runner::weights::LoadedLayer;
+use serde::Serialize;
+
+use crate::args::{Common, RunArgs};
+use crate::checkpoints::{LayerChoice, Opened};
+use crate::input::{Input, LayerInput};
+use crate::report::progress::Progress;
+use crate::report::table::Columns;
+use crate::report::{Report, units};
+
+#[derive(Serialize)]
+struct RunJson {
+    layers: Vec<LayerJson>,
+    output: String,
+}
+
+#[derive(Serialize)]
+struct LayerJson {
+    layer: usize,
+    name: String,
+    kernel: &'static str,
+    dtype: &'static str,
+    seconds: f64,
+    tokens: usize,
+    bytes_weights_read: usize,
+    flops: f64,
+}
+
+/// A layer that is about to run, with what it will write.
+struct Job {
+    layer: LoadedLayer,
+    dtype: ActivationDtype,
+    output_dtype: ActivationDtype,
+    input: LayerInput,
+    /// Before the names of its tensors.
+    prefix: String,
+}
+
+/// Runs the command.
+pub(crate) fn run(args: &RunArgs, common: &Common) -> Result<Report> {
+    args.splitting.single_rank()?;
+    let opened = Opened::open(&args.checkpoint)?;
+    let entries = opened.select(&args.layer)?;
+    let single = matches!(&args.layer, LayerChoice::Some(layers) if layers.len() == 1);
+    let input = Input::open(&args.input, &args.input_name, !single)?;
+
+    // Everything that can be wrong with files is found before the first product.
+    let mut jobs = Vec::with_capacity(entries.len());
+    let mut tensors = Vec::new();
+    for entry in entries {
+        let layer = opened.load(entry)?;
+        let dtype = common.dtype_for(&layer);
+        let input = input.layer(&layer.spec)?;
+        let prefix = if single { String::new() } else { format!("layers.{}.", entry.spec.index) };
+        let output_dtype = args.output_dtype.unwrap_or(dtype);
+        let job = Job { layer, dtype, output_dtype, input, prefix };
+        tensors.extend(job.tensors());
+        jobs.push(job);
+    }
+    let producer = concat!("moe-runner ", env!("CARGO_PKG_VERSION"));
+    let mut writer = Writer::create(&args.output, &[("producer", producer)], &tensors)?;
+
+    let progress = Progress::new(jobs.len());
+    let mut done = Vec::with_capacity(jobs.len());
+    for job in jobs {
+        progress.doing(job.layer.spec.name.clone());
+        done.push(job.run(common, &args.input.display().to_string(), &mut writer)?);
+        progress.step();
+    }
+    drop(progress);
+    writer.finish()?;
+    let json = RunJson { layers: done, output: args.output.display().to_string() };
+    Report::new(true, text(&json, tensors.len()), &json)
+}
+
+impl Job {
+    fn spec(&self) -> &LayerSpec {
+        &self.layer.spec
+    }
+
+    /// The tensors that the layer writes.
+    fn tensors(&self) -> Vec<NewTensor> {
+        let (tokens, hidden) = (self.input.tokens, self.spec().dims.hidden);
+        let router = &self.spec().router;
+        let stored = stored(self.output_dtype);
+        let mut tensors = vec![
+            ("output", stored, hidden),
+            ("router_logits", Dtype::F32, router.logits()),
+            ("topk_ids", Dtype::I32, router.top_k),
+            ("topk_weights", Dtype::F32, router.top_k),
+        ];
+        if self.spec().shared.is_some() {
+            tensors.push(("shared_output", stored, hidden));
+        }
+        let tensors = tensors.into_iter().map(|(name, dtype, width)| NewTensor {
+            name: format!("{}{name}", self.prefix),
+            dtype,
+            shape: vec![tokens, width],
+        });
+        tensors.collect()
+    }
+
+    fn run(self, common: &Common, source: &str, writer: &mut Writer) -> Result<LayerJson> {
+        let spec = self.spec();
+        let mut runner = MoeRunner::new(self.layer.ready(&common.options(self.dtype))?);
+        // f32 rows: what is written is rounded once, after the output has its true scale
+        let mut output = vec![0.0f32; self.input.tokens * spec.dims.hidden];
+        let forward = ForwardInput {
+            router_logits: self.input.router_logits.as_deref(),
+            input_ids: self.input.input_ids.as_deref(),
+            ..ForwardInput::new(Rows::F32(&self.input.hidden))
+        };
+        let start = Instant::now();
+        let done = runner.forward(&forward, RowsMut::F32(&mut output)).map_err(|error| {
+            match error {
+                // these speak of the input, and do not know its file
+                Error::Input { .. } => anyhow!("{source}: layer {}: {error}", spec.index),
+                other => other.into(),
+            }
+        })?;
+        let seconds = start.elapsed().as_secs_f64();
+        let scale = done.output_scale;
+        let json = LayerJson {
+            layer: spec.index,
+            name: spec.name.clone(),
+            kernel: "",
+            dtype: self.dtype.name(),
+            seconds,
+            tokens: done.tokens,
+            bytes_weights_read: done.weight_bytes,
+            flops: done.flops,
+        };
+
+        let factor = weight_factor(spec);
+        let ids: Vec<u8> = done.routing.ids.iter().flat_map(|id| id.0.to_le_bytes()).collect();
+        let weights: Vec<f32> = done.routing.weights.iter().map(|w| w * factor).collect();
+        let mut write =
+            |name: &str, bytes: &[u8]| writer.write(&format!("{}{name}", self.prefix), bytes);
+        write("router_logits", &to_bytes(done.router_logits, ActivationDtype::F32))?;
+        write("topk_ids", &ids)?;
+        write("topk_weights", &to_bytes(&weights, ActivationDtype::F32))?;
+        if let Some(shared) = done.shared {
+            write("shared_output", &to_bytes(shared, self.output_dtype))?;
+        }
+        output.iter_mut().for_each(|v| *v *= scale);
+        write("output", &to_bytes(&output, self.output_dtype))?;
+        if let Some(at) = output.iter().position(|v| v.is_finite() && overflows(*v, &self)) {
+            eprintln!(
+                "warning: layer {}: output[{}, {}] is {}, beyond f16; --output-dtype f32 holds it",
+                spec.index,
+                at / spec.dims.hidden,
+                at % spec.dims.hidden,
+                output[at]
+            );
+        }
+        Ok(LayerJson { kernel: runner.choice().kernel.name, ..json })
+    }
+}
+
+fn overflows(value: f32, job: &Job) -> bool {
+    job.output_dtype.round(value).is_infinite()
+}
+
+/// What turns the router's weights into those that the experts' outputs are multiplied with: the
+/// routed scaling factor, where the runner and not the router applies it.
+pub(crate) fn weight_factor(spec: &LayerSpec) -> f32 {
+    match spec.routed_scale.on {
+        ScaleOn::Weights => 1.0,
+        ScaleOn::Output => spec.routed_scale.factor,
+    }
+}
+
+fn stored(dtype: ActivationDtype) -> Dtype {
+    match dtype {
+        ActivationDtype::F32 => Dtype::F32,
+        ActivationDtype::Bf16 => Dtype::Bf16,
+        ActivationDtype::F16 => Dtype::F16,
+    }
+}
+
+/// `values` as stored in `dtype`: rounded, little-endian.
+fn to_bytes(values: &[f32], dtype: ActivationDtype) -> Vec<u8> {
+    match dtype {
+        ActivationDtype::F32 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+        ActivationDtype::Bf16 => {
+            values.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()).collect()
+        }
+        ActivationDtype::F16 => {
+            values.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes()).collect()
+        }
+    }
+}
+
+fn text(json: &RunJson, tensors: usize) -> String {
+    let mut table = Columns::new(&[
+        ">layer",
+        "kernel",
+        "dtype",
+        ">tokens",
+        ">time",
+        ">weights read",
+        ">GB/s",
+        ">GFLOP/s",
+    ]);
+    for layer in &json.layers {
+        let rate = |amount: f64| match layer.tokens {
+            0 => "-".to_owned(),
+            _ => format!("{:.2}", amount / layer.seconds.max(1e-9) / 1e9),
+        };
+        table.row([
+            layer.layer.to_string(),
+            layer.kernel.to_owned(),
+            layer.dtype.to_owned(),
+            layer.tokens.to_string(),
+            units::seconds(layer.seconds),
+            units::bytes(layer.bytes_weights_read),
+            rate(layer.bytes_weights_read as f64),
+            rate(layer.flops),
+        ]);
+    }
+    format!("{table}\nwrote {}: {}", json.output, units::plural(tensors, "tensor"))
+}

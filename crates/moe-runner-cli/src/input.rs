@@ -1,0 +1,105 @@
+//! The file with hidden states, and what else may stand in it.
+
+use std::path::Path;
+
+use anyhow::{Result, bail};
+use moe_runner::checkpoint::{Checkpoint, Dtype, Tensor};
+use moe_runner::spec::{LayerSpec, Selection};
+
+/// An input file.
+pub(crate) struct Input {
+    file: Checkpoint,
+    hidden_name: String,
+    /// Names with the layer's prefix come first.
+    many_layers: bool,
+}
+
+/// The inputs of one layer.
+pub(crate) struct LayerInput {
+    /// T.
+    pub(crate) tokens: usize,
+    /// `[T, H]`: the values as they stand in the file, whatever the dtype of the activations.
+    pub(crate) hidden: Vec<f32>,
+    /// `[T, E]`, in place of the gate.
+    pub(crate) router_logits: Option<Vec<f32>>,
+    /// `[T]`.
+    pub(crate) input_ids: Option<Vec<u32>>,
+}
+
+impl Input {
+    /// Opens the file. `hidden_name` is the tensor with the hidden states.
+    pub(crate) fn open(path: &Path, hidden_name: &str, many_layers: bool) -> Result<Self> {
+        let file = Checkpoint::open_safetensors(path)?;
+        Ok(Self { file, hidden_name: hidden_name.to_owned(), many_layers })
+    }
+
+    /// What the file holds for one layer.
+    pub(crate) fn layer(&self, spec: &LayerSpec) -> Result<LayerInput> {
+        let Some(hidden) = self.find(&self.hidden_name, spec.index)? else {
+            let names: Vec<&str> = self.file.names().take(6).collect();
+            bail!(
+                "{}: no tensor '{}'; it holds {}{}; name one with --input-name",
+                self.file.path().display(),
+                self.hidden_name,
+                if names.is_empty() { "nothing".into() } else { names.join(", ") },
+                if self.file.names().count() > names.len() { ", …" } else { "" },
+            );
+        };
+        let width = spec.dims.hidden;
+        let tokens = match hidden.shape[..] {
+            [tokens, columns] if columns == width => tokens,
+            _ => bail!(hidden.error(format!(
+                "has shape {:?}; layer {} needs [tokens, {width}]",
+                hidden.shape, spec.index
+            ))),
+        };
+        let rows = floats(&hidden)?;
+
+        let router_logits = match self.find("router_logits", spec.index)? {
+            None => None,
+            Some(tensor) => {
+                tensor.expect_shape(&[tokens, spec.router.logits()])?;
+                Some(floats(&tensor)?)
+            }
+        };
+        // only where they are used: a file for many purposes may hold those of another batch
+        let by_token_id = matches!(spec.router.selection, Selection::HashTable { .. });
+        let input_ids = match self.find("input_ids", spec.index)? {
+            Some(tensor) if by_token_id => {
+                tensor.expect_shape(&[tokens])?;
+                let ids = tensor.to_i64()?;
+                let bad = ids.iter().position(|id| u32::try_from(*id).is_err());
+                if let Some(at) = bad {
+                    bail!(tensor.error(format!("element {at} is {}, no token id", ids[at])));
+                }
+                Some(ids.into_iter().map(|id| id as u32).collect())
+            }
+            _ => None,
+        };
+        Ok(LayerInput { tokens, hidden: rows, router_logits, input_ids })
+    }
+
+    /// A tensor by its name, or by its name with the layer's prefix; which one first depends on
+    /// whether there are several layers to tell apart.
+    fn find(&self, name: &str, layer: usize) -> Result<Option<Tensor>> {
+        let prefixed = format!("layers.{layer}.{name}");
+        let names = match self.many_layers {
+            true => [prefixed.as_str(), name],
+            false => [name, prefixed.as_str()],
+        };
+        for name in names {
+            if let Some(tensor) = self.file.tensor(name)? {
+                return Ok(Some(tensor));
+            }
+        }
+        Ok(None)
+    }
+}
+
+/// The values of a tensor of activations.
+fn floats(tensor: &Tensor) -> Result<Vec<f32>> {
+    match tensor.dtype {
+        Dtype::F32 | Dtype::F16 | Dtype::Bf16 => Ok(tensor.to_f32()?),
+        other => bail!(tensor.error(format!("is {other}; F32, F16 or BF16 is needed"))),
+    }
+}

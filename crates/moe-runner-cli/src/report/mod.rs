@@ -1,0 +1,41 @@
+//! What a command says: one text for people, one JSON object for programs.
+
+pub(crate) mod formula;
+pub(crate) mod progress;
+pub(crate) mod table;
+pub(crate) mod units;
+
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+use serde::Serialize;
+
+use crate::failure;
+
+/// The result of a command.
+pub(crate) struct Report {
+    text: String,
+    json: String,
+    ok: bool,
+}
+
+impl Report {
+    /// `ok`: nothing is wrong; it decides the exit status.
+    pub(crate) fn new(ok: bool, text: String, json: &impl Serialize) -> anyhow::Result<Self> {
+        Ok(Self { text, json: serde_json::to_string_pretty(json)?, ok })
+    }
+
+    /// Prints one of both on standard output. A reader that has gone away is no failure.
+    pub(crate) fn print(&self, json: bool) -> ExitCode {
+        let text = if json { &self.json } else { self.text.trim_end() };
+        let mut out = io::stdout().lock();
+        match writeln!(out, "{text}").and_then(|()| out.flush()) {
+            Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+                let error = anyhow::Error::new(error).context("cannot write to standard output");
+                failure::print(&error)
+            }
+            _ if self.ok => ExitCode::SUCCESS,
+            _ => ExitCode::FAILURE,
+        }
+    }
+}

@@ -1,0 +1,277 @@
+//! Everything that can be wrong with what the command is given: status 1 or 2, and one clear line.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+
+use safetensors::tensor::Dtype;
+use tempfile::TempDir;
+
+use crate::files::{New, write};
+use crate::{case, refused};
+
+/// A copy of a recorded checkpoint to spoil, and a good input for it.
+struct Bench {
+    folder: TempDir,
+}
+
+impl Bench {
+    fn new() -> Self {
+        let folder = TempDir::new().unwrap();
+        for entry in std::fs::read_dir(case("qwen2_moe_f16")).unwrap() {
+            let entry = entry.unwrap();
+            std::fs::copy(entry.path(), folder.path().join(entry.file_name())).unwrap();
+        }
+        let bench = Self { folder };
+        bench.input(&[New::f32("hidden_states", &[2, 64], &[0.5; 128])]);
+        bench
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn input(&self, tensors: &[New]) {
+        write(&self.path("in.safetensors"), tensors);
+    }
+
+    /// `run` on the checkpoint, with flags that may replace its own.
+    fn run(&self, layer: &str, flags: &[&str]) -> Vec<OsString> {
+        let mut args: Vec<OsString> = vec!["run".into(), self.folder.path().into()];
+        args.extend(["--layer".into(), layer.into(), "--input".into()]);
+        args.extend([self.path("in.safetensors").into(), "--output".into()]);
+        args.push(self.path("out.safetensors").into());
+        args.extend(flags.iter().map(Into::into));
+        args
+    }
+
+    /// `run` is refused with this status, its message says this, and no output file appears.
+    fn refuses(&self, status: i32, says: &str) {
+        let stderr = refused(status, self.run("0", &[]));
+        assert!(stderr.contains(says), "{stderr:?} should say {says:?}");
+        assert!(!self.path("out.safetensors").exists());
+    }
+
+    fn spoil_config(&self, from: &str, to: &str) {
+        let path = self.path("config.json");
+        let text = std::fs::read_to_string(&path).unwrap();
+        assert!(text.contains(from), "{text}");
+        std::fs::write(path, text.replace(from, to)).unwrap();
+    }
+
+    /// Rewrites the safetensors header; the data stay.
+    fn spoil_header(&self, change: impl Fn(&mut serde_json::Map<String, serde_json::Value>)) {
+        let path = self.path("model.safetensors");
+        let bytes = std::fs::read(&path).unwrap();
+        let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+        let mut header = serde_json::from_slice(&bytes[8..8 + length]).unwrap();
+        change(&mut header);
+        let header = serde_json::to_vec(&header).unwrap();
+        let mut file = (header.len() as u64).to_le_bytes().to_vec();
+        file.extend(header);
+        file.extend(&bytes[8 + length..]);
+        std::fs::write(path, file).unwrap();
+    }
+}
+
+const EXPERT: &str = "model.layers.0.mlp.experts.3.up_proj.weight";
+
+#[test]
+fn the_bench_is_good_until_it_is_spoiled() {
+    let bench = Bench::new();
+    let output = crate::moe_runner(bench.run("0", &[]));
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(output.stderr.is_empty(), "no progress where no terminal is");
+}
+
+#[test]
+fn spoiled_files() {
+    let spoil = |change: &dyn Fn(&[u8]) -> Vec<u8>, says: &str| {
+        let bench = Bench::new();
+        let path = bench.path("model.safetensors");
+        std::fs::write(&path, change(&std::fs::read(&path).unwrap())).unwrap();
+        bench.refuses(1, says);
+    };
+    spoil(&|_| Vec::new(), "model.safetensors");
+    spoil(&|bytes| bytes[..7].to_vec(), "model.safetensors");
+    spoil(&|bytes| bytes[..bytes.len() / 2].to_vec(), "model.safetensors");
+    spoil(&|_| vec![0xa5; 4096], "model.safetensors");
+    // a header as long as it can say
+    spoil(&|bytes| [&[0xff; 8], &bytes[8..]].concat(), "model.safetensors");
+    // a header of brackets
+    let deep = "[".repeat(100_000);
+    spoil(&|_| [&100_000u64.to_le_bytes()[..], deep.as_bytes()].concat(), "model.safetensors");
+}
+
+#[test]
+fn spoiled_headers() {
+    let spoil = |change: &dyn Fn(&mut serde_json::Value), says: &str| {
+        let bench = Bench::new();
+        bench.spoil_header(|header| change(&mut header[EXPERT]));
+        bench.refuses(1, says);
+    };
+    spoil(&|tensor| tensor["dtype"] = "F99".into(), EXPERT);
+    spoil(&|tensor| tensor["dtype"] = "I16".into(), EXPERT);
+    spoil(&|tensor| tensor["shape"] = serde_json::json!([64, 40]), EXPERT);
+    spoil(&|tensor| tensor["shape"] = serde_json::json!([40, -64]), "model.safetensors");
+    spoil(&|tensor| tensor["shape"] = serde_json::json!([u64::MAX, u64::MAX]), "model.safetensors");
+    spoil(&|tensor| tensor["data_offsets"] = serde_json::json!([0, 5120]), "model.safetensors");
+    spoil(
+        &|tensor| tensor["data_offsets"] = serde_json::json!([1u64 << 60, (1u64 << 60) + 5120]),
+        "model.safetensors",
+    );
+    let bench = Bench::new();
+    bench.spoil_header(|header| {
+        let tensor = header.remove(EXPERT).unwrap();
+        header.insert("model.layers.0.mlp.other.weight".into(), tensor);
+    });
+    bench.refuses(1, EXPERT);
+}
+
+#[test]
+fn spoiled_configs() {
+    let spoil = |from: &str, to: &str, says: &str| {
+        let bench = Bench::new();
+        bench.spoil_config(from, to);
+        bench.refuses(1, says);
+    };
+    spoil("\"num_experts_per_tok\": 4", "\"num_experts_per_tok\": 13", "top-k is 13");
+    spoil("\"num_experts_per_tok\": 4", "\"num_experts_per_tok\": 0", "top-k");
+    spoil("\"num_experts\": 12", "\"num_experts\": -12", "num_experts");
+    spoil("\"num_experts\": 12", "\"num_experts\": 1e300", "num_experts");
+    spoil("\"num_experts\": 12", "\"num_experts\": 4000000000000", "num_experts");
+    spoil("\"num_experts\": 12", "\"num_experts\": \"many\"", "num_experts");
+    spoil("\"hidden_size\": 64", "\"hidden_size\": 128", "shape");
+    spoil("\"hidden_size\": 64", "\"hidden_size\": 0", "hidden");
+    let text = |text: &str, says: &str| {
+        let bench = Bench::new();
+        std::fs::write(bench.path("config.json"), text).unwrap();
+        bench.refuses(1, says);
+    };
+    text("", "config.json");
+    text("{", "config.json");
+    text("[]", "config.json");
+    text("{\"model_type\": \"no_such_model\"}", "no_such_model");
+    text(&"{\"a\":".repeat(100_000), "config.json");
+    let bench = Bench::new();
+    std::fs::remove_file(bench.path("config.json")).unwrap();
+    bench.refuses(1, "config.json");
+}
+
+#[test]
+fn spoiled_gguf_files() {
+    let bytes = std::fs::read(case("gguf_qwen3moe_f32").join("model.gguf")).unwrap();
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("model.gguf");
+    let mut absurd = bytes.clone();
+    // the number of tensors
+    absurd[8..16].copy_from_slice(&u64::MAX.to_le_bytes());
+    for content in [&[][..], &bytes[..10], &bytes[..bytes.len() / 3], b"GGUF garbage", &absurd] {
+        std::fs::write(&path, content).unwrap();
+        for command in ["inspect", "explain"] {
+            let stderr = refused(1, [command.as_ref(), path.as_os_str()]);
+            assert!(stderr.contains("model.gguf"), "{stderr}");
+        }
+    }
+}
+
+#[test]
+fn spoiled_inputs() {
+    let bench = Bench::new();
+    let nan = [&[0.5; 100][..], &[f32::NAN; 28]].concat();
+    bench.input(&[New::f32("hidden_states", &[2, 64], &nan)]);
+    bench.refuses(1, "row 1, column 36");
+    bench.input(&[New::f32("hidden_states", &[2, 32], &[0.5; 64])]);
+    bench.refuses(1, "[2, 32]");
+    bench.input(&[New::f32("hidden_states", &[128], &[0.5; 128])]);
+    bench.refuses(1, "[128]");
+    bench.input(&[New::f32("other", &[2, 64], &[0.5; 128])]);
+    bench.refuses(1, "'hidden_states'");
+    bench.input(&[New::i64("hidden_states", &[2, 64], &[1; 128])]);
+    bench.refuses(1, "I64");
+    let f64 =
+        New { name: "hidden_states", dtype: Dtype::F64, shape: vec![1, 64], bytes: vec![0; 512] };
+    bench.input(&[f64]);
+    bench.refuses(1, "F64");
+    let logits = |values: &[f32], shape: &[usize]| {
+        let hidden = New::f32("hidden_states", &[2, 64], &[0.5; 128]);
+        bench.input(&[hidden, New::f32("router_logits", shape, values)]);
+    };
+    logits(&[0.5; 26], &[2, 13]);
+    bench.refuses(1, "[2, 13]");
+    logits(&[f32::NAN; 24], &[2, 12]);
+    bench.refuses(1, "in.safetensors");
+    for content in [&b""[..], b"garbage garbage"] {
+        std::fs::write(bench.path("in.safetensors"), content).unwrap();
+        bench.refuses(1, "in.safetensors");
+    }
+    std::fs::remove_file(bench.path("in.safetensors")).unwrap();
+    bench.refuses(1, "in.safetensors");
+}
+
+#[test]
+fn arguments_that_cannot_be_used() {
+    let bench = Bench::new();
+    for (layer, flags, says) in [
+        ("1", &[][..], "layer 1 is no MoE layer"),
+        ("-1", &[], "--layer"),
+        ("x", &[], "--layer"),
+        ("0", &["--kernel", "fastest"], "there are cpu_avx512"),
+        ("0", &["--dtype", "fp8"], "auto, f32, bf16 and f16"),
+        ("0", &["--device", "tpu"], "cuda"),
+        ("0", &["--threads", "0"], "--threads"),
+        ("0", &["--threads", "1000000"], "--threads"),
+        ("0", &["--comm", "pigeon"], "--comm"),
+        ("0", &["--no-such-flag"], "--no-such-flag"),
+    ] {
+        let stderr = refused(2, bench.run(layer, flags));
+        assert!(stderr.contains(says), "{stderr:?} should say {says:?}");
+        assert_eq!(stderr.lines().count(), 1, "{stderr}");
+    }
+    refused(2, ["no-such-command"]);
+    refused(2, ["run"]);
+    assert!(!bench.path("out.safetensors").exists());
+}
+
+/// These name something that exists; that it cannot be used here is the run's failure.
+#[test]
+fn a_named_kernel_or_device_is_refused_not_replaced() {
+    let bench = Bench::new();
+    let stderr = refused(1, bench.run("0", &["--device", "cuda:1"]));
+    assert!(stderr.contains("cuda was asked for"), "{stderr}");
+    let stderr = refused(1, bench.run("0", &["--device", "cuda", "--kernel", "cpu_portable"]));
+    assert!(stderr.contains("runs on cpu"), "{stderr}");
+}
+
+#[test]
+fn an_output_that_cannot_be_written() {
+    let bench = Bench::new();
+    let mut args = bench.run("0", &[]);
+    let last = args.len() - 1;
+    for place in [bench.path("no/such/folder/out.safetensors"), bench.folder.path().to_owned()] {
+        args[last] = place.clone().into();
+        let stderr = refused(1, args.clone());
+        assert!(stderr.contains(&*place.to_string_lossy()), "{stderr}");
+    }
+}
+
+#[test]
+fn a_checkpoint_that_is_not_there() {
+    for command in ["inspect", "explain"] {
+        let stderr = refused(1, [command, "/no/such/checkpoint"]);
+        assert!(stderr.contains("/no/such/checkpoint"), "{stderr}");
+    }
+    let empty = TempDir::new().unwrap();
+    refused(1, ["inspect".as_ref(), empty.path().as_os_str()]);
+    let path: &Path = empty.path();
+    std::fs::write(path.join("config.json"), "{\"model_type\": \"qwen2_moe\"}").unwrap();
+    refused(1, ["inspect".as_ref(), path.as_os_str()]);
+}
+
+/// Names in a file may hold anything; an error stays one line.
+#[test]
+fn a_name_with_line_breaks_moves_no_cursor() {
+    let bench = Bench::new();
+    bench.input(&[New::f32("a\nb\x1b[2J", &[1, 1], &[1.0])]);
+    let stderr = refused(1, bench.run("0", &[]));
+    assert!(!stderr.contains('\x1b') && stderr.lines().count() == 1, "{stderr:?}");
+}

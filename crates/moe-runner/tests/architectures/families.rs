@@ -976,6 +976,7 @@ impl Family {
         let checkpoint = model.open(folder.path());
         let layers = architecture::layers(&checkpoint)
             .unwrap_or_else(|error| panic!("{model_type}: {error}"));
+        assert_eq!(architecture::describe(&checkpoint).unwrap().architecture, model_type);
         let indices: Vec<usize> = layers.iter().map(|entry| entry.spec.index).collect();
         assert_eq!(indices, self.moe, "{model_type}");
         let mut expected = plain(self.block, self.layer);

@@ -1,10 +1,10 @@
 //! The table of architectures: which tensors of a checkpoint make up which MoE layer, and what
 //! the layer computes.
 //!
-//! A row ([`row::Architecture`]) is data: values of `model_type`, config keys, the rule for which
+//! A row (`row::Architecture`) is data: values of `model_type`, config keys, the rule for which
 //! decoder layers are MoE, names of tensors, and one value for each option of
-//! [`LayerSpec`]. Rows are grouped by kind of router: [`softmax`], [`chosen`], [`sigmoid`];
-//! [`refused`] names what does not fit and why. A new architecture is a few lines in one of them.
+//! [`LayerSpec`]. Rows are grouped by kind of router: `softmax`, `chosen`, `sigmoid`;
+//! `refused` names what does not fit and why. A new architecture is a few lines in one of them.
 
 mod build;
 mod chosen;
@@ -74,7 +74,11 @@ pub fn describe(checkpoint: &Checkpoint) -> Result<Description> {
         return gguf::describe(metadata);
     }
     let (row, settings) = identify(checkpoint)?;
-    let name = settings.config.str("model_type")?.unwrap_or(row.model_types[0]);
+    let name = match checkpoint.config() {
+        Some(config) => config.str("model_type")?,
+        None => None,
+    };
+    let name = name.unwrap_or(row.model_types[0]);
     Ok(Description { architecture: name.to_string(), decoder_layers: settings.layers })
 }
 

@@ -1,6 +1,6 @@
 //! From the names of a layer's tensors to its weights, with every tensor accounted for.
 //!
-//! [`Loader`] notes what is missing or wrong instead of stopping at it, so that one pass tells
+//! `Loader` notes what is missing or wrong instead of stopping at it, so that one pass tells
 //! everything: [`account`] returns the account, [`LoadedLayer::load`] fails on it.
 
 mod accounting;
@@ -18,7 +18,7 @@ use crate::checkpoint::architecture::{
 };
 use crate::spec::{LayerSpec, Selection};
 use crate::{Error, Result};
-use accounting::Loader;
+pub(crate) use accounting::Loader;
 
 impl LoadedLayer {
     /// The layer with its weights, which stay in the mapped files where they can.
@@ -52,7 +52,7 @@ type Format = fn(&mut Loader, &Projection) -> Option<Result<Matrix>>;
 
 /// Every number format, the ones with tensors of their own (scales, packed words) first. A new
 /// format is one more line: it looks at which tensors of the module are there and at their
-/// dtypes, and gets them with [`Loader::claim`].
+/// dtypes, and gets them with [`Loader::claim`]; `quantization_config` is in the checkpoint's config.
 const FORMATS: &[Format] = &[float::matrix];
 
 impl Loader<'_> {

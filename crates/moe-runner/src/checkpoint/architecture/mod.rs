@@ -3,8 +3,8 @@
 //!
 //! A row (`row::Architecture`) is data: values of `model_type`, config keys, the rule for which
 //! decoder layers are MoE, names of tensors, and one value for each option of
-//! [`LayerSpec`]. Rows are grouped by kind of router: `softmax`, `chosen`, `sigmoid`;
-//! `refused` names what does not fit and why. A new architecture is a few lines in one of them.
+//! [`LayerSpec`]. Rows are grouped by kind of router: `softmax`, `chosen`, `sigmoid`,
+//! `ungrouped`; `refused` names what does not fit and why. A new architecture is a few lines in one of them.
 
 mod build;
 mod chosen;
@@ -16,6 +16,7 @@ mod settings;
 mod sigmoid;
 mod softmax;
 mod tensors;
+mod ungrouped;
 
 pub use tensors::{
     ExpertTensors, Experts, Form, LayerTensors, Part, Projection, SharedTensors, Stack,
@@ -93,7 +94,7 @@ pub fn refused() -> impl Iterator<Item = (&'static str, &'static str)> {
 }
 
 fn rows() -> impl Iterator<Item = &'static Architecture> {
-    [softmax::ROWS, chosen::ROWS, sigmoid::ROWS].into_iter().flatten()
+    [softmax::ROWS, chosen::ROWS, sigmoid::ROWS, ungrouped::ROWS].into_iter().flatten()
 }
 
 /// Where the text part of a model's config may stand.

@@ -8,11 +8,9 @@ mod cases;
 mod layers;
 
 use cases::{Case, Recorded, all_cases};
-use layers::{nmse, options, splits};
-use moe_runner::comm::{Groups, run_ranks};
+use layers::{nmse, options, split, splits};
 use moe_runner::experts::KERNELS;
 use moe_runner::hidden::{ActivationDtype, Rows, RowsMut};
-use moe_runner::parallel::deal_rows;
 use moe_runner::runner::{ForwardInput, MoeRunner, MoeRunnerInterface};
 use moe_runner::{Error, oracle};
 
@@ -98,45 +96,24 @@ fn every_recorded_layer_is_reproduced_by_every_split() {
     let options = options(None, ActivationDtype::F32);
     for case in all_cases() {
         for (entry, layer) in case.layers() {
-            let width = entry.spec.dims.hidden;
             for (name, parallel) in splits() {
-                let deal = TOKENS.map(|tokens| deal_rows(tokens, parallel.sizes));
-                let recorded = TOKENS.map(|tokens| case.recorded(entry.spec.index, tokens));
-                let outputs = run_ranks(parallel.sizes.ranks(), |world| {
-                    let rank = world.rank();
-                    let groups = Groups::new(world.clone(), parallel.sizes)?;
-                    let mut runner = MoeRunner::on_rank(&layer, &options, &groups, &parallel)?;
-                    let mut outputs = Vec::new();
-                    for (deal, recorded) in deal.iter().zip(&recorded) {
-                        let rows = &deal[rank];
-                        let mine = &recorded.x[rows.start * width..rows.end * width];
-                        let mut y = vec![f32::NAN; mine.len()];
-                        let out = runner
-                            .forward(&ForwardInput::new(Rows::F32(mine)), RowsMut::F32(&mut y))?;
-                        let scale = out.output_scale;
-                        y.iter_mut().for_each(|v| *v *= scale);
-                        outputs.push(y);
+                for tokens in TOKENS {
+                    let recorded = case.recorded(entry.spec.index, tokens);
+                    let place = format!("{} {} {name} T={tokens}", case.name, entry.spec.name);
+                    let done = match split(&layer, &options, &parallel, &recorded.x) {
+                        Ok(done) => done,
+                        // refused with the reason and the way out, never computed wrongly
+                        Err(Error::Spec { reason, .. }) if reason.contains("--ep") => continue,
+                        Err(error) => panic!("{place}: {error}"),
+                    };
+                    let error = nmse(&done.output, &recorded.out);
+                    assert!(error <= bound(&recorded), "{place}: NMSE {error:e}");
+                    if let (Some(shared), Some(want)) = (&done.shared, &recorded.shared_out)
+                        && !recorded.fake_quantised
+                    {
+                        let error = nmse(shared, want);
+                        assert!(error <= 1e-10, "{place}: shared output, NMSE {error:e}");
                     }
-                    Ok(outputs)
-                });
-                let place = format!("{} {} {name}", case.name, entry.spec.name);
-                let outputs = match outputs {
-                    Ok(outputs) => outputs,
-                    // refused with the reason and the way out, never computed wrongly
-                    Err(Error::Spec { reason, .. }) if reason.contains("--ep") => continue,
-                    Err(error) => panic!("{place}: {error}"),
-                };
-                for (i, (deal, recorded)) in deal.iter().zip(&recorded).enumerate() {
-                    let mut y = vec![f32::NAN; recorded.x.len()];
-                    for (rows, output) in deal.iter().zip(&outputs) {
-                        y[rows.start * width..rows.end * width].copy_from_slice(&output[i]);
-                    }
-                    let error = nmse(&y, &recorded.out);
-                    assert!(
-                        error <= bound(recorded),
-                        "{place}, {} tokens: NMSE {error:e}",
-                        TOKENS[i]
-                    );
                 }
             }
         }

@@ -45,6 +45,17 @@ impl Traffic {
         })
     }
 
+    /// The counts of both.
+    pub fn plus(&self, other: &Traffic) -> Traffic {
+        let mut counts = self.counts;
+        for (count, other) in counts.iter_mut().zip(&other.counts) {
+            count.calls += other.calls;
+            count.sent += other.sent;
+            count.received += other.received;
+        }
+        Traffic { counts }
+    }
+
     /// What happened between the reading `before` and this one.
     pub fn since(&self, before: &Traffic) -> Traffic {
         let mut counts = self.counts;

@@ -10,9 +10,18 @@ use crate::router::Routing;
 use crate::shared_experts::rms_norm;
 use crate::spec::{IdleExperts, LayerSpec, SharedCombine};
 
+/// What is known of a written output.
+pub(super) struct Finished {
+    /// The true output is the written one times this.
+    pub(super) output_scale: f32,
+    /// The written output is the sum over all ranks.
+    pub(super) complete: bool,
+    /// So was the shared experts' output when it was added.
+    pub(super) shared_complete: bool,
+}
+
 impl MoeRunner {
-    /// Writes the output of `tokens` rows. Returns what the true output is multiplied with, and
-    /// whether the written one is complete.
+    /// Writes the output of `tokens` rows.
     pub(super) fn finish(
         &mut self,
         spec: &LayerSpec,
@@ -20,7 +29,7 @@ impl MoeRunner {
         routed: Sum,
         shared: Vec<f32>,
         output: &mut RowsMut<'_>,
-    ) -> Result<(f32, bool)> {
+    ) -> Result<Finished> {
         let group = self.group.clone();
         let at = |step| At { layer: &spec.name, step };
         let layer = &mut self.layer;
@@ -44,6 +53,7 @@ impl MoeRunner {
                 Some(sum)
             }
         };
+        let shared_complete = shared.as_ref().is_none_or(Sum::is_reduced);
         self.buffers.shared_seen.clear();
         if let Some(shared) = &mut shared {
             self.buffers.shared_seen.extend_from_slice(shared.values_mut());
@@ -95,7 +105,7 @@ impl MoeRunner {
         output.write(values);
         let complete = sum.is_reduced();
         self.buffers.routed = std::mem::take(sum.values_mut());
-        Ok((scaling.output, complete))
+        Ok(Finished { output_scale: scaling.output, complete, shared_complete })
     }
 }
 

@@ -8,6 +8,7 @@
 //! What a forward pass decides (order of the shared experts, who reduces) it decides once, from the
 //! parts that execute this very call; nothing is remembered between calls.
 
+mod batch;
 mod finish;
 mod gate;
 mod model;
@@ -22,6 +23,7 @@ mod transform;
 
 use std::sync::Arc;
 
+pub use batch::{Batch, BatchOutput, forward_batch};
 pub use model::Model;
 pub use ready::{Options, QuantMethod, ReadyLayer};
 pub use timeline::{Span, Timeline};
@@ -101,9 +103,10 @@ pub struct ForwardOutput<'a> {
     pub router_logits: &'a [f32],
     /// Ids and weights `[T, k]`.
     pub routing: &'a Routing,
-    /// `[T, H]`: what the shared experts add, before scaling; this rank's part where the sum was
-    /// not complete when it was added.
+    /// `[T, H]`: what the shared experts add, before scaling.
     pub shared: Option<&'a [f32]>,
+    /// `shared` is the complete sum, not this rank's part of it.
+    pub shared_complete: bool,
     /// Bytes of weights that were read, as they are stored.
     pub weight_bytes: usize,
     /// Floating-point operations: two for each multiplication with a weight.
@@ -315,11 +318,12 @@ impl MoeRunnerInterface for MoeRunner {
         let tokens = self.accept(input, &output)?;
         let spec = self.layer.spec.clone();
         let (routed, shared, weight_bytes) = self.branches(&spec, tokens, input)?;
-        let (output_scale, complete) = self.finish(&spec, tokens, routed, shared, &mut output)?;
+        let finished = self.finish(&spec, tokens, routed, shared, &mut output)?;
         Ok(ForwardOutput {
             tokens,
-            output_scale,
-            complete,
+            output_scale: finished.output_scale,
+            complete: finished.complete,
+            shared_complete: finished.shared_complete,
             router_logits: &self.buffers.logits,
             routing: &self.routing,
             shared: self.layer.shared.as_ref().map(|_| self.buffers.shared_seen.as_slice()),

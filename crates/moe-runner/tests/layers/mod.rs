@@ -1,11 +1,15 @@
 //! Layers for the tests: a plain one, and one for each option that differs from it.
 #![allow(dead_code, unreachable_pub)] // each test file uses its own part
 
-use moe_runner::comm::Sizes;
+use moe_runner::Result;
+use moe_runner::comm::{self, Sizes, run_ranks};
 use moe_runner::hidden::{ActivationDtype, Rows, RowsMut};
 use moe_runner::parallel::{ExchangeKind, Parallel, Placement};
 use moe_runner::random::Random;
-use moe_runner::runner::{ForwardInput, MoeRunner, MoeRunnerInterface, Options, reference};
+use moe_runner::runner::{
+    Batch, BatchOutput, ForwardInput, MoeRunner, MoeRunnerInterface, Options, forward_batch,
+    reference,
+};
 use moe_runner::spec::{
     Activation, Correction, Dims, ExpertSpec, GateSpec, GroupFill, GroupScore, Groups, IdleExperts,
     LayerSpec, OutputSpec, Renormalise, RmsNorm, RoutedScale, RouterSpec, ScaleOn, Score,
@@ -223,4 +227,23 @@ pub fn splits() -> Vec<(String, Parallel)> {
         }
     }
     all
+}
+
+/// The results of a batch through a layer that is split as `parallel` says, over threads.
+pub fn split(
+    layer: &LoadedLayer,
+    options: &Options,
+    parallel: &Parallel,
+    hidden: &[f32],
+) -> Result<BatchOutput> {
+    let outputs = run_ranks(parallel.sizes.ranks(), |world| {
+        let groups = comm::Groups::new(world.clone(), parallel.sizes)?;
+        let batch = Batch { hidden, router_logits: None, input_ids: None };
+        forward_batch(layer, options, &groups, parallel, &batch, None)
+    })?;
+    // every rank gets all results; where ranks have the same rows, they agree bit by bit
+    for other in &outputs[1..] {
+        assert_eq!(other.output, outputs[0].output);
+    }
+    Ok(outputs.into_iter().next().expect("one rank at least"))
 }

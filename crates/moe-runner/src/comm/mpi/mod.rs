@@ -249,25 +249,25 @@ impl Drop for World {
 /// How long to pause between two looks at MPI.
 struct Backoff {
     since: Instant,
-    looks: u32,
 }
 
 impl Backoff {
     fn new() -> Self {
-        Self { since: Instant::now(), looks: 0 }
+        Self { since: Instant::now() }
     }
 
     /// `idle`: a rank is missing, so that nothing moves. While elements flow, MPI needs the calls:
-    /// each brings some of them, and a system call in between would cost more than that.
+    /// each brings some of them, and giving the core away in between would cost more than that.
     fn pause(&mut self, idle: bool) {
-        self.looks = self.looks.wrapping_add(1);
-        if !self.looks.is_multiple_of(if idle { 4 } else { 256 }) {
-            return std::hint::spin_loop();
-        }
-        match self.since.elapsed() {
-            waited if !idle || waited < Duration::from_millis(5) => thread::yield_now(),
-            waited if waited < Duration::from_secs(1) => thread::sleep(Duration::from_micros(50)),
-            _ => thread::sleep(Duration::from_millis(1)),
+        let waited = self.since.elapsed();
+        if !idle && waited < Duration::from_millis(2) {
+            std::hint::spin_loop();
+        } else if !idle || waited < Duration::from_millis(5) {
+            thread::yield_now();
+        } else if waited < Duration::from_secs(1) {
+            thread::sleep(Duration::from_micros(50));
+        } else {
+            thread::sleep(Duration::from_millis(1));
         }
     }
 }

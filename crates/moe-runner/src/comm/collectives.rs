@@ -99,7 +99,7 @@ impl dyn Communicator + '_ {
         self.start_all_to_all_v(at, send)?.wait(self)
     }
 
-    /// [`all_to_all_v`](dyn Communicator::all_to_all_v) in two steps: other work, and other
+    /// `all_to_all_v` in two steps: other work, and other
     /// collectives, may come between them.
     pub fn start_all_to_all_v<T: Element>(&self, at: At<'_>, send: Parts<T>) -> Result<Pending<T>> {
         self.check_counts(send.counts(), send.data().len())?;

@@ -59,7 +59,7 @@ use crate::{Error, Result};
 
 /// One rank's end of a group of ranks.
 ///
-/// The collectives are methods of `dyn Communicator` ([`all_reduce`](dyn Communicator::all_reduce)
+/// The collectives are methods of `dyn Communicator` (`all_reduce`
 /// and its neighbours); this trait is what an implementation provides. All ranks of a group call
 /// the same collectives in the same order. Several exchanges of a group may be under way.
 pub trait Communicator: Send + Sync {

@@ -90,6 +90,10 @@ impl Exchange for AllToAllExchange {
         "all-to-all"
     }
 
+    fn experts(&self) -> usize {
+        self.map.experts()
+    }
+
     fn local_experts(&self) -> usize {
         self.map.held_by(self.group.rank()).len()
     }

@@ -60,6 +60,10 @@ impl Exchange for GatherExchange {
         "all-gather / reduce-scatter"
     }
 
+    fn experts(&self) -> usize {
+        self.map.experts()
+    }
+
     fn local_experts(&self) -> usize {
         self.map.held_by(self.rank).len()
     }

@@ -36,6 +36,10 @@ impl Exchange for LocalExchange {
         "local"
     }
 
+    fn experts(&self) -> usize {
+        self.map.experts()
+    }
+
     fn local_experts(&self) -> usize {
         self.map.held_by(self.rank).len()
     }

@@ -114,6 +114,9 @@ pub trait Exchange: Send + std::fmt::Debug {
         RowFormat::Standard
     }
 
+    /// The experts of the layer, on all ranks.
+    fn experts(&self) -> usize;
+
     /// The experts that this rank holds.
     fn local_experts(&self) -> usize;
 

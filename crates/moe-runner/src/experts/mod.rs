@@ -73,7 +73,27 @@ pub struct ExpertSet<'a> {
     pub experts: &'a [Expert],
 }
 
+/// Sizes of the experts that a kernel holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ExpertShape {
+    /// How many.
+    pub experts: usize,
+    /// Width of the rows that go in and come out.
+    pub hidden: usize,
+    /// Width between the two products.
+    pub intermediate: usize,
+}
+
 impl ExpertSet<'_> {
+    /// Its sizes, for a kernel to report.
+    pub fn shape(&self) -> ExpertShape {
+        ExpertShape {
+            experts: self.experts.len(),
+            hidden: self.hidden(),
+            intermediate: self.intermediate(),
+        }
+    }
+
     /// Width of the rows that go in and come out.
     pub fn hidden(&self) -> usize {
         self.experts.first().map_or(0, |expert| expert.up.cols())
@@ -105,6 +125,9 @@ pub trait Experts: Send + Sync + std::fmt::Debug {
     /// What the kernel is and can do.
     fn desc(&self) -> &'static KernelDesc;
 
+    /// Sizes of the experts that it holds.
+    fn shape(&self) -> ExpertShape;
+
     /// Columns that a row of `hidden` columns must have in memory; the rest is zero.
     fn padded_width(&self, hidden: usize) -> usize {
         hidden
@@ -127,6 +150,9 @@ pub trait Experts: Send + Sync + std::fmt::Debug {
 pub trait MonolithicExperts: Send + Sync + std::fmt::Debug {
     /// What the kernel is and can do.
     fn desc(&self) -> &'static KernelDesc;
+
+    /// Sizes of the experts that it holds: all of the layer's.
+    fn shape(&self) -> ExpertShape;
 
     /// Bytes of weights that are read for a batch routed as `routing`.
     fn weight_bytes(&self, routing: &Routing) -> usize;

@@ -3,8 +3,8 @@
 use moe_kernels::isa::Isa;
 
 use crate::experts::{
-    Determinism, Device, ExpertCall, ExpertSet, Experts, Formats, KernelDesc, MonolithicCall,
-    MonolithicExperts, RowFormat,
+    Determinism, Device, ExpertCall, ExpertSet, ExpertShape, Experts, Formats, KernelDesc,
+    MonolithicCall, MonolithicExperts, RowFormat,
 };
 use crate::hidden::ActivationDtype;
 use crate::plan::Plan;
@@ -109,12 +109,18 @@ pub struct Reference {
     spec: ExpertSpec,
     weight_on: WeightOn,
     experts: Vec<Expert>,
+    shape: ExpertShape,
 }
 
 impl Reference {
     /// Keeps views of the weights as they are stored.
     pub fn new(set: ExpertSet<'_>) -> Self {
-        Self { spec: *set.spec, weight_on: set.weight_on, experts: set.experts.to_vec() }
+        Self {
+            spec: *set.spec,
+            weight_on: set.weight_on,
+            experts: set.experts.to_vec(),
+            shape: set.shape(),
+        }
     }
 
     fn expert(&self, e: usize, rows: &[Vec<f64>]) -> Vec<Vec<f64>> {
@@ -134,6 +140,10 @@ impl Reference {
 impl Experts for Reference {
     fn desc(&self) -> &'static KernelDesc {
         &REFERENCE
+    }
+
+    fn shape(&self) -> ExpertShape {
+        self.shape
     }
 
     fn workspace_bytes(&self, _slots: usize) -> usize {
@@ -181,6 +191,10 @@ impl ReferenceMonolithic {
 impl MonolithicExperts for ReferenceMonolithic {
     fn desc(&self) -> &'static KernelDesc {
         &REFERENCE_MONOLITHIC
+    }
+
+    fn shape(&self) -> ExpertShape {
+        self.0.shape
     }
 
     fn weight_bytes(&self, routing: &Routing) -> usize {

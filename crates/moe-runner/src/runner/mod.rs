@@ -62,7 +62,8 @@ pub trait MoeRunnerInterface {
     /// Replaces the way the routed experts execute, and returns the old one.
     ///
     /// # Errors
-    /// [`Error::Spec`] if the new one has another width.
+    /// [`Error::Spec`] if the new one has another width or number of experts, or cannot be run so;
+    /// the old one then stays.
     fn replace_quant_method(&mut self, method: QuantMethod) -> Result<QuantMethod>;
 }
 
@@ -341,6 +342,7 @@ impl MoeRunnerInterface for MoeRunner {
     }
 
     fn replace_quant_method(&mut self, method: QuantMethod) -> Result<QuantMethod> {
+        method.check(&self.layer.spec)?;
         Ok(std::mem::replace(&mut self.layer.method, method))
     }
 }

@@ -84,6 +84,54 @@ impl QuantMethod {
             BuiltKernel::Monolithic(kernel) => kernel.desc(),
         }
     }
+
+    /// Checks that the kernel, the exchange and the layer mean the same experts: as wide, as many.
+    pub(super) fn check(&self, spec: &LayerSpec) -> Result<()> {
+        let kernel = self.desc().name;
+        let exchange = self.exchange.name();
+        let fail = |reason: String| Err(Error::Spec { layer: spec.name.clone(), reason });
+        if self.exchange.experts() != spec.router.experts {
+            return fail(format!(
+                "the {exchange} exchange knows {} experts, the layer has {}",
+                self.exchange.experts(),
+                spec.router.experts
+            ));
+        }
+        let (shape, held) = match &self.kernel {
+            BuiltKernel::Modular(kernel) => (kernel.shape(), self.exchange.local_experts()),
+            BuiltKernel::Monolithic(kernel) => (kernel.shape(), spec.router.experts),
+        };
+        if shape.experts != held {
+            return fail(format!(
+                "'{kernel}' holds {} experts, it is to run {held} of {}",
+                shape.experts, spec.router.experts
+            ));
+        }
+        // a rank without experts has no width either
+        if shape.experts > 0 && shape.hidden != spec.dims.routed_hidden {
+            return fail(format!(
+                "'{kernel}' takes rows of {} columns, the experts' rows have {}",
+                shape.hidden, spec.dims.routed_hidden
+            ));
+        }
+        // such a kernel's sums are complete: neither slices of experts nor a share of them will do
+        if matches!(self.kernel, BuiltKernel::Monolithic(_)) {
+            if self.exchange.moves_rows() {
+                return fail(format!(
+                    "'{kernel}' routes by itself, the {exchange} exchange sends rows by their \
+                     experts"
+                ));
+            }
+            if shape.intermediate < spec.dims.intermediate {
+                return fail(format!(
+                    "'{kernel}' routes by itself and needs whole experts of intermediate size {}, \
+                     it holds slices of {}",
+                    spec.dims.intermediate, shape.intermediate
+                ));
+            }
+        }
+        Ok(())
+    }
 }
 
 /// A layer that can run: the last state of `LayerSpec` → [`LoadedLayer`] → `ReadyLayer`.
@@ -154,6 +202,7 @@ impl LoadedLayer {
         options: &Options,
     ) -> Result<ReadyLayer> {
         let spec = &self.spec;
+        method.check(spec)?;
         let isa = dense_isa(choice.kernel);
         let tensors = match &self.gate {
             Some(gate) => RouterTensors {

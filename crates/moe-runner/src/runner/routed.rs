@@ -97,16 +97,6 @@ impl RoutedCall<'_> {
         let BuiltKernel::Monolithic(kernel) = &mut self.method.kernel else {
             return Err(wrong_kind());
         };
-        if self.method.exchange.moves_rows() {
-            return Err(Error::input(
-                "quant method",
-                format!(
-                    "'{}' routes by itself, but the {} exchange sends rows by their experts",
-                    kernel.desc().name,
-                    self.method.exchange.name()
-                ),
-            ));
-        }
         let mut out = resized(out, self.tokens * self.layer.dims.routed_hidden);
         kernel.forward(MonolithicCall {
             rows: self.rows,

@@ -47,13 +47,12 @@ impl Activation {
         match self {
             Self::ClampedSwiglu { alpha, beta, limit } => {
                 let limit = f64::from(limit);
-                let g = g.min(limit);
-                let u = u.clamp(-limit, limit);
+                let (g, u) = (at_most(g, limit), clamp(u, limit));
                 g * sigmoid(f64::from(alpha) * g) * (u + f64::from(beta))
             }
             Self::SwigluStep { limit } => {
                 let limit = f64::from(limit);
-                self.plain(g) * u.clamp(-limit, limit)
+                self.plain(g) * clamp(u, limit)
             }
             Self::Situ { lambda: Some(lambda), .. } => {
                 let lambda = f64::from(lambda);
@@ -72,19 +71,34 @@ impl Activation {
                 let inner = (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x * x * x);
                 0.5 * x * (1.0 + inner.tanh())
             }
-            Self::Relu => x.max(0.0),
-            Self::Relu2 => x.max(0.0).powi(2),
+            Self::Relu => at_least(x, 0.0),
+            Self::Relu2 => at_least(x, 0.0).powi(2),
             Self::ClampedSwiglu { alpha, limit, .. } => {
-                let x = x.min(f64::from(limit));
+                let x = at_most(x, f64::from(limit));
                 x * sigmoid(f64::from(alpha) * x)
             }
-            Self::SwigluStep { limit } => (x * sigmoid(x)).min(f64::from(limit)),
+            Self::SwigluStep { limit } => at_most(x * sigmoid(x), f64::from(limit)),
             Self::Situ { beta, .. } => {
                 let beta = f64::from(beta);
                 beta * (x / beta).tanh() * sigmoid(x)
             }
         }
     }
+}
+
+// `f64::min`, `max` and `clamp` drop a NaN (or panic on a limit that is one). Here it stays: a bad
+// number must reach the output.
+
+fn at_most(x: f64, limit: f64) -> f64 {
+    if x > limit { limit } else { x }
+}
+
+fn at_least(x: f64, limit: f64) -> f64 {
+    if x < limit { limit } else { x }
+}
+
+fn clamp(x: f64, limit: f64) -> f64 {
+    at_least(at_most(x, limit), -limit)
 }
 
 /// `1 / (1 + e^-x)`, without overflow for any x.
@@ -170,5 +184,24 @@ mod tests {
         close(situ.gated(2.0, 50.0), 4.0 * 0.5f64.tanh() * sigmoid(2.0) * 25.0 * 2.0f64.tanh());
         let open = Activation::Situ { beta: 4.0, lambda: None };
         close(open.gated(2.0, 50.0), 4.0 * 0.5f64.tanh() * sigmoid(2.0) * 50.0);
+    }
+
+    #[test]
+    fn nan_reaches_the_output_of_every_activation() {
+        for activation in [
+            Activation::Silu,
+            Activation::Gelu,
+            Activation::GeluTanh,
+            Activation::Relu,
+            Activation::Relu2,
+            Activation::ClampedSwiglu { alpha: 1.702, beta: 1.0, limit: 7.0 },
+            Activation::SwigluStep { limit: 7.0 },
+            Activation::Situ { beta: 4.0, lambda: Some(25.0) },
+            Activation::Situ { beta: 4.0, lambda: None },
+        ] {
+            assert!(activation.plain(f64::NAN).is_nan(), "{activation:?}");
+            assert!(activation.gated(f64::NAN, 1.0).is_nan(), "{activation:?}: gate");
+            assert!(activation.gated(1.0, f64::NAN).is_nan(), "{activation:?}: up");
+        }
     }
 }

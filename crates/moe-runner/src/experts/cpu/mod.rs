@@ -24,7 +24,8 @@ pub use linear::Linear;
 
 use crate::experts::reference::stored_bytes;
 use crate::experts::{
-    Determinism, Device, ExpertCall, ExpertSet, Experts, Formats, KernelDesc, RowFormat,
+    Determinism, Device, ExpertCall, ExpertSet, ExpertShape, Experts, Formats, KernelDesc,
+    RowFormat,
 };
 use crate::hidden::ActivationDtype;
 use crate::plan::Plan;
@@ -74,8 +75,7 @@ pub struct CpuExperts {
     spec: ExpertSpec,
     weight_on: WeightOn,
     experts: Vec<Expert>,
-    hidden: usize,
-    intermediate: usize,
+    shape: ExpertShape,
     buffers: Buffers,
 }
 
@@ -104,8 +104,7 @@ impl CpuExperts {
             spec: *set.spec,
             weight_on: set.weight_on,
             experts: set.experts.iter().map(pack).collect(),
-            hidden: set.hidden(),
-            intermediate: set.intermediate(),
+            shape: set.shape(),
             buffers: Buffers::default(),
         })
     }
@@ -148,8 +147,12 @@ impl Experts for CpuExperts {
         self.desc
     }
 
+    fn shape(&self) -> ExpertShape {
+        self.shape
+    }
+
     fn workspace_bytes(&self, slots: usize) -> usize {
-        slots * (2 * self.hidden + self.intermediate) * size_of::<f32>()
+        slots * (2 * self.shape.hidden + self.shape.intermediate) * size_of::<f32>()
     }
 
     fn weight_bytes(&self, plan: &Plan) -> usize {
@@ -158,7 +161,7 @@ impl Experts for CpuExperts {
 
     fn forward(&mut self, call: ExpertCall<'_>) -> Result<()> {
         let ExpertCall { rows, stride, plan, weights, out } = call;
-        let (hidden, intermediate) = (self.hidden, self.intermediate);
+        let ExpertShape { hidden, intermediate, .. } = self.shape;
         let slots = plan.slots_planned();
         let Buffers { x, h, y, blocks, active } = &mut self.buffers;
         active.clear();

@@ -42,6 +42,9 @@ pub(crate) struct Args {
 /// The modes.
 #[derive(Subcommand, Debug)]
 pub(crate) enum Command {
+    /// Is every layer right, and what does it do on this machine?
+    #[command(after_help = CHECK_EXAMPLES)]
+    Check(CheckArgs),
     /// Run layers on given hidden states, and write their outputs.
     #[command(after_help = RUN_EXAMPLES)]
     Run(RunArgs),
@@ -73,16 +76,28 @@ pub(crate) struct CommonArgs {
     /// Where to compute: auto, cpu, cuda or cuda:N.
     #[arg(long, global = true, value_name = "DEVICE", default_value = "auto", value_parser = device)]
     device: DeviceChoice,
-    /// Dtype of the activations: auto, f32, bf16 or f16. auto: that of the experts' weights where
-    /// they are stored in one of these, else bf16.
+    /// Dtype of the activations: auto, f32, bf16 or f16. auto: f32 for a GGUF file; else that of the
+    /// experts' weights where they are stored in one of these, else bf16.
     #[arg(long, global = true, value_name = "DTYPE", default_value = "auto", value_parser = dtype_or_auto)]
     dtype: DtypeChoice,
 }
 
+const CHECK_EXAMPLES: &str = "Each MoE layer: every expert present and finite; the chosen kernel's output and routing against the
+float64 reference on the same inputs; time, share of this machine's measured limits, and load of the
+experts. NMSE is |y - r|^2 / |r|^2; its bound is 1e-11 for f32 activations, 1e-6 for f16, 1e-5 for
+bf16, and 1e-4 where activations are quantised.
+--against takes a file with layers.N.TAG.x and layers.N.TAG.out, or one that `run` wrote.
+
+Examples:
+  moe-runner check
+  moe-runner check ./Qwen3-30B-A3B --layers 0,12
+  moe-runner check model.gguf --tokens 64 --json
+  moe-runner check ./model --layers 3 --against out.safetensors --input in.safetensors";
+
 const RUN_EXAMPLES: &str = "IN.safetensors holds hidden_states [T, H] (F32, F16 or BF16); optionally router_logits [T, E], used
 in place of the gate, and input_ids [T], for layers that route by token id. With --layer all,
-layers.N.NAME is taken where present, else NAME. Hidden states in F32 are used unrounded, whatever
-the dtype of the activations; the output is rounded once, to its dtype.
+layers.N.NAME is taken where present, else NAME. Hidden states are rounded to the dtype of the
+activations, and the output is rounded once, to its own.
 OUT.safetensors gets output [T, H], router_logits [T, E] F32, topk_ids [T, K] I32, topk_weights
 [T, K] F32, and shared_output [T, H] where there are shared experts; with --layer all, each under
 layers.N. The file appears when it is complete, or not at all.
@@ -102,6 +117,32 @@ const EXPLAIN_EXAMPLES: &str = "Examples:
   moe-runner explain ./OLMoE-1B-7B
   moe-runner explain ./OLMoE-1B-7B --layer 3 --device cuda
   moe-runner explain ./OLMoE-1B-7B --machine avx2";
+
+/// `check`
+#[derive(clap::Args, Debug)]
+pub(crate) struct CheckArgs {
+    /// Folder with config.json and *.safetensors, or a .gguf file [default: a small checkpoint that
+    /// is part of this program].
+    pub(crate) checkpoint: Option<PathBuf>,
+    /// Decoder layers by their index in the model, or `all` MoE layers.
+    #[arg(long, value_name = "all|N,N", default_value = "all", allow_hyphen_values = true)]
+    pub(crate) layers: LayerChoice,
+    /// Tokens to compare the kernel with the reference on.
+    #[arg(long, value_name = "N", default_value_t = 32)]
+    pub(crate) tokens: usize,
+    /// Only the verdict: leave out what measures the machine and the layers' speed.
+    #[arg(long)]
+    pub(crate) no_timing: bool,
+    /// Compare with the outputs recorded in this safetensors file, too.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) against: Option<PathBuf>,
+    /// Take the hidden states from this safetensors file instead of random ones.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) input: Option<PathBuf>,
+    /// The tensor of the input file that holds the hidden states.
+    #[arg(long, value_name = "NAME", default_value = "hidden_states")]
+    pub(crate) input_name: String,
+}
 
 /// `run`
 #[derive(clap::Args, Debug)]
@@ -209,7 +250,6 @@ impl Args {
 /// The flags that every command has, checked and turned into what they stand for.
 pub(crate) struct Common {
     /// Seed of everything random.
-    #[allow(dead_code)]
     pub(crate) seed: u64,
     /// `None`: auto.
     pub(crate) kernel: Option<String>,

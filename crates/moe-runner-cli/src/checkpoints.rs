@@ -5,8 +5,8 @@ use std::str::FromStr;
 
 use anyhow::Result;
 use moe_runner::Error;
-use moe_runner::checkpoint::Checkpoint;
 use moe_runner::checkpoint::architecture::{self, Description, LayerEntry};
+use moe_runner::checkpoint::{Checkpoint, Container};
 use moe_runner::hidden::ActivationDtype;
 use moe_runner::spec::WeightFormat;
 use moe_runner::weights::LoadedLayer;
@@ -74,22 +74,21 @@ impl Opened {
         Ok(self.layers.iter().filter(|entry| wanted.contains(&entry.spec.index)).collect())
     }
 
+    /// Dtype of a layer's activations: the one that was named, or, for `auto`, f32 in a GGUF file
+    /// (which knows no dtype of activations), else the one that the experts' weights are stored in,
+    /// and bf16 where that is no dtype of activations.
+    pub(crate) fn dtype(&self, common: &Common, layer: &LoadedLayer) -> ActivationDtype {
+        let stored = layer.experts.first().map(|expert| expert.up.format());
+        common.dtype.unwrap_or(match (self.checkpoint.container(), stored) {
+            (Container::Gguf, _) | (_, Some(WeightFormat::F32)) => ActivationDtype::F32,
+            (_, Some(WeightFormat::F16)) => ActivationDtype::F16,
+            _ => ActivationDtype::Bf16,
+        })
+    }
+
     /// A layer with its weights.
     pub(crate) fn load(&self, entry: &LayerEntry) -> Result<LoadedLayer> {
         Ok(LoadedLayer::load(&self.checkpoint, entry)?)
-    }
-}
-
-impl Common {
-    /// Dtype of the activations: the one that was named, or the one that the experts' weights are
-    /// stored in; bf16 where that is no dtype of activations.
-    pub(crate) fn dtype_for(&self, layer: &LoadedLayer) -> ActivationDtype {
-        let stored = layer.experts.first().map(|expert| expert.up.format());
-        self.dtype.unwrap_or(match stored {
-            Some(WeightFormat::F32) => ActivationDtype::F32,
-            Some(WeightFormat::F16) => ActivationDtype::F16,
-            _ => ActivationDtype::Bf16,
-        })
     }
 }
 

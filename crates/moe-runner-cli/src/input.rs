@@ -18,7 +18,7 @@ pub(crate) struct Input {
 pub(crate) struct LayerInput {
     /// T.
     pub(crate) tokens: usize,
-    /// `[T, H]`: the values as they stand in the file, whatever the dtype of the activations.
+    /// `[T, H]`, as they stand in the file.
     pub(crate) hidden: Vec<f32>,
     /// `[T, E]`, in place of the gate.
     pub(crate) router_logits: Option<Vec<f32>>,
@@ -97,7 +97,7 @@ impl Input {
 }
 
 /// The values of a tensor of activations.
-fn floats(tensor: &Tensor) -> Result<Vec<f32>> {
+pub(crate) fn floats(tensor: &Tensor) -> Result<Vec<f32>> {
     match tensor.dtype {
         Dtype::F32 | Dtype::F16 | Dtype::Bf16 => Ok(tensor.to_f32()?),
         other => bail!(tensor.error(format!("is {other}; F32, F16 or BF16 is needed"))),

@@ -1,10 +1,12 @@
 //! The command `moe-runner`: a table of modes, and what becomes of their results.
 
 mod args;
+mod builtin;
 mod checkpoints;
 mod commands;
 mod failure;
 mod input;
+mod measure;
 mod report;
 mod splitting;
 
@@ -32,6 +34,7 @@ fn main() -> ExitCode {
 fn run(args: &Args) -> anyhow::Result<Report> {
     let common = Common::resolve(&args.common)?;
     match &args.command {
+        Command::Check(args) => commands::check::run(args, &common),
         Command::Run(args) => commands::run::run(args, &common),
         Command::Inspect(args) => commands::inspect::run(args),
         Command::Explain(args) => commands::explain::run(args, &common),

@@ -62,7 +62,7 @@ pub(crate) fn run(args: &ExplainArgs, common: &Common) -> Result<Report> {
     for entry in opened.select(&args.layer)? {
         let layer = opened.load(entry)?;
         let options =
-            Options { machine: machine.clone(), ..common.options(common.dtype_for(&layer)) };
+            Options { machine: machine.clone(), ..common.options(opened.dtype(common, &layer)) };
         layers.push(LayerJson { layer: entry.spec.index, answer: ask(&layer, &options) });
     }
     let ok = layers.iter().all(|layer| layer.answer.chosen.is_some());

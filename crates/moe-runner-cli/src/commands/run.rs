@@ -60,7 +60,7 @@ pub(crate) fn run(args: &RunArgs, common: &Common) -> Result<Report> {
     let mut tensors = Vec::new();
     for entry in entries {
         let layer = opened.load(entry)?;
-        let dtype = common.dtype_for(&layer);
+        let dtype = opened.dtype(common, &layer);
         let input = input.layer(&layer.spec)?;
         let prefix = if single { String::new() } else { format!("layers.{}.", entry.spec.index) };
         let output_dtype = args.output_dtype.unwrap_or(dtype);

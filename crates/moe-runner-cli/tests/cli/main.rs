@@ -3,6 +3,7 @@
 #![allow(missing_docs)]
 
 mod bad_input;
+mod check;
 mod describe;
 mod files;
 mod run;

@@ -69,6 +69,16 @@ pub fn layer(
     Ok(ReferenceOutput { logits, routing, shared: shared_rows.map(|rows| rows.concat()), output })
 }
 
+/// The router logits `[T, E_total]` of `hidden` `[T, H]`, computed in float64.
+///
+/// # Errors
+/// [`Error::Input`] for a layer without a gate.
+pub fn router_logits(layer: &LoadedLayer, hidden: &[f32]) -> Result<Vec<f32>> {
+    let rows = hidden.chunks_exact(layer.spec.dims.hidden);
+    let rows: Vec<Vec<f64>> = rows.map(|row| row.iter().map(|v| f64::from(*v)).collect()).collect();
+    gate(layer, &rows)
+}
+
 fn gate(layer: &LoadedLayer, rows: &[Vec<f64>]) -> Result<Vec<f32>> {
     let Some(gate) = &layer.gate else {
         return Err(Error::input("router_logits", "the layer has no gate; logits must be given"));

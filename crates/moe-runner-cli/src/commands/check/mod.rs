@@ -1,0 +1,93 @@
+//! `check`: is every layer right, and what does it do on this machine?
+
+mod layer;
+mod recorded;
+mod text;
+
+use anyhow::Result;
+use serde::Serialize;
+
+use crate::args::{CheckArgs, Common};
+use crate::builtin::Builtin;
+use crate::checkpoints::{LayerChoice, Opened};
+use crate::failure::unusable;
+use crate::input::Input;
+use crate::measure::MachineLimits;
+use crate::report::Report;
+use crate::report::progress::Progress;
+use layer::LayerCheck;
+use recorded::Recorded;
+
+#[derive(Serialize)]
+struct CheckJson {
+    ok: bool,
+    verdict: String,
+    checkpoint: String,
+    architecture: String,
+    /// `None` with `--no-timing`.
+    machine: Option<MachineLimits>,
+    layers: Vec<LayerCheck>,
+}
+
+/// Runs the command.
+pub(crate) fn run(args: &CheckArgs, common: &Common) -> Result<Report> {
+    if args.tokens == 0 {
+        return Err(unusable("--tokens 0: there is nothing to compare; give at least 1"));
+    }
+    let builtin = args.checkpoint.is_none().then(Builtin::unpack).transpose()?;
+    let path = match (&builtin, &args.checkpoint) {
+        (Some(builtin), _) => builtin.checkpoint(),
+        (None, Some(path)) => path.clone(),
+        (None, None) => unreachable!("one of both is there"),
+    };
+    let opened = Opened::open(&path)?;
+    let entries = opened.select(&args.layers)?;
+    let single = matches!(&args.layers, LayerChoice::Some(layers) if layers.len() == 1);
+    let input = match &args.input {
+        Some(path) => Some(Input::open(path, &args.input_name, !single)?),
+        None => None,
+    };
+    let against = args.against.clone().or(builtin.as_ref().map(Builtin::recorded));
+    let recorded = match &against {
+        Some(path) => Some(Recorded::open(path, single)?),
+        None => None,
+    };
+
+    let progress = Progress::new(entries.len() + 1);
+    progress.doing("measuring the machine");
+    let machine = (!args.no_timing).then(|| MachineLimits::measure(&common.pool));
+    progress.step();
+    let mut checks = Vec::with_capacity(entries.len());
+    for entry in entries {
+        progress.doing(entry.spec.name.clone());
+        let check = layer::Checker {
+            opened: &opened,
+            entry,
+            common,
+            machine: machine.as_ref(),
+            input: input.as_ref(),
+            recorded: recorded.as_ref(),
+            tokens: args.tokens,
+        };
+        checks.push(check.run()?);
+        progress.step();
+    }
+    drop(progress);
+    if let Some(recorded) = &recorded
+        && checks.iter().all(|check| check.recorded.is_empty() && check.problems.is_empty())
+    {
+        return Err(recorded.no_layer());
+    }
+    let json = CheckJson {
+        ok: checks.iter().all(|check| check.ok),
+        verdict: text::verdict(&checks),
+        checkpoint: match builtin {
+            Some(_) => "the small one that comes with moe-runner".into(),
+            None => path.display().to_string(),
+        },
+        architecture: opened.description.architecture.clone(),
+        machine,
+        layers: checks,
+    };
+    Report::new(json.ok, text::text(&json), &json)
+}

@@ -1,0 +1,202 @@
+//! Recorded outputs: of a reference implementation, or of an earlier `run`.
+//!
+//! Two layouts are understood, for layer L:
+//! - `layers.L.TAG.x` with `layers.L.TAG.out` (or `.out_fakequant`, taken where activations are
+//!   quantised), `.topk_ids`, `.topk_weights`, for any number of TAGs;
+//! - what `run` writes: `layers.L.output`, or `output` for a single layer, with `topk_ids` and
+//!   `topk_weights`. The hidden states come from the file itself (`hidden_states`) or from
+//!   `--input`.
+
+use std::path::Path;
+
+use anyhow::{Result, anyhow, bail};
+use moe_runner::checkpoint::{Checkpoint, Tensor};
+use moe_runner::hidden::ActivationDtype;
+use moe_runner::runner::MoeRunner;
+use moe_runner::spec::{ActivationFormat, LayerSpec};
+use moe_runner::weights::LoadedLayer;
+use serde::Serialize;
+
+use super::layer::{Forward, bound, forward, nmse, within};
+use crate::args::Common;
+use crate::commands::run::weight_factor;
+use crate::input::{Input, LayerInput, floats};
+
+/// The recordings themselves are of f32 arithmetic.
+const F32_RECORDING: f64 = 1e-10;
+
+/// Weights agree within this.
+const WEIGHTS_BOUND: f64 = 1e-5;
+
+/// One recorded batch, compared.
+#[derive(Serialize)]
+pub(crate) struct Comparison {
+    /// The recording's tag, or "output".
+    pub(super) name: String,
+    pub(super) tokens: usize,
+    pub(super) nmse: f64,
+    pub(super) bound: f64,
+    /// `None` where no ids were recorded.
+    pub(super) ids_equal: Option<bool>,
+    pub(super) weights_max_difference: Option<f64>,
+    pub(super) ok: bool,
+}
+
+impl Comparison {
+    /// What is wrong, in a sentence.
+    pub(super) fn problem(&self) -> String {
+        let name = &self.name;
+        match (self.ids_equal, self.weights_max_difference) {
+            (Some(false), _) => format!("recorded {name}: other experts"),
+            (_, Some(difference)) if !within(difference, WEIGHTS_BOUND) => {
+                format!("recorded {name}: weights differ by {difference:.1e}")
+            }
+            _ => format!("recorded {name}: NMSE {:.1e}, at most {:.0e}", self.nmse, self.bound),
+        }
+    }
+}
+
+/// A file of recorded outputs.
+pub(crate) struct Recorded {
+    file: Checkpoint,
+    /// Names may lack the layer's prefix.
+    single: bool,
+}
+
+impl Recorded {
+    pub(crate) fn open(path: &Path, single: bool) -> Result<Self> {
+        Ok(Self { file: Checkpoint::open_safetensors(path)?, single })
+    }
+
+    /// The error for a file without a recording of any checked layer.
+    pub(crate) fn no_layer(&self) -> anyhow::Error {
+        anyhow!(
+            "{}: no recorded output of a checked layer; it should hold layers.N.TAG.x and \
+             layers.N.TAG.out, or what `run` writes (of one layer: name it with --layers)",
+            self.file.path().display()
+        )
+    }
+
+    /// Runs the layer on every recorded input of it.
+    pub(super) fn compare(
+        &self,
+        layer: &LoadedLayer,
+        runner: &mut MoeRunner,
+        input: Option<&Input>,
+        common: &Common,
+    ) -> Result<Vec<Comparison>> {
+        let spec = &layer.spec;
+        // Made when a recorded input is not exact in the activations' dtype: rounding it would be
+        // a difference of the inputs.
+        let mut exact: Option<MoeRunner> = None;
+        let dtype = runner.dtype();
+        let mut run = |name: &str, input: &LayerInput| -> Result<(String, Forward, f64)> {
+            if input.hidden.iter().all(|v| dtype.round(*v) == *v || v.is_nan()) {
+                return Ok((name.to_owned(), forward(runner, input)?, bound(layer, dtype)));
+            }
+            let f32 = ActivationDtype::F32;
+            let runner = match &mut exact {
+                Some(runner) => runner,
+                none => none.insert(MoeRunner::new(layer.ready(&common.options(f32))?)),
+            };
+            Ok((format!("{name} (in f32)"), forward(runner, input)?, bound(layer, f32)))
+        };
+        let mut comparisons = Vec::new();
+        let prefix = format!("layers.{}.", spec.index);
+        let tags: Vec<String> = self
+            .file
+            .names()
+            .filter_map(|name| name.strip_prefix(&prefix)?.strip_suffix(".x"))
+            .filter(|tag| self.file.contains(&format!("{prefix}{tag}.out")))
+            .map(str::to_owned)
+            .collect();
+        let quantised = layer
+            .experts
+            .iter()
+            .any(|expert| expert.up.input.format() != ActivationFormat::Unquantised);
+        for tag in tags {
+            let at = |name: &str| format!("{prefix}{tag}.{name}");
+            let hidden = self.file.require(&at("x"))?;
+            let out = match self.file.tensor(&at("out_fakequant"))? {
+                Some(out) if quantised => out,
+                _ => self.file.require(&at("out"))?,
+            };
+            let input = hidden_alone(&hidden, spec)?;
+            comparisons.push(self.judge(spec, run(&tag, &input)?, &out, &at)?);
+        }
+        let plain = if self.single { "" } else { prefix.as_str() };
+        for prefix in [prefix.as_str(), plain] {
+            let Some(out) = self.file.tensor(&format!("{prefix}output"))? else { continue };
+            let at = |name: &str| format!("{prefix}{name}");
+            let hidden = match self.file.tensor(&at("hidden_states"))? {
+                Some(hidden) => Some(hidden),
+                None => self.file.tensor("hidden_states")?,
+            };
+            let mut input = match (hidden, input) {
+                (Some(hidden), _) => hidden_alone(&hidden, spec)?,
+                (None, Some(input)) => input.layer(spec)?,
+                (None, None) => bail!(
+                    "{}: holds outputs without their hidden states; name those with --input",
+                    self.file.path().display()
+                ),
+            };
+            // `run` rounded what it was given, and so does this
+            input.hidden.iter_mut().for_each(|v| *v = dtype.round(*v));
+            comparisons.push(self.judge(spec, run("output", &input)?, &out, &at)?);
+            break;
+        }
+        comparisons.sort_by_key(|comparison| comparison.tokens);
+        Ok(comparisons)
+    }
+
+    fn judge(
+        &self,
+        spec: &LayerSpec,
+        (name, done, bound): (String, Forward, f64),
+        out: &Tensor,
+        at: &dyn Fn(&str) -> String,
+    ) -> Result<Comparison> {
+        let tokens = done.routing.tokens;
+        out.expect_shape(&[tokens, spec.dims.hidden])?;
+        let recorded = floats(out)?.into_iter().map(f64::from);
+        let nmse = nmse(done.output.iter().copied().zip(recorded));
+        let bound = bound.max(F32_RECORDING);
+        let (mut ids_equal, mut weights_max_difference) = (None, None);
+        if let (Some(ids), Some(weights)) =
+            (self.file.tensor(&at("topk_ids"))?, self.file.tensor(&at("topk_weights"))?)
+        {
+            let shape = [tokens, spec.router.top_k];
+            ids.expect_shape(&shape)?;
+            weights.expect_shape(&shape)?;
+            let factor = weight_factor(spec);
+            let ours = done.routing.weights.iter().map(|weight| weight * factor);
+            let ours = by_id(done.routing.ids.iter().map(|id| i64::from(id.0)).zip(ours), shape[1]);
+            let theirs = by_id(ids.to_i64()?.into_iter().zip(floats(&weights)?), shape[1]);
+            ids_equal = Some(ours.iter().map(|(id, _)| id).eq(theirs.iter().map(|(id, _)| id)));
+            let differences = ours.iter().zip(&theirs).map(|(a, b)| f64::from((a.1 - b.1).abs()));
+            weights_max_difference = Some(differences.fold(0.0, f64::max));
+        }
+        let ok = within(nmse, bound)
+            && ids_equal != Some(false)
+            && weights_max_difference.is_none_or(|difference| within(difference, WEIGHTS_BOUND));
+        Ok(Comparison { name, tokens, nmse, bound, ids_equal, weights_max_difference, ok })
+    }
+}
+
+/// Ids and weights `[T, k]`, each token's sorted by id: their order carries no meaning.
+fn by_id(slots: impl Iterator<Item = (i64, f32)>, k: usize) -> Vec<(i64, f32)> {
+    let mut slots: Vec<(i64, f32)> = slots.collect();
+    slots.chunks_mut(k).for_each(|token| token.sort_by_key(|(id, _)| *id));
+    slots
+}
+
+fn hidden_alone(hidden: &Tensor, spec: &LayerSpec) -> Result<LayerInput> {
+    let tokens = match hidden.shape[..] {
+        [tokens, width] if width == spec.dims.hidden => tokens,
+        _ => bail!(hidden.error(format!(
+            "has shape {:?}; layer {} needs [tokens, {}]",
+            hidden.shape, spec.index, spec.dims.hidden
+        ))),
+    };
+    Ok(LayerInput { tokens, hidden: floats(hidden)?, router_logits: None, input_ids: None })
+}

@@ -1,0 +1,177 @@
+//! `check`: it passes what is right, and notices what is wrong.
+
+use std::ffi::OsStr;
+use std::path::Path;
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::files::{New, Values, write};
+use crate::{case, cases, checkpoint, float_cases, json, moe_runner, name_of, refused};
+
+/// The status and the JSON of `check`.
+fn check(path: &Path, flags: &[&OsStr]) -> (Option<i32>, Value) {
+    let mut args = vec!["check".as_ref(), path.as_os_str(), "--json".as_ref()];
+    args.extend(["--tokens", "8", "--no-timing"].map(OsStr::new));
+    args.extend(flags);
+    let output = moe_runner(args);
+    let report = serde_json::from_slice(&output.stdout);
+    (
+        output.status.code(),
+        report.unwrap_or_else(|_| panic!("{}", String::from_utf8_lossy(&output.stderr))),
+    )
+}
+
+#[test]
+fn without_a_checkpoint_it_checks_its_own() {
+    let report = json(["check", "--json"]);
+    assert_eq!(report["ok"], true);
+    assert_eq!(report["layers"].as_array().unwrap().len(), 2);
+    assert!(report["machine"]["read_gbps"].as_f64().unwrap() > 0.0);
+    for layer in report["layers"].as_array().unwrap() {
+        assert!(layer["nmse"].as_f64().unwrap() <= layer["bound"].as_f64().unwrap());
+        assert_eq!(layer["recorded"].as_array().unwrap().len(), 3);
+        // every slot of the 32 tokens stands in the load
+        let load = layer["load"].as_array().unwrap().iter().map(|n| n.as_u64().unwrap());
+        assert_eq!(load.sum::<u64>(), 32 * layer["top_k"].as_u64().unwrap());
+        assert!(layer["speed"][0]["limit_share"].as_f64().unwrap() > 0.0);
+    }
+    let text = moe_runner(["check"]);
+    let text = String::from_utf8_lossy(&text.stdout).into_owned();
+    assert!(text.contains("RIGHT: all 2 MoE layers"), "{text}");
+    assert!(!text.contains('\x1b'), "no colour where no terminal is");
+}
+
+#[test]
+fn recorded_cases_are_right() {
+    for case in float_cases() {
+        let recorded = case.join("golden.safetensors");
+        let flags = ["--against".as_ref(), recorded.as_os_str()];
+        let (status, report) = check(&checkpoint(&case), &flags);
+        assert_eq!(status, Some(0), "{}: {}", name_of(&case), report["verdict"]);
+    }
+}
+
+/// Whatever the format: a verdict, and the status that fits it.
+#[test]
+fn every_recorded_checkpoint_gets_a_verdict() {
+    for case in cases() {
+        let (status, report) = check(&checkpoint(&case), &[]);
+        let ok = report["ok"].as_bool().unwrap();
+        assert_eq!(status, Some(if ok { 0 } else { 1 }), "{}", name_of(&case));
+        let problems = report["layers"][0]["problems"].as_array().unwrap();
+        assert_eq!(problems.is_empty(), report["layers"][0]["ok"].as_bool().unwrap());
+    }
+}
+
+/// The recording is spoiled in one way; the verdict names it.
+#[test]
+fn a_recording_that_differs_is_noticed() {
+    let (case, folder) = (case("qwen2_moe_f16"), TempDir::new().unwrap());
+    let recorded = Values::read(&case.join("golden.safetensors"));
+    let f32s = |name: &str| -> Vec<f32> { recorded.get(name).iter().map(|v| *v as f32).collect() };
+    let path = folder.path().join("recorded.safetensors");
+    let verdict = |out: &[f32], ids: &[i64], weights: &[f32]| {
+        write(
+            &path,
+            &[
+                New::f32("layers.0.t7.x", &[7, 64], &f32s("layers.0.t7.x")),
+                New::f32("layers.0.t7.out", &[7, 64], out),
+                New::i64("layers.0.t7.topk_ids", &[7, 4], ids),
+                New::f32("layers.0.t7.topk_weights", &[7, 4], weights),
+            ],
+        );
+        let (status, report) = check(&case, &["--against".as_ref(), path.as_os_str()]);
+        (status, report["verdict"].as_str().unwrap().to_owned())
+    };
+    let ids: Vec<i64> = recorded.get("layers.0.t7.topk_ids").iter().map(|v| *v as i64).collect();
+    let (out, weights) = (f32s("layers.0.t7.out"), f32s("layers.0.t7.topk_weights"));
+    assert_eq!(verdict(&out, &ids, &weights).0, Some(0));
+
+    // a shared expert at 0.99
+    let shared = f32s("layers.0.t7.shared_out");
+    let less: Vec<f32> = out.iter().zip(&shared).map(|(y, s)| y - 0.01 * s).collect();
+    let (status, text) = verdict(&less, &ids, &weights);
+    assert_eq!(status, Some(1));
+    assert!(text.contains("recorded t7: NMSE"), "{text}");
+
+    let mut other = ids.clone();
+    other[0] = (0..12).find(|id| !ids[..4].contains(id)).unwrap();
+    assert!(verdict(&out, &other, &weights).1.contains("other experts"));
+
+    let mut swapped = weights.clone();
+    swapped.swap(0, 1);
+    assert!(verdict(&out, &ids, &swapped).1.contains("weights differ"));
+}
+
+/// What `run` writes can be checked again later, with the hidden states it had.
+#[test]
+fn an_earlier_run_is_a_recording() {
+    let (case, folder) = (case("qwen2_moe_f16"), TempDir::new().unwrap());
+    let (input, out) =
+        (folder.path().join("in.safetensors"), folder.path().join("out.safetensors"));
+    let x: Vec<f32> = (0..5 * 64).map(|i| (i as f32 * 0.37).sin()).collect();
+    write(&input, &[New::f32("hidden_states", &[5, 64], &x)]);
+    for layers in ["all", "2"] {
+        json([
+            "run".as_ref(),
+            case.as_os_str(),
+            "--layer".as_ref(),
+            layers.as_ref(),
+            "--json".as_ref(),
+            "--input".as_ref(),
+            input.as_os_str(),
+            "--output".as_ref(),
+            out.as_os_str(),
+        ]);
+        let flags = |input: &'static str| ["--layers", layers, "--against", input].map(OsStr::new);
+        let mut args = flags("")[..3].to_vec();
+        args.extend([out.as_os_str(), "--input".as_ref(), input.as_os_str()]);
+        let (status, report) = check(&case, &args);
+        assert_eq!(status, Some(0), "{}", report["verdict"]);
+        assert_eq!(report["layers"][0]["recorded"][0]["ids_equal"], true);
+    }
+    // without the hidden states there is nothing to run
+    let args = ["check".as_ref(), case.as_os_str(), "--layers".as_ref(), "2".as_ref()];
+    let mut args = args.to_vec();
+    args.extend(["--against".as_ref(), out.as_os_str()]);
+    assert!(refused(1, args).contains("--input"));
+}
+
+/// One weight of one expert is not a number.
+#[test]
+fn a_weight_that_is_no_number_is_named() {
+    let folder = TempDir::new().unwrap();
+    let case = case("qwen2_moe_f16");
+    for entry in std::fs::read_dir(&case).unwrap() {
+        let entry = entry.unwrap();
+        std::fs::copy(entry.path(), folder.path().join(entry.file_name())).unwrap();
+    }
+    let path = folder.path().join("model.safetensors");
+    let mut bytes = std::fs::read(&path).unwrap();
+    let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let header: Value = serde_json::from_slice(&bytes[8..8 + length]).unwrap();
+    let tensor = "model.layers.2.mlp.experts.5.down_proj";
+    let start = header[format!("{tensor}.weight")]["data_offsets"][0].as_u64().unwrap() as usize;
+    // f16 NaN
+    bytes[8 + length + start..][..2].copy_from_slice(&[0x00, 0x7e]);
+    std::fs::write(&path, bytes).unwrap();
+    let (status, report) = check(folder.path(), &[]);
+    assert_eq!(status, Some(1));
+    assert_eq!(report["layers"][0]["ok"], true);
+    assert_eq!(report["layers"][1]["ok"], false);
+    let problem = report["layers"][1]["problems"][0].as_str().unwrap();
+    assert!(problem.contains(tensor) && problem.contains("NaN"), "{problem}");
+}
+
+#[test]
+fn every_kernel_is_held_to_the_same_bounds() {
+    let explained = json(["explain".as_ref(), case("deepseek_v2").as_os_str(), "--json".as_ref()]);
+    let able = explained["layers"][0]["able"].as_array().unwrap();
+    for kernel in able.iter().map(|kernel| kernel["kernel"].as_str().unwrap()) {
+        let (status, report) = check(&case("deepseek_v2"), &["--kernel".as_ref(), kernel.as_ref()]);
+        assert_eq!(status, Some(0), "{kernel}: {}", report["verdict"]);
+        assert_eq!(report["layers"][0]["kernel"], kernel);
+    }
+    assert!(able.len() >= 2);
+}

@@ -91,13 +91,30 @@ impl Config {
     /// # Errors
     /// [`Error::Config`] if the value is no object.
     pub fn sub(&self, key: &str) -> Result<Option<Self>> {
-        self.read(key, "an object", |value| {
-            value.is_object().then(|| Self {
-                path: self.path.clone(),
-                prefix: format!("{}{key}.", self.prefix),
-                value: Arc::new(value.clone()),
-            })
-        })
+        self.read(key, "an object", |value| self.object(key, value))
+    }
+
+    /// Names of the object's values, sorted.
+    pub fn keys(&self) -> impl Iterator<Item = &str> {
+        self.value.as_object().into_iter().flat_map(|object| object.keys().map(String::as_str))
+    }
+
+    /// The nested object at the one name `key`, dots included.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if the value is no object.
+    pub fn entry(&self, key: &str) -> Result<Option<Self>> {
+        self.convert(self.value.get(key), key, "an object", |value| self.object(key, value))
+    }
+
+    /// The list of nested objects at `key`; empty where there is none.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if the value is anything else.
+    pub fn sub_list(&self, key: &str) -> Result<Vec<Self>> {
+        let list = self
+            .read(key, "a list of objects", |value| list(value, |item| self.object(key, item)))?;
+        Ok(list.unwrap_or_default())
     }
 
     /// A size or count.
@@ -185,7 +202,25 @@ impl Config {
         wanted: &str,
         convert: impl FnOnce(&'a Value) -> Option<T>,
     ) -> Result<Option<T>> {
-        let Some(value) = self.get(key) else { return Ok(None) };
+        self.convert(self.get(key), key, wanted, convert)
+    }
+
+    fn object(&self, key: &str, value: &Value) -> Option<Self> {
+        value.is_object().then(|| Self {
+            path: self.path.clone(),
+            prefix: format!("{}{key}.", self.prefix),
+            value: Arc::new(value.clone()),
+        })
+    }
+
+    fn convert<'a, T>(
+        &self,
+        value: Option<&'a Value>,
+        key: &str,
+        wanted: &str,
+        convert: impl FnOnce(&'a Value) -> Option<T>,
+    ) -> Result<Option<T>> {
+        let Some(value) = value.filter(|value| !value.is_null()) else { return Ok(None) };
         match convert(value) {
             Some(converted) => Ok(Some(converted)),
             None => {

@@ -10,6 +10,7 @@ mod container;
 mod file;
 mod folder;
 pub mod gguf;
+pub mod quantization;
 mod safetensors;
 mod tensor;
 mod write;

@@ -23,7 +23,7 @@ pub use router::{
     Correction, GroupFill, GroupScore, Groups, IdleExperts, Renormalise, RouterSpec, Score,
     Selection, WeightFrom, WeightOn,
 };
-pub use scheme::{ActivationFormat, WeightFormat};
+pub use scheme::{ActivationFormat, Granularity, WeightFormat};
 
 use serde::{Deserialize, Serialize};
 

@@ -9,8 +9,10 @@ use std::sync::Arc;
 
 use half::{bf16, f16};
 
+use super::ActivationQuant;
+use super::encoding::Scaled;
 use crate::checkpoint::Bytes;
-use crate::spec::{ActivationFormat, WeightFormat};
+use crate::spec::WeightFormat;
 
 /// A stored array `[rows, cols]` of numbers.
 pub trait Encoding: Send + Sync {
@@ -33,6 +35,11 @@ pub trait Encoding: Send + Sync {
 
     /// The rows as plain floats that lie contiguous in memory, where they do.
     fn float_rows(&self) -> Option<FloatRows<'_>> {
+        None
+    }
+
+    /// The codes and scales, where it is made of such: for kernels that read them.
+    fn scaled(&self) -> Option<&Scaled> {
         None
     }
 }
@@ -65,44 +72,6 @@ impl FloatType {
         match self {
             Self::F32 => 4,
             Self::F16 | Self::Bf16 => 2,
-        }
-    }
-}
-
-/// How the rows that a matrix multiplies are quantised before the product.
-#[derive(Clone, Copy, Debug, PartialEq)]
-#[non_exhaustive]
-pub enum ActivationQuant {
-    /// Not at all.
-    None,
-}
-
-impl ActivationQuant {
-    /// Its name for the oracle.
-    pub fn format(&self) -> ActivationFormat {
-        match self {
-            Self::None => ActivationFormat::Unquantised,
-        }
-    }
-
-    /// Columns that share one scale, where rows are quantised in groups.
-    pub fn group(&self) -> Option<usize> {
-        match self {
-            Self::None => None,
-        }
-    }
-
-    /// `row` quantised and dequantised, in place.
-    pub fn apply(&self, _row: &mut [f32]) {
-        match self {
-            Self::None => {}
-        }
-    }
-
-    /// `row` quantised and dequantised; where it is not quantised, it stays float64.
-    pub fn apply_f64(&self, row: &[f64]) -> Vec<f64> {
-        match self {
-            Self::None => row.to_vec(),
         }
     }
 }
@@ -202,7 +171,6 @@ impl Matrix {
             WeightFormat::F32 => FloatType::F32,
             WeightFormat::F16 => FloatType::F16,
             WeightFormat::Bf16 => FloatType::Bf16,
-            #[allow(unreachable_patterns)]
             _ => return self.clone(),
         };
         if self.float_rows().is_some() {
@@ -226,12 +194,36 @@ impl Matrix {
         }
     }
 
+    /// The codes and scales that this matrix is a window of, with the window: every
+    /// `row_step`-th row from `first_row` on, and some columns. `None` for other formats.
+    pub fn scaled(&self) -> Option<ScaledWindow<'_>> {
+        Some(ScaledWindow {
+            scaled: self.encoding.scaled()?,
+            first_row: self.first_row,
+            row_step: self.row_step,
+            cols: self.cols.clone(),
+        })
+    }
+
     /// The rows as plain floats in memory, where they are stored so: kernels read them in place.
     pub fn float_rows(&self) -> Option<FloatRows<'_>> {
         let all = self.encoding.float_rows()?;
         let start = (self.first_row * all.stride + self.cols.start) * all.float.size();
         Some(FloatRows { bytes: &all.bytes[start..], stride: all.stride * self.row_step, ..all })
     }
+}
+
+/// Where a [`Matrix`] lies in its codes and scales.
+#[derive(Clone, Debug)]
+pub struct ScaledWindow<'a> {
+    /// The whole array.
+    pub scaled: &'a Scaled,
+    /// Its row that is the matrix's first.
+    pub first_row: usize,
+    /// From one row of the matrix to the next.
+    pub row_step: usize,
+    /// The matrix's columns.
+    pub cols: Range<usize>,
 }
 
 impl std::fmt::Debug for Matrix {

@@ -3,12 +3,17 @@
 //! A [`Matrix`] is one projection `[out, in]`, whatever the file's layout: stacked or per expert,
 //! transposed, interleaved, quantised. It is a view; loading copies nothing that need not be.
 
+mod activation;
+mod encoding;
 mod load;
 mod matrix;
+mod quant;
 mod synthetic;
 
+pub use activation::ActivationQuant;
+pub use encoding::{Blocks, Element, Global, ScaleType, Scaled, Scales, Zeros};
 pub use load::{Accounting, account, scan_finite};
-pub use matrix::{ActivationQuant, Encoding, FloatEncoding, FloatRows, FloatType, Matrix};
+pub use matrix::{Encoding, FloatEncoding, FloatRows, FloatType, Matrix, ScaledWindow};
 pub use synthetic::{random_layer, random_matrix};
 
 use crate::spec::LayerSpec;

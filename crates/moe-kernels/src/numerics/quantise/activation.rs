@@ -14,7 +14,6 @@ use super::{Fp6, Mxfp8Rule, Nvfp4Rule, amax, mx, nvfp4};
 /// (`Fp8Static`, `Int8Static`, `Nvfp4`), infinities saturate; NaN stays NaN, and makes its NVFP4
 /// group NaN.
 #[derive(Clone, Copy, Debug, PartialEq)]
-#[non_exhaustive]
 pub enum Qdq {
     /// `e4m3(x / s) · s` with a given scale, positive and finite.
     Fp8Static {

@@ -3,7 +3,8 @@
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 
-use crate::checkpoint::architecture::{Form, LayerEntry, TensorNames};
+use crate::checkpoint::architecture::{ExpertTensors, Form, LayerEntry, TensorNames};
+use crate::checkpoint::quantization::{Quantization, Scheme};
 use crate::checkpoint::{Checkpoint, Tensor};
 use crate::{Error, Result};
 
@@ -78,6 +79,8 @@ pub(crate) struct Loader<'a> {
     duplicates: Vec<(String, Vec<PathBuf>)>,
     /// Tensors with a problem noted: a stack of experts is asked for once for each.
     noted: BTreeSet<String>,
+    /// What the configuration says about number formats.
+    quantization: Option<Quantization>,
 }
 
 impl<'a> Loader<'a> {
@@ -93,7 +96,35 @@ impl<'a> Loader<'a> {
                 })
                 .collect(),
             noted: BTreeSet::new(),
+            quantization: None,
         }
+        .with_quantization()
+    }
+
+    /// Reads the configuration; what is wrong with it is noted.
+    fn with_quantization(mut self) -> Self {
+        let quantization = Quantization::of(self.checkpoint);
+        self.quantization = self.note(quantization).flatten();
+        self
+    }
+
+    /// How the configuration says that `module` is stored.
+    ///
+    /// # Errors
+    /// As [`Quantization::scheme`].
+    pub(crate) fn scheme(&self, module: &str) -> Result<Scheme> {
+        self.quantization.as_ref().map_or(Ok(Scheme::FLOAT), |q| q.scheme(module))
+    }
+
+    /// The scheme of all projections of an expert.
+    ///
+    /// # Errors
+    /// As [`Quantization::common_scheme`].
+    pub(super) fn common_scheme(&self, tensors: &ExpertTensors) -> Result<Scheme> {
+        let Some(quantization) = &self.quantization else { return Ok(Scheme::FLOAT) };
+        let modules = tensors.gate.iter().chain([&tensors.up, &tensors.down]);
+        let modules: Vec<&str> = modules.map(|projection| projection.module.as_str()).collect();
+        quantization.common_scheme(&modules)
     }
 
     /// The checkpoint that is loaded from: formats look here at what is there.

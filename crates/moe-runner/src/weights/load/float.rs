@@ -5,19 +5,23 @@ use std::sync::Arc;
 use super::Loader;
 use crate::checkpoint::architecture::{Part, Projection, Stack, VectorPart};
 use crate::checkpoint::{Dtype, Tensor};
+use crate::weights::quant::Problem;
 use crate::weights::{FloatEncoding, FloatType, Matrix};
 use crate::{Error, Result};
 
 /// A projection stored as `<module>.weight` or `<module>`, in F32, F16 or BF16.
-pub(super) fn matrix(loader: &mut Loader, projection: &Projection) -> Option<Result<Matrix>> {
+pub(super) fn matrix(
+    loader: &mut Loader,
+    projection: &Projection,
+) -> Option<Result<Matrix, Problem>> {
     let with_ending = format!("{}.weight", projection.module);
     let name = [with_ending.as_str(), projection.module.as_str()]
         .into_iter()
         .find(|name| loader.checkpoint().contains(name))?;
     match loader.claim(name) {
-        Ok(Some(tensor)) => Some(view(&tensor, projection)),
+        Ok(Some(tensor)) => Some(view(&tensor, projection).map_err(Problem::Wrong)),
         Ok(None) => None,
-        Err(error) => Some(Err(error)),
+        Err(error) => Some(Err(Problem::Wrong(error))),
     }
 }
 

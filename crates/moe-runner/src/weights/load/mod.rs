@@ -10,6 +10,7 @@ mod float;
 pub use accounting::Accounting;
 pub use finite::scan_finite;
 
+use super::quant::{self, Problem};
 use super::{Expert, GateWeights, LoadedLayer, Matrix, OutputWeights, SharedWeights, StepWeights};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::architecture::{
@@ -48,12 +49,12 @@ pub fn account(checkpoint: &Checkpoint, entry: &LayerEntry) -> Accounting {
 }
 
 /// A way of storing a projection: `None` if the checkpoint does not store it in this way.
-type Format = fn(&mut Loader, &Projection) -> Option<Result<Matrix>>;
+type Format = fn(&mut Loader, &Projection) -> Option<Result<Matrix, Problem>>;
 
 /// Every number format, the ones with tensors of their own (scales, packed words) first. A new
 /// format is one more line: it looks at which tensors of the module are there and at their
-/// dtypes, and gets them with [`Loader::claim`]; `quantization_config` is in the checkpoint's config.
-const FORMATS: &[Format] = &[float::matrix];
+/// dtypes, and gets them with [`Loader::claim`]; [`Loader::scheme`] is what the configuration says.
+const FORMATS: &[Format] = &[quant::matrix, quant::blocks, float::matrix];
 
 impl Loader<'_> {
     /// All of a layer; `None` where something is missing or wrong, which is noted.
@@ -108,10 +109,14 @@ impl Loader<'_> {
     fn experts(&mut self, experts: &Experts) -> Option<Vec<Expert>> {
         let loaded: Vec<Option<Expert>> =
             (0..experts.count).map(|index| self.expert(&experts.get(index))).collect();
-        loaded.into_iter().collect()
+        let mut loaded: Vec<Expert> = loaded.into_iter().collect::<Option<_>>()?;
+        quant::share_input_scale(&mut loaded);
+        Some(loaded)
     }
 
     fn expert(&mut self, tensors: &ExpertTensors) -> Option<Expert> {
+        let common = self.common_scheme(tensors);
+        self.note(common)?;
         let gate = tensors.gate.as_ref().map(|gate| self.matrix(gate));
         let up = self.matrix(&tensors.up);
         let down = self.matrix(&tensors.down);
@@ -159,8 +164,14 @@ impl Loader<'_> {
     /// One projection, in whichever format it is stored.
     fn matrix(&mut self, projection: &Projection) -> Option<Matrix> {
         for format in FORMATS {
-            if let Some(result) = format(self, projection) {
-                return self.note(result);
+            match format(self, projection) {
+                None => {}
+                Some(Ok(matrix)) => return Some(matrix),
+                Some(Err(Problem::Wrong(error))) => return self.note(Err(error)),
+                Some(Err(Problem::Missing(name))) => {
+                    self.note_missing(name);
+                    return None;
+                }
             }
         }
         let ending = if projection.part.stack.is_some() { "" } else { ".weight" };

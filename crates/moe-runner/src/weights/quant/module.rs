@@ -1,0 +1,169 @@
+//! The tensors of one module, by role.
+
+use std::sync::Arc;
+
+use crate::Error;
+use crate::checkpoint::architecture::{Projection, Stack};
+use crate::checkpoint::{Dtype, Tensor};
+use crate::weights::load::Loader;
+use crate::weights::{Encoding, Matrix, ScaleType};
+
+/// Why a projection could not be loaded.
+#[derive(Debug)]
+pub(crate) enum Problem {
+    /// A tensor of this name is needed and absent.
+    Missing(String),
+    /// A tensor or the configuration is not what it must be.
+    Wrong(Error),
+}
+
+impl From<Error> for Problem {
+    fn from(error: Error) -> Self {
+        Self::Wrong(error)
+    }
+}
+
+pub(super) type Result<T, E = Problem> = std::result::Result<T, E>;
+
+/// A module and where its tensors are gotten from.
+pub(super) struct Module<'l, 'a> {
+    pub(super) loader: &'l mut Loader<'a>,
+    pub(super) projection: &'l Projection,
+}
+
+impl Module<'_, '_> {
+    /// Rows and columns of the stored matrix, of which the projection may be a part.
+    pub(super) fn dims(&self) -> [usize; 2] {
+        [self.projection.part.of, self.projection.cols]
+    }
+
+    /// The name of the first tensor that is there.
+    pub(super) fn name(&self, endings: &[&str]) -> Option<String> {
+        let names = endings.iter().map(|ending| format!("{}{ending}", self.projection.module));
+        names.into_iter().find(|name| self.loader.checkpoint().contains(name))
+    }
+
+    /// The first tensor that is there; of a stack, the part of this matrix.
+    pub(super) fn find(&mut self, endings: &[&str]) -> Result<Option<Tensor>> {
+        let Some(name) = self.name(endings) else { return Ok(None) };
+        let Some(tensor) = self.loader.claim(&name)? else { return Ok(None) };
+        match self.projection.part.stack {
+            Some(stack) => Ok(Some(layer_of(&tensor, stack)?)),
+            None => Ok(Some(tensor)),
+        }
+    }
+
+    /// As [`find`](Self::find); the first of the names is missing if none is there.
+    pub(super) fn need(&mut self, endings: &[&str]) -> Result<Tensor> {
+        match self.find(endings)? {
+            Some(tensor) => Ok(tensor),
+            None => Err(Problem::Missing(self.projection.module.clone() + endings[0])),
+        }
+    }
+
+    /// A tensor with one positive, finite element.
+    pub(super) fn need_scale(&mut self, endings: &[&str]) -> Result<f32> {
+        let tensor = self.need(endings)?;
+        scale_value(&tensor).map_err(Problem::Wrong)
+    }
+
+    /// Gives tensors a role that say nothing which is not known otherwise.
+    pub(super) fn set_aside(&mut self, endings: &[&str]) -> Result<()> {
+        self.find(endings).map(|_| ())
+    }
+
+    /// The projection's part of the whole matrix.
+    pub(super) fn part(&self, whole: Arc<dyn Encoding>) -> Result<Matrix> {
+        let part = self.projection.part;
+        let matrix = Matrix::new(whole);
+        matrix.rows_of(part.first, part.step, self.projection.rows).ok_or_else(|| {
+            Problem::Wrong(Error::tensor(
+                self.loader.checkpoint().path(),
+                &self.projection.module,
+                format!("has no rows {}.. in steps of {}", part.first, part.step),
+            ))
+        })
+    }
+}
+
+/// The value of a stored scale, which must be one to divide by.
+pub(super) fn scale_value(tensor: &Tensor) -> Result<f32, Error> {
+    if tensor.shape.iter().product::<usize>() != 1 {
+        return Err(tensor.error(format!("has shape {:?}; one scale is needed", tensor.shape)));
+    }
+    let value = tensor.to_f32()?[0];
+    if !(value.is_finite() && value > 0.0) {
+        return Err(tensor.error(format!(
+            "is {value}; a scale must be positive and finite (was this expert calibrated?)"
+        )));
+    }
+    Ok(value)
+}
+
+/// One matrix's part of a stack. A tensor with one element is shared by all.
+fn layer_of(tensor: &Tensor, stack: Stack) -> Result<Tensor, Error> {
+    let Stack { index, count, flat } = stack;
+    if tensor.shape.iter().product::<usize>() == 1 && count != 1 {
+        return Ok(tensor.clone());
+    }
+    let shape = match tensor.shape.split_first() {
+        Some((first, rest)) if *first == count && !flat => rest.to_vec(),
+        Some((first, rest)) if flat && count > 0 && first.is_multiple_of(count) => {
+            [&[first / count], rest].concat()
+        }
+        _ => {
+            return Err(tensor.error(format!(
+                "has shape {:?}, which is no stack of {count} matrices",
+                tensor.shape
+            )));
+        }
+    };
+    let size = tensor.bytes.len() / count.max(1);
+    let bytes = tensor.bytes.slice(index * size..(index + 1) * size);
+    let bytes = bytes.ok_or_else(|| tensor.error("holds fewer bytes than its shape says"))?;
+    Ok(Tensor { shape, bytes, ..tensor.clone() })
+}
+
+/// Checks a tensor's dtype.
+pub(super) fn expect_dtype(tensor: &Tensor, dtypes: &[Dtype]) -> Result<(), Error> {
+    if dtypes.contains(&tensor.dtype) {
+        return Ok(());
+    }
+    let names: Vec<String> = dtypes.iter().map(Dtype::to_string).collect();
+    Err(tensor.error(format!("is {}; {} is needed", tensor.dtype, names.join(" or "))))
+}
+
+/// Checks a shape, whatever dimensions of one stand in it.
+pub(super) fn expect_dims(tensor: &Tensor, shape: &[usize]) -> Result<(), Error> {
+    let squeeze = |shape: &[usize]| shape.iter().copied().filter(|n| *n != 1).collect::<Vec<_>>();
+    if squeeze(&tensor.shape) == squeeze(shape) {
+        return Ok(());
+    }
+    Err(tensor.error(format!("has shape {:?}, the layer needs {shape:?}", tensor.shape)))
+}
+
+/// Integers in words of 32 bits.
+pub(super) const WORDS: &[Dtype] = &[Dtype::I32, Dtype::U32];
+
+/// The type of a tensor of scales, which must be one of `allowed`.
+pub(super) fn scale_type(tensor: &Tensor, allowed: &[ScaleType]) -> Result<ScaleType, Error> {
+    ScaleType::of(tensor.dtype).filter(|stored| allowed.contains(stored)).ok_or_else(|| {
+        let names: Vec<String> = allowed.iter().map(ScaleType::to_string).collect();
+        tensor.error(format!("is {}; scales here are {}", tensor.dtype, names.join(" or ")))
+    })
+}
+
+/// Scales that are not rounded to few bits.
+pub(super) const FLOATS: &[ScaleType] = &[ScaleType::F32, ScaleType::F16, ScaleType::Bf16];
+
+/// `[rows, cols]` elements of `size` bytes, transposed.
+pub(super) fn transpose(bytes: &[u8], rows: usize, cols: usize, size: usize) -> Vec<u8> {
+    let mut out = vec![0; bytes.len()];
+    for row in 0..rows {
+        for col in 0..cols {
+            let (from, to) = ((row * cols + col) * size, (col * rows + row) * size);
+            out[to..to + size].copy_from_slice(&bytes[from..from + size]);
+        }
+    }
+    out
+}

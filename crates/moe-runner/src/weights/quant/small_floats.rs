@@ -1,0 +1,81 @@
+//! Small floats in blocks along K: NVFP4 and the OCP MX formats.
+
+use std::sync::Arc;
+
+use moe_kernels::numerics::{DecodeScale, EncodeScale};
+
+use super::module::{Module, Result, expect_dims, expect_dtype, scale_type};
+use super::names;
+use crate::checkpoint::quantization::MxElement;
+use crate::checkpoint::{Dtype, Tensor};
+use crate::spec::Granularity;
+use crate::weights::{Element, Global, Matrix, ScaleType, Scaled, Scales, Zeros};
+
+/// NVFP4. The tensor's scale divides or multiplies, as its name says.
+pub(super) fn nvfp4(module: &mut Module) -> Result<Matrix> {
+    let multiplies = module.name(names::DECODE_SCALE).is_some();
+    let global = match multiplies {
+        true => Global::Multiply(DecodeScale(module.need_scale(names::DECODE_SCALE)?)),
+        false => Global::Divide(EncodeScale(module.need_scale(names::ENCODE_SCALE)?)),
+    };
+    blocks(module, Element::E2m1, ScaleType::E4m3, 16, Some(global))
+}
+
+/// An OCP MX format.
+pub(super) fn mx(module: &mut Module, element: MxElement) -> Result<Matrix> {
+    let element = match element {
+        MxElement::Fp4 => Element::E2m1,
+        MxElement::Fp6E2m3 => Element::E2m3,
+        MxElement::Fp6E3m2 => Element::E3m2,
+        MxElement::Fp8 => Element::E4m3,
+    };
+    blocks(module, element, ScaleType::E8m0, 32, None)
+}
+
+fn blocks(
+    module: &mut Module,
+    element: Element,
+    scale: ScaleType,
+    size: usize,
+    global: Option<Global>,
+) -> Result<Matrix> {
+    let [rows, cols] = module.dims();
+    let tensor = module.need(names::PACKED_FLOATS)?;
+    let dtypes: &[Dtype] = match element {
+        Element::E4m3 => &[Dtype::F8E4M3, Dtype::U8],
+        _ => &[Dtype::U8],
+    };
+    expect_dtype(&tensor, dtypes)?;
+    if !cols.is_multiple_of(size) {
+        return Err(tensor
+            .error(format!("has {cols} columns, which blocks of {size} do not fill"))
+            .into());
+    }
+    let row_bytes = cols * element.bits() / 8;
+    expect_packed(&tensor, rows, row_bytes)?;
+    let stored = module.need(names::SCALES)?;
+    let kind = scale_type(&stored, &[scale])?;
+    expect_dims(&stored, &[rows, cols / size])?;
+    let granularity = Granularity::Group;
+    let scales = Scales::new(stored.bytes.clone(), kind, granularity, [1, size], [rows, cols])
+        .ok_or_else(|| stored.error("does not hold a scale for each block"))?;
+    let codes = tensor.bytes.clone();
+    let scaled = Scaled::new(element, codes, [rows, cols], scales, Zeros::None, global)
+        .ok_or_else(|| tensor.error("cannot be read with these scales"))?;
+    module.part(Arc::new(scaled))
+}
+
+/// `[rows, bytes]`, or blocks `[rows, blocks, bytes of a block]`.
+fn expect_packed(tensor: &Tensor, rows: usize, row_bytes: usize) -> Result<()> {
+    let fits = tensor.shape.first() == Some(&rows)
+        && tensor.shape.len() >= 2
+        && tensor.bytes.len() == rows * row_bytes;
+    if fits {
+        return Ok(());
+    }
+    let reason = format!(
+        "has shape {:?}, the layer needs [{rows}, {row_bytes}] bytes of packed codes",
+        tensor.shape
+    );
+    Err(tensor.error(reason).into())
+}

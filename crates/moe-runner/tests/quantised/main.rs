@@ -1,0 +1,7 @@
+//! Quantised checkpoints: what is loaded, against recorded outputs, hand-computed matrices and
+//! independent decoders.
+
+#[path = "../layers/mod.rs"]
+mod layers;
+
+mod golden;

@@ -164,6 +164,9 @@ pub(crate) struct RunArgs {
     /// Dtype of the written output [default: that of the activations].
     #[arg(long, value_name = "DTYPE", value_parser = dtype)]
     pub(crate) output_dtype: Option<ActivationDtype>,
+    /// Also write a timeline of every rank, for chrome://tracing or ui.perfetto.dev.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) trace: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) splitting: Splitting,
 }

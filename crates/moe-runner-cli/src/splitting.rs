@@ -1,7 +1,12 @@
-//! How a layer is split over ranks.
+//! How a layer is split over ranks, and what the ranks are: threads of this process, or the
+//! processes that a launcher started.
+
+use std::sync::Arc;
 
 use anyhow::Result;
 use clap::{Args, ValueEnum};
+use moe_runner::comm::{Communicator, Groups, Sizes, mpi, run_ranks};
+use moe_runner::parallel::{ExchangeKind, Parallel, Placement};
 
 use crate::failure::unusable;
 
@@ -12,7 +17,7 @@ pub(crate) struct Splitting {
     /// Tensor parallelism: ranks that share each expert.
     #[arg(long, value_name = "N", default_value_t = 1)]
     tp: usize,
-    /// Data parallelism: ranks with tokens of their own.
+    /// Data parallelism: ranks with rows of their own.
     #[arg(long, value_name = "N", default_value_t = 1)]
     dp: usize,
     /// Expert parallelism: ranks hold whole experts instead of parts of each.
@@ -21,15 +26,40 @@ pub(crate) struct Splitting {
     /// Prefill context parallelism: ranks that share a sequence.
     #[arg(long, value_name = "N", default_value_t = 1)]
     pcp: usize,
-    /// Spread the rows between the layers over the tensor-parallel ranks.
+    /// Each tensor-parallel rank has its own chunk of the rows; needs --ep.
     #[arg(long)]
     sequence_parallel: bool,
-    /// Dual-batch overlap: two halves of the batch, one computing while the other travels.
-    #[arg(long)]
-    dbo: bool,
+    /// Micro-batches that overlap: one computes while another's rows travel; 2 is dual-batch
+    /// overlap.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    dbo: usize,
+    /// How rows reach the experts.
+    #[arg(long, value_enum, default_value_t = Exchange::Auto)]
+    exchange: Exchange,
+    /// Which rank holds which experts, with --ep.
+    #[arg(long, value_enum, default_value_t = PlacementRule::Linear)]
+    placement: PlacementRule,
     /// How ranks talk to each other; `threads`: all ranks are threads of this process.
     #[arg(long, value_enum, default_value_t = Comm::Threads)]
     comm: Comm,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Exchange {
+    /// All-to-all with --ep, else what the sizes require.
+    Auto,
+    /// Every rank gets all rows, and sums are reduced.
+    Naive,
+    /// Each row goes only to the ranks that own its experts; needs --ep.
+    AllToAll,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum PlacementRule {
+    /// Runs of consecutive experts.
+    Linear,
+    /// Expert e on rank e mod ranks.
+    RoundRobin,
 }
 
 /// How ranks talk to each other.
@@ -37,29 +67,109 @@ pub(crate) struct Splitting {
 enum Comm {
     /// Threads of this process.
     Threads,
-    /// Processes under MPI.
+    /// Processes that mpirun started.
     Mpi,
     /// GPUs through NCCL.
     Nccl,
 }
 
+/// The largest number of micro-batches: beyond it they only cost.
+const MAX_DBO: usize = 64;
+
 impl Splitting {
-    /// Refuses every split but none.
-    pub(crate) fn single_rank(&self) -> Result<()> {
-        let asked = [
-            (self.tp != 1, "--tp"),
-            (self.dp != 1, "--dp"),
-            (self.ep, "--ep"),
-            (self.pcp != 1, "--pcp"),
-            (self.sequence_parallel, "--sequence-parallel"),
-            (self.dbo, "--dbo"),
-            (self.comm != Comm::Threads, "--comm"),
-        ];
-        match asked.into_iter().find(|(asked, _)| *asked) {
-            None => Ok(()),
-            Some((_, flag)) => Err(unusable(format!(
-                "{flag}: this build runs a layer on one rank only; leave the splitting flags out"
-            ))),
+    /// What the flags ask for.
+    pub(crate) fn parallel(&self) -> Result<Parallel> {
+        let sizes = Sizes {
+            tp: self.tp,
+            dp: self.dp,
+            pcp: self.pcp,
+            expert_parallel: self.ep,
+            sequence_parallel: self.sequence_parallel,
+        };
+        sizes.validate().map_err(|error| unusable(error.to_string()))?;
+        if !(1..=MAX_DBO).contains(&self.dbo) {
+            return Err(unusable(format!("--dbo {}: must be 1 to {MAX_DBO}", self.dbo)));
+        }
+        if self.exchange == Exchange::AllToAll && !self.ep {
+            return Err(unusable(
+                "--exchange all-to-all: needs --ep, experts that live on one rank",
+            ));
+        }
+        Ok(Parallel {
+            sizes,
+            placement: match self.placement {
+                PlacementRule::Linear => Placement::Linear,
+                PlacementRule::RoundRobin => Placement::RoundRobin,
+            },
+            exchange: match self.exchange {
+                Exchange::Auto => ExchangeKind::Auto,
+                Exchange::Naive => ExchangeKind::Naive,
+                Exchange::AllToAll => ExchangeKind::AllToAll,
+            },
+            micro_batches: self.dbo,
+            ..Parallel::default()
+        })
+    }
+
+    /// The ranks that the flags ask for.
+    pub(crate) fn ranks(&self) -> Result<Ranks> {
+        let sizes = self.parallel()?.sizes;
+        match self.comm {
+            Comm::Threads => Ok(Ranks::Threads(sizes)),
+            Comm::Mpi => {
+                let world = mpi::open()?;
+                if world.size() != sizes.ranks() {
+                    return Err(unusable(format!(
+                        "--tp × --dp × --pcp are {} ranks, but mpirun started {}",
+                        sizes.ranks(),
+                        world.size()
+                    )));
+                }
+                Ok(Ranks::Mpi(sizes, world))
+            }
+            Comm::Nccl => Err(unusable(
+                "--comm nccl: connects GPUs, and this build has no GPU kernels; use threads or mpi",
+            )),
+        }
+    }
+}
+
+/// The ranks of one run of the command.
+pub(crate) enum Ranks {
+    /// Threads of this process.
+    Threads(Sizes),
+    /// This process is one of them.
+    Mpi(Sizes, Arc<dyn Communicator>),
+}
+
+impl Ranks {
+    /// This process writes files and reports.
+    pub(crate) fn reports(&self) -> bool {
+        match self {
+            Self::Threads(_) => true,
+            Self::Mpi(_, world) => world.rank() == 0,
+        }
+    }
+
+    /// Runs `work` on every rank, and returns the result of this process's first one.
+    pub(crate) fn run<T: Send>(
+        &self,
+        work: impl Fn(&Groups) -> moe_runner::Result<T> + Sync,
+    ) -> moe_runner::Result<T> {
+        match self {
+            Self::Threads(sizes) => {
+                let mut results =
+                    run_ranks(sizes.ranks(), |world| work(&Groups::new(world.clone(), *sizes)?))?;
+                Ok(results.swap_remove(0))
+            }
+            Self::Mpi(sizes, world) => {
+                let result = Groups::new(world.clone(), *sizes).and_then(|groups| work(&groups));
+                if let Err(error) = &result {
+                    // the others would wait for this rank
+                    world.abort(&error.to_string());
+                }
+                result
+            }
         }
     }
 }

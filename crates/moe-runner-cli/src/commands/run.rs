@@ -6,8 +6,10 @@ use anyhow::{Result, anyhow};
 use half::{bf16, f16};
 use moe_runner::Error;
 use moe_runner::checkpoint::{Dtype, NewTensor, Writer};
-use moe_runner::hidden::{ActivationDtype, Rows, RowsMut};
-use moe_runner::runner::{ForwardInput, MoeRunner, MoeRunnerInterface};
+use moe_runner::comm::{At, Step};
+use moe_runner::hidden::ActivationDtype;
+use moe_runner::parallel::Parallel;
+use moe_runner::runner::{Batch, BatchOutput, forward_batch};
 use moe_runner::spec::{LayerSpec, ScaleOn};
 use moe_runner::weights::LoadedLayer;
 use serde::Serialize;
@@ -17,7 +19,9 @@ use crate::checkpoints::{LayerChoice, Opened};
 use crate::input::{Input, LayerInput};
 use crate::report::progress::Progress;
 use crate::report::table::Columns;
+use crate::report::trace::{self, RankSpan, Trace};
 use crate::report::{Report, units};
+use crate::splitting::Ranks;
 
 #[derive(Serialize)]
 struct RunJson {
@@ -49,7 +53,8 @@ struct Job {
 
 /// Runs the command.
 pub(crate) fn run(args: &RunArgs, common: &Common) -> Result<Report> {
-    args.splitting.single_rank()?;
+    let parallel = args.splitting.parallel()?;
+    let ranks = args.splitting.ranks()?;
     let opened = Opened::open(&args.checkpoint)?;
     let entries = opened.select(&args.layer)?;
     let single = matches!(&args.layer, LayerChoice::Some(layers) if layers.len() == 1);
@@ -69,17 +74,30 @@ pub(crate) fn run(args: &RunArgs, common: &Common) -> Result<Report> {
         jobs.push(job);
     }
     let producer = concat!("moe-runner ", env!("CARGO_PKG_VERSION"));
-    let mut writer = Writer::create(&args.output, &[("producer", producer)], &tensors)?;
+    let mut writer = match ranks.reports() {
+        true => Some(Writer::create(&args.output, &[("producer", producer)], &tensors)?),
+        false => None,
+    };
 
     let progress = Progress::new(jobs.len());
     let mut done = Vec::with_capacity(jobs.len());
+    let mut trace = Trace::default();
     for job in jobs {
         progress.doing(job.layer.spec.name.clone());
-        done.push(job.run(common, &args.input.display().to_string(), &mut writer)?);
+        let source = args.input.display().to_string();
+        let (output, spans) = job.run(common, &source, &ranks, &parallel, args.trace.is_some())?;
+        trace.add(&job.layer.spec.name, &spans);
+        if let Some(writer) = &mut writer {
+            done.push(job.write(&output, writer)?);
+        }
         progress.step();
     }
     drop(progress);
+    let Some(writer) = writer else { return Ok(Report::nothing()) };
     writer.finish()?;
+    if let Some(path) = &args.trace {
+        trace.write(path)?;
+    }
     let json = RunJson { layers: done, output: args.output.display().to_string() };
     Report::new(true, text(&json, tensors.len()), &json)
 }
@@ -111,60 +129,75 @@ impl Job {
         tensors.collect()
     }
 
-    fn run(self, common: &Common, source: &str, writer: &mut Writer) -> Result<LayerJson> {
-        let spec = self.spec();
-        let mut runner = MoeRunner::new(self.layer.ready(&common.options(self.dtype))?);
-        // f32 rows: what is written is rounded once, after the output has its true scale
-        let mut output = vec![0.0f32; self.input.tokens * spec.dims.hidden];
-        let forward = ForwardInput {
+    /// Runs the layer on all ranks; the spans are those of every rank, on a common timeline.
+    fn run(
+        &self,
+        common: &Common,
+        source: &str,
+        ranks: &Ranks,
+        parallel: &Parallel,
+        traced: bool,
+    ) -> Result<(BatchOutput, Vec<RankSpan>)> {
+        let options = common.options(self.dtype);
+        let batch = Batch {
+            hidden: &self.input.hidden,
             router_logits: self.input.router_logits.as_deref(),
             input_ids: self.input.input_ids.as_deref(),
-            ..ForwardInput::new(Rows::F32(&self.input.hidden))
         };
-        let start = Instant::now();
-        let done = runner.forward(&forward, RowsMut::F32(&mut output)).map_err(|error| {
-            match error {
-                // these speak of the input, and do not know its file
-                Error::Input { .. } => anyhow!("{source}: layer {}: {error}", spec.index),
-                other => other.into(),
+        let at = At::new(&self.spec().name, Step::Finish);
+        let result = ranks.run(|groups| {
+            if !traced {
+                return Ok((
+                    forward_batch(&self.layer, &options, groups, parallel, &batch, None)?,
+                    vec![],
+                ));
             }
-        })?;
-        let seconds = start.elapsed().as_secs_f64();
-        let scale = done.output_scale;
-        let json = LayerJson {
-            layer: spec.index,
-            name: spec.name.clone(),
-            kernel: "",
-            dtype: self.dtype.name(),
-            seconds,
-            tokens: done.tokens,
-            bytes_weights_read: done.weight_bytes,
-            flops: done.flops,
-        };
+            groups.world.barrier(at)?;
+            let origin = Some(Instant::now());
+            let output = forward_batch(&self.layer, &options, groups, parallel, &batch, origin)?;
+            let spans = trace::gather(groups, at, &output.spans)?;
+            Ok((output, spans))
+        });
+        result.map_err(|error| match error {
+            // these speak of the input, and do not know its file
+            Error::Input { .. } => anyhow!("{source}: layer {}: {error}", self.spec().index),
+            other => other.into(),
+        })
+    }
 
+    fn write(&self, done: &BatchOutput, writer: &mut Writer) -> Result<LayerJson> {
+        let spec = self.spec();
         let factor = weight_factor(spec);
-        let ids: Vec<u8> = done.routing.ids.iter().flat_map(|id| id.0.to_le_bytes()).collect();
-        let weights: Vec<f32> = done.routing.weights.iter().map(|w| w * factor).collect();
+        let ids: Vec<u8> = done.topk_ids.iter().flat_map(|id| id.to_le_bytes()).collect();
+        let weights: Vec<f32> = done.topk_weights.iter().map(|w| w * factor).collect();
         let mut write =
             |name: &str, bytes: &[u8]| writer.write(&format!("{}{name}", self.prefix), bytes);
-        write("router_logits", &to_bytes(done.router_logits, ActivationDtype::F32))?;
+        write("router_logits", &to_bytes(&done.router_logits, ActivationDtype::F32))?;
         write("topk_ids", &ids)?;
         write("topk_weights", &to_bytes(&weights, ActivationDtype::F32))?;
-        if let Some(shared) = done.shared {
+        if let Some(shared) = &done.shared {
             write("shared_output", &to_bytes(shared, self.output_dtype))?;
         }
-        output.iter_mut().for_each(|v| *v *= scale);
-        write("output", &to_bytes(&output, self.output_dtype))?;
-        if let Some(at) = output.iter().position(|v| v.is_finite() && overflows(*v, &self)) {
+        write("output", &to_bytes(&done.output, self.output_dtype))?;
+        if let Some(at) = done.output.iter().position(|v| v.is_finite() && overflows(*v, self)) {
             eprintln!(
                 "warning: layer {}: output[{}, {}] is {}, beyond f16; --output-dtype f32 holds it",
                 spec.index,
                 at / spec.dims.hidden,
                 at % spec.dims.hidden,
-                output[at]
+                done.output[at]
             );
         }
-        Ok(LayerJson { kernel: runner.choice().kernel.name, ..json })
+        Ok(LayerJson {
+            layer: spec.index,
+            name: spec.name.clone(),
+            kernel: done.kernel,
+            dtype: self.dtype.name(),
+            seconds: done.time.as_secs_f64(),
+            tokens: self.input.tokens,
+            bytes_weights_read: done.weight_bytes,
+            flops: done.flops,
+        })
     }
 }
 

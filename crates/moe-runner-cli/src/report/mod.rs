@@ -4,6 +4,7 @@ pub(crate) mod bars;
 pub(crate) mod formula;
 pub(crate) mod progress;
 pub(crate) mod table;
+pub(crate) mod trace;
 pub(crate) mod units;
 
 use std::io::{self, Write};
@@ -26,9 +27,17 @@ impl Report {
         Ok(Self { text, json: serde_json::to_string_pretty(json)?, ok })
     }
 
+    /// Another process reports.
+    pub(crate) fn nothing() -> Self {
+        Self { text: String::new(), json: String::new(), ok: true }
+    }
+
     /// Prints one of both on standard output. A reader that has gone away is no failure.
     pub(crate) fn print(&self, json: bool) -> ExitCode {
         let text = if json { &self.json } else { self.text.trim_end() };
+        if text.is_empty() {
+            return ExitCode::SUCCESS;
+        }
         let mut out = io::stdout().lock();
         match writeln!(out, "{text}").and_then(|()| out.flush()) {
             Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {

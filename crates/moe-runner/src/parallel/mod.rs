@@ -6,6 +6,7 @@
 //! shared    slices over the TP ranks; whole under sequence parallel
 //! ```
 
+pub mod balance;
 pub mod placement;
 mod rows;
 pub mod shard;

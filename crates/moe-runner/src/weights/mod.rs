@@ -14,6 +14,7 @@ pub use activation::ActivationQuant;
 pub use encoding::{Blocks, Element, Global, ScaleType, Scaled, Scales, Zeros};
 pub use load::{Accounting, account, scan_finite};
 pub use matrix::{Encoding, FloatEncoding, FloatRows, FloatType, Matrix, ScaledWindow};
+pub use quant::{Finding, FindingKind, diagnose};
 pub use synthetic::{random_layer, random_matrix};
 
 use crate::spec::LayerSpec;

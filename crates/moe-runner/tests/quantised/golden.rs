@@ -1,27 +1,24 @@
 //! The recorded cases: every layer, every token count, every kernel of this machine.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::layers::{forward, nmse, runner, truth};
 use moe_runner::checkpoint::{Checkpoint, architecture};
 use moe_runner::experts::KERNELS;
 use moe_runner::hidden::ActivationDtype::F32;
 use moe_runner::spec::ActivationFormat;
-use moe_runner::weights::LoadedLayer;
+use moe_runner::weights::{LoadedLayer, diagnose};
 
-/// The folder of cases; `None`, loudly, where it is not there.
-fn golden() -> Option<PathBuf> {
-    let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../../shared/golden");
-    if folder.is_dir() {
-        return Some(folder);
-    }
-    eprintln!("SKIPPED: no recorded cases at {}", folder.display());
-    None
+/// The full set of cases where it stands beside the repository, else those in the repository.
+fn golden() -> PathBuf {
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let folders = [here.join("../../../shared/golden"), here.join("tests/golden")];
+    folders.into_iter().find(|folder| folder.is_dir()).expect("recorded cases")
 }
 
 /// Checkpoint and recorded tensors of all cases whose names begin with one of `prefixes`.
 fn cases(prefixes: &[&str]) -> Vec<(String, Checkpoint, Checkpoint)> {
-    let Some(folder) = golden() else { return Vec::new() };
+    let folder = golden();
     let mut names: Vec<String> = std::fs::read_dir(folder.clone())
         .unwrap()
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())
@@ -58,6 +55,49 @@ fn kernels() -> Vec<&'static str> {
 /// Whether rows are quantised, and a rounding may flip where sums differ in their last bits.
 fn quantises_rows(layer: &LoadedLayer) -> bool {
     layer.experts.iter().any(|e| e.up.input.format() != ActivationFormat::Unquantised)
+}
+
+/// Rows of GGUF tensors, as the reference implementation decodes them: exactly.
+#[test]
+fn every_recorded_row_of_a_gguf_file_is_decoded_exactly() {
+    let mut compared = 0;
+    for (name, checkpoint, recorded) in cases(&["gguf_"]) {
+        for layer in load(&checkpoint) {
+            for (what, stack) in [("gate", 0), ("up", 1), ("down", 2)] {
+                let tensor = format!("dequant.blk.{}.ffn_{what}_exps", layer.spec.index);
+                let Some(rows) = recorded.tensor(&format!("{tensor}.rows")).unwrap() else {
+                    continue;
+                };
+                let rows = rows.to_i64().unwrap();
+                let expected = values(&recorded, &format!("{tensor}.values")).unwrap();
+                let cols = expected.len() / rows.len();
+                for (row, expected) in rows.iter().zip(expected.chunks_exact(cols)) {
+                    let row = *row as usize;
+                    let matrix = |e: usize| match stack {
+                        0 => layer.experts[e].gate.clone().unwrap(),
+                        1 => layer.experts[e].up.clone(),
+                        _ => layer.experts[e].down.clone(),
+                    };
+                    let per_expert = matrix(0).rows();
+                    let mut got = vec![f32::NAN; cols];
+                    matrix(row / per_expert).decode_row(row % per_expert, &mut got);
+                    let bits = |v: &[f32]| v.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+                    assert_eq!(bits(&got), bits(expected), "{name} {tensor} row {row}");
+                    compared += 1;
+                }
+            }
+        }
+    }
+    assert!(compared > 50, "{compared}");
+}
+
+#[test]
+fn nothing_is_wrong_with_the_recorded_checkpoints() {
+    for (name, checkpoint, _) in cases(&["quant_", "gpt_oss_mxfp4", "gguf_"]) {
+        for entry in architecture::layers(&checkpoint).unwrap() {
+            assert_eq!(diagnose(&checkpoint, &entry), [], "{name}");
+        }
+    }
 }
 
 #[test]

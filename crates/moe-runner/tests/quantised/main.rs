@@ -4,4 +4,7 @@
 #[path = "../layers/mod.rs"]
 mod layers;
 
+mod formats;
 mod golden;
+mod models;
+mod schemes;

@@ -91,6 +91,13 @@ impl Scales {
         fits.then_some(Self { bytes, stored, granularity, block, per_row })
     }
 
+    /// Scales to look at one after the other, without a matrix. `None` if `bytes` are not whole
+    /// scales.
+    pub(crate) fn vector(bytes: Bytes, stored: ScaleType) -> Option<Self> {
+        let count = bytes.len() / stored.size();
+        Self::new(bytes, stored, Granularity::Channel, [1, 1], [count, 1])
+    }
+
     /// Which weights share a scale.
     pub fn granularity(&self) -> Granularity {
         self.granularity

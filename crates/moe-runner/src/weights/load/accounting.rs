@@ -84,7 +84,7 @@ pub(crate) struct Loader<'a> {
 }
 
 impl<'a> Loader<'a> {
-    pub(super) fn new(checkpoint: &'a Checkpoint) -> Self {
+    pub(in crate::weights) fn new(checkpoint: &'a Checkpoint) -> Self {
         Self {
             checkpoint,
             accounting: Accounting::default(),

@@ -3,6 +3,7 @@
 //! [`names`] is the table of tensors, for reading and for writing.
 
 mod codes;
+mod diagnose;
 mod input;
 mod k_first;
 mod module;
@@ -10,6 +11,7 @@ pub(crate) mod names;
 mod packed;
 mod small_floats;
 
+pub use diagnose::{Finding, FindingKind, diagnose};
 pub(crate) use input::share_input_scale;
 pub(crate) use module::Problem;
 

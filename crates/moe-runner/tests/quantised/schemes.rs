@@ -1,0 +1,103 @@
+//! Every format in two architectures, against values computed in [`formats`](crate::formats).
+
+use crate::formats::{FORMATS, Format};
+use crate::layers::{forward, nmse, options, rows, runner, truth};
+use crate::models::{Files, HIDDEN, MODELS, as_floats, matrices};
+use moe_runner::experts::KERNELS;
+use moe_runner::hidden::ActivationDtype::F32;
+use moe_runner::runner::MoeRunnerInterface;
+use moe_runner::spec::ActivationFormat;
+
+fn kernels() -> Vec<&'static str> {
+    let isas = moe_runner::oracle::Machine::detect().isas;
+    KERNELS.iter().filter(|k| isas.contains(&k.isa)).map(|k| k.name).collect()
+}
+
+/// Each stored value is the true one, rounded once; read whole, and through windows of columns
+/// that begin and end anywhere.
+#[test]
+fn every_value_of_every_format_is_exact_in_every_window() {
+    for model in MODELS {
+        for (seed, format) in FORMATS.iter().enumerate() {
+            let files = Files::new(model, format, seed as u64);
+            let layer =
+                files.load().unwrap_or_else(|e| panic!("{} {}: {e}", model.name, format.name));
+            for (name, matrix) in matrices(model, &layer) {
+                let expected: Vec<f32> = files.values[&name].iter().map(|v| *v as f32).collect();
+                let cols = matrix.cols();
+                let mut row = vec![f32::NAN; cols];
+                for (n, expected) in expected.chunks_exact(cols).enumerate() {
+                    matrix.decode_row(n, &mut row);
+                    assert_eq!(row, expected, "{} {}: {name} row {n}", model.name, format.name);
+                }
+                for (start, end) in
+                    [(0, 1), (1, 2), (3, 64), (15, 17), (31, cols), (32, 64), (47, 82)]
+                {
+                    let window = matrix.cols_of(start..end).unwrap();
+                    let mut part = vec![f32::NAN; end - start];
+                    for n in [0, 1, matrix.rows() - 1] {
+                        window.decode_row(n, &mut part);
+                        let whole = &expected[n * cols + start..n * cols + end];
+                        assert_eq!(part, whole, "{}: {name} row {n}, {start}..{end}", format.name);
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn every_format_runs_with_every_kernel_as_the_same_floats_do() {
+    for model in MODELS {
+        for (seed, format) in FORMATS.iter().enumerate() {
+            let files = Files::new(model, format, 100 + seed as u64);
+            let layer = files.load().unwrap();
+            let quantised = layer.experts[0].up.input.format() != ActivationFormat::Unquantised;
+            assert_eq!(quantised, format.activations, "{}", format.name);
+            let hidden = rows(F32, 5, HIDDEN, 3);
+            let expected = truth(&as_floats(&layer, &files, model), &hidden);
+            assert!(expected.iter().all(|v| v.is_finite()), "{}", format.name);
+            let bound = if format.activations { 1e-4 } else { 1e-11 };
+            for kernel in kernels() {
+                let y = forward(&mut runner(&layer, Some(kernel), F32), &hidden);
+                let error = nmse(&y, &expected);
+                let place = format!("{} {} {kernel}", model.name, format.name);
+                assert!(error <= bound, "{place}: NMSE {error:e}");
+            }
+        }
+    }
+}
+
+/// A runner whose method is swapped is one that was built with the new method: for every pair of
+/// formats, and back.
+#[test]
+fn any_method_can_replace_any_other() {
+    let model = &MODELS[1];
+    let load = |format: &Format| Files::new(model, format, 11).load().unwrap();
+    let hidden = rows(F32, 3, HIDDEN, 4);
+    let options = options(None, F32);
+    // all layers have the gate and the shared expert of the first: those are not the method's
+    let first = load(&FORMATS[0]);
+    let layers: Vec<_> = FORMATS
+        .iter()
+        .map(|format| {
+            let mut layer = first.clone();
+            layer.experts = load(format).experts;
+            layer
+        })
+        .collect();
+    let fresh: Vec<Vec<f32>> =
+        layers.iter().map(|layer| forward(&mut runner(layer, None, F32), &hidden)).collect();
+    for (from, layer) in layers.iter().enumerate() {
+        let mut swapped = runner(layer, None, F32);
+        for (to, other) in layers.iter().enumerate() {
+            let kernel = other.choose(&options).unwrap().kernel;
+            let method = other.quant_method(kernel, &options).unwrap();
+            let old = swapped.replace_quant_method(method).unwrap();
+            let names = format!("{} to {}", FORMATS[from].name, FORMATS[to].name);
+            assert_eq!(forward(&mut swapped, &hidden), fresh[to], "{names}");
+            swapped.replace_quant_method(old).unwrap();
+            assert_eq!(forward(&mut swapped, &hidden), fresh[from], "{names}, and back");
+        }
+    }
+}

@@ -1,7 +1,7 @@
 //! The dense branch that every token takes beside the routed experts: its experts, its gate, its
 //! norms, and when it runs.
 
-use crate::experts::{ExpertCall, Experts};
+use crate::experts::{ExpertCall, Experts, RowMax};
 use crate::plan::Plan;
 use crate::router::LocalId;
 use crate::spec::{RmsNorm, SharedCombine, SharedSpec, sigmoid};
@@ -95,11 +95,17 @@ impl SharedExperts {
 
     /// Writes the branch's output for `rows` `[T, H]` to `out` `[T, H]`: with its gate, but without
     /// its output norm, which needs the complete sum ([`Self::finish`]). `router_weights` `[T, S]`
-    /// weigh the shared experts where the router does so.
+    /// weigh the shared experts where the router does so. `row_max`: see [`ExpertCall`].
     ///
     /// # Errors
     /// As the kernel's; missing router weights are refused.
-    pub fn forward(&mut self, rows: &[f32], router_weights: &[f32], out: &mut [f32]) -> Result<()> {
+    pub fn forward(
+        &mut self,
+        rows: &[f32],
+        router_weights: &[f32],
+        out: &mut [f32],
+        row_max: Option<RowMax<'_>>,
+    ) -> Result<()> {
         let (hidden, count) = (self.hidden, self.spec.count);
         let tokens = rows.len() / hidden.max(1);
         let weighted = self.spec.combine == SharedCombine::RouterWeighted;
@@ -130,6 +136,7 @@ impl SharedExperts {
             plan: &self.plan,
             weights: &self.weights,
             out: &mut self.slots,
+            row_max,
         })?;
         for (t, out) in out.chunks_exact_mut(hidden).enumerate() {
             out.fill(0.0);

@@ -54,6 +54,8 @@ named! {
         Agree = "agree",
         /// Rows go to the ranks that own their experts, or to all ranks.
         Dispatch = "dispatch",
+        /// Ranks with slices of a row agree on its largest magnitude.
+        RowScales = "row scales",
         /// Expert outputs come back to the rows' ranks.
         Combine = "combine",
         /// The routed output is summed over ranks.

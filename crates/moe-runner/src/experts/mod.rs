@@ -105,8 +105,11 @@ impl ExpertSet<'_> {
     }
 }
 
+/// Replaces this rank's largest magnitudes, one for each planned slot, by those over all ranks that
+/// hold slices of the same experts. All of them call it together, once in a forward pass.
+pub type RowMax<'a> = &'a dyn Fn(&mut [f32]) -> Result<()>;
+
 /// Rows for the experts of this rank.
-#[derive(Debug)]
 pub struct ExpertCall<'a> {
     /// Input rows, `stride` apart; the columns beyond the experts' width are zero.
     pub rows: &'a [f32],
@@ -118,6 +121,9 @@ pub struct ExpertCall<'a> {
     pub weights: &'a [f32],
     /// One output row for each slot. Rows of slots without an expert here are not touched.
     pub out: &'a mut [f32],
+    /// Given where experts are cut into slices and the rows between the two products are quantised
+    /// with one scale for a whole row.
+    pub row_max: Option<RowMax<'a>>,
 }
 
 /// A kernel with its packed weights: computes `expert(row)` for each slot of the plan.

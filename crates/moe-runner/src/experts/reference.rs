@@ -4,7 +4,7 @@ use moe_kernels::isa::Isa;
 
 use crate::experts::{
     Determinism, Device, ExpertCall, ExpertSet, ExpertShape, Experts, Formats, KernelDesc,
-    MonolithicCall, MonolithicExperts, RowFormat,
+    MonolithicCall, MonolithicExperts, RowFormat, RowMax,
 };
 use crate::hidden::ActivationDtype;
 use crate::plan::Plan;
@@ -48,12 +48,17 @@ pub fn dot(a: &[f32], b: &[f64]) -> f64 {
 /// are quantised first where the matrix asks for it.
 pub fn project(matrix: &Matrix, bias: Option<&[f32]>, rows: &[Vec<f64>]) -> Vec<Vec<f64>> {
     let rows: Vec<Vec<f64>> = rows.iter().map(|row| matrix.input.apply_f64(row)).collect();
+    product(matrix, bias, &rows)
+}
+
+/// [`project`], for rows that are quantised already.
+fn product(matrix: &Matrix, bias: Option<&[f32]>, rows: &[Vec<f64>]) -> Vec<Vec<f64>> {
     let mut out = vec![Vec::with_capacity(matrix.rows()); rows.len()];
     let mut weight = vec![0.0; matrix.cols()];
     for n in 0..matrix.rows() {
         matrix.decode_row(n, &mut weight);
         let bias = bias.map_or(0.0, |bias| f64::from(bias[n]));
-        for (out, row) in out.iter_mut().zip(&rows) {
+        for (out, row) in out.iter_mut().zip(rows) {
             out.push(dot(&weight, row) + bias);
         }
     }
@@ -81,20 +86,57 @@ pub fn expert(
     norm: Option<RmsNorm>,
     rows: &[Vec<f64>],
 ) -> Vec<Vec<f64>> {
+    let middle = first_product(expert, activation, rows);
+    let middle: Vec<Vec<f64>> = middle.iter().map(|row| expert.down.input.apply_f64(row)).collect();
+    second_product(expert, norm, &middle)
+}
+
+/// `act(gate·x, up·x)`.
+fn first_product(expert: &Expert, activation: Activation, rows: &[Vec<f64>]) -> Vec<Vec<f64>> {
     let up = project(&expert.up, expert.up_bias.as_deref(), rows);
-    let middle: Vec<Vec<f64>> = match &expert.gate {
+    match &expert.gate {
         Some(gate) => project(gate, expert.gate_bias.as_deref(), rows)
             .iter()
             .zip(&up)
             .map(|(g, u)| g.iter().zip(u).map(|(g, u)| activation.gated(*g, *u)).collect())
             .collect(),
         None => up.iter().map(|u| u.iter().map(|u| activation.plain(*u)).collect()).collect(),
-    };
-    let mut out = project(&expert.down, expert.down_bias.as_deref(), &middle);
+    }
+}
+
+/// `down · h`, of rows that are quantised already.
+fn second_product(expert: &Expert, norm: Option<RmsNorm>, rows: &[Vec<f64>]) -> Vec<Vec<f64>> {
+    let mut out = product(&expert.down, expert.down_bias.as_deref(), rows);
     if let (Some(norm), Some(weight)) = (norm, &expert.norm) {
         out.iter_mut().for_each(|row| rms_norm(norm, weight, row));
     }
     out
+}
+
+/// Quantises the rows between the products, experts in plan order. With `row_max` they are slices of
+/// rows that other ranks hold the rest of.
+fn quantise_middle(
+    middle: Vec<Vec<Vec<f64>>>,
+    experts: &[&Expert],
+    row_max: Option<RowMax<'_>>,
+) -> Result<Vec<Vec<Vec<f64>>>> {
+    let Some(row_max) = row_max else {
+        let whole = |(rows, expert): (Vec<Vec<f64>>, &&Expert)| {
+            rows.iter().map(|row| expert.down.input.apply_f64(row)).collect()
+        };
+        return Ok(middle.into_iter().zip(experts).map(whole).collect());
+    };
+    let largest = |row: &Vec<f64>| row.iter().fold(0.0f32, |max, v| max.max((*v as f32).abs()));
+    let mut max: Vec<f32> = middle.iter().flatten().map(largest).collect();
+    row_max(&mut max)?;
+    let (mut max, mut scratch) = (max.into_iter(), Vec::new());
+    let mut slice = |row: Vec<f64>, expert: &Expert| {
+        let mut narrow: Vec<f32> = row.iter().map(|v| *v as f32).collect();
+        expert.down.input.apply_slice(&mut narrow, max.next().unwrap_or(0.0), &mut scratch);
+        narrow.into_iter().map(f64::from).collect()
+    };
+    let slices = middle.into_iter().zip(experts);
+    Ok(slices.map(|(rows, e)| rows.into_iter().map(|row| slice(row, e)).collect()).collect())
 }
 
 /// Bytes of the file behind one expert's projections.
@@ -155,9 +197,10 @@ impl Experts for Reference {
     }
 
     fn forward(&mut self, call: ExpertCall<'_>) -> Result<()> {
-        let ExpertCall { rows, stride, plan, weights, out } = call;
-        for e in plan.active() {
-            let width = self.experts[e].up.cols();
+        let ExpertCall { rows, stride, plan, weights, out, row_max } = call;
+        let experts: Vec<&Expert> = plan.active().map(|e| &self.experts[e]).collect();
+        let first = plan.active().zip(&experts).map(|(e, expert)| {
+            let width = expert.up.cols();
             let inputs: Vec<Vec<f64>> = plan
                 .slots(e)
                 .iter()
@@ -166,7 +209,12 @@ impl Experts for Reference {
                     self.input_row(&rows[start..start + width], weights[slot as usize])
                 })
                 .collect();
-            for (&slot, row) in plan.slots(e).iter().zip(self.expert(e, &inputs)) {
+            first_product(expert, self.spec.activation, &inputs)
+        });
+        let middle = quantise_middle(first.collect(), &experts, row_max)?;
+        for ((e, expert), middle) in plan.active().zip(&experts).zip(&middle) {
+            let outputs = second_product(expert, self.spec.norm, middle);
+            for (&slot, row) in plan.slots(e).iter().zip(outputs) {
                 let start = slot as usize * stride;
                 for (out, v) in out[start..].iter_mut().zip(row) {
                     *out = v as f32;

@@ -18,6 +18,7 @@ pub mod reference;
 mod routed;
 pub mod scale;
 mod shared;
+mod slices;
 mod timeline;
 mod transform;
 
@@ -39,6 +40,7 @@ use crate::spec::{LayerSpec, SharedCombine};
 use crate::{Error, Result};
 use routed::{Lane, RoutedCall, resized};
 use shared::SharedCall;
+use slices::Slices;
 
 /// What engines program against.
 pub trait MoeRunnerInterface {
@@ -120,6 +122,8 @@ pub struct MoeRunner {
     order: SharedOrder,
     group: Arc<dyn Communicator>,
     reduce_results: bool,
+    routed_slices: Option<Slices>,
+    shared_slices: Option<Slices>,
     simulator: Option<Simulator>,
     micro_batches: usize,
     lanes: Vec<Lane>,
@@ -164,6 +168,8 @@ impl MoeRunner {
             order,
             group: crate::comm::single(),
             reduce_results: true,
+            routed_slices: None,
+            shared_slices: None,
             simulator: None,
             micro_batches: 1,
             lanes: Vec::new(),
@@ -364,7 +370,8 @@ impl MoeRunner {
         }
         let shared_out = resized(std::mem::take(&mut buffers.shared), tokens * spec.dims.hidden);
         let mut shared =
-            SharedCall::new(layer.shared.as_mut(), self.order, &buffers.hidden, shared_out);
+            SharedCall::new(layer.shared.as_mut(), self.order, &buffers.hidden, shared_out)
+                .with_slices(self.shared_slices.as_ref());
         let mut routed = RoutedCall {
             layer: spec,
             gate: layer.gate.as_mut().filter(|_| input.router_logits.is_none()),
@@ -374,6 +381,7 @@ impl MoeRunner {
             method: &mut layer.method,
             lanes: &mut self.lanes,
             micro_batches: self.micro_batches,
+            slices: self.routed_slices.as_ref(),
             routing: &mut self.routing,
             logits: &mut buffers.logits,
             padded: &mut buffers.padded,
@@ -384,8 +392,10 @@ impl MoeRunner {
             timeline: &mut self.timeline,
         };
         let out = std::mem::take(&mut buffers.routed);
-        // A second thread cannot know the router's weights before the router has run.
+        // A second thread cannot know the router's weights before the router has run, and two
+        // threads cannot take part in one group's collectives.
         let second_thread = self.order == SharedOrder::SecondThread
+            && self.shared_slices.is_none()
             && spec.shared.as_ref().is_some_and(|s| s.combine != SharedCombine::RouterWeighted);
         let (result, shared) = if second_thread {
             std::thread::scope(|scope| {

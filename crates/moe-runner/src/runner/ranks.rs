@@ -3,16 +3,17 @@
 use std::sync::Arc;
 
 use super::ready::{Options, QuantMethod};
+use super::slices::Slices;
 use super::{MoeRunner, ReadyLayer};
 use crate::Result;
-use crate::comm::{self, Groups};
+use crate::comm::{self, Communicator, Groups};
 use crate::exchange::{
     AllToAllExchange, Completeness, Exchange, ExpertMap, GatherExchange, LocalExchange, Wire,
 };
 use crate::experts::{self, BuiltKernel};
 use crate::oracle::{self, Request};
 use crate::parallel::{ExchangeKind, Parallel, shard};
-use crate::weights::LoadedLayer;
+use crate::weights::{Expert, LoadedLayer};
 use crate::{Error, experts::ExpertSet};
 
 impl MoeRunner {
@@ -66,13 +67,21 @@ impl MoeRunner {
         let set = ExpertSet { experts: &share.experts, ..share.expert_set() };
         let kernel: BuiltKernel = experts::build(choice.kernel, set, &options.pool)?;
         let method = QuantMethod { kernel, exchange };
+        let slices = |experts: &[Expert], sliced: bool, group: &Arc<dyn Communicator>| {
+            let wide = experts.first().is_some_and(|expert| expert.down.input.is_row_wide());
+            (sliced && wide).then(|| Slices::new(&layer.spec.name, group.clone()))
+        };
+        let routed_slices = slices(&share.experts, sizes.moe_tp() > 1, &groups.world);
+        let shared_experts = share.shared.as_ref().map_or(&[][..], |shared| &shared.experts);
+        let shared_slices = slices(shared_experts, sizes.tp > 1 && sizes.sp() == 1, &groups.tp);
         let ready: ReadyLayer = share.ready_with(choice, method, options)?;
         // under sequence parallelism every rank has its own rows: nothing is left to reduce
         let group = if sizes.sp() > 1 { comm::single() } else { groups.tp.clone() };
-        Ok(Self::new(ready)
+        let runner = Self::new(ready)
             .with_group(group)
             .with_order(parallel.order)
-            .with_micro_batches(parallel.micro_batches))
+            .with_micro_batches(parallel.micro_batches);
+        Ok(Self { routed_slices, shared_slices, ..runner })
     }
 }
 

@@ -12,6 +12,7 @@
 use super::gate::Gate;
 use super::ready::QuantMethod;
 use super::shared::SharedCall;
+use super::slices::Slices;
 use super::timeline::Timeline;
 use crate::exchange::{Completeness, LocalRows, SlotRows, Sum, share};
 use crate::experts::{BuiltKernel, ExpertCall, MonolithicCall};
@@ -38,6 +39,7 @@ pub(super) struct RoutedCall<'a> {
     pub(super) method: &'a mut QuantMethod,
     pub(super) lanes: &'a mut Vec<Lane>,
     pub(super) micro_batches: usize,
+    pub(super) slices: Option<&'a Slices>,
     pub(super) routing: &'a mut Routing,
     pub(super) logits: &'a mut Vec<f32>,
     pub(super) padded: &'a mut Vec<f32>,
@@ -144,6 +146,7 @@ impl RoutedCall<'_> {
             })?;
             plan.build(dispatched.ids, all.top_k.max(1), experts);
             slots.resize(dispatched.ids.len() * stride, 0.0);
+            let agree = self.slices.map(|slices| |max: &mut [f32]| slices.row_max(max));
             timeline.span("experts", Some(lane), || {
                 kernel.forward(ExpertCall {
                     rows: dispatched.hidden,
@@ -151,6 +154,7 @@ impl RoutedCall<'_> {
                     plan,
                     weights: dispatched.weights,
                     out: slots,
+                    row_max: agree.as_ref().map(|agree| agree as _),
                 })
             })?;
             weight_bytes += kernel.weight_bytes(plan);

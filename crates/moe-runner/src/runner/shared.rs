@@ -1,5 +1,6 @@
 //! The shared experts of one forward pass: run at one point, collected once.
 
+use super::slices::Slices;
 use crate::Result;
 use crate::router::Routing;
 use crate::shared_experts::{Point, SharedExperts, SharedOrder};
@@ -10,6 +11,7 @@ pub(super) struct SharedCall<'a> {
     order: SharedOrder,
     rows: &'a [f32],
     out: Vec<f32>,
+    slices: Option<&'a Slices>,
 }
 
 impl<'a> SharedCall<'a> {
@@ -20,7 +22,12 @@ impl<'a> SharedCall<'a> {
         rows: &'a [f32],
         out: Vec<f32>,
     ) -> Self {
-        Self { experts, order, rows, out }
+        Self { experts, order, rows, out, slices: None }
+    }
+
+    /// The experts are slices, whose rows are quantised with one scale for a whole row.
+    pub(super) fn with_slices(self, slices: Option<&'a Slices>) -> Self {
+        Self { slices, ..self }
     }
 
     /// Nothing runs here: there are no shared experts, or another thread has them.
@@ -35,9 +42,14 @@ impl<'a> SharedCall<'a> {
 
     /// Runs them if they have not run yet.
     pub(super) fn run(&mut self, routing: &Routing) -> Result<()> {
-        match self.experts.take() {
-            Some(experts) => experts.forward(self.rows, &routing.shared_weights, &mut self.out),
-            None => Ok(()),
+        let Some(experts) = self.experts.take() else { return Ok(()) };
+        let weights = &routing.shared_weights;
+        match self.slices {
+            None => experts.forward(self.rows, weights, &mut self.out, None),
+            Some(slices) => {
+                let row_max = |max: &mut [f32]| slices.row_max(max);
+                experts.forward(self.rows, weights, &mut self.out, Some(&row_max))
+            }
         }
     }
 

@@ -50,6 +50,32 @@ impl ActivationQuant {
         }
     }
 
+    /// A row's scale depends on all of its columns: ranks that hold slices of a row must agree on
+    /// its largest magnitude first ([`Self::apply_slice`]).
+    pub fn is_row_wide(&self) -> bool {
+        match self {
+            Self::None => false,
+            Self::Quantised(qdq) => match qdq {
+                Qdq::Fp8Tensor | Qdq::Fp8Token | Qdq::Int8Tensor | Qdq::Int8Token => true,
+                Qdq::Nvfp4Token { .. } => true,
+                Qdq::Fp8Static { .. } | Qdq::Fp8Group { .. } => false,
+                Qdq::Int8Static { .. } | Qdq::Int8Group { .. } => false,
+                Qdq::Nvfp4 { .. } | Qdq::Mxfp4 | Qdq::Mxfp6(_) | Qdq::Mxfp8(_) => false,
+            },
+        }
+    }
+
+    /// `slice`, some columns of a row whose largest magnitude is `max`, quantised and dequantised as
+    /// they would be in the whole row. `scratch` is overwritten.
+    pub fn apply_slice(&self, slice: &mut [f32], max: f32, scratch: &mut Vec<f32>) {
+        // one more column that holds the maximum makes the row's scale that of the whole
+        scratch.clear();
+        scratch.extend_from_slice(slice);
+        scratch.push(max);
+        self.apply(scratch);
+        slice.copy_from_slice(&scratch[..slice.len()]);
+    }
+
     /// `row` quantised and dequantised, in place.
     pub fn apply(&self, row: &mut [f32]) {
         if let Self::Quantised(qdq) = self {

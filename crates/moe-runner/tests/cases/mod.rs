@@ -37,13 +37,6 @@ pub fn all_cases() -> Vec<Case> {
         .expect("the folder of cases can be listed")
         .map(|entry| entry.expect("an entry of the folder").path())
         .filter(|path| path.join("golden.safetensors").is_file())
-        .filter(|path| {
-            let name = path.file_name().unwrap_or_default().to_string_lossy();
-            let float_gguf = ["_f32", "_f16", "_bf16"].iter().any(|end| name.ends_with(end));
-            !name.starts_with("quant_")
-                && name != "gpt_oss_mxfp4"
-                && (float_gguf || !name.starts_with("gguf_"))
-        })
         .collect();
     paths.sort();
     paths.iter().map(|path| Case::open(path)).collect()

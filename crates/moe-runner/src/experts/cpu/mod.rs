@@ -84,6 +84,7 @@ struct Buffers {
     x: Vec<f32>,
     h: Vec<f32>,
     y: Vec<f32>,
+    max: Vec<f32>,
     blocks: Vec<Range<usize>>,
     active: Vec<usize>,
 }
@@ -108,6 +109,10 @@ impl CpuExperts {
             buffers: Buffers::default(),
         })
     }
+}
+
+fn largest_magnitude(row: &[f32]) -> f32 {
+    row.iter().fold(0.0, |max, v| v.abs().max(max))
 }
 
 /// Float projections with contiguous rows; they share the checkpoint's memory where it has them so.
@@ -160,10 +165,11 @@ impl Experts for CpuExperts {
     }
 
     fn forward(&mut self, call: ExpertCall<'_>) -> Result<()> {
-        let ExpertCall { rows, stride, plan, weights, out } = call;
+        let ExpertCall { rows, stride, plan, weights, out, row_max } = call;
         let ExpertShape { hidden, intermediate, .. } = self.shape;
         let slots = plan.slots_planned();
-        let Buffers { x, h, y, blocks, active } = &mut self.buffers;
+        let Buffers { x, h, y, max, blocks, active } = &mut self.buffers;
+        let row_max_given = row_max.is_some();
         active.clear();
         active.extend(plan.active());
         blocks.clear();
@@ -198,10 +204,22 @@ impl Experts for CpuExperts {
             let x = x_rows.slice(blocks[block].clone());
             tile::gate_up(kernel, expert, activation, x, cols, out);
         });
+        if let Some(row_max) = row_max {
+            max.clear();
+            max.extend(h.chunks_exact(intermediate.max(1)).map(largest_magnitude));
+            max.resize(slots, 0.0);
+            row_max(max)?;
+        }
+        let (max, sliced) = (&*max, row_max_given);
         let mut h_rows = RowsMut::new(h, slots, intermediate, intermediate);
         h_rows.for_each_tile(pool, blocks, intermediate.max(1), &|block, _, mut tile| {
-            for i in 0..tile.rows() {
-                experts[active[block]].down.input.apply(tile.row_mut(i));
+            let input = experts[active[block]].down.input;
+            let mut scratch = Vec::new();
+            for (i, slot) in blocks[block].clone().enumerate() {
+                match sliced {
+                    true => input.apply_slice(tile.row_mut(i), max[slot], &mut scratch),
+                    false => input.apply(tile.row_mut(i)),
+                }
             }
         });
 

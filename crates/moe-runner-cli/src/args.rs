@@ -54,6 +54,9 @@ pub(crate) enum Command {
     /// Show which kernel runs each layer, why, and why not the others.
     #[command(after_help = EXPLAIN_EXAMPLES)]
     Explain(ExplainArgs),
+    /// Time a layer against this machine's limits.
+    #[command(after_help = BENCH_EXAMPLES)]
+    Bench(BenchArgs),
 }
 
 /// Flags that every command has.
@@ -117,6 +120,18 @@ const EXPLAIN_EXAMPLES: &str = "Examples:
   moe-runner explain ./OLMoE-1B-7B
   moe-runner explain ./OLMoE-1B-7B --layer 3 --device cuda
   moe-runner explain ./OLMoE-1B-7B --machine avx2";
+
+const BENCH_EXAMPLES: &str = "Routing is random: each token goes to k experts, every set equally likely. Weights of a preset are
+random too. A run that is not counted precedes those of a row; then at least 5 runs, for a second.
+limit is the least time in which this machine could read the weights or do the arithmetic, over the
+median. GB/s are 10^9 bytes of weights read; GFLOP/s 10^9 operations, a multiply-add being two.
+Presets: qwen3-30b-a3b, mixtral-8x7b, olmoe-1b-7b, deepseek-v2-lite, deepseek-v3, gpt-oss-20b,
+gpt-oss-120b.
+
+Examples:
+  moe-runner bench --preset qwen3-30b-a3b
+  moe-runner bench --preset deepseek-v3 --format bf16 --tokens 1,8,64 --threads 8
+  moe-runner bench ./OLMoE-1B-7B --layer 3 --kernel cpu_avx2 --json";
 
 /// `check`
 #[derive(clap::Args, Debug)]
@@ -190,6 +205,26 @@ pub(crate) struct ExplainArgs {
     /// an NVIDIA GPU.
     #[arg(long, value_name = "NAME")]
     pub(crate) machine: Option<String>,
+}
+
+/// `bench`
+#[derive(clap::Args, Debug)]
+pub(crate) struct BenchArgs {
+    /// Folder with config.json and *.safetensors, or a .gguf file.
+    #[arg(conflicts_with = "preset")]
+    pub(crate) checkpoint: Option<PathBuf>,
+    /// Index of the decoder layer in the checkpoint [default: its first MoE layer].
+    #[arg(long, value_name = "N", allow_hyphen_values = true)]
+    pub(crate) layer: Option<LayerChoice>,
+    /// The shapes of a well-known model, with random weights.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) preset: Option<String>,
+    /// Number format of a preset's weights [default: the one that the model is published in].
+    #[arg(long, value_name = "FMT")]
+    pub(crate) format: Option<String>,
+    /// Tokens of the batches.
+    #[arg(long, value_name = "N,N", value_delimiter = ',', default_value = "1,4,16,64,256")]
+    pub(crate) tokens: Vec<usize>,
 }
 
 /// A device as the user names it.

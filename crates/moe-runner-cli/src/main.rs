@@ -5,8 +5,11 @@ mod builtin;
 mod checkpoints;
 mod commands;
 mod failure;
+mod formats;
 mod input;
 mod measure;
+mod memory;
+mod presets;
 mod report;
 mod splitting;
 
@@ -38,5 +41,6 @@ fn run(args: &Args) -> anyhow::Result<Report> {
         Command::Run(args) => commands::run::run(args, &common),
         Command::Inspect(args) => commands::inspect::run(args),
         Command::Explain(args) => commands::explain::run(args, &common),
+        Command::Bench(args) => commands::bench::run(args, &common),
     }
 }

@@ -1,11 +1,14 @@
 //! Times of repeated runs, and what the machine allows.
 
+use std::fmt;
 use std::time::{Duration, Instant};
 
 use moe_kernels::kernel::Kernel;
 use moe_kernels::limits::Limits;
 use moe_kernels::pool::Pool;
 use serde::Serialize;
+
+use crate::report::units::plural;
 
 /// How long the limits are measured: a second is ample.
 const LIMITS_BUDGET: Duration = Duration::from_secs(1);
@@ -32,6 +35,19 @@ impl MachineLimits {
     /// The least time that this machine needs to read so many bytes and do so much arithmetic.
     pub(crate) fn least_seconds(&self, bytes: f64, flops: f64) -> f64 {
         (bytes / self.read_gbps).max(flops / self.f32_gflops) / 1e9
+    }
+}
+
+impl fmt::Display for MachineLimits {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{}, {}: reads {:.1} GB/s, computes {:.0} GFLOP/s in f32 (measured now)",
+            plural(self.threads, "thread"),
+            self.isa,
+            self.read_gbps,
+            self.f32_gflops
+        )
     }
 }
 

@@ -20,16 +20,7 @@ pub(super) fn text(json: &CheckJson) -> String {
     let mut facts = Facts::new();
     facts.add("checkpoint", format!("{} ({})", one_line(&json.checkpoint), json.architecture));
     if let Some(machine) = &json.machine {
-        facts.add(
-            "machine",
-            format!(
-                "{}, {}: reads {:.1} GB/s, computes {:.0} GFLOP/s (measured now)",
-                plural(machine.threads, "thread"),
-                machine.isa,
-                machine.read_gbps,
-                machine.f32_gflops
-            ),
-        );
+        facts.add("machine", machine.to_string());
     }
     let mut out = format!("{facts}\n");
     if json.layers.len() <= IN_FULL {

@@ -1,0 +1,50 @@
+//! `bench`: its report has the promised shape, and its arguments are checked.
+
+use crate::{case, json, refused};
+
+#[test]
+fn a_checkpoints_layer_is_timed() {
+    let case = case("qwen2_moe_f16");
+    let mut args = vec!["bench".as_ref(), case.as_os_str()];
+    args.extend(["--layer", "2", "--tokens", "1,3", "--json"].map(std::ffi::OsStr::new));
+    let report = json(args);
+    let limits = &report["limits"];
+    let (read, compute) = (&limits["read_gbps"], &limits["gflops"]["f32"]);
+    assert!(read.as_f64().unwrap() > 0.0 && compute.as_f64().unwrap() > 0.0, "{limits}");
+    let rows = report["rows"].as_array().unwrap();
+    assert_eq!(rows.len(), 2);
+    for (row, tokens) in rows.iter().zip([1, 3]) {
+        let number = |key: &str| row[key].as_f64().unwrap_or_else(|| panic!("{key} in {row}"));
+        assert_eq!(row["tokens"], tokens);
+        assert!(number("min_s") <= number("median_s") && number("median_s") <= number("max_s"));
+        // shares follow from the rates and limits of the same report
+        let share = (number("gbps") / read.as_f64().unwrap())
+            .max(number("gflops") / compute.as_f64().unwrap());
+        assert!((number("limit_share") / share - 1.0).abs() < 1e-6, "{row}");
+    }
+    // one token: 4 of 12 experts of 3 · 64 · 40 weights, and the shared expert, in f16, and the gate
+    let bytes = rows[0]["bytes_weights_read"].as_f64().unwrap();
+    let experts = (4 * 3 * 64 * 40 + 3 * 64 * 72) as f64 * 2.0;
+    assert!((experts..=experts + 12.0 * 64.0 * 4.0).contains(&bytes), "{bytes}, {experts}");
+}
+
+#[test]
+fn unusable_arguments() {
+    let case = case("qwen2_moe_f16");
+    let case = case.to_str().unwrap();
+    for (args, says) in [
+        (&["--preset", "gpt-5"][..], "qwen3-30b-a3b"),
+        (&[], "presets are qwen3-30b-a3b"),
+        (&["--preset", "qwen3-30b-a3b", "--format", "int3"], "f32, f16, bf16"),
+        (&["--preset", "qwen3-30b-a3b", "--tokens", "0"], "--tokens"),
+        (&["--preset", "qwen3-30b-a3b", "--tokens", "1,x"], "--tokens"),
+        (&["--preset", "qwen3-30b-a3b", "--layer", "1"], "--layer"),
+        (&[case, "--preset", "qwen3-30b-a3b"], "--preset"),
+        (&[case, "--format", "bf16"], "--format"),
+        (&[case, "--layer", "1"], "layer 1 is no MoE layer"),
+        (&[case, "--layer", "all"], "one layer"),
+    ] {
+        let stderr = refused(2, [&["bench"][..], args].concat());
+        assert!(stderr.contains(says), "{stderr:?} should say {says:?}");
+    }
+}

@@ -212,7 +212,7 @@ fn text(json: &InspectJson) -> String {
     for (what, size) in [
         ("experts", bytes.experts),
         ("shared experts", bytes.shared_experts),
-        ("gate", bytes.gate),
+        ("router gate", bytes.gate),
         ("rest of the model", bytes.rest),
         ("total", bytes.total),
     ] {

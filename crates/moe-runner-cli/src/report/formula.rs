@@ -149,7 +149,7 @@ fn transformed(transform: &Transform, x: &str) -> String {
     })
 }
 
-/// An expert: `down(silu(gate(h))·up(h))`.
+/// An expert: `expert(h) = Wd·(silu(g)·u), g = Wg·h, u = Wu·h`.
 pub(crate) fn expert(gated: bool, activation: Activation, bias: bool, norm: bool) -> String {
     let function = match activation {
         Activation::Silu => "silu(g)".to_owned(),
@@ -179,5 +179,5 @@ pub(crate) fn expert(gated: bool, activation: Activation, bias: bool, norm: bool
     let biases = if bias { ", biases on all" } else { "" };
     let normed = if norm { ", then rmsnorm" } else { "" };
     let (g, what) = if gated { ("g = Wg·h, ", middle) } else { ("", middle) };
-    format!("Wd·({what}), {g}u = Wu·h{clamp}{biases}{normed}")
+    format!("expert(h) = Wd·({what}), {g}u = Wu·h{clamp}{biases}{normed}")
 }

@@ -7,7 +7,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::files::{New, Values, write};
-use crate::{case, cases, checkpoint, float_cases, json, moe_runner, name_of, refused};
+use crate::{case, cases, checkpoint, json, moe_runner, name_of, refused};
 
 /// The status and the JSON of `check`.
 fn check(path: &Path, flags: &[&OsStr]) -> (Option<i32>, Value) {
@@ -44,23 +44,14 @@ fn without_a_checkpoint_it_checks_its_own() {
 
 #[test]
 fn recorded_cases_are_right() {
-    for case in float_cases() {
+    for case in cases() {
         let recorded = case.join("golden.safetensors");
         let flags = ["--against".as_ref(), recorded.as_os_str()];
         let (status, report) = check(&checkpoint(&case), &flags);
         assert_eq!(status, Some(0), "{}: {}", name_of(&case), report["verdict"]);
-    }
-}
-
-/// Whatever the format: a verdict, and the status that fits it.
-#[test]
-fn every_recorded_checkpoint_gets_a_verdict() {
-    for case in cases() {
-        let (status, report) = check(&checkpoint(&case), &[]);
-        let ok = report["ok"].as_bool().unwrap();
-        assert_eq!(status, Some(if ok { 0 } else { 1 }), "{}", name_of(&case));
-        let problems = report["layers"][0]["problems"].as_array().unwrap();
-        assert_eq!(problems.is_empty(), report["layers"][0]["ok"].as_bool().unwrap());
+        for layer in report["layers"].as_array().unwrap() {
+            assert!(layer["recorded"].as_array().unwrap().len() >= 3, "{}", name_of(&case));
+        }
     }
 }
 

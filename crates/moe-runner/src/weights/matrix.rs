@@ -11,6 +11,7 @@ use half::{bf16, f16};
 
 use super::ActivationQuant;
 use super::encoding::Scaled;
+use super::portable::{RowWindow, Writer, write_floats};
 use crate::checkpoint::Bytes;
 use crate::spec::WeightFormat;
 
@@ -37,6 +38,11 @@ pub trait Encoding: Send + Sync {
     fn float_rows(&self) -> Option<FloatRows<'_>> {
         None
     }
+
+    /// Writes the rows of `window`, all their columns, as they are stored: what
+    /// [`Expert::from_bytes`](super::Expert::from_bytes) reads as an array of the same format and
+    /// the same values, of these rows alone.
+    fn write_rows(&self, window: RowWindow, to: &mut Writer);
 
     /// The codes and scales, where it is made of such: for kernels that read them.
     fn scaled(&self) -> Option<&Scaled> {
@@ -79,11 +85,11 @@ impl FloatType {
 /// One projection `[rows, cols]` = `[out, in]`: a window of an [`Encoding`].
 #[derive(Clone)]
 pub struct Matrix {
-    encoding: Arc<dyn Encoding>,
-    first_row: usize,
-    row_step: usize,
-    rows: usize,
-    cols: Range<usize>,
+    pub(super) encoding: Arc<dyn Encoding>,
+    pub(super) first_row: usize,
+    pub(super) row_step: usize,
+    pub(super) rows: usize,
+    pub(super) cols: Range<usize>,
     /// Quantisation of the rows that this matrix multiplies.
     pub input: ActivationQuant,
 }
@@ -263,9 +269,14 @@ impl FloatEncoding {
         Self::row_major(bytes.into(), FloatType::F32, rows, cols)
     }
 
-    fn at(&self, row: usize, col: usize) -> f32 {
+    /// `len` elements that lie in memory one after the other.
+    fn run(&self, row: usize, col: usize, len: usize) -> &[u8] {
         let index = (row * self.row_stride + col * self.col_stride) * self.float.size();
-        let bytes = &self.bytes[index..];
+        &self.bytes[index..index + len * self.float.size()]
+    }
+
+    fn at(&self, row: usize, col: usize) -> f32 {
+        let bytes = self.run(row, col, 1);
         match self.float {
             FloatType::F32 => f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]),
             FloatType::F16 => f16::from_le_bytes([bytes[0], bytes[1]]).to_f32(),
@@ -300,6 +311,11 @@ impl Encoding for FloatEncoding {
 
     fn bytes_of_rows(&self, rows: usize) -> usize {
         rows * self.cols * self.float.size()
+    }
+
+    fn write_rows(&self, window: RowWindow, to: &mut Writer) {
+        let len = if self.col_stride == 1 { self.cols } else { 1 };
+        write_floats(self.float, window, (self.cols, len), |row, col| self.run(row, col, len), to);
     }
 
     fn float_rows(&self) -> Option<FloatRows<'_>> {

@@ -7,6 +7,7 @@ mod activation;
 mod encoding;
 mod load;
 mod matrix;
+pub mod portable;
 mod quant;
 mod synthetic;
 

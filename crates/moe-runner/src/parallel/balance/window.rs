@@ -64,7 +64,7 @@ impl Loads {
     /// # Errors
     /// A rank that does not arrive, or has other layers or experts.
     pub fn all_reduce(&mut self, group: &dyn Communicator) -> Result<()> {
-        group.all_reduce(At::new("expert load", Step::Setup), &mut self.counts)
+        group.all_reduce(At::new("expert load", Step::Balance), &mut self.counts)
     }
 }
 

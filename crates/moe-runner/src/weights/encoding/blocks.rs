@@ -7,6 +7,7 @@ use moe_kernels::numerics::ggml::BlockType;
 use crate::checkpoint::Bytes;
 use crate::spec::WeightFormat;
 use crate::weights::Encoding;
+use crate::weights::portable::{RowWindow, Writer, write_blocks};
 
 /// Rows of blocks.
 #[derive(Clone, Debug)]
@@ -49,5 +50,9 @@ impl Encoding for Blocks {
 
     fn bytes_of_rows(&self, rows: usize) -> usize {
         rows * self.row_bytes
+    }
+
+    fn write_rows(&self, window: RowWindow, to: &mut Writer) {
+        write_blocks(self.block, window, self.cols, &self.bytes, self.row_bytes, to);
     }
 }

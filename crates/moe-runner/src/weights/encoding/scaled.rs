@@ -10,6 +10,7 @@ use super::{Element, ScaleType, Scales};
 use crate::checkpoint::Bytes;
 use crate::spec::{Granularity, WeightFormat};
 use crate::weights::Encoding;
+use crate::weights::portable::{RowWindow, Writer, write_scaled};
 
 /// What is subtracted from codes before they are scaled.
 #[derive(Clone, Debug, PartialEq)]
@@ -227,6 +228,10 @@ impl Encoding for Scaled {
         let order = self.group_of.as_ref().map_or(0, |groups| groups.len() * 4);
         let all = self.codes.len() + self.scales.bytes().len() + zeros + order;
         (all as u128 * rows as u128 / self.rows.max(1) as u128) as usize
+    }
+
+    fn write_rows(&self, window: RowWindow, to: &mut Writer) {
+        write_scaled(self, window, to);
     }
 
     fn scaled(&self) -> Option<&Scaled> {

@@ -7,10 +7,10 @@
 //!   come back and are added on the token's own rank.
 //!
 //! Dispatch takes *all* inputs of a row together, so that rows before and after it cannot be mixed
-//! up. Weights meet experts' outputs in one function, [`weighted_sum`]: in slot order, in f32. Each
-//! exchange says whether the sum it returns is complete, and that is all that decides on a later
-//! reduction. Both directions are split into start and finish, and several batches ("lanes") may be
-//! under way, so that other work can run in between.
+//! up. Experts' outputs are weighted and added in one function, [`weighted_sum`]: in slot order, in
+//! f32. Each exchange says whether the sum it returns is complete, and that is all that decides on a
+//! later reduction. Both directions are split into start and finish, and several batches ("lanes")
+//! may be under way, so that other work can run in between.
 
 mod all_to_all;
 mod gather;
@@ -32,7 +32,6 @@ use std::ops::Range;
 use crate::Result;
 use crate::experts::RowFormat;
 use crate::router::{LocalId, LogicalId, Routing};
-use crate::spec::WeightOn;
 
 /// The rows of this rank, with everything that belongs to them.
 #[derive(Clone, Copy, Debug)]
@@ -99,8 +98,8 @@ pub struct DispatchedRows<'a> {
 pub struct SlotRows<'a> {
     /// `[rows · k, stride]`, by slot; rows of slots without an expert here hold anything.
     pub values: &'a [f32],
-    /// What weights multiply.
-    pub weight_on: WeightOn,
+    /// Weights have been applied: to the experts' input, or by a kernel that rounds after it.
+    pub weighted: bool,
 }
 
 /// Brings rows to experts and results back. For each lane the four steps come in order; lanes may
@@ -160,8 +159,8 @@ pub trait Exchange: Send + std::fmt::Debug {
     ) -> Result<Completeness>;
 }
 
-/// `out[t] = Σ_j w_j · slots[t·k + j]`, in slot order, for the slots that `has` a row. The one place
-/// where weights meet experts' outputs. `out` is `[T, width]`, `slots` `[T·k, stride]`.
+/// `out[t] = Σ_j w_j · slots[t·k + j]`, in slot order, for the slots that `has` a row; without `w_j`
+/// where the rows are weighted already. `out` is `[T, width]`, `slots` `[T·k, stride]`.
 pub(crate) fn weighted_sum(
     weights: &[f32],
     top_k: usize,
@@ -173,10 +172,7 @@ pub(crate) fn weighted_sum(
     for (t, out) in out.chunks_exact_mut(width).enumerate() {
         out.fill(0.0);
         for slot in (t * top_k..(t + 1) * top_k).filter(|slot| has(*slot)) {
-            let weight = match slots.weight_on {
-                WeightOn::Output => weights[slot],
-                WeightOn::Input => 1.0,
-            };
+            let weight = if slots.weighted { 1.0 } else { weights[slot] };
             for (out, value) in out.iter_mut().zip(&slots.values[slot * stride..]) {
                 *out += weight * value;
             }

@@ -14,8 +14,10 @@ pub struct KernelDesc {
     pub summary: &'static str,
     /// Where it runs.
     pub device: Device,
-    /// The instruction set it needs.
+    /// The instruction set it needs, of the processor that it runs on or is launched from.
     pub isa: Isa,
+    /// The compute capability that it needs of an NVIDIA GPU, ten times: 90 for sm90.
+    pub compute_capability: u32,
     /// The number formats of weights it can read.
     pub weights: Formats<WeightFormat>,
     /// The quantisations of activations it can apply.
@@ -26,6 +28,12 @@ pub struct KernelDesc {
     pub multiples: (usize, usize),
     /// How rows come to it.
     pub row_format: RowFormat,
+    /// Adds biases after the two products.
+    pub biases: bool,
+    /// Normalises the experts' outputs.
+    pub norms: bool,
+    /// Multiplies its rows by the router's weights, before it rounds them: the combine only adds.
+    pub weighs: bool,
     /// Routes by itself; takes logits, returns weighted sums.
     pub monolithic: bool,
     /// Shared experts may run while this kernel's rows are on their way.

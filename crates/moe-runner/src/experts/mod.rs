@@ -1,25 +1,37 @@
 //! The experts' two products, and every kernel that computes them.
 //!
-//! A kernel gets rows and a [`Plan`]; it returns one row for each slot, not yet weighted. Weights
-//! and sums are the exchange's business, after the rows have come back to their token's rank, so
-//! that there is one order of summation for all kernels and all splits.
+//! A kernel gets rows and a [`Plan`]; it returns one row for each slot. Weights (unless the kernel
+//! [`weighs`](KernelDesc::weighs), because it rounds after that) and sums are the exchange's
+//! business, after the rows have come back to their token's rank, so that there is one order of
+//! summation for all kernels and all splits.
 
 pub mod cpu;
 mod desc;
+pub mod emulation;
 pub mod reference;
 
 pub use desc::{Determinism, Device, Formats, KernelDesc, RowFormat};
 
+use crate::hidden::ActivationDtype;
 use crate::plan::Plan;
 use crate::router::{Router, Routing};
 use crate::weights::Expert;
 use crate::{Error, Result, spec};
 use cpu::{CPU_AVX2, CPU_AVX512, CPU_PORTABLE, CpuExperts, SharedPool};
+use emulation::{EMULATION_MXFP8, EMULATION_NVFP4, EMULATION_OCP_MX, EMULATIONS, Emulation};
 use reference::{REFERENCE, REFERENCE_MONOLITHIC, Reference, ReferenceMonolithic};
 
 /// Every kernel, in order of preference.
-pub const KERNELS: &[&KernelDesc] =
-    &[&CPU_AVX512, &CPU_AVX2, &CPU_PORTABLE, &REFERENCE, &REFERENCE_MONOLITHIC];
+pub const KERNELS: &[&KernelDesc] = &[
+    &CPU_AVX512,
+    &CPU_AVX2,
+    &CPU_PORTABLE,
+    &EMULATION_NVFP4,
+    &EMULATION_OCP_MX,
+    &EMULATION_MXFP8,
+    &REFERENCE,
+    &REFERENCE_MONOLITHIC,
+];
 
 /// A kernel with its packed weights.
 #[derive(Debug)]
@@ -30,16 +42,23 @@ pub enum BuiltKernel {
     Monolithic(Box<dyn MonolithicExperts>),
 }
 
-/// Packs `set` for the kernel that `desc` describes.
+/// Packs `set` for the kernel that `desc` describes, to run on the threads of `pool`. `dtype` is the
+/// activations': kernels that store intermediate results round them to it.
 ///
 /// # Errors
-/// [`Error::NoKernel`] if the processor lacks the instruction set, or no kernel has that name.
-pub fn build(desc: &KernelDesc, set: ExpertSet<'_>, pool: &SharedPool) -> Result<BuiltKernel> {
+/// [`Error::NoKernel`] if the processor lacks the instruction set, no kernel has that name, or the
+/// kernel cannot compute these experts.
+pub fn build(
+    desc: &KernelDesc,
+    set: ExpertSet<'_>,
+    dtype: ActivationDtype,
+    pool: &SharedPool,
+) -> Result<BuiltKernel> {
     match desc.name {
         name if name == REFERENCE_MONOLITHIC.name => {
             Ok(BuiltKernel::Monolithic(Box::new(ReferenceMonolithic::new(set))))
         }
-        _ => build_dense(desc, set, pool).map(BuiltKernel::Modular),
+        _ => build_dense(desc, set, dtype, pool).map(BuiltKernel::Modular),
     }
 }
 
@@ -51,10 +70,14 @@ pub fn build(desc: &KernelDesc, set: ExpertSet<'_>, pool: &SharedPool) -> Result
 pub fn build_dense(
     desc: &KernelDesc,
     set: ExpertSet<'_>,
+    dtype: ActivationDtype,
     pool: &SharedPool,
 ) -> Result<Box<dyn Experts>> {
     if desc.name == REFERENCE.name || desc.name == REFERENCE_MONOLITHIC.name {
         return Ok(Box::new(Reference::new(set)));
+    }
+    if let Some(emulation) = EMULATIONS.into_iter().find(|known| known.name == desc.name) {
+        return Ok(Box::new(Emulation::new(emulation, set, dtype, pool.clone())?));
     }
     match [&CPU_AVX512, &CPU_AVX2, &CPU_PORTABLE].into_iter().find(|cpu| cpu.name == desc.name) {
         Some(cpu) => Ok(Box::new(CpuExperts::new(cpu, set, pool.clone())?)),
@@ -117,7 +140,8 @@ pub struct ExpertCall<'a> {
     pub stride: usize,
     /// The slots of these rows, by local expert.
     pub plan: &'a Plan,
-    /// Weight of each slot [rows · k]; kernels use it only where weights multiply the input.
+    /// Weight of each slot [rows · k]; kernels use it where weights multiply the input, and where
+    /// they [weigh](KernelDesc::weighs) their rows.
     pub weights: &'a [f32],
     /// One output row for each slot. Rows of slots without an expert here are not touched.
     pub out: &'a mut [f32],

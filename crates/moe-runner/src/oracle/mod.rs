@@ -35,6 +35,10 @@ pub struct Request {
     pub hidden: usize,
     /// Width between the two products, on this rank.
     pub intermediate: usize,
+    /// The experts have biases.
+    pub biases: bool,
+    /// The experts' outputs are normalised.
+    pub norms: bool,
     /// How the exchange hands over rows.
     pub row_format: RowFormat,
     /// Routing must happen outside the kernel, and why (a replayed routing, a dispatch by expert).
@@ -65,6 +69,8 @@ impl Request {
             activations,
             hidden: first.map_or(layer.spec.dims.routed_hidden, |e| e.up.cols()),
             intermediate: first.map_or(layer.spec.dims.intermediate, |e| e.up.rows()),
+            biases: layer.spec.expert.bias,
+            norms: layer.spec.expert.norm.is_some(),
             row_format: RowFormat::Standard,
             routed_outside: None,
         }
@@ -252,6 +258,12 @@ pub fn failing_conditions(
                 format!("a {what} size of {}", size.next_multiple_of(multiple)),
             );
         }
+    }
+    if request.biases && !kernel.biases {
+        fail("adds no biases to the experts' products".into(), "experts without biases".into());
+    }
+    if request.norms && !kernel.norms {
+        fail("does not normalise the experts' outputs".into(), "experts without a norm".into());
     }
     if kernel.row_format != request.row_format {
         fail(

@@ -65,7 +65,7 @@ impl MoeRunner {
         };
         let choice = oracle::select(experts::KERNELS, &request, &options.machine)?;
         let set = ExpertSet { experts: &share.experts, ..share.expert_set() };
-        let kernel: BuiltKernel = experts::build(choice.kernel, set, &options.pool)?;
+        let kernel: BuiltKernel = experts::build(choice.kernel, set, options.dtype, &options.pool)?;
         let method = QuantMethod { kernel, exchange };
         let slices = |experts: &[Expert], sliced: bool, group: &Arc<dyn Communicator>| {
             let wide = experts.first().is_some_and(|expert| expert.down.input.is_row_wide());

@@ -178,7 +178,7 @@ impl LoadedLayer {
     /// What the kernel refuses.
     pub fn quant_method(&self, kernel: &KernelDesc, options: &Options) -> Result<QuantMethod> {
         Ok(QuantMethod {
-            kernel: experts::build(kernel, self.expert_set(), &options.pool)?,
+            kernel: experts::build(kernel, self.expert_set(), options.dtype, &options.pool)?,
             exchange: Box::new(LocalExchange::new(self.experts.len())),
         })
     }
@@ -231,7 +231,8 @@ impl LoadedLayer {
                     weight_on: WeightOn::Output,
                     experts: &weights.experts,
                 };
-                let experts = experts::build_dense(choice.kernel, set, &options.pool)?;
+                let experts =
+                    experts::build_dense(choice.kernel, set, options.dtype, &options.pool)?;
                 Some(SharedExperts::new(shared.clone(), weights, experts))
             }
             (None, None) => None,

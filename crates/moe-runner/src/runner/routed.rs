@@ -19,7 +19,7 @@ use crate::experts::{BuiltKernel, ExpertCall, MonolithicCall};
 use crate::plan::Plan;
 use crate::router::{LogicalId, Router, Routing, Simulator};
 use crate::shared_experts::Point;
-use crate::spec::LayerSpec;
+use crate::spec::{LayerSpec, WeightOn};
 use crate::{Error, Result};
 
 /// What one micro-batch keeps between its steps.
@@ -132,7 +132,7 @@ impl RoutedCall<'_> {
         let (tokens, timeline) = (self.tokens, &mut *self.timeline);
         let rows = |lane| all.slice(share(tokens, lane, lanes));
         self.lanes.resize_with(lanes.max(self.lanes.len()), Lane::default);
-        let weight_on = self.layer.router.weight_on;
+        let weighted = kernel.desc().weighs || self.layer.router.weight_on == WeightOn::Input;
 
         for lane in 0..lanes {
             timeline.span("dispatch", Some(lane), || exchange.start_dispatch(lane, rows(lane)))?;
@@ -158,7 +158,7 @@ impl RoutedCall<'_> {
                 })
             })?;
             weight_bytes += kernel.weight_bytes(plan);
-            let slots = SlotRows { values: slots, weight_on };
+            let slots = SlotRows { values: slots, weighted };
             timeline.span("combine", Some(lane), || exchange.start_combine(lane, slots))?;
         }
         shared.reach(Point::DuringCombine, self.routing)?;
@@ -167,7 +167,7 @@ impl RoutedCall<'_> {
         for (lane, Lane { slots, .. }) in self.lanes.iter().enumerate().take(lanes) {
             let range = share(tokens, lane, lanes);
             let out = &mut out[range.start * width..range.end * width];
-            let slots = SlotRows { values: slots, weight_on };
+            let slots = SlotRows { values: slots, weighted };
             let state = timeline.span("wait for combine", Some(lane), || {
                 exchange.finish_combine(lane, rows(lane), slots, out)
             })?;

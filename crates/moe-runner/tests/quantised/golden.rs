@@ -4,8 +4,9 @@ use std::path::{Path, PathBuf};
 
 use crate::layers::{forward, nmse, runner, truth};
 use moe_runner::checkpoint::{Checkpoint, architecture};
-use moe_runner::experts::KERNELS;
+use moe_runner::experts::{KERNELS, KernelDesc};
 use moe_runner::hidden::ActivationDtype::F32;
+use moe_runner::oracle::{Machine, Request, failing_conditions};
 use moe_runner::spec::ActivationFormat;
 use moe_runner::weights::{LoadedLayer, diagnose};
 
@@ -47,9 +48,11 @@ fn load(checkpoint: &Checkpoint) -> Vec<LoadedLayer> {
     entries.iter().map(|entry| LoadedLayer::load(checkpoint, entry).unwrap()).collect()
 }
 
-fn kernels() -> Vec<&'static str> {
-    let isas = moe_runner::oracle::Machine::detect().isas;
-    KERNELS.iter().filter(|k| isas.contains(&k.isa)).map(|k| k.name).collect()
+/// Kernels that can run `layer` on this machine.
+fn kernels(layer: &LoadedLayer) -> Vec<&'static str> {
+    let (request, machine) = (Request::of(layer, F32), Machine::detect());
+    let able = |kernel: &KernelDesc| failing_conditions(kernel, &request, &machine).is_empty();
+    KERNELS.iter().filter(|kernel| able(kernel)).map(|kernel| kernel.name).collect()
 }
 
 /// Whether rows are quantised, and a rounding may flip where sums differ in their last bits.
@@ -120,7 +123,7 @@ fn every_case_equals_its_recorded_outputs_with_every_kernel() {
                 assert!(error <= bound, "{name} {at}, reference: NMSE {error:e}");
                 // against the reference, which rounds at the same points, it is closer still
                 let own = if quantised { 1e-4 } else { 1e-11 };
-                for kernel in kernels() {
+                for kernel in kernels(&layer) {
                     let y = forward(&mut runner(&layer, Some(kernel), F32), &x);
                     let error = nmse(&y, &out);
                     assert!(error <= bound, "{name} {at}, {kernel}: NMSE {error:e}");

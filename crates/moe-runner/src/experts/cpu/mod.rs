@@ -115,7 +115,8 @@ impl CpuExperts {
     }
 }
 
-fn largest_magnitude(row: &[f32]) -> f32 {
+/// `max|v|`, 0 of nothing.
+pub(super) fn largest_magnitude(row: &[f32]) -> f32 {
     row.iter().fold(0.0, |max, v| v.abs().max(max))
 }
 

@@ -28,7 +28,7 @@ use std::ops::Range;
 use moe_kernels::isa::Isa;
 use moe_kernels::kernel::RowsMut;
 
-use crate::experts::cpu::SharedPool;
+use crate::experts::cpu::{SharedPool, largest_magnitude};
 use crate::experts::reference::stored_bytes;
 use crate::experts::{
     Determinism, Device, ExpertCall, ExpertSet, ExpertShape, Experts, Formats, KernelDesc,
@@ -123,6 +123,7 @@ struct Buffers {
     x: Vec<f32>,
     h: Vec<f32>,
     y: Vec<f32>,
+    max: Vec<f32>,
     blocks: Vec<Range<usize>>,
     active: Vec<usize>,
 }
@@ -200,10 +201,10 @@ impl Experts for Emulation {
     }
 
     fn forward(&mut self, call: ExpertCall<'_>) -> Result<()> {
-        let ExpertCall { rows, stride, plan, weights, out } = call;
+        let ExpertCall { rows, stride, plan, weights, out, row_max } = call;
         let (ExpertShape { hidden, intermediate, .. }, dtype) = (self.shape, self.dtype);
         let slots = plan.slots_planned();
-        let Buffers { x, h, y, blocks, active } = &mut self.buffers;
+        let Buffers { x, h, y, max, blocks, active } = &mut self.buffers;
         active.clear();
         active.extend(plan.active());
         blocks.clear();
@@ -226,7 +227,7 @@ impl Experts for Emulation {
                     let weight = dtype.round(weights[slot as usize]);
                     to.iter_mut().for_each(|v| *v = dtype.round(*v * weight));
                 }
-                experts[e].up.quantise_input(to);
+                experts[e].up.quantise_input(to, None);
             }
         });
 
@@ -236,10 +237,19 @@ impl Experts for Emulation {
             let x = &x[blocks[block].start * hidden..blocks[block].end * hidden];
             gate_up(expert, activation, dtype, x, cols, tile);
         });
+        // slices of rows that other ranks hold the rest of are quantised as the whole rows would be
+        max.clear();
+        if let Some(row_max) = row_max {
+            max.extend(h.chunks_exact(intermediate.max(1)).map(largest_magnitude));
+            max.resize(slots, 0.0);
+            row_max(max)?;
+        }
+        let max = &*max;
         let mut h_rows = RowsMut::new(h, slots, intermediate, intermediate);
         h_rows.for_each_tile(pool, blocks, intermediate.max(1), &|block, _, mut tile| {
-            for i in 0..tile.rows() {
-                experts[active[block]].down.quantise_input(tile.row_mut(i));
+            for (i, slot) in blocks[block].clone().enumerate() {
+                let whole = max.get(slot).copied();
+                experts[active[block]].down.quantise_input(tile.row_mut(i), whole);
             }
         });
 

@@ -47,9 +47,13 @@ impl Operand {
         self.matrix.cols()
     }
 
-    /// Quantises and dequantises a row in f32, then rounds it to T.
-    pub(super) fn quantise_input(&self, row: &mut [f32]) {
-        self.input.apply(row);
+    /// Quantises and dequantises a row in f32, then rounds it to T. A slice of a row comes with the
+    /// largest magnitude of the whole.
+    pub(super) fn quantise_input(&self, row: &mut [f32], whole: Option<f32>) {
+        match whole {
+            Some(max) => self.input.apply_slice(row, max, &mut Vec::new()),
+            None => self.input.apply(row),
+        }
         row.iter_mut().for_each(|v| *v = self.dtype.round(*v));
     }
 

@@ -4,6 +4,8 @@
 #[path = "../layers/mod.rs"]
 mod layers;
 
+mod broken;
+mod configs;
 mod formats;
 mod golden;
 mod models;

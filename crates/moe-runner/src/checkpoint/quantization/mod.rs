@@ -18,7 +18,7 @@ pub use scheme::{InputScheme, MxElement, Number, ScaleShape, Scheme, WeightSchem
 
 use super::{Checkpoint, Config};
 use crate::{Error, Result};
-use pattern::Pattern;
+use pattern::{Matcher, Pattern};
 
 /// Where a configuration may stand in `config.json`.
 const KEYS: [&str; 4] = [
@@ -36,10 +36,10 @@ const MODELOPT_FILE: &str = "hf_quant_config.json";
 pub struct Quantization {
     config: Config,
     method: String,
-    /// Modules that are left as floats.
-    ignored: Vec<Pattern>,
-    /// The first rule that matches counts.
-    rules: Vec<Rule>,
+    /// Which list of modules comes first: 0 for those that are left as floats, then those of the
+    /// rules.
+    matcher: Matcher,
+    schemes: Vec<std::result::Result<Scheme, Unsupported>>,
 }
 
 #[derive(Clone, Debug)]
@@ -131,7 +131,13 @@ impl Quantization {
 
     fn new(config: &Config, method: &str, rules: Rules) -> Self {
         let Rules { ignored, rules } = rules;
-        Self { config: config.clone(), method: method.to_string(), ignored, rules }
+        let (mut modules, mut schemes) = (vec![ignored], vec![Ok(Scheme::FLOAT)]);
+        for rule in rules {
+            modules.push(rule.modules);
+            schemes.push(rule.scheme);
+        }
+        let matcher = Matcher::new(modules);
+        Self { config: config.clone(), method: method.to_string(), matcher, schemes }
     }
 
     /// `quant_method`.
@@ -141,7 +147,7 @@ impl Quantization {
 
     /// Whether the configuration names `module` as one that is left as it is.
     pub fn ignores(&self, module: &str) -> bool {
-        self.ignored.iter().any(|pattern| pattern.matches(module))
+        self.matcher.first(module) == Some(0)
     }
 
     /// How `module` (`model.layers.0.mlp.experts.0.gate_proj`) is stored; floats, where the
@@ -150,11 +156,7 @@ impl Quantization {
     /// # Errors
     /// [`Error::Config`] with the key that asks for something that is not supported, and what is.
     pub fn scheme(&self, module: &str) -> Result<Scheme> {
-        if self.ignores(module) {
-            return Ok(Scheme::FLOAT);
-        }
-        let rule = self.rules.iter().find(|rule| rule.modules.iter().any(|m| m.matches(module)));
-        match rule.map(|rule| &rule.scheme) {
+        match self.matcher.first(module).map(|list| &self.schemes[list]) {
             None => Ok(Scheme::FLOAT),
             Some(Ok(scheme)) => Ok(*scheme),
             Some(Err(Unsupported { key, reason })) => {

@@ -1,5 +1,7 @@
 //! Names and patterns of modules, in the ways that configurations write them.
 
+use std::collections::HashMap;
+
 use fancy_regex::Regex;
 
 use crate::Result;
@@ -12,21 +14,58 @@ pub(super) enum Pattern {
     All,
     /// The one of this name.
     Name(String),
+    /// The one of this name and those below it.
+    Tree(String),
     /// Those that the expression matches.
     Regex(Regex),
 }
 
-impl Pattern {
-    /// Whether it matches the full name `module`. An expression that cannot decide within its
-    /// bounds on backtracking does not match.
-    pub(super) fn matches(&self, module: &str) -> bool {
-        match self {
-            Self::All => true,
-            Self::Name(name) => name == module,
-            Self::Regex(regex) => regex.is_match(module).unwrap_or(false),
+/// Which of several lists of patterns matches a module first. Configurations may name every module
+/// of a model one by one, so that names are looked up, not gone through.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Matcher {
+    names: HashMap<String, usize>,
+    trees: HashMap<String, usize>,
+    /// With the number of their list, in order.
+    expressions: Vec<(usize, Regex)>,
+    /// The first list that matches everything.
+    all: Option<usize>,
+}
+
+impl Matcher {
+    pub(super) fn new(lists: impl IntoIterator<Item = Vec<Pattern>>) -> Self {
+        let mut matcher = Self::default();
+        for (list, patterns) in lists.into_iter().enumerate() {
+            for pattern in patterns {
+                match pattern {
+                    Pattern::All => matcher.all = matcher.all.or(Some(list)),
+                    Pattern::Name(name) => {
+                        matcher.names.entry(name).or_insert(list);
+                    }
+                    Pattern::Tree(name) => {
+                        matcher.trees.entry(name).or_insert(list);
+                    }
+                    Pattern::Regex(regex) => matcher.expressions.push((list, regex)),
+                }
+            }
         }
+        matcher
     }
 
+    /// The number of the first list that has a pattern for the full name `module`. An expression
+    /// that cannot decide within its bounds on backtracking does not match.
+    pub(super) fn first(&self, module: &str) -> Option<usize> {
+        let parents = module.match_indices('.').map(|(end, _)| &module[..end]);
+        let trees = parents.chain([module]).filter_map(|name| self.trees.get(name));
+        let named = trees.chain(self.names.get(module)).copied().chain(self.all).min();
+        let bound = named.unwrap_or(usize::MAX);
+        let mut expressions = self.expressions.iter().take_while(|(list, _)| *list < bound);
+        let found = expressions.find(|(_, regex)| regex.is_match(module).unwrap_or(false));
+        found.map(|(list, _)| *list).or(named)
+    }
+}
+
+impl Pattern {
     /// A full name, or `re:` and an expression that must match from the name's start on (Python's
     /// `re.match`): compressed-tensors.
     pub(super) fn name_or_regex(config: &Config, key: &str, text: &str) -> Result<Self> {
@@ -44,8 +83,10 @@ impl Pattern {
     /// A name with `*`, `?` and `[…]` for the whole name (Python's `fnmatch`): ModelOpt, Quark. A
     /// name without them also covers the modules below it.
     pub(super) fn glob(config: &Config, key: &str, text: &str) -> Result<Self> {
-        let below = if text.contains(['*', '?', '[']) { "" } else { r"(?:\..*)?" };
-        Self::compile(config, key, &format!("^(?:{}){below}$", translate(text)), text)
+        if !text.contains(['*', '?', '[']) {
+            return Ok(Self::Tree(text.to_string()));
+        }
+        Self::compile(config, key, &format!("^(?:{})$", translate(text)), text)
     }
 
     /// One or several components of the name's path, `*` standing for anything: `mlp.gate` matches
@@ -119,8 +160,26 @@ mod tests {
             (Pattern::components(config, "", "lm_head").unwrap(), "gate", false),
         ];
         for (pattern, name, expected) in cases {
-            assert_eq!(pattern.matches(&format!("{layer}{name}")), *expected, "{pattern:?} {name}");
+            let found = Matcher::new([vec![pattern.clone()]]).first(&format!("{layer}{name}"));
+            assert_eq!(found, expected.then_some(0), "{pattern:?} {name}");
         }
+    }
+
+    #[test]
+    fn the_first_list_counts_whatever_its_patterns_are() {
+        let config = &config();
+        let regex = |text| Pattern::regex(config, "", text).unwrap();
+        let lists = [
+            vec![regex(".*a.b$")],
+            vec![Pattern::Tree("x.a".into()), Pattern::Name("x.a.b".into())],
+            vec![Pattern::All],
+            vec![regex(".*")],
+        ];
+        let matcher = Matcher::new(lists);
+        for (module, first) in [("x.a.b", 0), ("x.a", 1), ("x.a.c.d", 1), ("x.ab", 2), ("y", 2)] {
+            assert_eq!(matcher.first(module), Some(first), "{module}");
+        }
+        assert_eq!(Matcher::new([vec![Pattern::Name("x".into())]]).first("x.a"), None);
     }
 
     #[test]

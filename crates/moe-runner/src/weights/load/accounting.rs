@@ -168,6 +168,8 @@ impl<'a> Loader<'a> {
                         !self.duplicates.iter().any(|(name, _)| name == tensor)
                             && self.noted.insert(tensor.clone())
                     }
+                    // the same for each expert
+                    Error::Config { key, .. } => self.noted.insert(format!("key {key}")),
                     _ => true,
                 };
                 if first {
@@ -195,6 +197,10 @@ impl<'a> Loader<'a> {
             self.claimed.contains(name) || entry.tensors.scopes.iter().any(|s| name.starts_with(s))
         });
         self.accounting.duplicates = self.duplicates;
+        if self.accounting.wrong.iter().any(|error| matches!(error, Error::Config { .. })) {
+            // without a format, nobody could ask for the tensors that make it up
+            return self.accounting;
+        }
         for name in unclaimed {
             if is_idle_expert(entry, name) {
                 continue;

@@ -70,5 +70,8 @@ fn float_type(tensor: &Tensor) -> Result<FloatType> {
 }
 
 fn unreadable(tensor: &Tensor, dtype: Dtype) -> Error {
-    tensor.error(format!("is {dtype} without the scales of a known number format"))
+    tensor.error(format!(
+        "is {dtype}, but no configuration says how it is quantised (quantization_config is missing, \
+         or leaves this module as it is)"
+    ))
 }

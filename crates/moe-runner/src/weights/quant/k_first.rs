@@ -98,7 +98,7 @@ pub(super) fn gptq(
         Some(groups) => with_groups(scaled, &groups)?,
         None => scaled,
     };
-    zero_bias(module)?;
+    module.set_zero_bias_aside()?;
     module.part(Arc::new(scaled))
 }
 
@@ -111,7 +111,8 @@ pub(super) fn packed_along_n(
     signed: bool,
 ) -> Result<Matrix> {
     let [rows, cols] = module.dims();
-    let quark = module.name(names::QWEIGHT).is_none();
+    let awq = [names::QWEIGHT, names::QSCALES, names::QZEROS].concat();
+    let quark = module.name(&awq).is_none();
     let (codes, scales, zeros) = match quark {
         true => (names::CODES, names::SCALES, names::ZEROS),
         false => (names::QWEIGHT, names::QSCALES, names::QZEROS),
@@ -150,7 +151,7 @@ pub(super) fn packed_along_n(
     }
     let scaled = Scaled::new(Element::Uint4, codes.into(), [rows, cols], scales, zeros, None)
         .ok_or_else(|| tensor.error("cannot be read with these scales"))?;
-    zero_bias(module)?;
+    module.set_zero_bias_aside()?;
     module.part(Arc::new(scaled))
 }
 
@@ -161,16 +162,5 @@ fn transpose_nibbles(from: &[u8], rows: usize, cols: usize, to: &mut [u8]) {
             let at = col * rows + row;
             to[at / 2] |= int4::nibble(from, row * cols + col) << (4 * (at % 2));
         }
-    }
-}
-
-/// Some writers give every module a bias. One of zeros is set aside; any other must have a role in
-/// the model.
-fn zero_bias(module: &mut Module) -> Result<()> {
-    let Some(name) = module.name(names::BIAS) else { return Ok(()) };
-    let bias = module.loader.checkpoint().tensor(&name)?;
-    match bias.map(|bias| bias.to_f32()).transpose()? {
-        Some(values) if values.iter().all(|b| *b == 0.0) => module.set_aside(names::BIAS),
-        _ => Ok(()),
     }
 }

@@ -37,7 +37,12 @@ pub(crate) fn matrix(loader: &mut Loader, projection: &Projection) -> Option<Res
     if is_float(loader, projection) {
         return None;
     }
-    Some(quantised(&mut Module { loader, projection }, scheme))
+    let module = &mut Module { loader, projection };
+    let matrix = quantised(module, scheme);
+    if matrix.is_err() {
+        module.set_all_aside();
+    }
+    Some(matrix)
 }
 
 /// Whether the module's weights are stored as floats.

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::names;
 use crate::Error;
 use crate::checkpoint::architecture::{Projection, Stack};
 use crate::checkpoint::{Dtype, Tensor};
@@ -53,11 +54,39 @@ impl Module<'_, '_> {
         }
     }
 
-    /// As [`find`](Self::find); the first of the names is missing if none is there.
+    /// As [`find`](Self::find). If none is there, the one is missing whose ending other tensors of
+    /// the checkpoint have, or else the first.
     pub(super) fn need(&mut self, endings: &[&str]) -> Result<Tensor> {
-        match self.find(endings)? {
-            Some(tensor) => Ok(tensor),
-            None => Err(Problem::Missing(self.projection.module.clone() + endings[0])),
+        if let Some(tensor) = self.find(endings)? {
+            return Ok(tensor);
+        }
+        let checkpoint = self.loader.checkpoint();
+        let usual = endings
+            .iter()
+            .filter(|ending| !ending.is_empty())
+            .find(|ending| checkpoint.names().any(|name| name.ends_with(*ending)));
+        Err(Problem::Missing(format!("{}{}", self.projection.module, usual.unwrap_or(&endings[0]))))
+    }
+
+    /// Gives all tensors of the module a role: one problem is enough to tell about.
+    pub(super) fn set_all_aside(&mut self) {
+        for endings in names::ALL {
+            for ending in *endings {
+                // what is wrong with one of them is not what is being told
+                let _ = self.find(&[ending]);
+            }
+        }
+        let _ = self.set_zero_bias_aside();
+    }
+
+    /// Some writers give every module a bias. One of zeros is set aside; any other must have a role
+    /// in the model.
+    pub(super) fn set_zero_bias_aside(&mut self) -> Result<()> {
+        let Some(name) = self.name(names::BIAS) else { return Ok(()) };
+        let bias = self.loader.checkpoint().tensor(&name)?;
+        match bias.map(|bias| bias.to_f32()).transpose()? {
+            Some(values) if values.iter().all(|b| *b == 0.0) => self.set_aside(names::BIAS),
+            _ => Ok(()),
         }
     }
 

@@ -62,3 +62,24 @@ pub(crate) const INPUT_ENCODE_SCALE: &[&str] = &[".input_global_scale", "_input_
 pub(crate) const INPUT_ZEROS: &[&str] = &[".input_zero_point", "_input_zero_point"];
 /// The bias, which some writers add to every module.
 pub(crate) const BIAS: &[&str] = &[".bias"];
+
+/// Every ending.
+pub(crate) const ALL: &[&[&str]] = &[
+    CODES,
+    PACKED,
+    PACKED_FLOATS,
+    SCALES,
+    ENCODE_SCALE,
+    DECODE_SCALE,
+    ZEROS,
+    GROUPS,
+    SHAPE,
+    QWEIGHT,
+    QSCALES,
+    QZEROS,
+    G_IDX,
+    INPUT_SCALE,
+    INPUT_SCALE_2,
+    INPUT_ENCODE_SCALE,
+    INPUT_ZEROS,
+];

@@ -14,9 +14,10 @@ use crate::weights::{Element, Global, Matrix, ScaleType, Scaled, Scales, Zeros};
 /// NVFP4. The tensor's scale divides or multiplies, as its name says.
 pub(super) fn nvfp4(module: &mut Module) -> Result<Matrix> {
     let multiplies = module.name(names::DECODE_SCALE).is_some();
+    let scale = module.need_scale(&[names::ENCODE_SCALE, names::DECODE_SCALE].concat())?;
     let global = match multiplies {
-        true => Global::Multiply(DecodeScale(module.need_scale(names::DECODE_SCALE)?)),
-        false => Global::Divide(EncodeScale(module.need_scale(names::ENCODE_SCALE)?)),
+        true => Global::Multiply(DecodeScale(scale)),
+        false => Global::Divide(EncodeScale(scale)),
     };
     blocks(module, Element::E2m1, ScaleType::E4m3, 16, Some(global))
 }

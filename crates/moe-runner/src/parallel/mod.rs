@@ -8,6 +8,7 @@
 
 pub mod balance;
 pub mod placement;
+pub mod rebalance;
 mod rows;
 pub mod shard;
 

@@ -69,78 +69,70 @@ fn ranks_with(map: &ExpertMap, id: LogicalId) -> Vec<usize> {
 ///
 /// # Errors
 /// As [`transfers`]; if `mine` are not as many as `old` says, on any rank; a rank that does not
-/// arrive. The layer must then be taken as it was before: nothing has changed.
+/// arrive. Every rank of the group then fails.
 pub fn move_experts(
     group: &dyn Communicator,
     layer: &str,
     (old, new): (&ExpertMap, &ExpertMap),
     mine: &[Expert],
 ) -> Result<Vec<Expert>> {
-    let rank = group.rank();
-    match my_parts(group, (old, new), mine) {
-        Err(error) => {
-            // the others must not wait for what this rank cannot send
-            group.abort(&format!("layer '{layer}': {error}"));
-            Err(error)
-        }
-        Ok((transfers, send)) => {
-            let received = group.all_to_all_v(At::new(layer, Step::MoveWeights), send)?;
-            let arrived = read(&transfers, &received, rank)
-                .map_err(|error| Error::Communication(format!("layer '{layer}': {error}")))?;
-            let had = old.held_by(rank);
-            let find = |id: &LogicalId| match had.iter().position(|held| held == id) {
-                Some(place) => mine.get(place),
-                None => arrived.iter().find(|(arrived, _)| arrived == id).map(|(_, e)| e),
-            };
-            new.held_by(rank)
-                .iter()
-                .map(|id| {
-                    find(id).cloned().ok_or_else(|| {
-                        Error::Communication(format!("layer '{layer}': expert {id} did not arrive"))
-                    })
-                })
-                .collect()
-        }
+    let moved = exchange(group, layer, (old, new), mine);
+    if let Err(error) = &moved {
+        // the others must not wait for this rank, nor go on with a placement that it does not have
+        group.abort(&format!("layer '{layer}': {error}"));
     }
+    moved
 }
 
-/// All transfers, and the bytes that this rank sends to each: for each expert their number, then
-/// the expert.
-fn my_parts(
+fn exchange(
     group: &dyn Communicator,
+    layer: &str,
     (old, new): (&ExpertMap, &ExpertMap),
     mine: &[Expert],
-) -> Result<(Vec<Transfer>, Parts<u8>)> {
-    let (rank, ranks) = (group.rank(), group.size());
+) -> Result<Vec<Expert>> {
+    let rank = group.rank();
     let transfers = transfers(old, new)?;
-    if old.ranks() != ranks || mine.len() != old.held_by(rank).len() {
+    if old.ranks() != group.size() || mine.len() != old.held_by(rank).len() {
         return Err(Error::input(
             "expert placement",
             format!(
-                "rank {rank} of {ranks} has {} experts; the placement has {} on it, of {} ranks",
+                "{} experts on rank {rank} of {}; the placement is for {} ranks of {}",
                 mine.len(),
-                old.held_by(rank.min(old.ranks() - 1)).len(),
-                old.ranks()
+                group.size(),
+                old.ranks(),
+                old.held_by(0).len()
             ),
         ));
     }
+    let send = parts(&transfers, (old.held_by(rank), mine), rank, group.size())?;
+    let received = group.all_to_all_v(At::new(layer, Step::MoveWeights), send)?;
+    let mut experts = read(&transfers, &received, rank)?;
+    experts.extend(old.held_by(rank).iter().copied().zip(mine.iter().cloned()));
+    let of = |id: &LogicalId| experts.iter().find(|(held, _)| held == id);
+    let all = new.held_by(rank).iter().map(of).collect::<Option<Vec<_>>>();
+    all.map(|all| all.into_iter().map(|(_, expert)| expert.clone()).collect())
+        .ok_or_else(|| Error::input("expert placement", "an expert did not arrive"))
+}
+
+/// What this rank, which holds `ids`, sends to each: for each expert the number of bytes, then them.
+fn parts(
+    transfers: &[Transfer],
+    (ids, experts): (&[LogicalId], &[Expert]),
+    rank: usize,
+    ranks: usize,
+) -> Result<Parts<u8>> {
     let (mut data, mut counts) = (Vec::new(), vec![0; ranks]);
     for (to, count) in counts.iter_mut().enumerate() {
         let start = data.len();
-        let here = old.held_by(rank).iter().zip(mine);
-        for (id, expert) in transfers
-            .iter()
-            .filter(|transfer| (transfer.from, transfer.to) == (rank, to))
-            .filter_map(|transfer| here.clone().find(|(id, _)| **id == transfer.expert))
-        {
-            let bytes = expert.to_bytes();
-            debug_assert!(transfers.iter().any(|transfer| transfer.expert == *id));
+        for transfer in transfers.iter().filter(|t| (t.from, t.to) == (rank, to)) {
+            let held = ids.iter().zip(experts).find(|(id, _)| **id == transfer.expert);
+            let bytes = held.map(|(_, expert)| expert.to_bytes()).unwrap_or_default();
             data.extend_from_slice(&(bytes.len() as u64).to_le_bytes());
             data.extend_from_slice(&bytes);
         }
         *count = data.len() - start;
     }
-    Ok((transfers, Parts::new(data, counts)?))
+    Parts::new(data, counts)
 }
 
 /// The experts that arrived at `rank`.
@@ -185,8 +177,7 @@ mod tests {
     fn receivers_are_divided_evenly_among_owners() {
         // expert 0: on ranks 0 and 1; ranks 2 to 6 need it: two each, the fifth from the first
         let old: &[&[u32]] = &[&[0], &[0], &[1], &[2], &[3], &[4], &[5]];
-        let new: &[&[u32]] =
-            &[&[0, 1], &[0, 2], &[1, 0], &[2, 0], &[3, 0], &[4, 0], &[5, 0]];
+        let new: &[&[u32]] = &[&[0, 1], &[0, 2], &[1, 0], &[2, 0], &[3, 0], &[4, 0], &[5, 0]];
         let want = [(0, 0, 2), (0, 0, 3), (0, 0, 6), (0, 1, 4), (0, 1, 5), (1, 2, 0), (2, 3, 1)];
         assert_eq!(ways(old, new), want);
     }

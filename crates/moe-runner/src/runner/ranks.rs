@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::ready::{Options, QuantMethod};
 use super::slices::Slices;
-use super::{MoeRunner, ReadyLayer};
+use super::{MoeRunner, MoeRunnerInterface, ReadyLayer};
 use crate::Result;
 use crate::comm::{self, Communicator, Groups};
 use crate::exchange::{
@@ -13,6 +13,7 @@ use crate::exchange::{
 use crate::experts::{self, BuiltKernel};
 use crate::oracle::{self, Request};
 use crate::parallel::{ExchangeKind, Parallel, shard};
+use crate::spec::LayerSpec;
 use crate::weights::{Expert, LoadedLayer};
 use crate::{Error, experts::ExpertSet};
 
@@ -52,7 +53,7 @@ impl MoeRunner {
         layer.spec.validate()?;
         let (sizes, rank) = (groups.sizes, groups.world.rank());
         let share = shard(layer, sizes, rank, &map)?;
-        let exchange = exchange(layer, options, groups, parallel, map)?;
+        let exchange = exchange(&layer.spec, options, groups, parallel, map)?;
         // chosen by the whole layer, so that all ranks choose alike, even one without experts
         let request = Request {
             kernel: options.kernel.clone(),
@@ -83,6 +84,29 @@ impl MoeRunner {
             .with_micro_batches(parallel.micro_batches);
         Ok(Self { routed_slices, shared_slices, ..runner })
     }
+
+    /// From the next forward pass on, this rank holds `experts`, and all experts are where `map`
+    /// says: what follows [`move_experts`](crate::parallel::rebalance::move_experts). The kernel
+    /// stays the same. All ranks do this between the same two passes, with the options and groups
+    /// that their runners were made with. Returns how the old experts executed.
+    ///
+    /// # Errors
+    /// As [`replace_quant_method`](MoeRunnerInterface::replace_quant_method); nothing has changed
+    /// then.
+    pub fn replace_experts(
+        &mut self,
+        experts: &[Expert],
+        map: Arc<ExpertMap>,
+        options: &Options,
+        groups: &Groups,
+        parallel: &Parallel,
+    ) -> Result<QuantMethod> {
+        let spec = self.layer.spec.clone();
+        let set = ExpertSet { spec: &spec.expert, weight_on: spec.router.weight_on, experts };
+        let kernel = experts::build(self.method().desc(), set, &options.pool)?;
+        let exchange = exchange(&spec, options, groups, parallel, map)?;
+        self.replace_quant_method(QuantMethod { kernel, exchange })
+    }
 }
 
 /// The exchange for these sizes.
@@ -93,14 +117,14 @@ impl MoeRunner {
 /// | differ | slices, or whole (naive) | gather over the ranks whose rows differ | partial if tp > 1 |
 /// | any | whole | all-to-all over all ranks | complete |
 fn exchange(
-    layer: &LoadedLayer,
+    spec: &LayerSpec,
     options: &Options,
     groups: &Groups,
     parallel: &Parallel,
     map: Arc<ExpertMap>,
 ) -> Result<Box<dyn Exchange>> {
-    let (sizes, name) = (groups.sizes, layer.spec.name.as_str());
-    let wire = Wire::exact(options.dtype, !layer.spec.input_transform.is_identity());
+    let (sizes, name) = (groups.sizes, spec.name.as_str());
+    let wire = Wire::exact(options.dtype, !spec.input_transform.is_identity());
     let completeness = match sizes.tp > 1 && sizes.sp() == 1 {
         true => Completeness::Partial,
         false => Completeness::Complete,

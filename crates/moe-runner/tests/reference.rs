@@ -2,24 +2,15 @@
 
 mod layers;
 
-use layers::{forward, nmse, options, rows, runner, truth, variants};
-use moe_runner::experts::{KERNELS, KernelDesc};
+use layers::{forward, kernels_for, nmse, options, rows, runner, truth, variants};
 use moe_runner::hidden::ActivationDtype::{Bf16, F16, F32};
-use moe_runner::oracle::{Machine, Request, failing_conditions};
-use moe_runner::weights::{FloatType, LoadedLayer, random_layer};
-
-/// Kernels that can run `layer` on this machine.
-fn kernels(layer: &LoadedLayer) -> Vec<&'static str> {
-    let (request, machine) = (Request::of(layer, F32), Machine::detect());
-    let able = |kernel: &KernelDesc| failing_conditions(kernel, &request, &machine).is_empty();
-    KERNELS.iter().filter(|kernel| able(kernel)).map(|kernel| kernel.name).collect()
-}
+use moe_runner::weights::{FloatType, random_layer};
 
 #[test]
 fn every_kernel_equals_the_reference_on_every_option() {
     for (name, spec) in variants() {
         let layer = random_layer(&spec, FloatType::F32, 7).unwrap();
-        for kernel in kernels(&layer) {
+        for kernel in kernels_for(&layer) {
             let mut runner = runner(&layer, Some(kernel), F32);
             for tokens in [1, 7, 33] {
                 let hidden = rows(F32, tokens, spec.dims.hidden, tokens as u64);
@@ -35,7 +26,7 @@ fn every_stored_float_type_is_read_exactly() {
     for float in [FloatType::F32, FloatType::F16, FloatType::Bf16] {
         let layer = random_layer(&layers::plain(), float, 3).unwrap();
         let hidden = rows(F32, 9, 48, 1);
-        for kernel in kernels(&layer) {
+        for kernel in kernels_for(&layer) {
             let error = nmse(
                 &forward(&mut runner(&layer, Some(kernel), F32), &hidden),
                 &truth(&layer, &hidden),

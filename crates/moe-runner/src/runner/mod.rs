@@ -237,7 +237,9 @@ impl MoeRunner {
         &self.layer.method
     }
 
-    /// Bytes of working memory for `tokens` tokens, known before anything runs.
+    /// Bytes of working memory for `tokens` tokens, known before anything runs: what the buffers of
+    /// a new runner grow to in one pass, and stay at. (Exchanges that move rows hold theirs besides;
+    /// so do threads a tile each, which all layers share.)
     pub fn workspace_bytes(&self, tokens: usize) -> usize {
         let spec = &self.layer.spec;
         let dims = spec.dims;
@@ -248,8 +250,18 @@ impl MoeRunner {
             BuiltKernel::Modular(kernel) => kernel.workspace_bytes(slots) + slots * stride * 4,
             BuiltKernel::Monolithic(_) => 0,
         };
-        let rows = tokens * (4 * dims.hidden + 2 * stride + dims.routed_hidden) * 4;
-        experts + shared + rows + tokens * spec.router.logits() * 4 + slots * 8
+        // rows before and after the input transform, padded rows; the routed sum, transformed
+        let (input, output) = (&spec.input_transform, &spec.output_transform);
+        let columns = 2 * dims.hidden
+            + input.widest(dims.hidden) * if input.is_identity() { 1 } else { 2 }
+            + if stride == dims.routed_hidden { 0 } else { stride }
+            + output.widest(dims.routed_hidden) * if output.is_identity() { 1 } else { 2 }
+            + if self.layer.shared.is_some() { 2 * dims.hidden } else { 0 }
+            + if spec.gate.scaled_rms_eps.is_some() { dims.hidden } else { 0 }
+            + spec.router.logits();
+        // ids and weights by slot, local ids, the plan; what grows with the experts alone
+        let routing = slots * (8 + 4 + 4) + spec.router.logits() * (64 + 4 * self.micro_batches);
+        experts + shared + tokens * columns * 4 + routing
     }
 
     fn padded_width(&self) -> usize {
@@ -271,16 +283,21 @@ impl MoeRunner {
             false => Err(Error::input(what, format!("{len} elements, {want} are needed"))),
         };
         expect("output", output.len(), tokens * dims.hidden)?;
-        for dtype in [input.hidden.dtype(), output.dtype()] {
-            // f32 rows are rounded to the layer's dtype; the only others are those of that dtype
-            if dtype != self.layer.dtype && dtype != ActivationDtype::F32 {
+        let shared_dtype = input.shared_input.map(|shared| shared.dtype());
+        for (what, dtype) in [
+            ("hidden_states", Some(input.hidden.dtype())),
+            ("shared_input", shared_dtype),
+            ("output", Some(output.dtype())),
+        ] {
+            // f32 carries every dtype's values; the layer's own dtype is the only other one
+            if let Some(dtype) = dtype
+                && dtype != self.layer.dtype
+                && dtype != ActivationDtype::F32
+            {
+                let (rows, own) = (dtype.name(), self.layer.dtype.name());
                 return Err(Error::input(
-                    "hidden_states",
-                    format!(
-                        "{} rows for a layer made ready for {}",
-                        dtype.name(),
-                        self.layer.dtype.name()
-                    ),
+                    what,
+                    format!("{rows} rows for a layer made ready for {own}"),
                 ));
             }
         }
@@ -368,7 +385,8 @@ impl MoeRunner {
             buffers.logits.clear();
             buffers.logits.extend_from_slice(logits);
         }
-        let shared_out = resized(std::mem::take(&mut buffers.shared), tokens * spec.dims.hidden);
+        let shared_len = layer.shared.as_ref().map_or(0, |_| tokens * spec.dims.hidden);
+        let shared_out = resized(std::mem::take(&mut buffers.shared), shared_len);
         let mut shared =
             SharedCall::new(layer.shared.as_mut(), self.order, &buffers.hidden, shared_out)
                 .with_slices(self.shared_slices.as_ref());

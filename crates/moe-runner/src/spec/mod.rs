@@ -133,6 +133,15 @@ impl Transform {
         self.steps.iter().all(|step| matches!(step, TransformStep::Linear { .. }))
     }
 
+    /// The most columns that rows of `width` columns have on the way, before and after included.
+    pub fn widest(&self, width: usize) -> usize {
+        let widths = self.steps.iter().filter_map(|step| match step {
+            TransformStep::Linear { width } => Some(*width),
+            TransformStep::RmsNorm(_) => None,
+        });
+        widths.fold(width, usize::max)
+    }
+
     /// Columns of the result for rows of `width` columns.
     pub fn output_width(&self, width: usize) -> usize {
         self.steps.iter().fold(width, |width, step| match step {

@@ -3,7 +3,9 @@
 
 use moe_runner::Result;
 use moe_runner::comm::{self, Sizes, run_ranks};
+use moe_runner::experts::{KERNELS, KernelDesc};
 use moe_runner::hidden::{ActivationDtype, Rows, RowsMut};
+use moe_runner::oracle::{Machine, Request, failing_conditions};
 use moe_runner::parallel::{ExchangeKind, Parallel, Placement};
 use moe_runner::random::Random;
 use moe_runner::runner::{
@@ -15,7 +17,7 @@ use moe_runner::spec::{
     LayerSpec, OutputSpec, Renormalise, RmsNorm, RoutedScale, RouterSpec, ScaleOn, Score,
     SharedCombine, SharedSpec, Transform, TransformStep, WeightFrom, WeightOn,
 };
-use moe_runner::weights::LoadedLayer;
+use moe_runner::weights::{FloatType, LoadedLayer, random_layer};
 
 /// Eight experts, two chosen, gated SiLU, nothing else.
 pub fn plain() -> LayerSpec {
@@ -144,6 +146,18 @@ pub fn variants() -> Vec<(&'static str, LayerSpec)> {
     add("output norm", &|s| s.output.norm = Some(NORM));
     add("output multiplier", &|s| s.output.multiplier = 0.22);
     all
+}
+
+/// Kernels that can run `layer` on this machine.
+pub fn kernels_for(layer: &LoadedLayer) -> Vec<&'static str> {
+    let (request, machine) = (Request::of(layer, ActivationDtype::F32), Machine::detect());
+    let able = |kernel: &KernelDesc| failing_conditions(kernel, &request, &machine).is_empty();
+    KERNELS.iter().filter(|kernel| able(kernel)).map(|kernel| kernel.name).collect()
+}
+
+/// Kernels that can run layers of floats on this machine.
+pub fn kernels() -> Vec<&'static str> {
+    kernels_for(&random_layer(&plain(), FloatType::F32, 0).expect("the layer is plain"))
 }
 
 /// Hidden states of unit variance, rounded to `dtype`.

@@ -140,9 +140,10 @@ impl SharedExperts {
         })?;
         for (t, out) in out.chunks_exact_mut(hidden).enumerate() {
             out.fill(0.0);
-            for slot in t * count..(t + 1) * count {
+            let slots = self.slots.chunks_exact(stride).enumerate().skip(t * count).take(count);
+            for (slot, values) in slots {
                 let weight = if weighted { router_weights[slot] } else { 1.0 };
-                for (out, v) in out.iter_mut().zip(&self.slots[slot * stride..]) {
+                for (out, v) in out.iter_mut().zip(values) {
                     *out += weight * v;
                 }
             }

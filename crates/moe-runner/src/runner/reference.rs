@@ -128,14 +128,14 @@ fn routed(
     for (e, weights) in layer.experts.iter().enumerate() {
         let mut chosen = Vec::new();
         let mut rows = Vec::new();
-        for t in 0..inputs.len() {
+        for (t, input) in inputs.iter().enumerate() {
             for (id, w) in routing.ids_of(t).iter().zip(routing.weights_of(t)) {
                 if id.index() == e {
                     let w = f64::from(*w);
                     let on_input = spec.router.weight_on == WeightOn::Input;
                     let (on_row, on_sum) = if on_input { (w, 1.0) } else { (1.0, w) };
                     chosen.push((t, on_sum * factor));
-                    rows.push(inputs[t].iter().map(|v| v * on_row).collect());
+                    rows.push(input.iter().map(|v| v * on_row).collect());
                 }
             }
         }

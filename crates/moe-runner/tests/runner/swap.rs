@@ -1,0 +1,89 @@
+//! A replaced quant method gives what a fresh runner gives, and one that does not fit is refused.
+
+use std::sync::Arc;
+
+use moe_runner::Error;
+use moe_runner::exchange::{Completeness, ExpertMap, LocalExchange};
+use moe_runner::experts::{BuiltKernel, ExpertSet, build};
+use moe_runner::hidden::ActivationDtype::F32;
+use moe_runner::router::LogicalId;
+use moe_runner::runner::{MoeRunnerInterface, QuantMethod};
+use moe_runner::spec::{Dims, RouterSpec};
+use moe_runner::weights::{FloatType, random_layer};
+
+use super::doubles::desc;
+use super::layers::{forward, kernels, nmse, options, plain, rows, runner, truth, variants};
+
+/// Every kernel after every other one, on every option: the bits of a fresh runner. (The shared
+/// experts and the gate stay those of the first.)
+#[test]
+fn a_swapped_kernel_gives_what_a_fresh_one_gives() {
+    for (name, spec) in variants() {
+        let layer = random_layer(&spec, FloatType::F32, 7).unwrap();
+        let hidden = rows(F32, 5, 48, 3);
+        let truth = truth(&layer, &hidden);
+        let options = options(None, F32);
+        let mut swapped = runner(&layer, None, F32);
+        for kernel in kernels().into_iter().chain(kernels().into_iter().rev()) {
+            let method = layer.quant_method(desc(kernel), &options).unwrap();
+            swapped.replace_quant_method(method).unwrap();
+            assert_eq!(swapped.method().desc().name, kernel);
+            let y = forward(&mut swapped, &hidden);
+            let error = nmse(&y, &truth);
+            assert!(error <= 1e-11, "{name}, {kernel}: NMSE {error:e}");
+            let mut fresh = runner(&layer, None, F32);
+            fresh
+                .replace_quant_method(layer.quant_method(desc(kernel), &options).unwrap())
+                .unwrap();
+            assert_eq!(y, forward(&mut fresh, &hidden), "{name}, {kernel}");
+        }
+    }
+}
+
+#[test]
+fn a_method_of_another_shape_is_refused_and_the_old_one_stays() {
+    let layer = random_layer(&plain(), FloatType::F32, 7).unwrap();
+    let options = options(None, F32);
+    let hidden = rows(F32, 5, 48, 3);
+    let mut runner = runner(&layer, None, F32);
+    let before = forward(&mut runner, &hidden);
+
+    let other = |experts, width| {
+        let mut spec = plain();
+        spec.router = RouterSpec::softmax(experts, 2, true);
+        spec.dims = Dims { hidden: width, routed_hidden: width, intermediate: 40 };
+        random_layer(&spec, FloatType::F32, 7).unwrap()
+    };
+    let local = |experts| Box::new(LocalExchange::new(experts));
+    let ids: Vec<LogicalId> = (0..8).map(LogicalId).collect();
+    let halves = Arc::new(ExpertMap::new(8, &[ids[..4].to_vec(), ids[4..].to_vec()]).unwrap());
+    let half = || Box::new(LocalExchange::of(halves.clone(), 1, Completeness::Partial));
+    let few = ExpertSet { experts: &layer.experts[..4], ..layer.expert_set() };
+    let kernel = |name, set: ExpertSet<'_>| build(desc(name), set, &options.pool).unwrap();
+
+    for name in kernels() {
+        let (wide, many) = (other(8, 64), other(9, 48));
+        let mut cases: Vec<(BuiltKernel, Box<dyn moe_runner::exchange::Exchange>, &str)> = vec![
+            (
+                kernel(name, wide.expert_set()),
+                local(8),
+                "rows of 64 columns, the experts' rows have 48",
+            ),
+            (kernel(name, many.expert_set()), local(9), "knows 9 experts, the layer has 8"),
+            (kernel(name, many.expert_set()), local(8), "holds 9 experts, it is to run 8"),
+            (kernel(name, few), local(8), "holds 4 experts, it is to run 8"),
+        ];
+        if !desc(name).monolithic {
+            cases.push((kernel(name, layer.expert_set()), half(), "it is to run 4 of 8"));
+        }
+        for (kernel, exchange, says) in cases {
+            let refused = runner.replace_quant_method(QuantMethod { kernel, exchange });
+            let Err(Error::Spec { layer, reason }) = refused else {
+                panic!("{name}: not refused: {says}")
+            };
+            assert_eq!(layer, "model.layers.0.mlp");
+            assert!(reason.contains(says), "{reason}");
+            assert_eq!(forward(&mut runner, &hidden), before);
+        }
+    }
+}

@@ -42,7 +42,7 @@ fn check(kernel: &str, layer: &LoadedLayer, ids: &[u32], top_k: usize, weight_on
     plan.build(&ids, top_k, experts);
     let set = moe_runner::experts::ExpertSet { weight_on, ..layer.expert_set() };
     let BuiltKernel::Modular(mut built) =
-        build(desc(kernel), set, &(Arc::new(Inline) as _)).unwrap()
+        build(desc(kernel), set, F32, &(Arc::new(Inline) as _)).unwrap()
     else {
         panic!("{kernel} routes by itself")
     };

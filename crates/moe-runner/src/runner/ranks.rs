@@ -103,7 +103,7 @@ impl MoeRunner {
     ) -> Result<QuantMethod> {
         let spec = self.layer.spec.clone();
         let set = ExpertSet { spec: &spec.expert, weight_on: spec.router.weight_on, experts };
-        let kernel = experts::build(self.method().desc(), set, &options.pool)?;
+        let kernel = experts::build(self.method().desc(), set, options.dtype, &options.pool)?;
         let exchange = exchange(&spec, options, groups, parallel, map)?;
         self.replace_quant_method(QuantMethod { kernel, exchange })
     }

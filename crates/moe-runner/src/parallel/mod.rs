@@ -7,6 +7,7 @@
 //! ```
 
 pub mod balance;
+pub mod cost;
 pub mod placement;
 pub mod rebalance;
 mod rows;

@@ -99,6 +99,16 @@ pub enum RowFormat {
     Batched,
 }
 
+impl RowFormat {
+    /// "standard" or "batched".
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Standard => "standard",
+            Self::Batched => "batched",
+        }
+    }
+}
+
 /// How far a kernel's results repeat; each includes those before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Determinism {

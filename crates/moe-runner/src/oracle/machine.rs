@@ -15,6 +15,37 @@ pub struct Machine {
     pub compute_capability: Option<u32>,
 }
 
+/// Processors by name, and their instruction sets.
+const PROCESSORS: [(&str, &[Isa]); 3] = [
+    ("portable", &[Isa::Portable]),
+    ("avx2", &[Isa::Portable, Isa::Avx2]),
+    ("avx512", &[Isa::Portable, Isa::Avx2, Isa::Avx512]),
+];
+
+/// NVIDIA's architectures with tensor cores: compute capability, ten times, and where it is found.
+const GPUS: [(u32, &str); 12] = [
+    (70, "Volta: V100"),
+    (75, "Turing: T4, RTX 20"),
+    (80, "Ampere: A100, A30"),
+    (86, "Ampere: A10, A40, RTX 30"),
+    (87, "Ampere: Jetson Orin"),
+    (89, "Ada: L4, L40S, RTX 40"),
+    (90, "Hopper: H100, H200, GH200"),
+    (100, "Blackwell: B200, GB200"),
+    (103, "Blackwell: B300, GB300"),
+    (110, "Blackwell: Jetson Thor"),
+    (120, "Blackwell: RTX PRO 6000, RTX 50"),
+    (121, "Blackwell: GB10"),
+];
+
+/// "sm90 (Hopper: H100, H200, GH200)".
+pub(super) fn gpu_name(capability: u32) -> String {
+    match GPUS.iter().find(|(known, _)| *known == capability) {
+        Some((_, found)) => format!("sm{capability} ({found})"),
+        None => format!("sm{capability}"),
+    }
+}
+
 impl Machine {
     /// This machine.
     pub fn detect() -> Self {
@@ -22,30 +53,46 @@ impl Machine {
         Self { name: "this machine".into(), isas: Isa::available(), compute_capability: None }
     }
 
-    /// Names that [`Self::named`] knows, as shown to users.
-    pub const NAMES: &'static str = "portable, avx2, avx512, or smNN (an x86-64 host with AVX-512 and an NVIDIA GPU, such as sm90)";
+    /// Every name that [`Self::named`] knows, with what it stands for.
+    pub fn names() -> Vec<(String, String)> {
+        let processor =
+            |(name, _): &(&str, _)| (name.to_string(), format!("a processor with {name}, no GPU"));
+        let gpu = |(capability, found): &(u32, &str)| {
+            let host = "in an x86-64 host with AVX-512";
+            (format!("sm{capability}"), format!("an NVIDIA GPU ({found}) {host}"))
+        };
+        PROCESSORS.iter().map(processor).chain(GPUS.iter().map(gpu)).collect()
+    }
 
-    /// A machine by name: a processor's instruction set, or an NVIDIA GPU's architecture.
+    /// A machine by name: a processor's instruction set, or an NVIDIA GPU's architecture, as `sm90`,
+    /// `sm_90` or, with features of that architecture alone, `sm90a`. Case does not matter.
     ///
     /// # Errors
     /// [`Error::Input`] listing the names.
     pub fn named(name: &str) -> Result<Self> {
-        let lower = name.to_ascii_lowercase();
-        let isas = |isas: &[Isa]| isas.to_vec();
-        let machine =
-            |isas, compute_capability| Ok(Self { name: lower.clone(), isas, compute_capability });
-        let all = [Isa::Portable, Isa::Avx2, Isa::Avx512];
-        match lower.as_str() {
-            "portable" => machine(isas(&all[..1]), None),
-            "avx2" => machine(isas(&all[..2]), None),
-            "avx512" => machine(isas(&all), None),
-            _ => match lower.strip_prefix("sm").map(str::parse) {
-                Some(Ok(capability @ 50..=199)) => machine(isas(&all), Some(capability)),
-                _ => Err(Error::input(
+        let lower = name.to_ascii_lowercase().replace('_', "");
+        if let Some((name, isas)) = PROCESSORS.iter().find(|(known, _)| *known == lower) {
+            return Ok(Self {
+                name: (*name).into(),
+                isas: isas.to_vec(),
+                compute_capability: None,
+            });
+        }
+        let digits = lower.strip_prefix("sm").map(|rest| rest.strip_suffix('a').unwrap_or(rest));
+        let capability = digits.and_then(|digits| digits.parse().ok());
+        match GPUS.iter().find(|(known, _)| Some(*known) == capability) {
+            Some((capability, _)) => Ok(Self {
+                name: format!("sm{capability}"),
+                isas: PROCESSORS[PROCESSORS.len() - 1].1.to_vec(),
+                compute_capability: Some(*capability),
+            }),
+            None => {
+                let names: Vec<String> = Self::names().into_iter().map(|(name, _)| name).collect();
+                Err(Error::input(
                     "machine",
-                    format!("'{name}' is not known; names are: {}", Self::NAMES),
-                )),
-            },
+                    format!("'{name}' is not known; names are: {}", names.join(", ")),
+                ))
+            }
         }
     }
 }

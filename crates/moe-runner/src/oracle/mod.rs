@@ -4,11 +4,13 @@
 //! machine go in; the chosen kernel comes out, with *every* failing condition of every other one and
 //! what would remove it. A kernel that the user names is used or refused, never replaced.
 
+mod conditions;
 mod machine;
+mod reason;
 
+pub use conditions::failing_conditions;
 pub use machine::Machine;
-
-use std::fmt;
+pub use reason::{Change, Reason, Rejection};
 
 use crate::experts::{Device, KernelDesc, RowFormat};
 use crate::hidden::ActivationDtype;
@@ -74,40 +76,6 @@ impl Request {
             row_format: RowFormat::Standard,
             routed_outside: None,
         }
-    }
-}
-
-/// One condition that a kernel fails, and the smallest change that would remove it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Reason {
-    /// The condition, with what is needed and what is there.
-    pub what: String,
-    /// The change.
-    pub fix: String,
-}
-
-impl fmt::Display for Reason {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} ({})", self.what, self.fix)
-    }
-}
-
-/// A kernel that cannot run, with every condition that it fails.
-#[derive(Clone, Debug)]
-pub struct Rejection {
-    /// The kernel.
-    pub kernel: &'static KernelDesc,
-    /// All failing conditions; never empty.
-    pub reasons: Vec<Reason>,
-}
-
-impl fmt::Display for Rejection {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: ", self.kernel.name)?;
-        for (i, reason) in self.reasons.iter().enumerate() {
-            write!(f, "{}{reason}", if i == 0 { "" } else { "; " })?;
-        }
-        Ok(())
     }
 }
 
@@ -200,87 +168,4 @@ fn why_not(kernel: &KernelDesc, chosen: &KernelDesc, request: &Request) -> Strin
     } else {
         format!("could run, but '{}' is preferred (--kernel {})", chosen.name, kernel.name)
     }
-}
-
-/// Every condition of `kernel` that `request` on `machine` does not meet.
-pub fn failing_conditions(
-    kernel: &KernelDesc,
-    request: &Request,
-    machine: &Machine,
-) -> Vec<Reason> {
-    let mut reasons = Vec::new();
-    let mut fail = |what: String, fix: String| reasons.push(Reason { what, fix });
-    if let Some(device) = request.device
-        && device != kernel.device
-    {
-        fail(
-            format!("runs on {}, {} was asked for", kernel.device.name(), device.name()),
-            format!("--device {}", kernel.device.name()),
-        );
-    }
-    match kernel.device {
-        Device::Cpu if !machine.isas.contains(&kernel.isa) => fail(
-            format!("needs {}, which {} does not have", kernel.isa.name(), machine.name),
-            format!("a processor with {}", kernel.isa.name()),
-        ),
-        Device::Cuda if machine.compute_capability.is_none() => fail(
-            format!("needs an NVIDIA GPU, which {} does not have", machine.name),
-            "a machine with an NVIDIA GPU and its driver".into(),
-        ),
-        _ => {}
-    }
-    for format in request.weights.iter().filter(|format| !kernel.weights.contains(format)) {
-        fail(
-            format!("cannot read {format} weights"),
-            format!("a checkpoint in {}", kernel.weights.list()),
-        );
-    }
-    for format in request.activations.iter().filter(|f| !kernel.activations.contains(f)) {
-        fail(
-            format!("does not take activations as {format}"),
-            format!("a checkpoint with activations as {}", kernel.activations.list()),
-        );
-    }
-    if !kernel.dtypes.contains(&request.dtype) {
-        let dtypes: Vec<&str> = kernel.dtypes.iter().map(|dtype| dtype.name()).collect();
-        fail(
-            format!("does not take {} hidden states", request.dtype.name()),
-            format!("--dtype {}", dtypes.join(" or ")),
-        );
-    }
-    for (what, size, multiple) in [
-        ("hidden", request.hidden, kernel.multiples.0),
-        ("intermediate", request.intermediate, kernel.multiples.1),
-    ] {
-        if multiple > 1 && !size.is_multiple_of(multiple) {
-            fail(
-                format!("needs a {what} size in multiples of {multiple}; it is {size}"),
-                format!("a {what} size of {}", size.next_multiple_of(multiple)),
-            );
-        }
-    }
-    if request.biases && !kernel.biases {
-        fail("adds no biases to the experts' products".into(), "experts without biases".into());
-    }
-    if request.norms && !kernel.norms {
-        fail("does not normalise the experts' outputs".into(), "experts without a norm".into());
-    }
-    if kernel.row_format != request.row_format {
-        fail(
-            format!(
-                "takes rows in {:?} order, the exchange delivers {:?}",
-                kernel.row_format, request.row_format
-            ),
-            format!("an exchange that delivers {:?} rows", kernel.row_format),
-        );
-    }
-    if let Some(why) = request.routed_outside
-        && kernel.monolithic
-    {
-        fail(
-            format!("routes by itself, but routing must happen outside: {why}"),
-            "a run without that".into(),
-        );
-    }
-    reasons
 }

@@ -1,0 +1,311 @@
+//! The oracle: whatever is asked of it, every kernel is accounted for, every reason is complete and
+//! every fix is true; and what it says is what happens.
+
+use std::path::Path;
+
+use moe_runner::Error;
+use moe_runner::checkpoint::{Checkpoint, architecture};
+use moe_runner::experts::{Device, Formats, KERNELS, KernelDesc, RowFormat};
+use moe_runner::hidden::ActivationDtype::{self, Bf16, F16, F32};
+use moe_runner::oracle::{Machine, Request, failing_conditions, select};
+use moe_runner::runner::Options;
+use moe_runner::spec::{ActivationFormat, Granularity, WeightFormat};
+use moe_runner::weights::LoadedLayer;
+use proptest::prelude::*;
+use proptest::sample::{select as one_of, subsequence};
+
+/// A kernel that no build has, with every requirement that a description can state.
+const CUDA: KernelDesc = KernelDesc {
+    name: "made_up_cuda",
+    device: Device::Cuda,
+    compute_capability: 100,
+    weights: Formats::Only(&[WeightFormat::Nvfp4, WeightFormat::Mxfp4]),
+    activations: Formats::Only(&[ActivationFormat::Nvfp4]),
+    dtypes: &[Bf16, F16],
+    multiples: (128, 64),
+    biases: false,
+    norms: false,
+    row_format: RowFormat::Batched,
+    monolithic: true,
+    by_name_only: false,
+    ..*KERNELS[0]
+};
+
+/// One that asks for less.
+const CUDA_ANY: KernelDesc = KernelDesc {
+    name: "made_up_cuda_any",
+    compute_capability: 0,
+    row_format: RowFormat::Standard,
+    monolithic: false,
+    weights: Formats::All,
+    activations: Formats::All,
+    ..CUDA
+};
+
+fn kernels() -> Vec<&'static KernelDesc> {
+    [&CUDA, &CUDA_ANY].into_iter().chain(KERNELS.iter().copied()).collect()
+}
+
+const WEIGHTS: [WeightFormat; 7] = [
+    WeightFormat::Bf16,
+    WeightFormat::Fp8(Granularity::Channel),
+    WeightFormat::Int8(Granularity::Channel),
+    WeightFormat::Nvfp4,
+    WeightFormat::Mxfp4,
+    WeightFormat::Mxfp6E3m2,
+    WeightFormat::Mxfp8,
+];
+
+const ACTIVATIONS: [ActivationFormat; 6] = [
+    ActivationFormat::Unquantised,
+    ActivationFormat::Fp8Token,
+    ActivationFormat::Int8Token,
+    ActivationFormat::Nvfp4,
+    ActivationFormat::Mxfp4,
+    ActivationFormat::Mxfp8,
+];
+
+fn requests() -> impl Strategy<Value = Request> {
+    let formats = (
+        subsequence(WEIGHTS.to_vec(), 1..=3),
+        subsequence(ACTIVATIONS.to_vec(), 1..=2),
+        one_of(vec![F32, Bf16, F16]),
+    );
+    let sizes = (
+        one_of(vec![16usize, 40, 64, 128, 200, 2048]),
+        one_of(vec![8usize, 48, 64, 96, 768]),
+        one_of(vec![RowFormat::Standard, RowFormat::Standard, RowFormat::Batched]),
+    );
+    let flags = (
+        one_of(vec![None, None, Some(Device::Cpu), Some(Device::Cuda)]),
+        any::<bool>(),
+        any::<bool>(),
+        one_of(vec![None, Some("the routing is replayed")]),
+    );
+    (formats, sizes, flags).prop_map(|((weights, activations, dtype), sizes, flags)| Request {
+        layer: "model.layers.3.mlp".into(),
+        kernel: None,
+        device: flags.0,
+        dtype,
+        weights,
+        activations,
+        hidden: sizes.0,
+        intermediate: sizes.1,
+        biases: flags.1,
+        norms: flags.2,
+        row_format: sizes.2,
+        routed_outside: flags.3,
+    })
+}
+
+fn machines() -> impl Strategy<Value = Machine> {
+    let names: Vec<String> = Machine::names().into_iter().map(|(name, _)| name).collect();
+    one_of(names).prop_map(|name| Machine::named(&name).unwrap())
+}
+
+fn error(result: Result<moe_runner::oracle::Choice, Error>) -> String {
+    result.unwrap_err().to_string()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(400) })]
+
+    #[test]
+    fn every_kernel_is_accounted_for(request in requests(), machine in machines()) {
+        let kernels = kernels();
+        let fails = |kernel: &KernelDesc| failing_conditions(kernel, &request, &machine);
+        let first = kernels.iter().find(|kernel| fails(kernel).is_empty() && !kernel.by_name_only);
+        match select(&kernels, &request, &machine) {
+            Ok(choice) => {
+                prop_assert_eq!(choice.kernel.name, first.unwrap().name);
+                for kernel in &kernels {
+                    let able = choice.able.iter().filter(|(k, _)| k.name == kernel.name).count();
+                    let mut rejections =
+                        choice.rejected.iter().filter(|r| r.kernel.name == kernel.name);
+                    let rejected = rejections.next();
+                    prop_assert!(rejections.next().is_none());
+                    let chosen = usize::from(choice.kernel.name == kernel.name);
+                    prop_assert_eq!(chosen + able + usize::from(rejected.is_some()), 1);
+                    if let Some(rejection) = rejected {
+                        prop_assert!(!rejection.reasons.is_empty());
+                        prop_assert_eq!(&rejection.reasons, &fails(kernel));
+                    }
+                }
+                prop_assert!(choice.able.iter().all(|(_, why)| !why.is_empty()));
+            }
+            Err(none) => {
+                prop_assert!(first.is_none());
+                // all of them are in the message, with all of their reasons
+                let text = none.to_string();
+                for kernel in &kernels {
+                    prop_assert!(text.contains(kernel.name));
+                    for reason in fails(kernel) {
+                        prop_assert!(text.contains(&reason.to_string()), "{} in {}", reason, text);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_named_kernel_is_used_or_refused_with_the_same_words(
+        request in requests(),
+        machine in machines(),
+    ) {
+        let kernels = kernels();
+        for kernel in &kernels {
+            let named = Request { kernel: Some(kernel.name.into()), ..request.clone() };
+            let reasons = failing_conditions(kernel, &request, &machine);
+            match select(&kernels, &named, &machine) {
+                Ok(choice) => {
+                    prop_assert_eq!(choice.kernel.name, kernel.name);
+                    prop_assert!(reasons.is_empty());
+                }
+                Err(refusal) => {
+                    prop_assert!(!reasons.is_empty(), "{}", refusal);
+                    let text = refusal.to_string();
+                    for reason in &reasons {
+                        prop_assert!(text.contains(&reason.to_string()), "{} in {}", reason, text);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn each_fix_removes_its_reason_and_all_of_them_enable_the_kernel(
+        request in requests(),
+        machine in machines(),
+    ) {
+        for kernel in kernels() {
+            let reasons = failing_conditions(kernel, &request, &machine);
+            let (mut all_request, mut all_machine) = (request.clone(), machine.clone());
+            for reason in &reasons {
+                let (mut request, mut machine) = (request.clone(), machine.clone());
+                reason.fix.apply(&mut request, &mut machine);
+                let left = failing_conditions(kernel, &request, &machine);
+                let others: Vec<_> = reasons.iter().filter(|r| *r != reason).cloned().collect();
+                prop_assert_eq!(left, others, "{}: {}", kernel.name, reason);
+                reason.fix.apply(&mut all_request, &mut all_machine);
+            }
+            prop_assert_eq!(failing_conditions(kernel, &all_request, &all_machine), vec![]);
+        }
+    }
+}
+
+/// The smallest change: not any larger size, the next one; not any GPU, the oldest that will do.
+#[test]
+fn reasons_and_fixes_in_words() {
+    let request = Request {
+        layer: "l".into(),
+        kernel: None,
+        device: Some(Device::Cpu),
+        dtype: F32,
+        weights: vec![WeightFormat::Int8(Granularity::Channel)],
+        activations: vec![ActivationFormat::Int8Token],
+        hidden: 130,
+        intermediate: 64,
+        biases: true,
+        norms: true,
+        row_format: RowFormat::Standard,
+        routed_outside: Some("the routing is replayed"),
+    };
+    let reasons = |machine: &str| {
+        let machine = Machine::named(machine).unwrap();
+        let all = failing_conditions(&CUDA, &request, &machine);
+        all.iter().map(ToString::to_string).collect::<Vec<_>>()
+    };
+    assert_eq!(
+        reasons("sm90"),
+        [
+            "runs on cuda, cpu was asked for (--device cuda)",
+            "needs an NVIDIA GPU of sm100 (Blackwell: B200, GB200); sm90 has sm90 (Hopper: H100, \
+             H200, GH200) (an NVIDIA GPU of sm100 (Blackwell: B200, GB200) or newer)",
+            "cannot read int8 (channel) weights (a checkpoint in nvfp4, mxfp4)",
+            "does not take activations as int8 (token) (a checkpoint with activations as nvfp4)",
+            "does not take f32 hidden states (--dtype bf16 or f16)",
+            "needs a hidden size in multiples of 128; it is 130 (a hidden size of 256)",
+            "adds no biases to the experts' products (experts without biases)",
+            "does not normalise the experts' outputs (experts without a norm)",
+            "takes batched rows, the exchange delivers standard ones (an exchange that delivers \
+             batched rows)",
+            "routes by itself, but routing must happen outside: the routing is replayed (a run \
+             without that)",
+        ]
+    );
+    assert_eq!(reasons("sm100").len(), reasons("sm90").len() - 1);
+    let avx512 = reasons("avx2");
+    assert!(avx512[1].starts_with("needs avx512, which avx2 does not have"), "{avx512:?}");
+    assert!(avx512[2].starts_with("needs an NVIDIA GPU, which avx2 does not have"), "{avx512:?}");
+}
+
+#[test]
+fn machines_by_name() {
+    let chosen = |machine: &str| {
+        let layer = layer("quant_qwen3_moe_nvfp4");
+        let machine = Machine::named(machine).unwrap();
+        select(KERNELS, &Request::of(&layer, Bf16), &machine).unwrap().kernel.name
+    };
+    assert_eq!(chosen("portable"), "cpu_portable");
+    assert_eq!(chosen("avx2"), "cpu_avx2");
+    assert_eq!(chosen("AVX512"), "cpu_avx512");
+    assert_eq!(chosen("sm90"), "cpu_avx512");
+    let capability = |name: &str| Machine::named(name).unwrap().compute_capability;
+    assert_eq!(["sm90", "sm_90", "SM90a"].map(capability), [Some(90); 3]);
+    assert_eq!(capability("sm100"), Some(100));
+    for unknown in ["", "sm", "sm91", "smx", "avx", "sm-90", "sm4294967386"] {
+        let text = Machine::named(unknown).unwrap_err().to_string();
+        assert!(text.contains("portable, avx2, avx512, sm70"), "{unknown}: {text}");
+    }
+}
+
+fn layer(case: &str) -> LoadedLayer {
+    let case = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(case);
+    let checkpoint = Checkpoint::open(&case).unwrap();
+    let entry = architecture::layers(&checkpoint).unwrap().remove(0);
+    LoadedLayer::load(&checkpoint, &entry).unwrap()
+}
+
+fn options(kernel: Option<&str>, dtype: ActivationDtype) -> Options {
+    Options { kernel: kernel.map(str::to_owned), ..Options::new(dtype, 1).unwrap() }
+}
+
+/// W8A8 in int8 and fp8 goes the same way as every other format: chosen, listed, refused.
+#[test]
+fn w8a8_of_compressed_tensors_is_chosen_and_refused_like_all_formats() {
+    for (case, weights, activations) in [
+        ("quant_qwen3_moe_int8_channel", "int8 (channel)", "int8 (token)"),
+        ("quant_qwen3_moe_fp8_channel", "fp8 (channel)", "fp8 (token)"),
+    ] {
+        let layer = layer(case);
+        let choice = layer.choose(&options(None, Bf16)).unwrap();
+        assert!(choice.kernel.name.starts_with("cpu_"), "{case}: {}", choice.kernel.name);
+        for name in ["emulation_nvfp4", "emulation_ocp_mx", "emulation_mxfp8"] {
+            let rejection = choice.rejected.iter().find(|r| r.kernel.name == name).unwrap();
+            let reasons: Vec<String> = rejection.reasons.iter().map(ToString::to_string).collect();
+            assert!(reasons[0].starts_with(&format!("cannot read {weights} weights")), "{case}");
+            let activations = format!("does not take activations as {activations}");
+            assert!(reasons[1].starts_with(&activations), "{case}: {reasons:?}");
+            let refusal = layer.ready(&options(Some(name), Bf16)).unwrap_err().to_string();
+            for reason in reasons {
+                assert!(refusal.contains(&reason), "{case}: {reason} in {refusal}");
+            }
+        }
+        for (kernel, _) in &choice.able {
+            let named = layer.choose(&options(Some(kernel.name), Bf16)).unwrap();
+            assert_eq!(named.kernel.name, kernel.name, "{case}");
+        }
+    }
+}
+
+#[test]
+fn a_name_that_no_kernel_has_is_answered_with_all_names() {
+    let request = Request {
+        kernel: Some("emulation".into()),
+        ..Request::of(&layer("quant_qwen3_moe_nvfp4"), Bf16)
+    };
+    let text = error(select(KERNELS, &request, &Machine::detect()));
+    for kernel in KERNELS {
+        assert!(text.contains(kernel.name), "{text}");
+    }
+}

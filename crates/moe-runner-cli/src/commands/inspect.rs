@@ -6,7 +6,7 @@ use anyhow::Result;
 use moe_runner::checkpoint::Container;
 use moe_runner::checkpoint::architecture::LayerEntry;
 use moe_runner::spec::LayerSpec;
-use moe_runner::weights::{Accounting, Expert, LoadedLayer, Matrix, account};
+use moe_runner::weights::{Accounting, Expert, Finding, LoadedLayer, Matrix, account, diagnose};
 use serde::Serialize;
 
 use crate::args::InspectArgs;
@@ -54,6 +54,10 @@ struct LayerJson {
     bytes: Bytes,
     missing: Vec<String>,
     wrong: Vec<String>,
+    /// What can be loaded, but is hardly meant: experts that were not quantised or not calibrated.
+    suspect: Vec<String>,
+    /// What is worth knowing about the quantisation.
+    notes: Vec<String>,
     unexpected: Vec<String>,
     duplicate: Vec<String>,
     spec: LayerSpec,
@@ -118,6 +122,7 @@ fn layer(opened: &Opened, entry: &LayerEntry) -> LayerJson {
         .collect();
     wrong.append(&mut wrong_experts);
     unexpected.sort();
+    let (suspect, notes) = findings(opened, entry);
     LayerJson {
         layer: spec.index,
         name: spec.name.clone(),
@@ -138,10 +143,20 @@ fn layer(opened: &Opened, entry: &LayerEntry) -> LayerJson {
         bytes,
         missing: accounting.missing,
         wrong,
+        suspect,
+        notes,
         unexpected,
         duplicate: accounting.duplicates.into_iter().map(|(name, _)| name).collect(),
         spec: spec.clone(),
     }
+}
+
+/// What diagnosis finds: what is hardly meant, and what is worth knowing.
+fn findings(opened: &Opened, entry: &LayerEntry) -> (Vec<String>, Vec<String>) {
+    let (faults, others): (Vec<Finding>, Vec<Finding>) =
+        diagnose(&opened.checkpoint, entry).into_iter().partition(|found| found.kind.is_fault());
+    let text = |found: Vec<Finding>| found.iter().map(Finding::to_string).collect();
+    (text(faults), text(others))
 }
 
 /// The number formats of every projection; more than one where experts differ.
@@ -149,7 +164,7 @@ fn formats(layer: &LoadedLayer) -> BTreeMap<&'static str, Vec<String>> {
     let mut formats: BTreeMap<&'static str, Vec<String>> = BTreeMap::new();
     let mut add = |what, matrix: &Matrix| {
         let input = matrix.input.format();
-        let mut name = matrix.format().to_string();
+        let mut name = matrix.describe();
         if input != moe_runner::spec::ActivationFormat::Unquantised {
             name += &format!(" × {input}");
         }
@@ -289,6 +304,8 @@ fn completeness(json: &InspectJson) -> String {
         for (what, names) in [
             ("missing", &layer.missing),
             ("wrong", &layer.wrong),
+            ("suspect", &layer.suspect),
+            ("note", &layer.notes),
             ("duplicate", &layer.duplicate),
             ("unexpected", &layer.unexpected),
         ] {

@@ -20,6 +20,11 @@ pub trait Encoding: Send + Sync {
     /// Its number format.
     fn format(&self) -> WeightFormat;
 
+    /// The format with all that belongs to it, for people.
+    fn describe(&self) -> String {
+        self.format().to_string()
+    }
+
     /// Rows of the whole array.
     fn rows(&self) -> usize;
 
@@ -149,6 +154,11 @@ impl Matrix {
     /// Number format of the stored values.
     pub fn format(&self) -> WeightFormat {
         self.encoding.format()
+    }
+
+    /// The format with sizes of groups and all else that belongs to it, for people.
+    pub fn describe(&self) -> String {
+        self.encoding.describe()
     }
 
     /// Writes row `row` (`cols()` values).

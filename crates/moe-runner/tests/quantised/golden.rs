@@ -2,11 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::kernels;
 use crate::layers::{forward, nmse, runner, truth};
 use moe_runner::checkpoint::{Checkpoint, architecture};
-use moe_runner::experts::{KERNELS, KernelDesc};
 use moe_runner::hidden::ActivationDtype::F32;
-use moe_runner::oracle::{Machine, Request, failing_conditions};
 use moe_runner::spec::ActivationFormat;
 use moe_runner::weights::{LoadedLayer, diagnose};
 
@@ -46,13 +45,6 @@ fn values(recorded: &Checkpoint, name: &str) -> Option<Vec<f32>> {
 fn load(checkpoint: &Checkpoint) -> Vec<LoadedLayer> {
     let entries = architecture::layers(checkpoint).unwrap();
     entries.iter().map(|entry| LoadedLayer::load(checkpoint, entry).unwrap()).collect()
-}
-
-/// Kernels that can run `layer` on this machine.
-fn kernels(layer: &LoadedLayer) -> Vec<&'static str> {
-    let (request, machine) = (Request::of(layer, F32), Machine::detect());
-    let able = |kernel: &KernelDesc| failing_conditions(kernel, &request, &machine).is_empty();
-    KERNELS.iter().filter(|kernel| able(kernel)).map(|kernel| kernel.name).collect()
 }
 
 /// Whether rows are quantised, and a rounding may flip where sums differ in their last bits.

@@ -10,3 +10,17 @@ mod formats;
 mod golden;
 mod models;
 mod schemes;
+
+use moe_runner::experts::KERNELS;
+use moe_runner::hidden::ActivationDtype::F32;
+use moe_runner::oracle::{Machine, Request, failing_conditions};
+use moe_runner::weights::LoadedLayer;
+
+/// Kernels that can run `layer` on this machine: the float ones and the reference always can.
+fn kernels(layer: &LoadedLayer) -> Vec<&'static str> {
+    let (machine, request) = (Machine::detect(), Request::of(layer, F32));
+    let able = KERNELS.iter().filter(|k| failing_conditions(k, &request, &machine).is_empty());
+    let names: Vec<&str> = able.map(|kernel| kernel.name).collect();
+    assert!(["cpu_portable", "reference"].iter().all(|name| names.contains(name)), "{names:?}");
+    names
+}

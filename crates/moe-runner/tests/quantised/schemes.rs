@@ -1,17 +1,12 @@
 //! Every format in two architectures, against values computed in [`formats`](crate::formats).
 
 use crate::formats::{FORMATS, Format};
+use crate::kernels;
 use crate::layers::{forward, nmse, options, rows, runner, truth};
 use crate::models::{Files, HIDDEN, MODELS, as_floats, matrices};
-use moe_runner::experts::KERNELS;
 use moe_runner::hidden::ActivationDtype::F32;
 use moe_runner::runner::MoeRunnerInterface;
 use moe_runner::spec::ActivationFormat;
-
-fn kernels() -> Vec<&'static str> {
-    let isas = moe_runner::oracle::Machine::detect().isas;
-    KERNELS.iter().filter(|k| isas.contains(&k.isa)).map(|k| k.name).collect()
-}
 
 /// Each stored value is the true one, rounded once; read whole, and through windows of columns
 /// that begin and end anywhere.
@@ -58,7 +53,7 @@ fn every_format_runs_with_every_kernel_as_the_same_floats_do() {
             let expected = truth(&as_floats(&layer, &files, model), &hidden);
             assert!(expected.iter().all(|v| v.is_finite()), "{}", format.name);
             let bound = if format.activations { 1e-4 } else { 1e-11 };
-            for kernel in kernels() {
+            for kernel in kernels(&layer) {
                 let y = forward(&mut runner(&layer, Some(kernel), F32), &hidden);
                 let error = nmse(&y, &expected);
                 let place = format!("{} {} {kernel}", model.name, format.name);
@@ -99,5 +94,20 @@ fn any_method_can_replace_any_other() {
             swapped.replace_quant_method(old).unwrap();
             assert_eq!(forward(&mut swapped, &hidden), fresh[from], "{names}, and back");
         }
+    }
+}
+
+#[test]
+fn formats_are_described_with_their_sizes() {
+    for (name, expected) in [
+        ("fp8 tensor", "fp8 (tensor)"),
+        ("fp8 block", "fp8 (block of 32x64)"),
+        ("int4 zeros", "int4 (group of 32, zero points)"),
+        ("int4 act-order", "int4 (group of 32) in act-order"),
+        ("nvfp4", "nvfp4"),
+    ] {
+        let format = FORMATS.iter().find(|format| format.name == name).unwrap();
+        let layer = Files::new(&MODELS[0], format, 1).load().unwrap();
+        assert_eq!(layer.experts[3].down.describe(), expected);
     }
 }

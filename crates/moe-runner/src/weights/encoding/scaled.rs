@@ -194,6 +194,21 @@ impl Encoding for Scaled {
         self.format
     }
 
+    fn describe(&self) -> String {
+        let [rows, cols] = self.scales.block();
+        let name = self.format.to_string();
+        // the formats' names hold the word where the size belongs
+        let sized = match self.scales.granularity() {
+            Granularity::Group => name.replace("group", &format!("group of {cols}")),
+            Granularity::Block => name.replace("block", &format!("block of {rows}x{cols}")),
+            Granularity::Tensor | Granularity::Channel => name,
+        };
+        match self.group_of {
+            Some(_) => sized + " in act-order",
+            None => sized,
+        }
+    }
+
     fn rows(&self) -> usize {
         self.rows
     }

@@ -1,17 +1,19 @@
 //! The one error type of the library: what is wrong, where, and what to do about it.
 
+use std::fmt::{self, Display, Write};
 use std::path::{Path, PathBuf};
 
 /// The result of everything here that can fail.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// What went wrong. Every message names the place (file, tensor, layer, expert) and, where there
-/// is something to do, what to do.
+/// is something to do, what to do. What it quotes may come from a hostile file: what it shows of
+/// each part is one line, without control characters, of bounded length.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
     /// A file could not be opened, read or written.
-    #[error("{path}: cannot {action}")]
+    #[error("{}: cannot {action}", line(path.display()))]
     Io {
         /// The file or folder.
         path: PathBuf,
@@ -22,7 +24,7 @@ pub enum Error {
         source: std::io::Error,
     },
     /// A file is not what its name or its header says.
-    #[error("{path}: {reason}")]
+    #[error("{}: {}", line(path.display()), line(reason))]
     File {
         /// The file.
         path: PathBuf,
@@ -30,7 +32,7 @@ pub enum Error {
         reason: String,
     },
     /// One tensor of a checkpoint is missing, of the wrong shape or dtype, or holds bad values.
-    #[error("{path}: tensor '{tensor}': {reason}")]
+    #[error("{}: tensor '{}': {}", line(path.display()), line(tensor), line(reason))]
     Tensor {
         /// The file that holds it, or the checkpoint's folder where it is missing.
         path: PathBuf,
@@ -40,7 +42,7 @@ pub enum Error {
         reason: String,
     },
     /// `config.json` (or the metadata of a GGUF file) has no, or no usable, value for a key.
-    #[error("{path}: '{key}': {reason}")]
+    #[error("{}: '{}': {}", line(path.display()), line(key), line(reason))]
     Config {
         /// The file.
         path: PathBuf,
@@ -50,7 +52,7 @@ pub enum Error {
         reason: String,
     },
     /// A layer's description contradicts itself.
-    #[error("layer '{layer}': {reason}")]
+    #[error("layer '{}': {}", line(layer), line(reason))]
     Spec {
         /// The layer's name in the checkpoint.
         layer: String,
@@ -109,6 +111,40 @@ impl Error {
     }
 }
 
+/// Longest part of a message that is shown, in characters.
+const MAX_SHOWN: usize = 2000;
+
+/// What `text` shows, with control characters escaped, cut off after [`MAX_SHOWN`] characters.
+fn line<T: Display>(text: T) -> Line<T> {
+    Line(text)
+}
+
+struct Line<T>(T);
+
+impl<T: Display> Display for Line<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        struct Escape<'a, 'b> {
+            out: &'a mut fmt::Formatter<'b>,
+            room: usize,
+        }
+        impl Write for Escape<'_, '_> {
+            fn write_str(&mut self, text: &str) -> fmt::Result {
+                for c in text.chars() {
+                    match self.room {
+                        0 => return Ok(()),
+                        1 => self.out.write_char('…')?,
+                        _ if c.is_control() => write!(self.out, "{}", c.escape_default())?,
+                        _ => self.out.write_char(c)?,
+                    }
+                    self.room -= 1;
+                }
+                Ok(())
+            }
+        }
+        write!(Escape { out: f, room: MAX_SHOWN }, "{}", self.0)
+    }
+}
+
 fn near_list(near: &[String]) -> String {
     match near {
         [] => String::new(),
@@ -134,4 +170,19 @@ pub(crate) fn nearest<'a>(name: &str, candidates: impl Iterator<Item = &'a str>)
         }
     }
     near.into_iter().map(|(_, candidate)| candidate.to_owned()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_show_no_control_characters_and_end() {
+        let path = Path::new("a\nb");
+        let error = Error::config(path, "k\0", "is '\u{1b}[2J'");
+        assert_eq!(error.to_string(), r"a\nb: 'k\u{0}': is '\u{1b}[2J'");
+        let error = Error::file(path, "é".repeat(1 << 20)).to_string();
+        assert_eq!(error.chars().count(), 6 + MAX_SHOWN);
+        assert!(error.ends_with("é…"), "{error}");
+    }
 }

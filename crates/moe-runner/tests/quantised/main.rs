@@ -10,6 +10,7 @@ mod formats;
 mod golden;
 mod models;
 mod schemes;
+mod stacks;
 
 use moe_runner::experts::KERNELS;
 use moe_runner::hidden::ActivationDtype::F32;

@@ -88,7 +88,8 @@ pub(crate) struct CommonArgs {
 const CHECK_EXAMPLES: &str = "Each MoE layer: every expert present and finite; the chosen kernel's output and routing against the
 float64 reference on the same inputs; time, share of this machine's measured limits, and load of the
 experts. NMSE is |y - r|^2 / |r|^2; its bound is 1e-11 for f32 activations, 1e-6 for f16, 1e-5 for
-bf16, and 1e-4 where activations are quantised.
+bf16, and 1e-4 where activations are quantised; emulation, which rounds all intermediate results to
+16 bits, has its own (docs/numerics.md).
 --against takes a file with layers.N.TAG.x and layers.N.TAG.out, or one that `run` wrote.
 
 Examples:

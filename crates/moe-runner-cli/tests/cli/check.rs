@@ -166,3 +166,15 @@ fn every_kernel_is_held_to_the_same_bounds() {
     }
     assert!(able.len() >= 2);
 }
+
+/// A kernel by name is the one that is checked, within its own bounds, in every dtype.
+#[test]
+fn emulated_hardware_is_checked_within_its_own_bounds() {
+    let nvfp4 = checkpoint(&case("quant_qwen3_moe_nvfp4"));
+    for dtype in ["f32", "f16", "bf16"] {
+        let flags = ["--kernel", "emulation_nvfp4", "--dtype", dtype].map(OsStr::new);
+        let (status, report) = check(&nvfp4, &flags);
+        assert_eq!(status, Some(0), "{dtype}: {report}");
+        assert_eq!(report["layers"][0]["kernel"], "emulation_nvfp4");
+    }
+}

@@ -32,6 +32,9 @@ pub struct KernelDesc {
     pub biases: bool,
     /// Normalises the experts' outputs.
     pub norms: bool,
+    /// Stores every intermediate result in the activations' dtype: that rounding is part of what it
+    /// computes, and of its distance to the reference.
+    pub rounds: bool,
     /// Multiplies its rows by the router's weights, before it rounds them: the combine only adds.
     pub weighs: bool,
     /// Routes by itself; takes logits, returns weighted sums.
@@ -42,6 +45,26 @@ pub struct KernelDesc {
     pub by_name_only: bool,
     /// How far its results repeat.
     pub determinism: Determinism,
+}
+
+impl KernelDesc {
+    /// The largest NMSE of a layer's output, to the float64 reference that quantises activations at
+    /// the same points, that is right. `quantised`: the layer does quantise them.
+    ///
+    /// Where activations are quantised between the two products, a last bit there may move a value
+    /// to the next quantised one; where intermediate results are rounded to 16 bits, it does so for
+    /// one or two values of a hundred.
+    pub fn bound(&self, dtype: ActivationDtype, quantised: bool) -> f64 {
+        match (dtype, quantised, self.rounds) {
+            (ActivationDtype::F32, false, _) => 1e-11,
+            (ActivationDtype::F16, false, _) => 1e-6,
+            (ActivationDtype::Bf16, false, false) => 1e-5,
+            (ActivationDtype::Bf16, false, true) => 4e-5,
+            (_, true, false) | (ActivationDtype::F32, true, true) => 1e-4,
+            (ActivationDtype::F16, true, true) => 5e-4,
+            (ActivationDtype::Bf16, true, true) => 4e-3,
+        }
+    }
 }
 
 /// Where a kernel runs.

@@ -27,6 +27,7 @@ pub const REFERENCE: KernelDesc = KernelDesc {
     row_format: RowFormat::Standard,
     biases: true,
     norms: true,
+    rounds: false,
     weighs: false,
     monolithic: false,
     overlaps_shared: true,

@@ -218,7 +218,7 @@ impl Checker<'_> {
             check.problems.push(format!("routing: weights differ by {difference:.1e}"));
         }
 
-        let bound = bound(layer, runner.dtype());
+        let bound = bound(layer, runner);
         let width = spec.dims.hidden;
         let tokens: Vec<(f64, f64)> = result
             .output
@@ -320,18 +320,11 @@ impl LayerInput {
     }
 }
 
-/// The largest NMSE that is right, by the dtype of the activations and the layer's formats.
-pub(super) fn bound(layer: &LoadedLayer, dtype: ActivationDtype) -> f64 {
+/// The largest NMSE that is right, by the kernel, the activations' dtype and the layer's formats.
+pub(super) fn bound(layer: &LoadedLayer, runner: &MoeRunner) -> f64 {
     let mut matrices = layer.experts.iter().flat_map(|e| e.gate.iter().chain([&e.up, &e.down]));
-    if matrices.any(|matrix| matrix.input.format() != ActivationFormat::Unquantised) {
-        // the activation between the two products is quantised again, and a rounding may flip
-        return 1e-4;
-    }
-    match dtype {
-        ActivationDtype::F32 => 1e-11,
-        ActivationDtype::F16 => 1e-6,
-        ActivationDtype::Bf16 => 1e-5,
-    }
+    let quantised = matrices.any(|m| m.input.format() != ActivationFormat::Unquantised);
+    runner.choice().kernel.bound(runner.dtype(), quantised)
 }
 
 /// `value ≤ bound`; NaN is not.

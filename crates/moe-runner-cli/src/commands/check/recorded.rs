@@ -92,14 +92,16 @@ impl Recorded {
         let dtype = runner.dtype();
         let mut run = |name: &str, input: &LayerInput| -> Result<(String, Forward, f64)> {
             if input.hidden.iter().all(|v| dtype.round(*v) == *v || v.is_nan()) {
-                return Ok((name.to_owned(), forward(runner, input)?, bound(layer, dtype)));
+                let bound = bound(layer, runner);
+                return Ok((name.to_owned(), forward(runner, input)?, bound));
             }
             let f32 = ActivationDtype::F32;
             let runner = match &mut exact {
                 Some(runner) => runner,
                 none => none.insert(MoeRunner::new(layer.ready(&common.options(f32))?)),
             };
-            Ok((format!("{name} (in f32)"), forward(runner, input)?, bound(layer, f32)))
+            let bound = bound(layer, runner);
+            Ok((format!("{name} (in f32)"), forward(runner, input)?, bound))
         };
         let mut comparisons = Vec::new();
         let prefix = format!("layers.{}.", spec.index);

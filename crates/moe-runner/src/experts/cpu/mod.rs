@@ -51,6 +51,7 @@ const fn desc(name: &'static str, summary: &'static str, isa: Isa) -> KernelDesc
         row_format: RowFormat::Standard,
         biases: true,
         norms: true,
+        rounds: false,
         weighs: false,
         monolithic: false,
         overlaps_shared: true,

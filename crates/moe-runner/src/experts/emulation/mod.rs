@@ -54,6 +54,7 @@ pub const EMULATION_NVFP4: KernelDesc = KernelDesc {
     multiples: (16, 16),
     biases: false,
     norms: false,
+    rounds: true,
     weighs: true,
     row_format: RowFormat::Standard,
     monolithic: false,

@@ -57,6 +57,9 @@ pub(crate) enum Command {
     /// Time a layer against this machine's limits.
     #[command(after_help = BENCH_EXAMPLES)]
     Bench(BenchArgs),
+    /// Show what splitting the layers over ranks would cost, before there are ranks.
+    #[command(after_help = PLAN_EXAMPLES)]
+    Plan(PlanArgs),
 }
 
 /// Flags that every command has.
@@ -133,6 +136,18 @@ Examples:
   moe-runner bench --preset qwen3-30b-a3b
   moe-runner bench --preset deepseek-v3 --format bf16 --tokens 1,8,64 --threads 8
   moe-runner bench ./OLMoE-1B-7B --layer 3 --kernel cpu_avx2 --json";
+
+const PLAN_EXAMPLES: &str = "Where the experts go when their load is balanced over the ranks, with copies of the busiest ones;
+balance before (experts in order, copies of the first ones) and after, as mean load of the ranks
+over the largest; bytes of weights on a rank; bytes that collectives send for a token, for each way
+of splitting. Counted byte by byte for one batch: of the trace, or of random tokens with a load as
+uneven as measured ones. Nothing is run, and weights are not read.
+--trace takes a routing trace: a safetensors file with NAME.topk_ids for each layer.
+
+Examples:
+  moe-runner plan ./DeepSeek-V3 --ranks 32 --redundant 32 --nodes 4
+  moe-runner plan ./Qwen3-30B-A3B --ranks 8 --layer 3
+  moe-runner plan model.gguf --ranks 4 --trace routing.safetensors --json";
 
 /// `check`
 #[derive(clap::Args, Debug)]
@@ -226,6 +241,31 @@ pub(crate) struct BenchArgs {
     /// Tokens of the batches.
     #[arg(long, value_name = "N,N", value_delimiter = ',', default_value = "1,4,16,64,256")]
     pub(crate) tokens: Vec<usize>,
+}
+
+/// `plan`
+#[derive(clap::Args, Debug)]
+pub(crate) struct PlanArgs {
+    /// Folder with config.json and *.safetensors, or a .gguf file.
+    pub(crate) checkpoint: PathBuf,
+    /// Ranks to split over.
+    #[arg(long, value_name = "N")]
+    pub(crate) ranks: usize,
+    /// Copies of experts beyond one each [default: as few as make them divide over the ranks].
+    #[arg(long, value_name = "R")]
+    pub(crate) redundant: Option<usize>,
+    /// Machines that the ranks are on, equally many on each.
+    #[arg(long, value_name = "M", default_value_t = 1)]
+    pub(crate) nodes: usize,
+    /// A recorded routing, to take the load of the experts from.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) trace: Option<PathBuf>,
+    /// Tokens of the batch whose traffic is counted.
+    #[arg(long, value_name = "N", default_value_t = 1024)]
+    pub(crate) tokens: usize,
+    /// Index of the decoder layer in the model, or `all` MoE layers.
+    #[arg(long, value_name = "N|all", default_value = "all", allow_hyphen_values = true)]
+    pub(crate) layer: LayerChoice,
 }
 
 /// A device as the user names it.

@@ -42,5 +42,6 @@ fn run(args: &Args) -> anyhow::Result<Report> {
         Command::Inspect(args) => commands::inspect::run(args),
         Command::Explain(args) => commands::explain::run(args, &common),
         Command::Bench(args) => commands::bench::run(args, &common),
+        Command::Plan(args) => commands::plan::run(args, &common),
     }
 }

@@ -4,4 +4,5 @@ pub(crate) mod bench;
 pub(crate) mod check;
 pub(crate) mod explain;
 pub(crate) mod inspect;
+pub(crate) mod plan;
 pub(crate) mod run;

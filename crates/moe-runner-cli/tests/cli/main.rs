@@ -7,6 +7,7 @@ mod bench;
 mod check;
 mod describe;
 mod files;
+mod plan;
 mod run;
 
 use std::path::{Path, PathBuf};

@@ -1,0 +1,369 @@
+//! `plan`: what splitting a checkpoint's MoE layers over ranks would cost, before there are ranks.
+
+use std::collections::BTreeMap;
+
+use anyhow::Result;
+use moe_runner::Error;
+use moe_runner::checkpoint::architecture::LayerEntry;
+use moe_runner::comm::{Kind, Sizes, Traffic};
+use moe_runner::exchange::ExpertMap;
+use moe_runner::hidden::ActivationDtype;
+use moe_runner::parallel::balance::{Rebalanced, Topology, initial, rebalance};
+use moe_runner::parallel::cost::{Pass, bytes_of, weight_bytes};
+use moe_runner::parallel::rebalance::transfers;
+use moe_runner::parallel::{ExchangeKind, Parallel};
+use moe_runner::random::Random;
+use moe_runner::router::{LogicalId, Trace};
+use moe_runner::spec::{LayerSpec, RouterSpec};
+use moe_runner::weights::LoadedLayer;
+use serde::Serialize;
+
+use crate::args::{Common, PlanArgs};
+use crate::checkpoints::Opened;
+use crate::failure::{one_line, unusable};
+use crate::report::table::{Columns, Facts, Tone, toned};
+use crate::report::{Report, units};
+
+/// More ranks than any deployment of one layer has.
+const MAX_RANKS: usize = 1024;
+
+#[derive(Serialize)]
+struct PlanJson {
+    path: String,
+    ranks: usize,
+    nodes: usize,
+    /// Tokens of the batch whose traffic is counted.
+    tokens: usize,
+    /// "trace" or "synthetic".
+    load: &'static str,
+    layers: Vec<LayerJson>,
+    splits: Vec<SplitJson>,
+}
+
+#[derive(Serialize)]
+struct LayerJson {
+    layer: usize,
+    experts: usize,
+    redundant: usize,
+    experts_per_rank: usize,
+    balance_before: f64,
+    balance_after: f64,
+    moved_experts: usize,
+    moved_bytes: usize,
+    /// Experts of each rank after balancing, in the order of its weights.
+    placement: Vec<Vec<u32>>,
+}
+
+/// One way of splitting, over all the layers.
+#[derive(Serialize)]
+struct SplitJson {
+    name: &'static str,
+    flags: String,
+    /// `None` where the split is refused.
+    cost: Option<CostJson>,
+    refused: Option<String>,
+}
+
+#[derive(Clone, Default, Serialize)]
+struct CostJson {
+    weight_bytes_min: usize,
+    weight_bytes_max: usize,
+    /// Bytes that all ranks together send, for one token through all the layers.
+    sent_bytes_per_token: f64,
+    /// Of that, by kind of collective.
+    sent_by_collective: BTreeMap<&'static str, f64>,
+    /// Bytes that the busiest rank sends or receives (the larger of the two) for the whole batch.
+    busiest_rank_bytes: u64,
+    collectives: u64,
+}
+
+/// A layer with what its tokens choose.
+struct Planned {
+    layer: LoadedLayer,
+    dtype: ActivationDtype,
+    /// `[tokens, k]`: the batch whose traffic is counted.
+    ids: Vec<LogicalId>,
+    balanced: Rebalanced,
+}
+
+/// Runs the command.
+pub(crate) fn run(args: &PlanArgs, common: &Common) -> Result<Report> {
+    let (ranks, nodes) = (args.ranks, args.nodes);
+    if !(1..=MAX_RANKS).contains(&ranks) {
+        return Err(unusable(format!("--ranks {ranks}: must be 1 to {MAX_RANKS}")));
+    }
+    if nodes == 0 || !ranks.is_multiple_of(nodes) {
+        return Err(unusable(format!("--nodes {nodes}: must divide the {ranks} ranks")));
+    }
+    if args.tokens == 0 {
+        return Err(unusable("--tokens 0: there must be at least one"));
+    }
+    let opened = Opened::open(&args.checkpoint)?;
+    let entries = opened.select(&args.layer)?;
+    let trace = args.trace.as_deref().map(Trace::load).transpose()?;
+    let mut planned = Vec::new();
+    let mut layers = Vec::new();
+    for entry in entries {
+        let (layer, json) = plan_layer(&opened, entry, args, common, trace.as_ref())?;
+        planned.push(layer);
+        layers.push(json);
+    }
+    let tokens = planned.iter().map(|p| p.ids.len() / p.layer.spec.router.top_k).max();
+    let json = PlanJson {
+        path: args.checkpoint.display().to_string(),
+        ranks,
+        nodes,
+        tokens: tokens.unwrap_or(0),
+        load: if trace.is_some() { "trace" } else { "synthetic" },
+        splits: splits(ranks).into_iter().map(|split| price(split, &planned)).collect(),
+        layers,
+    };
+    Report::new(true, text(&json), &json)
+}
+
+fn plan_layer(
+    opened: &Opened,
+    entry: &LayerEntry,
+    args: &PlanArgs,
+    common: &Common,
+    trace: Option<&Trace>,
+) -> Result<(Planned, LayerJson)> {
+    let layer = opened.load(entry)?;
+    let (spec, router) = (&layer.spec, &layer.spec.router);
+    let topology = topology(spec, args)?;
+    let all = match trace {
+        Some(trace) => recorded(spec, trace)?,
+        None => skewed(router, args.tokens, common.seed.wrapping_add(spec.index as u64)),
+    };
+    let mut load = vec![0.0; router.experts];
+    all.iter().filter(|id| id.index() < router.experts).for_each(|id| load[id.index()] += 1.0);
+    let before = initial(router.experts, topology)?;
+    let balanced = rebalance(&load, &before, topology.groups, topology.nodes)?;
+    let moved = transfers(&before, &balanced.map)?;
+    let bytes =
+        moved.iter().map(|t| bytes_of(std::slice::from_ref(&layer.experts[t.expert.index()])));
+    let json = LayerJson {
+        layer: spec.index,
+        experts: router.experts,
+        redundant: topology.physical() - router.experts,
+        experts_per_rank: topology.slots,
+        balance_before: balanced.before,
+        balance_after: balanced.after,
+        moved_experts: moved.len(),
+        moved_bytes: bytes.sum(),
+        placement: (0..args.ranks)
+            .map(|rank| balanced.map.held_by(rank).iter().map(|id| id.0).collect())
+            .collect(),
+    };
+    let ids = all.into_iter().take(args.tokens.saturating_mul(router.top_k)).collect();
+    let dtype = opened.dtype(common, &layer);
+    Ok((Planned { layer, dtype, ids, balanced }, json))
+}
+
+/// The physical experts: as many redundant ones as were asked for, or as few as divide.
+fn topology(spec: &LayerSpec, args: &PlanArgs) -> Result<Topology> {
+    let experts = spec.router.experts;
+    let least = experts.next_multiple_of(args.ranks) - experts;
+    let redundant = args.redundant.unwrap_or(least);
+    if redundant > experts.saturating_mul(args.ranks) - experts {
+        return Err(unusable(format!(
+            "--redundant {redundant}: every rank would hold all {experts} experts of layer {} and more",
+            spec.index
+        )));
+    }
+    let flat = Topology::flat(experts, redundant, args.ranks)
+        .map_err(|error| unusable(format!("--redundant {redundant}: {error}")))?;
+    let groups = spec.router.groups.map_or(1, |groups| groups.count);
+    Ok(Topology { groups, nodes: args.nodes, ..flat })
+}
+
+/// What a trace recorded for a layer.
+fn recorded(spec: &LayerSpec, trace: &Trace) -> Result<Vec<LogicalId>> {
+    let Some(layer) = trace.layer(&spec.name) else {
+        let names: Vec<&str> = trace.layers().iter().map(|layer| layer.name()).collect();
+        let reason = format!("has no layer '{}'; it has {}", spec.name, names.join(", "));
+        return Err(Error::input("routing trace", reason).into());
+    };
+    let router = &spec.router;
+    if (layer.choices(), layer.top_k()) != (router.choices(), router.top_k) {
+        let reason = format!(
+            "layer '{}' was recorded with {} experts and top-{}; it has {} and top-{}",
+            spec.name,
+            layer.choices(),
+            layer.top_k(),
+            router.choices(),
+            router.top_k
+        );
+        return Err(Error::input("routing trace", reason).into());
+    }
+    Ok(layer.ids().collect())
+}
+
+/// A load as uneven as measured ones: expert popularities spread log-normally (σ = 1), and every
+/// token draws k different experts by them.
+fn skewed(router: &RouterSpec, tokens: usize, seed: u64) -> Vec<LogicalId> {
+    let random = &mut Random::new(seed);
+    let popularity: Vec<f64> = (0..router.experts).map(|_| random.normal()).collect();
+    let mut ids = Vec::new();
+    for _ in 0..tokens {
+        // the k largest of log-weights with Gumbel noise are a draw without replacement
+        let mut keys: Vec<(f64, u32)> = popularity
+            .iter()
+            .zip(0..)
+            .map(|(weight, id)| (weight - (-random.unit().ln()).ln(), id))
+            .collect();
+        keys.sort_by(|a, b| b.0.total_cmp(&a.0));
+        let chosen = keys.iter().cycle().take(router.top_k);
+        ids.extend(chosen.map(|(_, id)| LogicalId(*id)));
+    }
+    ids
+}
+
+/// The ways that an operator chooses among.
+fn splits(ranks: usize) -> Vec<(&'static str, String, Parallel)> {
+    let way = |name, flags: &str, tp, dp, expert_parallel, exchange| {
+        let sizes = Sizes { tp, dp, expert_parallel, ..Sizes::default() };
+        (
+            name,
+            flags.replace('N', &ranks.to_string()),
+            Parallel { sizes, exchange, ..Parallel::default() },
+        )
+    };
+    use ExchangeKind::{Auto, Naive};
+    vec![
+        way("TP", "--tp N", ranks, 1, false, Auto),
+        way("EP", "--tp N --ep", ranks, 1, true, Auto),
+        way("EP, naive", "--tp N --ep --exchange naive", ranks, 1, true, Naive),
+        way("DP", "--dp N", 1, ranks, false, Auto),
+        way("DP + EP", "--dp N --ep", 1, ranks, true, Auto),
+        way("DP + EP, naive", "--dp N --ep --exchange naive", 1, ranks, true, Naive),
+    ]
+}
+
+fn price(
+    (name, flags, parallel): (&'static str, String, Parallel),
+    layers: &[Planned],
+) -> SplitJson {
+    match cost(&parallel, layers) {
+        Ok(cost) => SplitJson { name, flags, cost: Some(cost), refused: None },
+        Err(error) => SplitJson { name, flags, cost: None, refused: Some(error.to_string()) },
+    }
+}
+
+fn cost(parallel: &Parallel, layers: &[Planned]) -> moe_runner::Result<CostJson> {
+    let ranks = parallel.sizes.ranks();
+    let mut weights = vec![0; ranks];
+    let mut traffic = vec![Traffic::default(); ranks];
+    let mut cost = CostJson::default();
+    for Planned { layer, dtype, ids, balanced } in layers {
+        let one = ExpertMap::one_rank(layer.experts.len());
+        let map = if parallel.sizes.use_ep() { &balanced.map } else { &one };
+        let bytes = weight_bytes(layer, parallel, map)?;
+        weights.iter_mut().zip(bytes).for_each(|(sum, bytes)| *sum += bytes.routed + bytes.shared);
+        let pass = Pass::new(layer, *dtype, parallel, map)?;
+        let tokens = (ids.len() / layer.spec.router.top_k).max(1) as f64;
+        for (rank, counts) in pass.traffic(ids).into_iter().enumerate() {
+            for kind in Kind::ALL.iter().filter(|kind| counts.of(**kind).sent > 0) {
+                let per_token = counts.of(*kind).sent as f64 / tokens;
+                *cost.sent_by_collective.entry(kind.name()).or_default() += per_token;
+                cost.sent_bytes_per_token += per_token;
+            }
+            traffic[rank] = traffic[rank].plus(&counts);
+        }
+    }
+    let totals = traffic.iter().map(|traffic| traffic.total());
+    cost.busiest_rank_bytes =
+        totals.clone().map(|total| total.sent.max(total.received)).max().unwrap_or(0);
+    cost.collectives = totals.map(|total| total.calls).max().unwrap_or(0);
+    cost.weight_bytes_min = weights.iter().copied().min().unwrap_or(0);
+    cost.weight_bytes_max = weights.iter().copied().max().unwrap_or(0);
+    Ok(cost)
+}
+
+fn text(json: &PlanJson) -> String {
+    let mut out = format!("{}\n\n", toned(Tone::Title, &one_line(&json.path)));
+    let mut facts = Facts::new();
+    facts.add("ranks", format!("{} on {}", json.ranks, units::plural(json.nodes, "node")));
+    facts.add(
+        "load",
+        match json.load {
+            "trace" => "as recorded in the trace".to_owned(),
+            _ => "synthetic: popularity of experts spread log-normally (--trace takes a real one)"
+                .to_owned(),
+        },
+    );
+    facts.add("traffic of", units::plural(json.tokens, "token"));
+    out += &facts.to_string();
+
+    out += &format!(
+        "\n{}\n",
+        toned(Tone::Title, "balance of the experts over ranks (mean / largest load)")
+    );
+    let mut table = Columns::new(&[
+        ">layer",
+        ">experts",
+        ">copies",
+        ">a rank",
+        ">before",
+        ">after",
+        ">moved",
+        ">bytes moved",
+    ]);
+    for layer in &json.layers {
+        table.row([
+            layer.layer.to_string(),
+            layer.experts.to_string(),
+            layer.redundant.to_string(),
+            layer.experts_per_rank.to_string(),
+            format!("{:.3}", layer.balance_before),
+            format!("{:.3}", layer.balance_after),
+            layer.moved_experts.to_string(),
+            units::bytes(layer.moved_bytes),
+        ]);
+    }
+    out += &table.to_string();
+    if let [layer] = &json.layers[..] {
+        out += &format!("\n{}\n", toned(Tone::Title, "placement"));
+        let mut table = Columns::new(&[">rank", "experts"]);
+        for (rank, experts) in layer.placement.iter().enumerate() {
+            let experts: Vec<String> = experts.iter().map(ToString::to_string).collect();
+            table.row([rank.to_string(), experts.join(" ")]);
+        }
+        out += &table.to_string();
+    }
+
+    let noun = units::plural(json.layers.len(), "layer");
+    out += &format!("\n{}\n", toned(Tone::Title, &format!("ways to split {noun}, balanced")));
+    let mut table = Columns::new(&[
+        "split",
+        "flags of run",
+        ">weights a rank",
+        ">sent a token",
+        ">busiest rank",
+        ">collectives",
+    ]);
+    for split in &json.splits {
+        match &split.cost {
+            None => table.row([split.name.to_owned(), split.flags.clone(), "refused".to_owned()]),
+            Some(cost) => table.row([
+                split.name.to_owned(),
+                split.flags.clone(),
+                match (units::bytes(cost.weight_bytes_min), units::bytes(cost.weight_bytes_max)) {
+                    (least, most) if least == most => most,
+                    (least, most) => format!("{least} to {most}"),
+                },
+                units::bytes(cost.sent_bytes_per_token.round() as usize),
+                units::bytes(cost.busiest_rank_bytes as usize),
+                cost.collectives.to_string(),
+            ]),
+        }
+    }
+    out += &table.to_string();
+    for split in &json.splits {
+        if let Some(reason) = &split.refused {
+            out += &format!("{}: {}\n", split.name, one_line(reason));
+        }
+    }
+    out + "\nsent a token: bytes that all ranks together send for one token; busiest rank: what one \
+           sends or receives at most for the whole batch"
+}

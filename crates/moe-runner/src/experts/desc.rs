@@ -53,16 +53,17 @@ impl KernelDesc {
     ///
     /// Where activations are quantised between the two products, a last bit there may move a value
     /// to the next quantised one; where intermediate results are rounded to 16 bits, it does so for
-    /// one or two values of a hundred.
+    /// one or two values of a hundred. The bounds hold for a single token, in which a few such values
+    /// weigh most: too wide there to notice a small defect. The same kernel in f32 notices it.
     pub fn bound(&self, dtype: ActivationDtype, quantised: bool) -> f64 {
         match (dtype, quantised, self.rounds) {
             (ActivationDtype::F32, false, _) => 1e-11,
             (ActivationDtype::F16, false, _) => 1e-6,
             (ActivationDtype::Bf16, false, false) => 1e-5,
-            (ActivationDtype::Bf16, false, true) => 4e-5,
+            (ActivationDtype::Bf16, false, true) => 1e-4,
             (_, true, false) | (ActivationDtype::F32, true, true) => 1e-4,
-            (ActivationDtype::F16, true, true) => 5e-4,
-            (ActivationDtype::Bf16, true, true) => 4e-3,
+            (ActivationDtype::F16, true, true) => 5e-3,
+            (ActivationDtype::Bf16, true, true) => 2e-2,
         }
     }
 }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use anyhow::Result;
 use clap::{Args, ValueEnum};
 use moe_runner::comm::{Communicator, Groups, Sizes, mpi, run_ranks};
+use moe_runner::experts::RowFormat;
 use moe_runner::parallel::{ExchangeKind, Parallel, Placement};
 
 use crate::failure::unusable;
@@ -36,6 +37,9 @@ pub(crate) struct Splitting {
     /// How rows reach the experts.
     #[arg(long, value_enum, default_value_t = Exchange::Auto)]
     exchange: Exchange,
+    /// How the exchange lays out the rows that it delivers to the experts.
+    #[arg(long, value_enum, default_value_t = Rows::Standard)]
+    row_format: Rows,
     /// Which rank holds which experts, with --ep.
     #[arg(long, value_enum, default_value_t = PlacementRule::Linear)]
     placement: PlacementRule,
@@ -52,6 +56,14 @@ enum Exchange {
     Naive,
     /// Each row goes only to the ranks that own its experts; needs --ep.
     AllToAll,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Rows {
+    /// In any order.
+    Standard,
+    /// Each expert's rows together.
+    Batched,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -105,6 +117,10 @@ impl Splitting {
                 Exchange::Auto => ExchangeKind::Auto,
                 Exchange::Naive => ExchangeKind::Naive,
                 Exchange::AllToAll => ExchangeKind::AllToAll,
+            },
+            row_format: match self.row_format {
+                Rows::Standard => RowFormat::Standard,
+                Rows::Batched => RowFormat::Batched,
             },
             micro_batches: self.dbo,
             ..Parallel::default()

@@ -25,7 +25,7 @@ const CUDA: KernelDesc = KernelDesc {
     multiples: (128, 64),
     biases: false,
     norms: false,
-    row_format: RowFormat::Batched,
+    row_formats: &[RowFormat::Batched],
     monolithic: true,
     by_name_only: false,
     ..*KERNELS[0]
@@ -35,7 +35,7 @@ const CUDA: KernelDesc = KernelDesc {
 const CUDA_ANY: KernelDesc = KernelDesc {
     name: "made_up_cuda_any",
     compute_capability: 0,
-    row_format: RowFormat::Standard,
+    row_formats: &[RowFormat::Standard],
     monolithic: false,
     weights: Formats::All,
     activations: Formats::All,

@@ -81,3 +81,25 @@ fn all_to_all_without_whole_experts_is_refused() {
         .to_string();
     assert!(error.contains("needs expert parallelism"), "{error}");
 }
+
+/// Too many rows for an expert are an error of the exchange, never dropped.
+#[test]
+fn a_batch_beyond_its_capacity_is_refused() {
+    use moe_runner::exchange::{BatchedExchange, Exchange, LocalExchange, LocalRows};
+    use moe_runner::router::{LogicalId, Routing};
+    let ids = [0, 1, 0, 1, 0, 2].map(LogicalId).to_vec();
+    let routing = Routing::from_parts(2, ids, vec![0.5; 6]).unwrap();
+    let hidden: Vec<f32> = (0..12).map(|v| v as f32).collect();
+    let rows = LocalRows::new(&hidden, 4, 4, &routing);
+    let mut exchange = BatchedExchange::new(Box::new(LocalExchange::new(3)), Some(3));
+    exchange.start_dispatch(0, rows).unwrap();
+    let batched = exchange.finish_dispatch(0, rows).unwrap();
+    // expert 0 has rows 0, 1, 2; expert 1 rows 0, 1; expert 2 row 2; three places each
+    let copies: Vec<f32> = batched.hidden.chunks_exact(4).map(|row| row[0]).collect();
+    assert_eq!(copies, [0.0, 4.0, 8.0, 0.0, 4.0, 0.0, 8.0, 0.0, 0.0]);
+    assert_eq!((batched.top_k, batched.ids.len()), (1, 9));
+    let mut exchange = BatchedExchange::new(Box::new(LocalExchange::new(3)), Some(2));
+    exchange.start_dispatch(0, rows).unwrap();
+    let error = exchange.finish_dispatch(0, rows).unwrap_err().to_string();
+    assert!(error.contains("an expert has 3 rows; its capacity is 2"), "{error}");
+}

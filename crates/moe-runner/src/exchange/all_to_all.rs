@@ -171,7 +171,8 @@ impl Exchange for AllToAllExchange {
             let to = (&mut lane.ids, &mut lane.weights, &mut lane.hidden);
             wire.read(row, lane.top_k, lane.stride, to);
         }
-        Ok(DispatchedRows { hidden: &lane.hidden, ids: &lane.ids, weights: &lane.weights })
+        let Lane { top_k, hidden, ids, weights, .. } = &*lane;
+        Ok(DispatchedRows { hidden, top_k: *top_k, ids, weights })
     }
 
     fn start_combine(&mut self, lane: usize, slots: SlotRows<'_>) -> Result<()> {

@@ -112,8 +112,8 @@ impl Exchange for GatherExchange {
         lane: usize,
         _rows: LocalRows<'a>,
     ) -> Result<DispatchedRows<'a>> {
-        let Lane { hidden, ids, weights, .. } = &self.lanes[lane];
-        Ok(DispatchedRows { hidden, ids, weights })
+        let Lane { top_k, hidden, ids, weights, .. } = &self.lanes[lane];
+        Ok(DispatchedRows { hidden, top_k: *top_k, ids, weights })
     }
 
     fn start_combine(&mut self, _lane: usize, _slots: SlotRows<'_>) -> Result<()> {

@@ -63,8 +63,8 @@ impl Exchange for LocalExchange {
         lane: usize,
         rows: LocalRows<'a>,
     ) -> Result<DispatchedRows<'a>> {
-        let LocalRows { hidden, weights, .. } = rows;
-        Ok(DispatchedRows { hidden, ids: &self.lanes[lane], weights })
+        let LocalRows { hidden, top_k, weights, .. } = rows;
+        Ok(DispatchedRows { hidden, top_k, ids: &self.lanes[lane], weights })
     }
 
     fn start_combine(&mut self, _lane: usize, _slots: SlotRows<'_>) -> Result<()> {

@@ -6,6 +6,8 @@
 //! * [`AllToAllExchange`]: each row goes only to the ranks that own its experts; the experts' rows
 //!   come back and are added on the token's own rank.
 //!
+//! * [`BatchedExchange`]: one of these, with each expert's rows together.
+//!
 //! Dispatch takes *all* inputs of a row together, so that rows before and after it cannot be mixed
 //! up. Experts' outputs are weighted and added in one function, [`weighted_sum`]: in slot order, in
 //! f32. Each exchange says whether the sum it returns is complete, and that is all that decides on a
@@ -13,6 +15,7 @@
 //! may be under way, so that other work can run in between.
 
 mod all_to_all;
+mod batched;
 mod gather;
 mod local;
 mod map;
@@ -21,6 +24,7 @@ mod wire;
 
 pub use all_to_all::AllToAllExchange;
 pub(crate) use all_to_all::share;
+pub use batched::BatchedExchange;
 pub use gather::GatherExchange;
 pub use local::LocalExchange;
 pub use map::{ExpertMap, Home};
@@ -87,6 +91,8 @@ impl<'a> LocalRows<'a> {
 pub struct DispatchedRows<'a> {
     /// `[rows, stride]`.
     pub hidden: &'a [f32],
+    /// Slots of each row, k: the router's, or 1 where every row has a copy at each of its experts.
+    pub top_k: usize,
     /// Ids of this rank's experts `[rows, k]`; any other means: not here.
     pub ids: &'a [LocalId],
     /// Weights `[rows, k]`.

@@ -26,8 +26,8 @@ pub struct KernelDesc {
     pub dtypes: &'static [ActivationDtype],
     /// The hidden and the intermediate size must be multiples of these.
     pub multiples: (usize, usize),
-    /// How rows come to it.
-    pub row_format: RowFormat,
+    /// How rows may come to it.
+    pub row_formats: &'static [RowFormat],
     /// Adds biases after the two products.
     pub biases: bool,
     /// Normalises the experts' outputs.
@@ -114,16 +114,19 @@ impl<F: PartialEq + std::fmt::Display> Formats<F> {
     }
 }
 
-/// How rows come to a kernel.
+/// How rows come to a kernel. Either way a plan says which rows belong to which expert.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RowFormat {
-    /// `[rows, H]` in any order, with a plan.
+    /// `[rows, H]` in any order.
     Standard,
     /// `[experts, capacity, H]`, each expert's rows together.
     Batched,
 }
 
 impl RowFormat {
+    /// Both.
+    pub const ALL: &'static [Self] = &[Self::Standard, Self::Batched];
+
     /// "standard" or "batched".
     pub fn name(self) -> &'static str {
         match self {

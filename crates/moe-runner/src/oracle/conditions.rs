@@ -81,11 +81,12 @@ pub fn failing_conditions(
     if request.norms && !kernel.norms {
         fail("does not normalise the experts' outputs".into(), Change::WithoutNorms);
     }
-    if kernel.row_format != request.row_format {
-        let (takes, gets) = (kernel.row_format.name(), request.row_format.name());
+    if !kernel.row_formats.contains(&request.row_format) {
+        let takes: Vec<&str> = kernel.row_formats.iter().map(|format| format.name()).collect();
+        let (takes, gets) = (takes.join(" or "), request.row_format.name());
         fail(
             format!("takes {takes} rows, the exchange delivers {gets} ones"),
-            Change::Rows(kernel.row_format),
+            Change::Rows(kernel.row_formats),
         );
     }
     if let Some(why) = request.routed_outside

@@ -77,8 +77,8 @@ pub enum Change {
     WithoutBiases,
     /// Experts whose outputs are not normalised.
     WithoutNorms,
-    /// An exchange that hands over rows in this way.
-    Rows(RowFormat),
+    /// An exchange that hands over rows in one of these ways.
+    Rows(&'static [RowFormat]),
     /// A run in which nothing else needs to know the routing beforehand.
     RoutingInside,
 }
@@ -99,7 +99,9 @@ impl Change {
             Self::Intermediate(size) => request.intermediate = size,
             Self::WithoutBiases => request.biases = false,
             Self::WithoutNorms => request.norms = false,
-            Self::Rows(format) => request.row_format = format,
+            Self::Rows(formats) => {
+                request.row_format = formats.first().copied().unwrap_or(request.row_format);
+            }
             Self::RoutingInside => request.routed_outside = None,
         }
     }
@@ -132,7 +134,10 @@ impl fmt::Display for Change {
             Self::Intermediate(size) => write!(f, "an intermediate size of {size}"),
             Self::WithoutBiases => f.write_str("experts without biases"),
             Self::WithoutNorms => f.write_str("experts without a norm"),
-            Self::Rows(format) => write!(f, "an exchange that delivers {} rows", format.name()),
+            Self::Rows(formats) => {
+                let names: Vec<&str> = formats.iter().map(|format| format.name()).collect();
+                write!(f, "an exchange that delivers {} rows", names.join(" or "))
+            }
             Self::RoutingInside => f.write_str("a run without that"),
         }
     }

@@ -20,6 +20,7 @@ pub use shard::shard;
 use serde::{Deserialize, Serialize};
 
 use crate::comm::Sizes;
+use crate::experts::RowFormat;
 use crate::shared_experts::SharedOrder;
 
 /// How a layer is split, beyond the sizes of its groups.
@@ -31,6 +32,8 @@ pub struct Parallel {
     pub placement: Placement,
     /// How rows reach the experts.
     pub exchange: ExchangeKind,
+    /// How the exchange lays out the rows that it delivers.
+    pub row_format: RowFormat,
     /// Micro-batches whose dispatch, experts and combine overlap; 1: none.
     pub micro_batches: usize,
     /// When the shared experts run.
@@ -43,6 +46,7 @@ impl Default for Parallel {
             sizes: Sizes::default(),
             placement: Placement::Linear,
             exchange: ExchangeKind::Auto,
+            row_format: RowFormat::Standard,
             micro_batches: 1,
             order: SharedOrder::NoOverlap,
         }

@@ -8,9 +8,10 @@ use super::{MoeRunner, MoeRunnerInterface, ReadyLayer};
 use crate::Result;
 use crate::comm::{self, Communicator, Groups};
 use crate::exchange::{
-    AllToAllExchange, Completeness, Exchange, ExpertMap, GatherExchange, LocalExchange, Wire,
+    AllToAllExchange, BatchedExchange, Completeness, Exchange, ExpertMap, GatherExchange,
+    LocalExchange, Wire,
 };
-use crate::experts::{self, BuiltKernel};
+use crate::experts::{self, BuiltKernel, RowFormat};
 use crate::oracle::{self, Request};
 use crate::parallel::{ExchangeKind, Parallel, shard};
 use crate::spec::LayerSpec;
@@ -140,12 +141,16 @@ fn exchange(
         (ExchangeKind::Naive, _) | (_, false) => false,
         (ExchangeKind::Auto | ExchangeKind::AllToAll, true) => true,
     };
-    Ok(if all_to_all {
+    let exchange: Box<dyn Exchange> = if all_to_all {
         let same_rows = (sizes.tp > 1 && sizes.sp() == 1).then(|| groups.tp.clone());
         Box::new(AllToAllExchange::new(name, groups.ep.clone(), map, same_rows, wire))
     } else if groups.rows.size() > 1 {
         Box::new(GatherExchange::new(name, groups.rows.clone(), (map, rank), completeness, wire))
     } else {
         Box::new(LocalExchange::of(map, rank, completeness))
+    };
+    Ok(match parallel.row_format {
+        RowFormat::Standard => exchange,
+        RowFormat::Batched => Box::new(BatchedExchange::new(exchange, None)),
     })
 }

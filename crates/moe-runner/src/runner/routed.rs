@@ -144,7 +144,7 @@ impl RoutedCall<'_> {
             let dispatched = timeline.span("wait for dispatch", Some(lane), || {
                 exchange.finish_dispatch(lane, rows(lane))
             })?;
-            plan.build(dispatched.ids, all.top_k.max(1), experts);
+            plan.build(dispatched.ids, dispatched.top_k.max(1), experts);
             slots.resize(dispatched.ids.len() * stride, 0.0);
             let agree = self.slices.map(|slices| |max: &mut [f32]| slices.row_max(max));
             timeline.span("experts", Some(lane), || {

@@ -3,6 +3,7 @@
 
 use moe_runner::Result;
 use moe_runner::comm::{self, Sizes, run_ranks};
+use moe_runner::experts::RowFormat;
 use moe_runner::experts::{KERNELS, KernelDesc};
 use moe_runner::hidden::{ActivationDtype, Rows, RowsMut};
 use moe_runner::oracle::{Machine, Request, failing_conditions};
@@ -228,15 +229,23 @@ pub fn splits() -> Vec<(String, Parallel)> {
         (sizes(2, 1, 1, true), 3),
     ] {
         for exchange in [ExchangeKind::Auto, ExchangeKind::Naive] {
-            for placement in [Placement::Linear, Placement::RoundRobin] {
-                let parallel =
-                    Parallel { sizes, placement, exchange, micro_batches, ..Parallel::default() };
-                if sizes.expert_parallel || placement == Placement::Linear {
-                    all.push((
-                        format!("{sizes:?} {exchange:?} {placement:?} ×{micro_batches}"),
-                        parallel,
-                    ));
-                }
+            // the placement and the row format have nothing to do with each other: one loop for both
+            for (placement, row_format) in [
+                (Placement::Linear, RowFormat::Standard),
+                (Placement::RoundRobin, RowFormat::Batched),
+            ] {
+                let parallel = Parallel {
+                    sizes,
+                    placement,
+                    exchange,
+                    row_format,
+                    micro_batches,
+                    ..Parallel::default()
+                };
+                all.push((
+                    format!("{sizes:?} {exchange:?} {placement:?} {row_format:?} ×{micro_batches}"),
+                    parallel,
+                ));
             }
         }
     }

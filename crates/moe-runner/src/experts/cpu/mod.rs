@@ -48,7 +48,7 @@ const fn desc(name: &'static str, summary: &'static str, isa: Isa) -> KernelDesc
         activations: Formats::All,
         dtypes: &[ActivationDtype::F32, ActivationDtype::Bf16, ActivationDtype::F16],
         multiples: (1, 1),
-        row_format: RowFormat::Standard,
+        row_formats: RowFormat::ALL,
         biases: true,
         norms: true,
         rounds: false,

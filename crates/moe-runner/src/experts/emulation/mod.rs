@@ -56,7 +56,7 @@ pub const EMULATION_NVFP4: KernelDesc = KernelDesc {
     norms: false,
     rounds: true,
     weighs: true,
-    row_format: RowFormat::Standard,
+    row_formats: RowFormat::ALL,
     monolithic: false,
     overlaps_shared: true,
     by_name_only: true,

@@ -14,6 +14,7 @@ use moe_runner::oracle::Machine;
 use moe_runner::runner::Options;
 
 use crate::checkpoints::LayerChoice;
+use crate::commands::quantize::size;
 use crate::failure::{UNUSABLE, one_line, unusable};
 use crate::splitting::Splitting;
 
@@ -60,6 +61,9 @@ pub(crate) enum Command {
     /// Show what splitting the layers over ranks would cost, before there are ranks.
     #[command(after_help = PLAN_EXAMPLES)]
     Plan(PlanArgs),
+    /// Write a copy of a checkpoint with quantised experts.
+    #[command(after_help = QUANTIZE_EXAMPLES)]
+    Quantize(QuantizeArgs),
 }
 
 /// Flags that every command has.
@@ -93,7 +97,8 @@ float64 reference on the same inputs; time, share of this machine's measured lim
 experts. NMSE is |y - r|^2 / |r|^2; its bound is 1e-11 for f32 activations, 1e-6 for f16, 1e-5 for
 bf16, and 1e-4 where activations are quantised; emulation, which rounds all intermediate results to
 16 bits, has its own (docs/numerics.md).
---against takes a file with layers.N.TAG.x and layers.N.TAG.out, or one that `run` wrote.
+--against takes a file with layers.N.TAG.x and layers.N.TAG.out, or one that `run` wrote; of another
+checkpoint, it tells how far this one's outputs are from its outputs, without judging it.
 
 Examples:
   moe-runner check
@@ -149,6 +154,17 @@ Examples:
   moe-runner plan ./Qwen3-30B-A3B --ranks 8 --layer 3
   moe-runner plan model.gguf --ranks 4 --trace routing.safetensors --json";
 
+const QUANTIZE_EXAMPLES: &str = "Formats: fp8 (a scale for each channel; activations FP8 per token), fp8-block (128x128; activations
+FP8 per 128 channels), int8 (as fp8, in INT8), w4a16 (INT4 in groups), nvfp4a16, mxfp4 (activations
+as they are). The copy has the layout of compressed-tensors. All that is not an expert is copied byte
+for byte. The folder appears when it is complete, or not at all.
+
+Examples:
+  moe-runner quantize ./Qwen3-30B-A3B --format w4a16 --output ./Qwen3-30B-A3B-w4a16
+  moe-runner quantize ./OLMoE-1B-7B --format fp8-block --output ./out --max-shard-size 2GB
+  moe-runner quantize ./model --format mxfp4 --output ./out --ignore 're:.*shared_expert.*'
+  moe-runner check ./out --against ./model";
+
 /// `check`
 #[derive(clap::Args, Debug)]
 pub(crate) struct CheckArgs {
@@ -164,8 +180,9 @@ pub(crate) struct CheckArgs {
     /// Only the verdict: leave out what measures the machine and the layers' speed.
     #[arg(long)]
     pub(crate) no_timing: bool,
-    /// Compare with the outputs recorded in this safetensors file, too.
-    #[arg(long, value_name = "FILE")]
+    /// Compare with the outputs recorded in this safetensors file, too; or with the layers of the
+    /// checkpoint in this folder, such as the one that this was quantised from.
+    #[arg(long, value_name = "FILE|CHECKPOINT")]
     pub(crate) against: Option<PathBuf>,
     /// Take the hidden states from this safetensors file instead of random ones.
     #[arg(long, value_name = "FILE")]
@@ -266,6 +283,31 @@ pub(crate) struct PlanArgs {
     /// Index of the decoder layer in the model, or `all` MoE layers.
     #[arg(long, value_name = "N|all", default_value = "all", allow_hyphen_values = true)]
     pub(crate) layer: LayerChoice,
+}
+
+/// `quantize`
+#[derive(clap::Args, Debug)]
+pub(crate) struct QuantizeArgs {
+    /// Folder with config.json and *.safetensors, in F32, F16 or BF16.
+    pub(crate) checkpoint: PathBuf,
+    /// Number format of the experts: fp8, fp8-block, int8, w4a16, nvfp4a16 or mxfp4.
+    #[arg(long, value_name = "FORMAT")]
+    pub(crate) format: String,
+    /// Weights that share a scale, for w4a16 [default: 128].
+    #[arg(long, value_name = "N")]
+    pub(crate) group_size: Option<usize>,
+    /// The folder to write.
+    #[arg(long, value_name = "FOLDER")]
+    pub(crate) output: PathBuf,
+    /// Most bytes of tensors in a file.
+    #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = size)]
+    pub(crate) max_shard_size: u64,
+    /// Experts to leave as they are: the full names of their modules, or re: and an expression.
+    #[arg(long, value_name = "PATTERN")]
+    pub(crate) ignore: Vec<String>,
+    /// Replace the checkpoint in the output folder.
+    #[arg(long)]
+    pub(crate) overwrite: bool,
 }
 
 /// A device as the user names it.

@@ -43,5 +43,6 @@ fn run(args: &Args) -> anyhow::Result<Report> {
         Command::Explain(args) => commands::explain::run(args, &common),
         Command::Bench(args) => commands::bench::run(args, &common),
         Command::Plan(args) => commands::plan::run(args, &common),
+        Command::Quantize(args) => commands::quantize::run(args, &common),
     }
 }

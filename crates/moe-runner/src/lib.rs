@@ -31,6 +31,8 @@ pub mod shared_experts;
 
 pub mod parallel;
 
+pub mod quantize;
+
 pub mod runner;
 
 pub use error::{Error, Result};

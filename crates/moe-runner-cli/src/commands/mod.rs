@@ -5,4 +5,5 @@ pub(crate) mod check;
 pub(crate) mod explain;
 pub(crate) mod inspect;
 pub(crate) mod plan;
+pub(crate) mod quantize;
 pub(crate) mod run;

@@ -8,6 +8,7 @@ mod check;
 mod describe;
 mod files;
 mod plan;
+mod quantize;
 mod run;
 
 use std::path::{Path, PathBuf};

@@ -13,6 +13,7 @@ mod synthetic;
 
 pub use activation::ActivationQuant;
 pub use encoding::{Blocks, Element, Global, ScaleType, Scaled, Scales, Zeros};
+pub(crate) use load::float;
 pub use load::{Accounting, account, scan_finite};
 pub use matrix::{Encoding, FloatEncoding, FloatRows, FloatType, Matrix, ScaledWindow};
 pub use quant::{Finding, FindingKind, diagnose};

@@ -8,7 +8,7 @@ use moe_runner::hidden::{ActivationDtype, Rows, RowsMut};
 use moe_runner::random::Random;
 use moe_runner::router::Routing;
 use moe_runner::runner::{ForwardInput, MoeRunner, MoeRunnerInterface, reference};
-use moe_runner::spec::{ActivationFormat, Selection};
+use moe_runner::spec::{ActivationFormat, LayerSpec, Selection};
 use moe_runner::weights::{LoadedLayer, account, scan_finite};
 use serde::Serialize;
 
@@ -59,6 +59,8 @@ pub(crate) struct LayerCheck {
     /// Slots that went to each expert, for the tokens of the comparison.
     pub(super) load: Vec<usize>,
     pub(super) recorded: Vec<Comparison>,
+    /// Of the output, against the same layer of another checkpoint, on the same hidden states.
+    pub(super) original_nmse: Option<f64>,
 }
 
 /// Where the error is largest.
@@ -93,6 +95,8 @@ pub(super) struct Checker<'a> {
     pub(super) machine: Option<&'a MachineLimits>,
     pub(super) input: Option<&'a Input>,
     pub(super) recorded: Option<&'a Recorded>,
+    /// Another checkpoint of the same model.
+    pub(super) original: Option<&'a Opened>,
     pub(super) tokens: usize,
 }
 
@@ -136,6 +140,9 @@ impl Checker<'_> {
             let off = check.recorded.iter().filter(|comparison| !comparison.ok);
             check.problems.extend(off.map(Comparison::problem));
         }
+        if let Some(original) = self.original {
+            self.compare_with(original, &mut check, &mut runner, &input)?;
+        }
         if let Some(machine) = self.machine {
             let batches = if input.tokens > 1 { vec![1, input.tokens] } else { vec![input.tokens] };
             for tokens in batches {
@@ -144,6 +151,39 @@ impl Checker<'_> {
         }
         check.ok = check.problems.is_empty();
         Ok(check)
+    }
+
+    /// The output against that of the same layer of another checkpoint. Nobody can say how much
+    /// they may differ, so only that there is such a layer is judged.
+    fn compare_with(
+        &self,
+        original: &Opened,
+        check: &mut LayerCheck,
+        runner: &mut MoeRunner,
+        input: &LayerInput,
+    ) -> Result<()> {
+        let spec = &self.entry.spec;
+        let path = original.checkpoint.path().display();
+        let entry = original.layers.iter().find(|entry| entry.spec.index == spec.index);
+        let alike = |other: &LayerSpec| {
+            other.dims.hidden == spec.dims.hidden && other.router.logits() == spec.router.logits()
+        };
+        let Some(entry) = entry.filter(|entry| alike(&entry.spec)) else {
+            check.problems.push(format!("{path}: has no layer {} of this shape", spec.index));
+            return Ok(());
+        };
+        let layer = match original.load(entry) {
+            Ok(layer) => layer,
+            Err(error) => {
+                check.problems.push(error.to_string());
+                return Ok(());
+            }
+        };
+        let ready = layer.ready(&self.common.options(runner.dtype()))?;
+        let theirs = forward(&mut MoeRunner::new(ready), input)?.output;
+        let ours = forward(runner, input)?.output;
+        check.original_nmse = Some(nmse(ours.into_iter().zip(theirs)));
+        Ok(())
     }
 
     /// The given hidden states, or random ones: N(0, 1), rounded to the activations' dtype.
@@ -309,7 +349,7 @@ impl LayerInput {
     }
 
     /// The first tokens alone.
-    fn first(&self, tokens: usize, spec: &moe_runner::spec::LayerSpec) -> Self {
+    fn first(&self, tokens: usize, spec: &LayerSpec) -> Self {
         let logits = self.router_logits.as_ref();
         Self {
             tokens,

@@ -4,6 +4,8 @@ mod layer;
 mod recorded;
 mod text;
 
+use std::path::Path;
+
 use anyhow::Result;
 use serde::Serialize;
 
@@ -48,10 +50,12 @@ pub(crate) fn run(args: &CheckArgs, common: &Common) -> Result<Report> {
         None => None,
     };
     let against = args.against.clone().or(builtin.as_ref().map(Builtin::recorded));
-    let recorded = match &against {
-        Some(path) => Some(Recorded::open(path, single)?),
-        None => None,
-    };
+    let (mut recorded, mut original) = (None, None);
+    match &against {
+        Some(path) if is_checkpoint(path) => original = Some(Opened::open(path)?),
+        Some(path) => recorded = Some(Recorded::open(path, single)?),
+        None => {}
+    }
 
     let progress = Progress::new(entries.len() + 1);
     progress.doing("measuring the machine");
@@ -67,6 +71,7 @@ pub(crate) fn run(args: &CheckArgs, common: &Common) -> Result<Report> {
             machine: machine.as_ref(),
             input: input.as_ref(),
             recorded: recorded.as_ref(),
+            original: original.as_ref(),
             tokens: args.tokens,
         };
         checks.push(check.run()?);
@@ -90,4 +95,9 @@ pub(crate) fn run(args: &CheckArgs, common: &Common) -> Result<Report> {
         layers: checks,
     };
     Report::new(json.ok, text::text(&json), &json)
+}
+
+/// Whether `--against` names another checkpoint, not a file of recordings.
+fn is_checkpoint(path: &Path) -> bool {
+    path.is_dir() || path.extension().is_some_and(|extension| extension == "gguf")
 }

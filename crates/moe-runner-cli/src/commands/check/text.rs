@@ -147,6 +147,9 @@ fn full(layer: &LayerCheck) -> String {
         });
         facts.add("recorded", each.collect::<Vec<_>>().join(", "));
     }
+    if let Some(nmse) = layer.original_nmse {
+        facts.add("original", format!("NMSE {nmse:.1e} of the other checkpoint's layer"));
+    }
     let cached = layer.bytes < CACHED;
     let speeds: Vec<String> = layer.speed.iter().map(|s| speed_line(s, cached)).collect();
     facts.add("speed", speeds.join("\n"));
@@ -175,16 +178,19 @@ fn speed_line(speed: &Speed, cached: bool) -> String {
 }
 
 fn table(layers: &[LayerCheck]) -> String {
-    let mut table = Columns::new(&[
+    let mut titles = vec![
         ">layer", "", "kernel", ">NMSE", ">bound", "routing", ">1 token", ">GB/s", ">limit",
         ">load",
-    ]);
+    ];
+    let against = layers.iter().any(|layer| layer.original_nmse.is_some());
+    titles.extend(against.then_some(">of the other"));
+    let mut table = Columns::new(&titles);
     for layer in layers {
         let number = |value: Option<f64>| value.map_or("-".into(), |v| format!("{v:.1e}"));
         let one = layer.speed.iter().find(|speed| speed.tokens == 1).or(layer.speed.first());
         let most = layer.load.iter().max().copied().unwrap_or(0);
         let mean = layer.load.iter().sum::<usize>() as f64 / layer.load.len().max(1) as f64;
-        table.row([
+        let mut row = vec![
             layer.layer.to_string(),
             if layer.ok { "pass".into() } else { "FAIL".into() },
             layer.kernel.unwrap_or("-").to_owned(),
@@ -199,7 +205,9 @@ fn table(layers: &[LayerCheck]) -> String {
             one.map_or("-".into(), |speed| format!("{:.1}", speed.gbps)),
             one.map_or("-".into(), |speed| format!("{:.0} %", 100.0 * speed.limit_share)),
             format!("{:.1}× mean", most as f64 / mean.max(1e-9)),
-        ]);
+        ];
+        row.extend(against.then(|| number(layer.original_nmse)));
+        table.row(row);
     }
     table.to_string()
 }

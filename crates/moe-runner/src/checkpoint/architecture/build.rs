@@ -3,7 +3,7 @@
 use super::row::{Architecture, ExpertNames, Names, Renorm, Shared};
 use super::rules::listed_kind;
 use super::settings::Settings;
-use super::tensors::{Experts, LayerTensors, Projection, SharedTensors, StepTensors};
+use super::tensors::{Experts, Form, LayerTensors, Projection, SharedTensors, StepTensors};
 use super::{LayerEntry, TensorNames};
 use crate::Result;
 use crate::checkpoint::Checkpoint;
@@ -219,6 +219,11 @@ impl Resolver<'_> {
             global_scale: given(names.global_scale),
             hash_table: needed(hash, names.hash_table),
             experts: self.stored_experts(scope, names, spec),
+            experts_by_module: names
+                .experts
+                .iter()
+                .find(|names| names.form == Form::Each)
+                .map(|names| routed_experts(scope, names, spec)),
             input_transform: steps(&spec.input_transform, names.input_transform, spec.dims.hidden),
             output_transform: steps(
                 &spec.output_transform,
@@ -243,18 +248,7 @@ impl Resolver<'_> {
             .iter()
             .filter(|names| self.index.has_experts(scope, names))
             .chain(&names.experts[..1])
-            .map(|names| Experts {
-                count: spec.router.experts,
-                intermediate: spec.dims.intermediate,
-                hidden: spec.dims.routed_hidden,
-                ..experts(
-                    scope,
-                    names,
-                    spec.expert.gated,
-                    spec.expert.bias,
-                    spec.expert.norm.is_some(),
-                )
-            })
+            .map(|names| routed_experts(scope, names, spec))
             .collect();
         let fits = |way: &&Experts| {
             let expert = way.get(0);
@@ -267,6 +261,17 @@ impl Resolver<'_> {
             })
         };
         ways.iter().find(fits).unwrap_or(&ways[0]).clone()
+    }
+}
+
+/// The rule for the routed experts' tensors.
+fn routed_experts(scope: &Scope, names: &ExpertNames, spec: &LayerSpec) -> Experts {
+    let norm = spec.expert.norm.is_some();
+    Experts {
+        count: spec.router.experts,
+        intermediate: spec.dims.intermediate,
+        hidden: spec.dims.routed_hidden,
+        ..experts(scope, names, spec.expert.gated, spec.expert.bias, norm)
     }
 }
 

@@ -20,6 +20,10 @@ pub struct LayerTensors {
     pub hash_table: Option<String>,
     /// The routed experts, by logical id.
     pub experts: Experts,
+    /// The routed experts by the architecture's names for a module each, whatever names this
+    /// checkpoint has: quantised checkpoints are published under them. `None` where the
+    /// architecture has only stacks.
+    pub experts_by_module: Option<Experts>,
     /// Step by step: the module of a projection, or the tensor of a norm.
     pub input_transform: Vec<StepTensors>,
     /// As `input_transform`.

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::Loader;
 use crate::checkpoint::architecture::{Part, Projection, Stack, VectorPart};
-use crate::checkpoint::{Dtype, Tensor};
+use crate::checkpoint::{Checkpoint, Dtype, Tensor};
 use crate::weights::quant::Problem;
 use crate::weights::{FloatEncoding, FloatType, Matrix};
 use crate::{Error, Result};
@@ -14,19 +14,23 @@ pub(super) fn matrix(
     loader: &mut Loader,
     projection: &Projection,
 ) -> Option<Result<Matrix, Problem>> {
-    let with_ending = format!("{}.weight", projection.module);
-    let name = [with_ending.as_str(), projection.module.as_str()]
-        .into_iter()
-        .find(|name| loader.checkpoint().contains(name))?;
-    match loader.claim(name) {
+    let name = name(loader.checkpoint(), &projection.module)?;
+    match loader.claim(&name) {
         Ok(Some(tensor)) => Some(view(&tensor, projection).map_err(Problem::Wrong)),
         Ok(None) => None,
         Err(error) => Some(Err(Problem::Wrong(error))),
     }
 }
 
+/// The tensor that holds a module's weights as plain floats; `None` if there is none of its name.
+pub(crate) fn name(checkpoint: &Checkpoint, module: &str) -> Option<String> {
+    [format!("{module}.weight"), module.to_string()]
+        .into_iter()
+        .find(|name| checkpoint.contains(name))
+}
+
 /// The part of `tensor` that `projection` names, as a view.
-fn view(tensor: &Tensor, projection: &Projection) -> Result<Matrix> {
+pub(crate) fn view(tensor: &Tensor, projection: &Projection) -> Result<Matrix> {
     let float = float_type(tensor)?;
     tensor.expect_shape(&projection.stored_shape())?;
     let Part { first, step, of, stack } = projection.part;

@@ -5,7 +5,7 @@
 
 mod accounting;
 mod finite;
-mod float;
+pub(crate) mod float;
 
 pub use accounting::Accounting;
 pub use finite::scan_finite;

@@ -1,0 +1,142 @@
+//! `quantize`: a copy of a checkpoint with quantised experts.
+
+use anyhow::Result;
+use moe_runner::checkpoint::Checkpoint;
+use moe_runner::quantize::{Format, Options, ProjectionError, quantize};
+use serde::Serialize;
+
+use crate::args::{Common, QuantizeArgs};
+use crate::failure::{one_line, unusable};
+use crate::report::Report;
+use crate::report::progress::Progress;
+use crate::report::table::{Columns, Facts};
+use crate::report::units::{self, plural};
+
+const DEFAULT_GROUP: usize = 128;
+
+#[derive(Serialize)]
+struct QuantizeJson {
+    output: String,
+    format: &'static str,
+    bytes_before: u64,
+    bytes_after: u64,
+    shards: usize,
+    left_out: Vec<String>,
+    errors: Vec<ErrorJson>,
+}
+
+#[derive(Serialize)]
+struct ErrorJson {
+    layer: usize,
+    projection: &'static str,
+    modules: usize,
+    nmse: f64,
+    max_relative: f64,
+}
+
+/// Runs the command.
+pub(crate) fn run(args: &QuantizeArgs, common: &Common) -> Result<Report> {
+    let options = Options {
+        format: format(args)?,
+        ignore: args.ignore.clone(),
+        max_shard_bytes: args.max_shard_size,
+        overwrite: args.overwrite,
+        threads: common.pool.threads(),
+    };
+    let checkpoint = Checkpoint::open(&args.checkpoint)?;
+    let mut bar: Option<(Progress, u64)> = None;
+    let summary = quantize(&checkpoint, &args.output, &options, &mut |progress| {
+        let megabytes = |bytes: u64| bytes / 1_000_000;
+        let (bar, done) =
+            bar.get_or_insert_with(|| (Progress::new(megabytes(progress.total) as usize), 0));
+        while *done < megabytes(progress.done) {
+            bar.step();
+            *done += 1;
+        }
+        bar.doing(format!("MB  {}", one_line(progress.tensor)));
+    })?;
+    drop(bar);
+    let json = QuantizeJson {
+        output: args.output.display().to_string(),
+        format: options.format.name(),
+        bytes_before: summary.bytes_before,
+        bytes_after: summary.bytes_after,
+        shards: summary.shards,
+        left_out: summary.left_out.iter().map(|path| path.display().to_string()).collect(),
+        errors: summary.errors.iter().map(ErrorJson::new).collect(),
+    };
+    Report::new(true, text(&json), &json)
+}
+
+fn format(args: &QuantizeArgs) -> Result<Format> {
+    let group = match (args.group_size, args.format.as_str()) {
+        (Some(0), _) => return Err(unusable("--group-size 0: must be at least 1")),
+        (Some(group), "w4a16") => group,
+        (Some(_), other) => {
+            return Err(unusable(format!("--group-size: only w4a16 has a choice, not {other}")));
+        }
+        (None, _) => DEFAULT_GROUP,
+    };
+    Format::parse(&args.format, group).ok_or_else(|| {
+        let names = Format::NAMES.join(", ");
+        unusable(format!("--format {}: no such format; there are {names}", args.format))
+    })
+}
+
+impl ErrorJson {
+    fn new(error: &ProjectionError) -> Self {
+        let ProjectionError { layer, role, modules, nmse, max_relative } = *error;
+        Self { layer, projection: role.name(), modules, nmse, max_relative }
+    }
+}
+
+fn text(json: &QuantizeJson) -> String {
+    let mut facts = Facts::new();
+    facts.add(
+        "written",
+        format!("{}, {}", one_line(&json.output), plural(json.shards, "safetensors file")),
+    );
+    let (before, after) = (json.bytes_before as usize, json.bytes_after as usize);
+    facts.add(
+        "size",
+        format!(
+            "{} of {}, {:.0} %",
+            units::bytes(after),
+            units::bytes(before),
+            100.0 * after as f64 / before.max(1) as f64
+        ),
+    );
+    facts.add("format", format!("{} (compressed-tensors)", json.format));
+    if !json.left_out.is_empty() {
+        facts.add("not copied", one_line(&json.left_out.join(", ")));
+    }
+    let mut table = Columns::new(&[">layer", "projection", ">modules", ">NMSE", ">max error"]);
+    for error in &json.errors {
+        table.row([
+            error.layer.to_string(),
+            error.projection.to_owned(),
+            error.modules.to_string(),
+            format!("{:.2e}", error.nmse),
+            format!("{:.2} %", 100.0 * error.max_relative),
+        ]);
+    }
+    format!(
+        "{facts}\n{table}\nNMSE is |w' - w|^2 / |w|^2; the largest error is a share of its module's largest weight.\n"
+    )
+}
+
+/// `5GB`, `500MB`, `1000000`: bytes, with decimal units.
+pub(crate) fn size(text: &str) -> Result<u64, String> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let unit = match text[digits.len()..].to_ascii_uppercase().as_str() {
+        "" | "B" => Some(1u64),
+        "KB" => Some(1_000),
+        "MB" => Some(1_000_000),
+        "GB" => Some(1_000_000_000),
+        "TB" => Some(1_000_000_000_000),
+        _ => None,
+    };
+    let bytes =
+        digits.trim().parse::<u64>().ok().zip(unit).and_then(|(n, unit)| n.checked_mul(unit));
+    bytes.filter(|bytes| *bytes > 0).ok_or_else(|| "sizes are like 5GB, 500MB or 100000".into())
+}

@@ -102,7 +102,6 @@ fn model(qdq: Qdq, group: &mut [f32]) {
             group.iter_mut().for_each(|x| *x = e2m1_nearest(*x * (g / s)) * (s / g));
         }
         Qdq::Nvfp4Token { .. } => unreachable!("tested against Nvfp4"),
-        _ => unreachable!("a new kind needs a model"),
     }
 }
 

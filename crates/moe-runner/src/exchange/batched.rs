@@ -118,7 +118,6 @@ impl Exchange for BatchedExchange {
             top_k: 1,
             ids: &lane.ids,
             weights: &lane.weights,
-            ..standard
         })
     }
 

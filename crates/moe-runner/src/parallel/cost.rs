@@ -9,7 +9,7 @@ use crate::spec::LayerSpec;
 use crate::weights::{Expert, LoadedLayer, Matrix};
 use crate::{Error, Result};
 
-use super::{ExchangeKind, Parallel, deal_rows, shard};
+use super::{Parallel, Route, deal_rows, shard};
 
 /// Bytes of weights on one rank, as they are stored.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -56,14 +56,6 @@ pub struct Pass<'a> {
     shared_row_scales: bool,
 }
 
-/// How rows reach experts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Route {
-    Local,
-    Gather,
-    AllToAll,
-}
-
 impl<'a> Pass<'a> {
     /// A pass of `layer` with activations in `dtype`, split as `parallel` says; `map` places the
     /// experts, under expert parallelism.
@@ -90,14 +82,7 @@ impl<'a> Pass<'a> {
                 ),
             ));
         }
-        let route = match (parallel.exchange, sizes.use_ep()) {
-            (ExchangeKind::AllToAll, false) if sizes.ranks() > 1 => {
-                return Err(Error::input("exchange", "all-to-all needs expert parallelism"));
-            }
-            (ExchangeKind::Auto | ExchangeKind::AllToAll, true) => Route::AllToAll,
-            _ if sizes.sp() > 1 || sizes.dp * sizes.pcp > 1 => Route::Gather,
-            _ => Route::Local,
-        };
+        let route = parallel.route()?;
         let wide = |experts: &[Expert]| experts.first().is_some_and(|e| e.down.input.is_row_wide());
         let shared = layer.shared.as_ref().is_some_and(|shared| wide(&shared.experts));
         Ok(Self {

@@ -22,6 +22,7 @@ use serde::{Deserialize, Serialize};
 use crate::comm::Sizes;
 use crate::experts::RowFormat;
 use crate::shared_experts::SharedOrder;
+use crate::{Error, Result};
 
 /// How a layer is split, beyond the sizes of its groups.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,4 +64,40 @@ pub enum ExchangeKind {
     Naive,
     /// Each row goes only to the ranks that own its experts. Needs expert parallelism.
     AllToAll,
+}
+
+/// How rows reach experts.
+///
+/// | rows | experts | route |
+/// |---|---|---|
+/// | the same on all ranks | slices, or whole ones (naive) | local |
+/// | differ | slices, or whole ones (naive) | gather over the ranks whose rows differ |
+/// | any | whole ones | all-to-all over all ranks |
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Route {
+    /// Rows stay.
+    Local,
+    /// Every rank gets all rows.
+    Gather,
+    /// Each row goes to the ranks that own its experts.
+    AllToAll,
+}
+
+impl Parallel {
+    /// The route that the sizes and the wanted exchange come to.
+    ///
+    /// # Errors
+    /// [`Error::Input`] for all-to-all without whole experts to send rows to.
+    pub fn route(&self) -> Result<Route> {
+        let sizes = self.sizes;
+        match (self.exchange, sizes.use_ep()) {
+            (ExchangeKind::AllToAll, false) if sizes.ranks() > 1 => Err(Error::input(
+                "exchange",
+                "all-to-all sends rows to the owners of whole experts: it needs expert parallelism",
+            )),
+            (ExchangeKind::Auto | ExchangeKind::AllToAll, true) => Ok(Route::AllToAll),
+            _ if sizes.sp() > 1 || sizes.dp * sizes.pcp > 1 => Ok(Route::Gather),
+            _ => Ok(Route::Local),
+        }
+    }
 }

@@ -147,6 +147,6 @@ fn check(what: &'static str, len: Option<usize>, want: usize) -> Result<()> {
 
 /// What this rank has sent and received in the groups that a forward pass uses.
 fn traffic(groups: &Groups) -> Traffic {
-    let all = [&groups.ep, &groups.rows, &groups.tp];
+    let all = [&groups.world, &groups.ep, &groups.rows, &groups.tp];
     all.iter().fold(Traffic::default(), |sum, group| sum.plus(&group.traffic().read()))
 }

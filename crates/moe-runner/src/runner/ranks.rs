@@ -11,12 +11,12 @@ use crate::exchange::{
     AllToAllExchange, BatchedExchange, Completeness, Exchange, ExpertMap, GatherExchange,
     LocalExchange, Wire,
 };
+use crate::experts::ExpertSet;
 use crate::experts::{self, BuiltKernel, RowFormat};
 use crate::oracle::{self, Request};
-use crate::parallel::{ExchangeKind, Parallel, shard};
+use crate::parallel::{Parallel, Route, shard};
 use crate::spec::LayerSpec;
 use crate::weights::{Expert, LoadedLayer};
-use crate::{Error, experts::ExpertSet};
 
 impl MoeRunner {
     /// The runner of this rank: its share of `layer` (which holds the weights of all ranks, as
@@ -110,13 +110,8 @@ impl MoeRunner {
     }
 }
 
-/// The exchange for these sizes.
-///
-/// | rows | experts | exchange | the sum over the TP group |
-/// |---|---|---|---|
-/// | the same on all ranks | slices, or whole (naive) | local | partial |
-/// | differ | slices, or whole (naive) | gather over the ranks whose rows differ | partial if tp > 1 |
-/// | any | whole | all-to-all over all ranks | complete |
+/// The exchange for the route that `parallel` comes to. Where rows stay or are gathered, the sum is
+/// partial over the tensor-parallel ranks; all-to-all completes it.
 fn exchange(
     spec: &LayerSpec,
     options: &Options,
@@ -131,23 +126,16 @@ fn exchange(
         false => Completeness::Complete,
     };
     let rank = if sizes.use_ep() { groups.world.rank() } else { 0 };
-    let all_to_all = match (parallel.exchange, sizes.use_ep()) {
-        (ExchangeKind::AllToAll, false) if sizes.ranks() > 1 => {
-            return Err(Error::input(
-                "exchange",
-                "all-to-all sends rows to the owners of whole experts: it needs expert parallelism",
-            ));
+    let exchange: Box<dyn Exchange> = match parallel.route()? {
+        Route::AllToAll => {
+            let same_rows = (sizes.tp > 1 && sizes.sp() == 1).then(|| groups.tp.clone());
+            Box::new(AllToAllExchange::new(name, groups.ep.clone(), map, same_rows, wire))
         }
-        (ExchangeKind::Naive, _) | (_, false) => false,
-        (ExchangeKind::Auto | ExchangeKind::AllToAll, true) => true,
-    };
-    let exchange: Box<dyn Exchange> = if all_to_all {
-        let same_rows = (sizes.tp > 1 && sizes.sp() == 1).then(|| groups.tp.clone());
-        Box::new(AllToAllExchange::new(name, groups.ep.clone(), map, same_rows, wire))
-    } else if groups.rows.size() > 1 {
-        Box::new(GatherExchange::new(name, groups.rows.clone(), (map, rank), completeness, wire))
-    } else {
-        Box::new(LocalExchange::of(map, rank, completeness))
+        Route::Gather => {
+            let group = groups.rows.clone();
+            Box::new(GatherExchange::new(name, group, (map, rank), completeness, wire))
+        }
+        Route::Local => Box::new(LocalExchange::of(map, rank, completeness)),
     };
     Ok(match parallel.row_format {
         RowFormat::Standard => exchange,

@@ -190,6 +190,8 @@ pub(crate) struct CheckArgs {
     /// The tensor of the input file that holds the hidden states.
     #[arg(long, value_name = "NAME", default_value = "hidden_states")]
     pub(crate) input_name: String,
+    #[command(flatten)]
+    pub(crate) splitting: Splitting,
 }
 
 /// `run`
@@ -258,6 +260,8 @@ pub(crate) struct BenchArgs {
     /// Tokens of the batches.
     #[arg(long, value_name = "N,N", value_delimiter = ',', default_value = "1,4,16,64,256")]
     pub(crate) tokens: Vec<usize>,
+    #[command(flatten)]
+    pub(crate) splitting: Splitting,
 }
 
 /// `plan`

@@ -4,7 +4,10 @@ use std::path::Path;
 
 use anyhow::{Result, bail};
 use moe_runner::checkpoint::{Checkpoint, Dtype, Tensor};
+use moe_runner::runner::Batch;
 use moe_runner::spec::{LayerSpec, Selection};
+
+use crate::memory;
 
 /// An input file.
 pub(crate) struct Input {
@@ -24,6 +27,17 @@ pub(crate) struct LayerInput {
     pub(crate) router_logits: Option<Vec<f32>>,
     /// `[T]`.
     pub(crate) input_ids: Option<Vec<u32>>,
+}
+
+impl LayerInput {
+    /// As the library takes it.
+    pub(crate) fn batch(&self) -> Batch<'_> {
+        Batch {
+            hidden: &self.hidden,
+            router_logits: self.router_logits.as_deref(),
+            input_ids: self.input_ids.as_deref(),
+        }
+    }
 }
 
 impl Input {
@@ -53,6 +67,11 @@ impl Input {
                 hidden.shape, spec.index
             ))),
         };
+        memory::ensure(
+            tokens.saturating_mul(width).saturating_mul(4),
+            &format!("'{}' [{tokens}, {width}] in f32", self.hidden_name),
+            "give fewer rows",
+        )?;
         let rows = floats(&hidden)?;
 
         let router_logits = match self.find("router_logits", spec.index)? {

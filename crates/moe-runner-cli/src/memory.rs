@@ -1,6 +1,6 @@
 //! How much memory there is, so that what would not fit is refused before it is tried.
 
-use anyhow::{Result, bail};
+use moe_runner::{Error, Result};
 
 use crate::report::units;
 
@@ -24,11 +24,14 @@ pub(crate) fn ensure(bytes: usize, what: &str, instead: &str) -> Result<()> {
     if let Some(available) = available()
         && bytes > available
     {
-        bail!(
-            "out of memory: {what} needs {}, and {} are available; {instead}",
-            units::bytes(bytes),
-            units::bytes(available)
-        );
+        return Err(Error::input(
+            "out of memory",
+            format!(
+                "{what} needs {}, and {} are available; {instead}",
+                units::bytes(bytes),
+                units::bytes(available)
+            ),
+        ));
     }
     Ok(())
 }

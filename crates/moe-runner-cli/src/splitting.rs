@@ -5,11 +5,14 @@ use std::sync::Arc;
 
 use anyhow::Result;
 use clap::{Args, ValueEnum};
-use moe_runner::comm::{Communicator, Groups, Sizes, mpi, run_ranks};
+use moe_kernels::pool::Pool;
+use moe_runner::Error;
+use moe_runner::comm::{At, Communicator, Groups, Sizes, Step, mpi, run_ranks};
 use moe_runner::experts::RowFormat;
 use moe_runner::parallel::{ExchangeKind, Parallel, Placement};
 
 use crate::failure::unusable;
+use crate::measure::MachineLimits;
 
 /// Flags that split the layer over ranks.
 #[derive(Args, Debug)]
@@ -158,6 +161,20 @@ pub(crate) enum Ranks {
     Mpi(Sizes, Arc<dyn Communicator>),
 }
 
+/// The sizes, for people.
+pub(crate) fn describe(sizes: &Sizes) -> String {
+    let counts = [("tp", sizes.tp), ("dp", sizes.dp), ("pcp", sizes.pcp)];
+    let counts = counts.iter().filter(|(_, count)| *count > 1);
+    let mut parts: Vec<String> = counts.map(|(name, count)| format!("{name} {count}")).collect();
+    if sizes.expert_parallel {
+        parts.push("whole experts (ep)".into());
+    }
+    if sizes.sequence_parallel {
+        parts.push("sequence parallel".into());
+    }
+    format!("{} ranks: {}", sizes.ranks(), parts.join(", "))
+}
+
 impl Ranks {
     /// This process writes files and reports.
     pub(crate) fn reports(&self) -> bool {
@@ -165,6 +182,54 @@ impl Ranks {
             Self::Threads(_) => true,
             Self::Mpi(_, world) => world.rank() == 0,
         }
+    }
+
+    /// The sizes, where there is more than one rank.
+    pub(crate) fn split(&self) -> Option<Sizes> {
+        let (Self::Threads(sizes) | Self::Mpi(sizes, _)) = self;
+        (sizes.ranks() > 1).then_some(*sizes)
+    }
+
+    /// The ranks that share this process's memory.
+    pub(crate) fn in_this_process(&self) -> usize {
+        match self {
+            Self::Threads(sizes) => sizes.ranks(),
+            Self::Mpi(..) => 1,
+        }
+    }
+
+    /// The threads of one rank: those of the process, dealt to its ranks.
+    pub(crate) fn pool(&self, process: &Arc<Pool>) -> moe_runner::Result<Arc<Pool>> {
+        let ranks = self.in_this_process();
+        if ranks == 1 {
+            return Ok(process.clone());
+        }
+        let pool = Pool::new((process.threads() / ranks).max(1));
+        let pool = pool.map_err(|error| {
+            Error::input("--threads", format!("cannot start threads ({error}); give fewer"))
+        });
+        Ok(Arc::new(pool?))
+    }
+
+    /// What the machines of all ranks can do together. Processes measure at the same time, so that
+    /// those of one machine share it.
+    pub(crate) fn measure(&self, pool: &Pool) -> moe_runner::Result<MachineLimits> {
+        let Self::Mpi(_, world) = self else { return Ok(MachineLimits::measure(pool)) };
+        let at = At::new("the machine", Step::Finish);
+        world.barrier(at)?;
+        let mine = MachineLimits::measure(pool);
+        let all = world.all_gather(
+            at,
+            vec![mine.read_gbps.to_bits(), mine.f32_gflops.to_bits(), mine.threads as u64],
+        )?;
+        let ranks = all.chunks_exact(3);
+        let sum = |i: usize| ranks.clone().map(|rank| f64::from_bits(rank[i])).sum();
+        Ok(MachineLimits {
+            read_gbps: sum(0),
+            f32_gflops: sum(1),
+            threads: ranks.clone().map(|rank| rank[2] as usize).sum(),
+            ..mine
+        })
     }
 
     /// Runs `work` on every rank, and returns the result of this process's first one.

@@ -4,12 +4,13 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use anyhow::Result;
-use moe_runner::hidden::{ActivationDtype, Rows, RowsMut};
+use moe_runner::comm::{Groups, Sizes};
+use moe_runner::hidden::ActivationDtype;
 use moe_runner::random::Random;
 use moe_runner::router::{Simulator, Strategy};
-use moe_runner::runner::{ForwardInput, MoeRunner, MoeRunnerInterface};
+use moe_runner::runner::{Batch, Options, RankedRunner};
 use moe_runner::spec::{Correction, LayerSpec, RouterSpec};
-use moe_runner::weights::{FloatType, GateWeights, LoadedLayer, random_layer, random_matrix};
+use moe_runner::weights::{GateWeights, LoadedLayer, RandomFormat, random_layer, random_matrix};
 use serde::Serialize;
 
 use crate::args::{BenchArgs, Common};
@@ -20,6 +21,7 @@ use crate::report::Report;
 use crate::report::progress::Progress;
 use crate::report::table::{Columns, Facts};
 use crate::report::units::{self, plural};
+use crate::splitting::{self, Ranks};
 use crate::{formats, memory, presets};
 
 /// Distinct weights that are touched in turn: far more than caches hold.
@@ -43,6 +45,9 @@ struct BenchJson {
     seed: u64,
     /// Bytes of weights that differ from each other; other experts share them.
     distinct_bytes: usize,
+    /// The ranks, where there are several.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    split: Option<Sizes>,
     limits: LimitsJson,
     rows: Vec<Row>,
 }
@@ -71,6 +76,9 @@ struct Row {
     gflops: f64,
     limit_share: f64,
     bound_by: &'static str,
+    /// Payload that ranks sent to other ranks, over all ranks, where there are several.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    bytes_moved_per_token: Option<f64>,
 }
 
 /// What is measured.
@@ -88,35 +96,50 @@ pub(crate) fn run(args: &BenchArgs, common: &Common) -> Result<Report> {
     if let Some(bad) = args.tokens.iter().find(|tokens| !(1..=MAX_TOKENS).contains(*tokens)) {
         return Err(unusable(format!("--tokens {bad}: must be 1 to {MAX_TOKENS}")));
     }
+    let parallel = args.splitting.parallel()?;
+    let ranks = args.splitting.ranks()?;
     let progress = Progress::new(args.tokens.len() + 2);
     progress.doing("making the weights");
     let subject = subject(args, common)?;
     progress.step();
     progress.doing("measuring the machine");
-    let machine = MachineLimits::measure(&common.pool);
+    let machine = ranks.measure(&common.pool)?;
     progress.step();
-
-    let options = common.options(subject.dtype);
-    let mut runners = Vec::with_capacity(subject.layers.len());
-    for (layer, seed) in subject.layers.iter().zip(common.seed..) {
-        let simulator = Simulator::new(Strategy::UniformRandom, seed);
-        runners.push(MoeRunner::new(layer.ready(&options)?).with_simulator(Some(simulator)));
-    }
-    let mut rows = Vec::with_capacity(args.tokens.len());
-    for &tokens in &args.tokens {
-        progress.doing(plural(tokens, "token"));
-        rows.push(row(&mut runners, tokens, &machine, common.seed)?);
-        progress.step();
-    }
+    let measured = ranks.run(|groups| {
+        let options = Options { pool: ranks.pool(&common.pool)?, ..common.options(subject.dtype) };
+        let mut runners = Vec::with_capacity(subject.layers.len());
+        for (layer, seed) in subject.layers.iter().zip(common.seed..) {
+            let runner = RankedRunner::new(layer, &options, groups, &parallel)?;
+            let simulator = Simulator::new(Strategy::UniformRandom, seed_of(seed, groups));
+            runners.push(runner.with_simulator(Some(simulator)));
+        }
+        let mut bench = Bench { runners, ranks: &ranks, machine: &machine, seed: common.seed };
+        let mut rows = Vec::with_capacity(args.tokens.len());
+        for &tokens in &args.tokens {
+            if groups.world.rank() == 0 {
+                progress.doing(plural(tokens, "token"));
+            }
+            rows.push(bench.row(tokens)?);
+            if groups.world.rank() == 0 {
+                progress.step();
+            }
+        }
+        let choice = bench.runners[0].runner().choice();
+        Ok((rows, choice.kernel.name, choice.why.clone()))
+    });
     drop(progress);
-    let choice = runners[0].choice();
+    let (rows, kernel, why) = measured?;
+    if !ranks.reports() {
+        return Ok(Report::silent(true));
+    }
     let json = BenchJson {
         layer: subject.title,
-        kernel: choice.kernel.name,
+        kernel,
         format: subject.format,
         dtype: subject.dtype.name(),
         seed: common.seed,
         distinct_bytes: subject.distinct_bytes,
+        split: ranks.split(),
         limits: LimitsJson {
             read_gbps: machine.read_gbps,
             gflops: BTreeMap::from([("f32", machine.f32_gflops)]),
@@ -125,7 +148,14 @@ pub(crate) fn run(args: &BenchArgs, common: &Common) -> Result<Report> {
         },
         rows,
     };
-    Report::new(true, text(&json, &choice.why, &machine), &json)
+    Report::new(true, text(&json, &why, &machine), &json)
+}
+
+/// The seed of a rank's simulated routing: the same for ranks that have the same rows.
+fn seed_of(seed: u64, groups: &Groups) -> u64 {
+    let (sizes, rank) = (groups.sizes, groups.world.rank());
+    let rows = if sizes.sp() > 1 { rank } else { rank / sizes.tp };
+    seed ^ (rows as u64) << 32
 }
 
 fn subject(args: &BenchArgs, common: &Common) -> Result<Subject> {
@@ -161,17 +191,14 @@ fn subject(args: &BenchArgs, common: &Common) -> Result<Subject> {
         }
         (None, Some(name)) => {
             let preset = presets::find(name)?;
-            let (format, whose) = match &args.format {
-                Some(format) => (format.as_str(), None),
-                None => (preset.format, Some(preset.name)),
-            };
-            let float = formats::find(format, whose)?;
+            let name = args.format.as_deref().unwrap_or(preset.format);
+            let format = formats::find(name)?;
             let spec = preset.spec();
-            let (layers, distinct_bytes) = synthetic(&spec, float, common.seed)?;
+            let (layers, distinct_bytes) = synthetic(&spec, format, name, common.seed)?;
             Ok(Subject {
                 title: title(preset.name, &spec),
-                format: format.to_owned(),
-                dtype: common.dtype.unwrap_or(formats::activations(float)),
+                format: name.to_ascii_lowercase(),
+                dtype: common.dtype.unwrap_or(formats::activations(format)),
                 layers,
                 distinct_bytes,
             })
@@ -196,10 +223,21 @@ fn title(name: &str, spec: &LayerSpec) -> String {
 /// Layers with random weights, and the bytes of them that differ. All experts of a large model
 /// would not fit into memory, and would say nothing more: distinct weights beyond what caches hold
 /// are made once, and the experts take them in turn.
-fn synthetic(spec: &LayerSpec, float: FloatType, seed: u64) -> Result<(Vec<LoadedLayer>, usize)> {
-    let matrices = if spec.expert.gated { 3 } else { 2 };
-    let weights = matrices * spec.dims.routed_hidden * spec.dims.intermediate;
-    let expert_bytes = weights * formats::bytes_per_weight(float);
+fn synthetic(
+    spec: &LayerSpec,
+    format: RandomFormat,
+    name: &str,
+    seed: u64,
+) -> Result<(Vec<LoadedLayer>, usize)> {
+    let (hidden, intermediate) = (spec.dims.routed_hidden, spec.dims.intermediate);
+    let in_bytes = format.bytes(intermediate, hidden);
+    let (Some(in_bytes), Some(down_bytes)) = (in_bytes, format.bytes(hidden, intermediate)) else {
+        return Err(unusable(format!(
+            "--format {name}: its rows are whole blocks, and rows of {hidden} and {intermediate} \
+             weights are not; choose another format"
+        )));
+    };
+    let expert_bytes = down_bytes + in_bytes * if spec.expert.gated { 2 } else { 1 };
     let wanted = memory::available().map_or(DISTINCT_BYTES, |free| DISTINCT_BYTES.min(free / 4));
     let distinct = wanted.div_ceil(expert_bytes).clamp(1, spec.router.experts);
     memory::ensure(
@@ -208,22 +246,27 @@ fn synthetic(spec: &LayerSpec, float: FloatType, seed: u64) -> Result<(Vec<Loade
         "choose a smaller preset or format",
     )?;
     let layers = wanted.div_ceil(spec.router.experts * expert_bytes).max(1);
-    let made = (0..layers as u64).map(|i| layer_of(spec, distinct, float, seed.wrapping_add(i)));
+    let made = (0..layers as u64).map(|i| layer_of(spec, distinct, format, seed.wrapping_add(i)));
     let made = made.collect::<Result<Vec<_>>>()?;
     Ok((made, layers * distinct * expert_bytes))
 }
 
 /// A layer whose experts share the weights of `distinct` ones.
-fn layer_of(spec: &LayerSpec, distinct: usize, float: FloatType, seed: u64) -> Result<LoadedLayer> {
+fn layer_of(
+    spec: &LayerSpec,
+    distinct: usize,
+    format: RandomFormat,
+    seed: u64,
+) -> Result<LoadedLayer> {
     let few = LayerSpec {
         router: RouterSpec::softmax(distinct, spec.router.top_k.min(distinct), true),
         ..spec.clone()
     };
-    let layer = random_layer(&few, float, seed)?;
+    let layer = random_layer(&few, format, seed)?;
     let mut random = Random::new(seed);
     let router = &spec.router;
     let gate = GateWeights {
-        weight: random_matrix(&mut random, float, router.logits(), spec.dims.hidden),
+        weight: random_matrix(&mut random, format.float(), router.logits(), spec.dims.hidden),
         bias: spec.gate.bias.then(|| random.values(router.logits(), 0.5)),
         correction: (router.correction != Correction::None)
             .then(|| random.values(router.choices(), 0.5)),
@@ -235,51 +278,62 @@ fn layer_of(spec: &LayerSpec, distinct: usize, float: FloatType, seed: u64) -> R
     Ok(LoadedLayer { spec: spec.clone(), gate: Some(gate), experts, ..layer })
 }
 
-fn row(
-    runners: &mut [MoeRunner],
-    tokens: usize,
-    machine: &MachineLimits,
+/// One rank's part of the measurement.
+struct Bench<'a> {
+    /// Run in turn.
+    runners: Vec<RankedRunner<'a>>,
+    ranks: &'a Ranks,
+    machine: &'a MachineLimits,
     seed: u64,
-) -> Result<Row> {
-    let (hidden, dtype) = (runners[0].spec().dims.hidden, runners[0].dtype());
-    memory::ensure(
-        runners.len() * runners[0].workspace_bytes(tokens) + 2 * tokens * hidden * 4,
-        &plural(tokens, "token"),
-        "give --tokens fewer",
-    )?;
-    let mut random = Random::new(seed ^ tokens as u64);
-    let input: Vec<f32> =
-        (0..tokens * hidden).map(|_| dtype.round(random.normal() as f32)).collect();
-    let mut output = vec![0.0f32; tokens * hidden];
-    let (mut bytes, mut flops, mut calls) = (0.0, 0.0, 0);
-    let times = times(ROW_BUDGET, ROW_RUNS, || {
-        let runner = calls % runners.len();
-        let done = runners[runner]
-            .forward(&ForwardInput::new(Rows::F32(&input)), RowsMut::F32(&mut output))?;
-        bytes += done.weight_bytes as f64;
-        flops += done.flops;
-        calls += 1;
-        Ok::<(), moe_runner::Error>(())
-    })?;
-    let (bytes, flops) = (bytes / calls as f64, flops / calls as f64);
-    let least = machine.least_seconds(bytes, flops);
-    Ok(Row {
-        tokens,
-        median_s: times.median,
-        min_s: times.min,
-        max_s: times.max,
-        runs: times.runs,
-        tokens_per_s: tokens as f64 / times.median,
-        bytes_weights_read: bytes,
-        flops,
-        gbps: bytes / times.median / 1e9,
-        gflops: flops / times.median / 1e9,
-        limit_share: least / times.median,
-        bound_by: match machine.least_seconds(bytes, 0.0) < least {
-            true => "arithmetic",
-            false => "memory",
-        },
-    })
+}
+
+impl Bench<'_> {
+    /// The time of batches of `tokens`, the same on every rank.
+    fn row(&mut self, tokens: usize) -> moe_runner::Result<Row> {
+        let runner = &self.runners[0];
+        let (hidden, dtype) = (runner.runner().spec().dims.hidden, runner.runner().dtype());
+        let working = self.runners.len() * runner.workspace_bytes(tokens);
+        memory::ensure(
+            self.ranks.in_this_process() * (working + 2 * tokens * hidden * 4),
+            &plural(tokens, "token"),
+            "give --tokens fewer",
+        )?;
+        let mut random = Random::new(self.seed ^ tokens as u64);
+        let input: Vec<f32> =
+            (0..tokens * hidden).map(|_| dtype.round(random.normal() as f32)).collect();
+        let batch = Batch { hidden: &input, router_logits: None, input_ids: None };
+        let (mut bytes, mut flops, mut moved, mut calls) = (0.0, 0.0, 0.0, 0);
+        let times = times(ROW_BUDGET, ROW_RUNS, || {
+            let runner = calls % self.runners.len();
+            let pass = self.runners[runner].pass(&batch)?;
+            bytes += pass.weight_bytes as f64;
+            flops += pass.flops;
+            moved += pass.moved as f64;
+            calls += 1;
+            Ok::<_, moe_runner::Error>(pass.time)
+        })?;
+        let calls = calls as f64;
+        let (bytes, flops, moved) = (bytes / calls, flops / calls, moved / calls);
+        let least = self.machine.least_seconds(bytes, flops);
+        Ok(Row {
+            tokens,
+            median_s: times.median,
+            min_s: times.min,
+            max_s: times.max,
+            runs: times.runs,
+            tokens_per_s: tokens as f64 / times.median,
+            bytes_weights_read: bytes,
+            flops,
+            gbps: bytes / times.median / 1e9,
+            gflops: flops / times.median / 1e9,
+            limit_share: least / times.median,
+            bound_by: match self.machine.least_seconds(bytes, 0.0) < least {
+                true => "arithmetic",
+                false => "memory",
+            },
+            bytes_moved_per_token: self.ranks.split().map(|_| moved / tokens as f64),
+        })
+    }
 }
 
 fn text(json: &BenchJson, why: &str, machine: &MachineLimits) -> String {
@@ -296,7 +350,10 @@ fn text(json: &BenchJson, why: &str, machine: &MachineLimits) -> String {
     );
     facts.add("kernel", format!("{} ({why})", json.kernel));
     facts.add("machine", machine.to_string());
-    let mut table = Columns::new(&[
+    if let Some(sizes) = &json.split {
+        facts.add("split", splitting::describe(sizes));
+    }
+    let mut columns = vec![
         ">tokens",
         ">median",
         ">min",
@@ -306,9 +363,14 @@ fn text(json: &BenchJson, why: &str, machine: &MachineLimits) -> String {
         ">GFLOP/s",
         ">limit",
         "bound by",
-    ]);
+    ];
+    if json.split.is_some() {
+        columns.push(">moved/token");
+    }
+    let mut table = Columns::new(&columns);
     for row in &json.rows {
-        table.row([
+        let moved = row.bytes_moved_per_token.map(|bytes| units::bytes(bytes.round() as usize));
+        let cells = [
             row.tokens.to_string(),
             units::seconds(row.median_s),
             units::seconds(row.min_s),
@@ -318,7 +380,8 @@ fn text(json: &BenchJson, why: &str, machine: &MachineLimits) -> String {
             format!("{:.1}", row.gflops),
             format!("{:.0} %", 100.0 * row.limit_share),
             row.bound_by.to_owned(),
-        ]);
+        ];
+        table.row(cells.into_iter().chain(moved));
     }
     let cached = match json.distinct_bytes < DISTINCT_BYTES / 8 {
         true => {

@@ -9,7 +9,7 @@ use moe_runner::checkpoint::{Dtype, NewTensor, Writer};
 use moe_runner::comm::{At, Step};
 use moe_runner::hidden::ActivationDtype;
 use moe_runner::parallel::Parallel;
-use moe_runner::runner::{Batch, BatchOutput, forward_batch};
+use moe_runner::runner::{BatchOutput, Options, RankedRunner, Timeline};
 use moe_runner::spec::{LayerSpec, ScaleOn};
 use moe_runner::weights::LoadedLayer;
 use serde::Serialize;
@@ -17,9 +17,11 @@ use serde::Serialize;
 use crate::args::{Common, RunArgs};
 use crate::checkpoints::{LayerChoice, Opened};
 use crate::input::{Input, LayerInput};
+use crate::memory;
 use crate::report::progress::Progress;
 use crate::report::table::Columns;
 use crate::report::trace::{self, RankSpan, Trace};
+use crate::report::units::plural;
 use crate::report::{Report, units};
 use crate::splitting::Ranks;
 
@@ -93,7 +95,7 @@ pub(crate) fn run(args: &RunArgs, common: &Common) -> Result<Report> {
         progress.step();
     }
     drop(progress);
-    let Some(writer) = writer else { return Ok(Report::nothing()) };
+    let Some(writer) = writer else { return Ok(Report::silent(true)) };
     writer.finish()?;
     if let Some(path) = &args.trace {
         trace.write(path)?;
@@ -138,23 +140,21 @@ impl Job {
         parallel: &Parallel,
         traced: bool,
     ) -> Result<(BatchOutput, Vec<RankSpan>)> {
-        let options = common.options(self.dtype);
-        let batch = Batch {
-            hidden: &self.input.hidden,
-            router_logits: self.input.router_logits.as_deref(),
-            input_ids: self.input.input_ids.as_deref(),
-        };
         let at = At::new(&self.spec().name, Step::Finish);
         let result = ranks.run(|groups| {
+            let options = Options { pool: ranks.pool(&common.pool)?, ..common.options(self.dtype) };
+            let mut runner = RankedRunner::new(&self.layer, &options, groups, parallel)?;
+            memory::ensure(
+                ranks.in_this_process() * runner.workspace_bytes(self.input.tokens),
+                &plural(self.input.tokens, "token"),
+                "give fewer rows",
+            )?;
             if !traced {
-                return Ok((
-                    forward_batch(&self.layer, &options, groups, parallel, &batch, None)?,
-                    vec![],
-                ));
+                return Ok((runner.forward(&self.input.batch())?, vec![]));
             }
             groups.world.barrier(at)?;
-            let origin = Some(Instant::now());
-            let output = forward_batch(&self.layer, &options, groups, parallel, &batch, origin)?;
+            let mut runner = runner.with_timeline(Timeline::since(Instant::now()));
+            let output = runner.forward(&self.input.batch())?;
             let spans = trace::gather(groups, at, &output.spans)?;
             Ok((output, spans))
         });

@@ -27,16 +27,16 @@ impl Report {
         Ok(Self { text, json: serde_json::to_string_pretty(json)?, ok })
     }
 
-    /// Another process reports.
-    pub(crate) fn nothing() -> Self {
-        Self { text: String::new(), json: String::new(), ok: true }
+    /// Another process reports; `ok` still decides this one's exit status.
+    pub(crate) fn silent(ok: bool) -> Self {
+        Self { text: String::new(), json: String::new(), ok }
     }
 
     /// Prints one of both on standard output. A reader that has gone away is no failure.
     pub(crate) fn print(&self, json: bool) -> ExitCode {
         let text = if json { &self.json } else { self.text.trim_end() };
         if text.is_empty() {
-            return ExitCode::SUCCESS;
+            return if self.ok { ExitCode::SUCCESS } else { ExitCode::FAILURE };
         }
         let mut out = io::stdout().lock();
         match writeln!(out, "{text}").and_then(|()| out.flush()) {

@@ -275,3 +275,33 @@ fn a_name_with_line_breaks_moves_no_cursor() {
     let stderr = refused(1, bench.run("0", &[]));
     assert!(!stderr.contains('\x1b') && stderr.lines().count() == 1, "{stderr:?}");
 }
+
+/// A file that claims more rows than memory holds, with a hole in place of the rows.
+#[test]
+fn more_rows_than_memory_are_refused() {
+    let bench = Bench::new();
+    let bytes = 1_u64 << 40;
+    let header = format!(
+        r#"{{"hidden_states":{{"dtype":"F32","shape":[{},64],"data_offsets":[0,{bytes}]}}}}"#,
+        bytes / 256
+    );
+    let mut start = (header.len() as u64).to_le_bytes().to_vec();
+    start.extend(header.into_bytes());
+    let path = bench.path("in.safetensors");
+    std::fs::write(&path, &start).unwrap();
+    let file = std::fs::File::options().write(true).open(&path).unwrap();
+    if let Err(error) = file.set_len(start.len() as u64 + bytes) {
+        eprintln!("SKIPPED: this file system has no files of 1 TiB with holes: {error}");
+        return;
+    }
+    bench.refuses(1, "out of memory");
+    let args: Vec<OsString> = vec![
+        "check".into(),
+        bench.folder.path().into(),
+        "--no-timing".into(),
+        "--input".into(),
+        path.into(),
+    ];
+    let stderr = refused(1, args);
+    assert!(stderr.contains("out of memory: 'hidden_states' [4294967296, 64]"), "{stderr}");
+}

@@ -28,6 +28,26 @@ fn a_checkpoints_layer_is_timed() {
     assert!((experts..=experts + 12.0 * 64.0 * 4.0).contains(&bytes), "{bytes}, {experts}");
 }
 
+/// Two ranks with whole experts: every row goes to the other rank where an expert of it lives.
+#[test]
+fn a_split_layer_is_timed() {
+    let case = case("qwen2_moe_f16");
+    let mut args = vec!["bench".as_ref(), case.as_os_str()];
+    let flags = ["--layer", "2", "--tokens", "1,4", "--dp", "2", "--ep", "--json"];
+    args.extend(flags.map(std::ffi::OsStr::new));
+    let report = json(args);
+    assert_eq!(report["split"]["dp"], 2);
+    assert_eq!(report["split"]["expert_parallel"], true);
+    for row in report["rows"].as_array().unwrap() {
+        // a row of 64 f16 values goes there, and no more than k of them come back in f32
+        let moved = row["bytes_moved_per_token"].as_f64().unwrap();
+        assert!((1.0..=64.0 * 2.0 + 4.0 * 64.0 * 4.0 + 1000.0).contains(&moved), "{row}");
+        assert!(row["median_s"].as_f64().unwrap() > 0.0);
+        // more tokens do not make them read less
+        assert!(row["bytes_weights_read"].as_f64().unwrap() > 4.0 * 3.0 * 64.0 * 40.0 * 2.0);
+    }
+}
+
 #[test]
 fn unusable_arguments() {
     let case = case("qwen2_moe_f16");
@@ -36,6 +56,9 @@ fn unusable_arguments() {
         (&["--preset", "gpt-5"][..], "qwen3-30b-a3b"),
         (&[], "presets are qwen3-30b-a3b"),
         (&["--preset", "qwen3-30b-a3b", "--format", "int3"], "f32, f16, bf16"),
+        (&["--preset", "gpt-oss-20b", "--format", "q4_k"], "whole blocks"),
+        (&["--preset", "qwen3-30b-a3b", "--sequence-parallel"], "expert parallel"),
+        (&["--preset", "qwen3-30b-a3b", "--dp", "0"], "at least 1"),
         (&["--preset", "qwen3-30b-a3b", "--tokens", "0"], "--tokens"),
         (&["--preset", "qwen3-30b-a3b", "--tokens", "1,x"], "--tokens"),
         (&["--preset", "qwen3-30b-a3b", "--layer", "1"], "--layer"),

@@ -178,3 +178,61 @@ fn emulated_hardware_is_checked_within_its_own_bounds() {
         assert_eq!(report["layers"][0]["kernel"], "emulation_nvfp4");
     }
 }
+
+/// A layer that is split over ranks is held to the same bounds, recordings included.
+#[test]
+fn split_layers_are_held_to_the_same_bounds() {
+    for (name, flags) in [
+        ("deepseek_v2", &["--tp", "2"][..]),
+        ("deepseek_v2", &["--dp", "2", "--ep"]),
+        ("quant_qwen3_moe_fp8_channel", &["--dp", "2", "--tp", "2", "--ep", "--dbo", "2"]),
+    ] {
+        let case = case(name);
+        let recorded = case.join("golden.safetensors");
+        let mut args: Vec<&OsStr> = flags.iter().map(OsStr::new).collect();
+        args.extend(["--against".as_ref(), recorded.as_os_str()]);
+        let (status, report) = check(&case, &args);
+        assert_eq!(status, Some(0), "{name} {flags:?}: {}", report["verdict"]);
+        assert_eq!(report["split"]["dp"], if flags[0] == "--dp" { 2 } else { 1 });
+        for layer in report["layers"].as_array().unwrap() {
+            assert!(layer["nmse"].as_f64().unwrap() <= layer["bound"].as_f64().unwrap());
+            assert_eq!(layer["ids_equal"], true);
+            assert!(layer["recorded"].as_array().unwrap().len() >= 3);
+        }
+    }
+    // one rank says nothing of ranks
+    let (_, report) = check(&case("deepseek_v2"), &[]);
+    assert!(report.get("split").is_none());
+}
+
+/// What ranks send shows in the report: without expert parallelism, a token's sum over two ranks.
+#[test]
+fn what_ranks_send_is_reported() {
+    let case = case("deepseek_v2");
+    let report = json([
+        "check".as_ref(),
+        case.as_os_str(),
+        "--tp".as_ref(),
+        "2".as_ref(),
+        "--json".as_ref(),
+    ]);
+    for layer in report["layers"].as_array().unwrap() {
+        for speed in layer["speed"].as_array().unwrap() {
+            assert!(speed["bytes_moved_per_token"].as_f64().unwrap() > 0.0, "{speed}");
+        }
+    }
+}
+
+#[test]
+fn more_tokens_than_memory_are_refused() {
+    let case = case("deepseek_v2");
+    let tokens = (usize::MAX / 2).to_string();
+    let args = [
+        "check".as_ref(),
+        case.as_os_str(),
+        "--no-timing".as_ref(),
+        "--tokens".as_ref(),
+        tokens.as_ref(),
+    ];
+    assert!(refused(1, args).contains("out of memory"));
+}

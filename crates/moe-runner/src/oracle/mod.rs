@@ -115,7 +115,7 @@ pub fn select(
     let (chosen, why) = match &request.kernel {
         Some(name) => (named(kernels, name, &able, &rejected, request)?, "named".to_owned()),
         None => match able.iter().find(|kernel| !kernel.by_name_only) {
-            Some(kernel) => (*kernel, format!("first able one on {}", machine.name)),
+            Some(kernel) => (*kernel, format!("{} on {}", among(able.len()), machine.name)),
             None => return Err(none_able(request, machine, &able, &rejected)),
         },
     };
@@ -125,6 +125,14 @@ pub fn select(
         .map(|kernel| (kernel, why_not(kernel, chosen, request)))
         .collect();
     Ok(Choice { kernel: chosen, why, able, rejected })
+}
+
+/// What a choice without a name was made from.
+fn among(able: usize) -> String {
+    match able {
+        1 => "the only one that can run it".into(),
+        _ => format!("the preferred one of {able} that can run it"),
+    }
 }
 
 fn named(

@@ -3,13 +3,15 @@
 //!
 //! The same code for ranks as threads and as MPI processes, and for one rank.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::{ForwardInput, MoeRunner, MoeRunnerInterface, Options, Span, Timeline};
+use super::{ForwardInput, ForwardOutput, MoeRunner, MoeRunnerInterface, Options, Span, Timeline};
 use crate::comm::{At, Communicator, Groups, Step, Traffic};
 use crate::hidden::{Rows, RowsMut};
 use crate::parallel::{Parallel, deal_rows};
+use crate::router::Simulator;
 use crate::weights::LoadedLayer;
 use crate::{Error, Result};
 
@@ -37,6 +39,8 @@ pub struct BatchOutput {
     pub topk_weights: Vec<f32>,
     /// `[T, H]`: what the shared experts add.
     pub shared: Option<Vec<f32>>,
+    /// `output` is what ranks wrote times this (1 but for the fp16 rule: [`scale`](super::scale)).
+    pub output_scale: f32,
     /// Name of the kernel that ran.
     pub kernel: &'static str,
     /// Bytes of weights read, over all ranks.
@@ -51,8 +55,139 @@ pub struct BatchOutput {
     pub traffic: Traffic,
 }
 
-/// Runs `batch` through `layer`. All ranks of `groups` call this together with the same arguments.
-/// `origin`: record the pass on a timeline that starts there.
+/// One timed pass, the same on every rank.
+#[derive(Clone, Copy, Debug)]
+pub struct Pass {
+    /// From the start of the slowest rank's pass to its end.
+    pub time: Duration,
+    /// Bytes of weights read, over all ranks.
+    pub weight_bytes: usize,
+    /// Floating-point operations, over all ranks.
+    pub flops: f64,
+    /// Bytes that ranks sent to other ranks, over all ranks.
+    pub moved: usize,
+}
+
+/// This rank's runner of a layer, for any number of batches. All ranks make theirs, and then call
+/// its methods, together with the same arguments.
+pub struct RankedRunner<'a> {
+    runner: MoeRunner,
+    groups: &'a Groups,
+    /// This rank's rows of the output; its memory is kept from pass to pass.
+    output: Vec<f32>,
+}
+
+impl std::fmt::Debug for RankedRunner<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("RankedRunner").field("runner", &self.runner).finish_non_exhaustive()
+    }
+}
+
+impl<'a> RankedRunner<'a> {
+    /// This rank's share of `layer`.
+    ///
+    /// # Errors
+    /// As [`MoeRunner::on_rank`].
+    pub fn new(
+        layer: &LoadedLayer,
+        options: &Options,
+        groups: &'a Groups,
+        parallel: &Parallel,
+    ) -> Result<Self> {
+        let runner = MoeRunner::on_rank(layer, options, groups, parallel)?;
+        Ok(Self { runner, groups, output: Vec::new() })
+    }
+
+    /// Records what each pass does when.
+    pub fn with_timeline(self, timeline: Timeline) -> Self {
+        Self { runner: self.runner.with_timeline(timeline), ..self }
+    }
+
+    /// Replaces the router's choice by a simulated one, for benchmarks. Ranks that have the same
+    /// rows need the same one.
+    pub fn with_simulator(self, simulator: Option<Simulator>) -> Self {
+        Self { runner: self.runner.with_simulator(simulator), ..self }
+    }
+
+    /// The runner of this rank.
+    pub fn runner(&self) -> &MoeRunner {
+        &self.runner
+    }
+
+    /// The rows that this rank has of a batch of `tokens`.
+    pub fn rows(&self, tokens: usize) -> Range<usize> {
+        deal_rows(tokens, self.groups.sizes)[self.groups.world.rank()].clone()
+    }
+
+    /// About what this rank needs for a batch of `tokens`: working memory, if tokens spread evenly
+    /// over the experts, and the results of all ranks.
+    pub fn workspace_bytes(&self, tokens: usize) -> usize {
+        let spec = self.runner.spec();
+        let sizes = self.groups.sizes;
+        // without expert parallelism every rank computes its slice of every row
+        let rows = if sizes.use_ep() { self.rows(tokens).len() } else { tokens };
+        let shared = usize::from(spec.shared.is_some());
+        let results =
+            (1 + shared) * spec.dims.hidden + spec.router.logits() + 2 * spec.router.top_k;
+        self.runner.workspace_bytes(rows) + tokens * results * 4
+    }
+
+    /// One pass for its time: the ranks start together, and outputs stay where they are.
+    ///
+    /// # Errors
+    /// As [`MoeRunnerInterface::forward`].
+    pub fn pass(&mut self, batch: &Batch<'_>) -> Result<Pass> {
+        let Self { runner, groups, output } = self;
+        let name = runner.spec().name.clone();
+        let at = At::new(&name, Step::Finish);
+        if groups.world.size() > 1 {
+            groups.world.barrier(at)?;
+        }
+        own_rows(runner, groups, batch, output)?.1.over_all_ranks(groups, at)
+    }
+
+    /// One pass, with all results on every rank. The timeline goes on from pass to pass.
+    ///
+    /// # Errors
+    /// As [`MoeRunnerInterface::forward`].
+    pub fn forward(&mut self, batch: &Batch<'_>) -> Result<BatchOutput> {
+        let Self { runner, groups, output } = self;
+        let (sizes, rank) = (groups.sizes, groups.world.rank());
+        let name = runner.spec().name.clone();
+        let at = |step| At::new(&name, step);
+        let kernel = runner.method().desc().name;
+        let (done, own) = own_rows(runner, groups, batch, output)?;
+        output.iter_mut().for_each(|v| *v *= done.output_scale);
+        let mut shared = done.shared.map(<[f32]>::to_vec);
+        if let Some(shared) = &mut shared
+            && !done.shared_complete
+        {
+            groups.tp.all_reduce(at(Step::ReduceShared), shared)?;
+        }
+        let ids: Vec<u32> = done.routing.ids.iter().map(|id| id.0).collect();
+        let pass = own.over_all_ranks(groups, at(Step::Finish))?;
+        // Ranks that have the same rows agree bit by bit: the first of them speaks for all.
+        let speaks = sizes.sp() > 1 || sizes.tp_rank(rank) == 0;
+        let gather = Gather { world: &groups.world, at: at(Step::Finish), speaks };
+        Ok(BatchOutput {
+            output: gather.rows(std::mem::take(output))?,
+            router_logits: gather.rows(done.router_logits.to_vec())?,
+            topk_ids: gather.rows(ids)?,
+            topk_weights: gather.rows(done.routing.weights.clone())?,
+            shared: shared.map(|rows| gather.rows(rows)).transpose()?,
+            output_scale: done.output_scale,
+            kernel,
+            weight_bytes: pass.weight_bytes,
+            flops: pass.flops,
+            time: pass.time,
+            spans: runner.timeline().spans().to_vec(),
+            traffic: own.traffic,
+        })
+    }
+}
+
+/// Runs `batch` through `layer`, once. All ranks of `groups` call this together with the same
+/// arguments. `origin`: record the pass on a timeline that starts there.
 ///
 /// # Errors
 /// As [`MoeRunner::on_rank`] and [`MoeRunnerInterface::forward`]. The caller tells the other ranks of
@@ -66,60 +201,59 @@ pub fn forward_batch(
     origin: Option<Instant>,
 ) -> Result<BatchOutput> {
     let timeline = origin.map_or_else(Timeline::off, Timeline::since);
-    let spec = &layer.spec;
-    let (hidden, logits) = (spec.dims.hidden, spec.router.logits());
+    RankedRunner::new(layer, options, groups, parallel)?.with_timeline(timeline).forward(batch)
+}
+
+/// What one rank did in a pass.
+struct Own {
+    time: Duration,
+    weight_bytes: usize,
+    flops: f64,
+    traffic: Traffic,
+}
+
+/// Runs this rank's rows of `batch`; `output` gets theirs.
+fn own_rows<'a>(
+    runner: &'a mut MoeRunner,
+    groups: &Groups,
+    batch: &Batch<'_>,
+    output: &mut Vec<f32>,
+) -> Result<(ForwardOutput<'a>, Own)> {
+    let (hidden, logits) = (runner.spec().dims.hidden, runner.spec().router.logits());
     let tokens = Rows::F32(batch.hidden).tokens("hidden_states", hidden)?;
-    let (sizes, rank) = (groups.sizes, groups.world.rank());
-    let rows = deal_rows(tokens, sizes)[rank].clone();
     check("router_logits", batch.router_logits.map(<[f32]>::len), tokens * logits)?;
     check("input_ids", batch.input_ids.map(<[u32]>::len), tokens)?;
+    let rows = deal_rows(tokens, groups.sizes)[groups.world.rank()].clone();
     let input = ForwardInput {
         router_logits: batch.router_logits.map(|all| &all[rows.start * logits..rows.end * logits]),
         input_ids: batch.input_ids.map(|all| &all[rows.clone()]),
         ..ForwardInput::new(Rows::F32(&batch.hidden[rows.start * hidden..rows.end * hidden]))
     };
-    let mut runner = MoeRunner::on_rank(layer, options, groups, parallel)?.with_timeline(timeline);
-    let mut output = vec![0.0; rows.len() * hidden];
+    output.resize(rows.len() * hidden, 0.0);
     let before = traffic(groups);
     let start = Instant::now();
-    let done = runner.forward(&input, RowsMut::F32(&mut output))?;
+    let done = runner.forward(&input, RowsMut::F32(output))?;
     let time = start.elapsed();
-    let sent = traffic(groups).since(&before);
-    output.iter_mut().for_each(|v| *v *= done.output_scale);
-    let mut shared = done.shared.map(<[f32]>::to_vec);
-    let at = |step| At::new(&spec.name, step);
-    if let Some(shared) = &mut shared
-        && !done.shared_complete
-    {
-        groups.tp.all_reduce(at(Step::ReduceShared), shared)?;
-    }
-    let ids: Vec<u32> = done.routing.ids.iter().map(|id| id.0).collect();
-    let (weight_bytes, flops) = (done.weight_bytes as f64, done.flops);
+    let traffic = traffic(groups).since(&before);
+    Ok((done, Own { time, weight_bytes: done.weight_bytes, flops: done.flops, traffic }))
+}
 
-    // Ranks that have the same rows agree bit by bit: the first of them speaks for all.
-    let speaks = sizes.sp() > 1 || sizes.tp_rank(rank) == 0;
-    let gather = Gather { world: &groups.world, at: at(Step::Finish), speaks };
-    let totals = groups.world.all_gather(
-        at(Step::Finish),
-        vec![weight_bytes as f32, (flops / 1e6) as f32, time.as_secs_f32()],
-    )?;
-    let sum = |i: usize| totals.chunks_exact(3).map(|rank| f64::from(rank[i])).sum::<f64>();
-    let slowest = totals.chunks_exact(3).map(|rank| rank[2]).fold(0.0, f32::max);
-    let single = groups.world.size() == 1;
-    Ok(BatchOutput {
-        output: gather.rows(output)?,
-        router_logits: gather.rows(done.router_logits.to_vec())?,
-        topk_ids: gather.rows(ids)?,
-        topk_weights: gather.rows(done.routing.weights.clone())?,
-        shared: shared.map(|rows| gather.rows(rows)).transpose()?,
-        kernel: runner.method().desc().name,
-        // f32 totals would round what one rank knows exactly
-        weight_bytes: if single { weight_bytes as usize } else { sum(0) as usize },
-        flops: if single { flops } else { sum(1) * 1e6 },
-        time: if single { time } else { Duration::from_secs_f32(slowest) },
-        spans: runner.timeline().spans().to_vec(),
-        traffic: sent,
-    })
+impl Own {
+    /// What all ranks did together.
+    fn over_all_ranks(&self, groups: &Groups, at: At<'_>) -> Result<Pass> {
+        let nanos = u64::try_from(self.time.as_nanos()).unwrap_or(u64::MAX);
+        let sent = self.traffic.total().sent;
+        let mine = vec![nanos, self.weight_bytes as u64, sent, self.flops.to_bits()];
+        let all = groups.world.all_gather(at, mine)?;
+        let all = all.chunks_exact(4);
+        let sum = |i: usize| all.clone().map(|rank| rank[i] as usize).sum();
+        Ok(Pass {
+            time: Duration::from_nanos(all.clone().map(|rank| rank[0]).max().unwrap_or(nanos)),
+            weight_bytes: sum(1),
+            moved: sum(2),
+            flops: all.clone().map(|rank| f64::from_bits(rank[3])).sum(),
+        })
+    }
 }
 
 /// Collects rows from the ranks that speak, in rank order, which is the order of the rows.

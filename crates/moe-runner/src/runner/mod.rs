@@ -24,7 +24,7 @@ mod transform;
 
 use std::sync::Arc;
 
-pub use batch::{Batch, BatchOutput, forward_batch};
+pub use batch::{Batch, BatchOutput, Pass, RankedRunner, forward_batch};
 pub use model::Model;
 pub use ready::{Options, QuantMethod, ReadyLayer};
 pub use timeline::{Span, Timeline};

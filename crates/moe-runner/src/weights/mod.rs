@@ -17,7 +17,7 @@ pub(crate) use load::float;
 pub use load::{Accounting, account, scan_finite};
 pub use matrix::{Encoding, FloatEncoding, FloatRows, FloatType, Matrix, ScaledWindow};
 pub use quant::{Finding, FindingKind, diagnose};
-pub use synthetic::{random_layer, random_matrix};
+pub use synthetic::{RandomFormat, RandomScaled, random_layer, random_matrix};
 
 use crate::spec::LayerSpec;
 

@@ -4,10 +4,11 @@ use std::time::Duration;
 
 use anyhow::Result;
 use moe_runner::checkpoint::architecture::LayerEntry;
-use moe_runner::hidden::{ActivationDtype, Rows, RowsMut};
+use moe_runner::hidden::ActivationDtype;
+use moe_runner::parallel::Parallel;
 use moe_runner::random::Random;
-use moe_runner::router::Routing;
-use moe_runner::runner::{ForwardInput, MoeRunner, MoeRunnerInterface, reference};
+use moe_runner::router::{LogicalId, Routing};
+use moe_runner::runner::{MoeRunner, Options, RankedRunner, reference};
 use moe_runner::spec::{ActivationFormat, LayerSpec, Selection};
 use moe_runner::weights::{LoadedLayer, account, scan_finite};
 use serde::Serialize;
@@ -18,6 +19,9 @@ use crate::checkpoints::Opened;
 use crate::commands::run::weight_factor;
 use crate::input::{Input, LayerInput};
 use crate::measure::{MachineLimits, Times, times};
+use crate::memory;
+use crate::report::units::plural;
+use crate::splitting::Ranks;
 
 /// Bound of the logits' NMSE: they are f32, whatever the activations.
 const LOGITS_BOUND: f64 = 1e-11;
@@ -84,6 +88,9 @@ pub(crate) struct Speed {
     pub(super) gflops: f64,
     /// The least time that the machine needs for these bytes and operations, over the median.
     pub(super) limit_share: f64,
+    /// Payload that ranks sent to other ranks, over all ranks, where there are several.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) bytes_moved_per_token: Option<f64>,
 }
 
 /// Everything that checking a layer needs.
@@ -98,6 +105,8 @@ pub(super) struct Checker<'a> {
     /// Another checkpoint of the same model.
     pub(super) original: Option<&'a Opened>,
     pub(super) tokens: usize,
+    pub(super) ranks: &'a Ranks,
+    pub(super) parallel: &'a Parallel,
 }
 
 impl Checker<'_> {
@@ -130,37 +139,52 @@ impl Checker<'_> {
         }
         let dtype = self.opened.dtype(self.common, &layer);
         check.dtype = dtype.name();
-        let mut runner = MoeRunner::new(layer.ready(&self.common.options(dtype))?);
-        check.kernel = Some(runner.choice().kernel.name);
-        check.why = runner.choice().why.clone();
         let input = self.layer_input(&layer, dtype)?;
-        self.compare(&mut check, &layer, &mut runner, &input)?;
-        if let Some(recorded) = self.recorded {
-            check.recorded = recorded.compare(&layer, &mut runner, self.input, self.common)?;
-            let off = check.recorded.iter().filter(|comparison| !comparison.ok);
-            check.problems.extend(off.map(Comparison::problem));
-        }
-        if let Some(original) = self.original {
-            self.compare_with(original, &mut check, &mut runner, &input)?;
-        }
-        if let Some(machine) = self.machine {
-            let batches = if input.tokens > 1 { vec![1, input.tokens] } else { vec![input.tokens] };
-            for tokens in batches {
-                check.speed.push(speed(&mut runner, machine, &input, tokens)?);
+        let recordings = match self.recorded {
+            Some(recorded) => recorded.of_layer(&layer, dtype, self.input)?,
+            None => Vec::new(),
+        };
+        let inputs = |exact: bool| recordings.iter().filter(move |r| r.exact == exact);
+        let mut all = vec![&input];
+        all.extend(inputs(false).map(|recording| &recording.input));
+        let executed = self.execute(&layer, dtype, &all, Some(&input))?;
+        check.kernel = Some(executed.kernel);
+        check.why = executed.why;
+        check.speed = executed.speed;
+        let mut results = executed.results.into_iter();
+        if let Some(result) = results.next() {
+            self.compare(&mut check, &layer, executed.bound, &input, &result)?;
+            if let Some(original) = self.original {
+                self.compare_with(original, &mut check, dtype, &input, &result)?;
             }
         }
+        for (recording, result) in inputs(false).zip(results) {
+            check.recorded.push(recording.judge(spec, executed.bound, &result)?);
+        }
+        let exact: Vec<&LayerInput> = inputs(true).map(|recording| &recording.input).collect();
+        if !exact.is_empty() {
+            let f32 = ActivationDtype::F32;
+            let executed = self.execute(&layer, f32, &exact, None)?;
+            for (recording, result) in inputs(true).zip(&executed.results) {
+                check.recorded.push(recording.judge(spec, executed.bound, result)?);
+            }
+        }
+        check.recorded.sort_by_key(|comparison| comparison.tokens);
+        let off = check.recorded.iter().filter(|comparison| !comparison.ok);
+        check.problems.extend(off.map(Comparison::problem));
         check.ok = check.problems.is_empty();
         Ok(check)
     }
 
-    /// The output against that of the same layer of another checkpoint. Nobody can say how much
-    /// they may differ, so only that there is such a layer is judged.
+    /// The output against that of the same layer of another checkpoint, run in the same way. Nobody
+    /// can say how much they may differ, so only that there is such a layer is judged.
     fn compare_with(
         &self,
         original: &Opened,
         check: &mut LayerCheck,
-        runner: &mut MoeRunner,
+        dtype: ActivationDtype,
         input: &LayerInput,
+        ours: &Forward,
     ) -> Result<()> {
         let spec = &self.entry.spec;
         let path = original.checkpoint.path().display();
@@ -179,11 +203,47 @@ impl Checker<'_> {
                 return Ok(());
             }
         };
-        let ready = layer.ready(&self.common.options(runner.dtype()))?;
-        let theirs = forward(&mut MoeRunner::new(ready), input)?.output;
-        let ours = forward(runner, input)?.output;
-        check.original_nmse = Some(nmse(ours.into_iter().zip(theirs)));
+        let theirs = self.execute(&layer, dtype, &[input], None)?.results;
+        let theirs = theirs.into_iter().flat_map(|theirs| theirs.output);
+        check.original_nmse = Some(nmse(ours.output.iter().copied().zip(theirs)));
         Ok(())
+    }
+
+    /// Runs the layer on `inputs`, on all ranks, and takes the time of `timed` and of its first
+    /// token.
+    fn execute(
+        &self,
+        layer: &LoadedLayer,
+        dtype: ActivationDtype,
+        inputs: &[&LayerInput],
+        timed: Option<&LayerInput>,
+    ) -> Result<Executed> {
+        let most = inputs.iter().map(|input| input.tokens).max().unwrap_or(0);
+        let executed = self.ranks.run(|groups| {
+            let pool = self.ranks.pool(&self.common.pool)?;
+            let options = Options { pool, ..self.common.options(dtype) };
+            let mut runner = RankedRunner::new(layer, &options, groups, self.parallel)?;
+            memory::ensure(
+                self.ranks.in_this_process() * runner.workspace_bytes(most),
+                &plural(most, "token"),
+                "give fewer",
+            )?;
+            let results = inputs.iter().map(|input| forward(&mut runner, input));
+            let results = results.collect::<moe_runner::Result<Vec<_>>>()?;
+            let mut speed = Vec::new();
+            if let (Some(machine), Some(input)) = (self.machine, timed) {
+                if input.tokens > 1 {
+                    let first = input.first(1, &layer.spec);
+                    speed.push(self.speed(&mut runner, machine, &first)?);
+                }
+                speed.push(self.speed(&mut runner, machine, input)?);
+            }
+            let choice = runner.runner().choice();
+            let (kernel, why) = (choice.kernel.name, choice.why.clone());
+            let bound = bound(layer, runner.runner());
+            Ok(Executed { kernel, why, bound, results, speed })
+        })?;
+        Ok(executed)
     }
 
     /// The given hidden states, or random ones: N(0, 1), rounded to the activations' dtype.
@@ -194,6 +254,11 @@ impl Checker<'_> {
             input.hidden.iter_mut().for_each(|v| *v = dtype.round(*v));
             return Ok(input);
         }
+        memory::ensure(
+            self.tokens.saturating_mul(spec.dims.hidden).saturating_mul(4),
+            &plural(self.tokens, "token"),
+            "give --tokens fewer",
+        )?;
         let mut random = Random::new(self.common.seed ^ (spec.index as u64) << 32);
         let mut normal = |count: usize| -> Vec<f32> {
             (0..count).map(|_| dtype.round(random.normal() as f32)).collect()
@@ -212,16 +277,45 @@ impl Checker<'_> {
         Ok(LayerInput { tokens: self.tokens, hidden, router_logits, input_ids })
     }
 
+    /// The time of `input`.
+    fn speed(
+        &self,
+        runner: &mut RankedRunner<'_>,
+        machine: &MachineLimits,
+        input: &LayerInput,
+    ) -> moe_runner::Result<Speed> {
+        let tokens = input.tokens;
+        let (mut bytes, mut flops, mut moved) = (0, 0.0, 0);
+        let Times { median, min, max, runs } = times(TIMING_BUDGET, 5, || {
+            let pass = runner.pass(&input.batch())?;
+            (bytes, flops, moved) = (pass.weight_bytes, pass.flops, pass.moved);
+            Ok::<_, moe_runner::Error>(pass.time)
+        })?;
+        Ok(Speed {
+            tokens,
+            median_s: median,
+            min_s: min,
+            max_s: max,
+            runs,
+            bytes_weights_read: bytes,
+            flops,
+            gbps: bytes as f64 / median / 1e9,
+            gflops: flops / median / 1e9,
+            limit_share: machine.least_seconds(bytes as f64, flops) / median,
+            bytes_moved_per_token: self.ranks.split().map(|_| moved as f64 / tokens.max(1) as f64),
+        })
+    }
+
     /// The kernel's output and routing against the reference.
     fn compare(
         &self,
         check: &mut LayerCheck,
         layer: &LoadedLayer,
-        runner: &mut MoeRunner,
+        bound: f64,
         input: &LayerInput,
+        result: &Forward,
     ) -> Result<()> {
         let spec = &layer.spec;
-        let result = forward(runner, input)?;
         check.tokens = input.tokens;
         check.load = result.routing.load(spec.router.choices());
         // The reference routes by the runner's own logits, so that ids must be equal even where
@@ -258,7 +352,6 @@ impl Checker<'_> {
             check.problems.push(format!("routing: weights differ by {difference:.1e}"));
         }
 
-        let bound = bound(layer, runner);
         let width = spec.dims.hidden;
         let tokens: Vec<(f64, f64)> = result
             .output
@@ -289,35 +382,6 @@ impl Checker<'_> {
     }
 }
 
-/// The time of the first `tokens` tokens.
-fn speed(
-    runner: &mut MoeRunner,
-    machine: &MachineLimits,
-    input: &LayerInput,
-    tokens: usize,
-) -> Result<Speed> {
-    let input = input.first(tokens, runner.spec());
-    let mut output = vec![0.0f32; tokens * runner.spec().dims.hidden];
-    let (mut bytes, mut flops) = (0, 0.0);
-    let Times { median, min, max, runs } = times(TIMING_BUDGET, 5, || {
-        let done = runner.forward(&input.forward(), RowsMut::F32(&mut output))?;
-        (bytes, flops) = (done.weight_bytes, done.flops);
-        Ok::<(), moe_runner::Error>(())
-    })?;
-    Ok(Speed {
-        tokens,
-        median_s: median,
-        min_s: min,
-        max_s: max,
-        runs,
-        bytes_weights_read: bytes,
-        flops,
-        gbps: bytes as f64 / median / 1e9,
-        gflops: flops / median / 1e9,
-        limit_share: machine.least_seconds(bytes as f64, flops) / median,
-    })
-}
-
 /// What one forward pass returned: the true output, as the layer's dtype holds it.
 pub(super) struct Forward {
     pub(super) output: Vec<f64>,
@@ -325,29 +389,34 @@ pub(super) struct Forward {
     pub(super) routing: Routing,
 }
 
+/// What running a layer yielded.
+struct Executed {
+    kernel: &'static str,
+    why: String,
+    /// The largest NMSE that is right.
+    bound: f64,
+    /// One for each input.
+    results: Vec<Forward>,
+    speed: Vec<Speed>,
+}
+
 /// Runs the layer, with its output in the activations' dtype, as an engine would have it.
-pub(super) fn forward(runner: &mut MoeRunner, input: &LayerInput) -> Result<Forward> {
-    let dtype = runner.dtype();
-    let mut output = vec![0.0f32; input.tokens * runner.spec().dims.hidden];
-    let done = runner.forward(&input.forward(), RowsMut::F32(&mut output))?;
-    let scale = f64::from(done.output_scale);
+fn forward(runner: &mut RankedRunner<'_>, input: &LayerInput) -> moe_runner::Result<Forward> {
+    let dtype = runner.runner().dtype();
+    let top_k = runner.runner().spec().router.top_k;
+    let done = runner.forward(&input.batch())?;
+    // what was written, rounded, and then its true value
+    let scale = done.output_scale;
+    let written = done.output.iter().map(|v| f64::from(dtype.round(*v / scale)));
+    let ids = done.topk_ids.into_iter().map(LogicalId).collect();
     Ok(Forward {
-        logits: done.router_logits.to_vec(),
-        routing: done.routing.clone(),
-        output: output.iter().map(|v| f64::from(dtype.round(*v)) * scale).collect(),
+        logits: done.router_logits,
+        routing: Routing::from_parts(top_k, ids, done.topk_weights)?,
+        output: written.map(|v| v * f64::from(scale)).collect(),
     })
 }
 
 impl LayerInput {
-    /// As the library takes it.
-    pub(crate) fn forward(&self) -> ForwardInput<'_> {
-        ForwardInput {
-            router_logits: self.router_logits.as_deref(),
-            input_ids: self.input_ids.as_deref(),
-            ..ForwardInput::new(Rows::F32(&self.hidden))
-        }
-    }
-
     /// The first tokens alone.
     fn first(&self, tokens: usize, spec: &LayerSpec) -> Self {
         let logits = self.router_logits.as_ref();
@@ -361,7 +430,7 @@ impl LayerInput {
 }
 
 /// The largest NMSE that is right, by the kernel, the activations' dtype and the layer's formats.
-pub(super) fn bound(layer: &LoadedLayer, runner: &MoeRunner) -> f64 {
+fn bound(layer: &LoadedLayer, runner: &MoeRunner) -> f64 {
     let mut matrices = layer.experts.iter().flat_map(|e| e.gate.iter().chain([&e.up, &e.down]));
     let quantised = matrices.any(|m| m.input.format() != ActivationFormat::Unquantised);
     runner.choice().kernel.bound(runner.dtype(), quantised)

@@ -7,6 +7,7 @@ mod text;
 use std::path::Path;
 
 use anyhow::Result;
+use moe_runner::comm::Sizes;
 use serde::Serialize;
 
 use crate::args::{CheckArgs, Common};
@@ -26,6 +27,9 @@ struct CheckJson {
     verdict: String,
     checkpoint: String,
     architecture: String,
+    /// The ranks, where there are several.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    split: Option<Sizes>,
     /// `None` with `--no-timing`.
     machine: Option<MachineLimits>,
     layers: Vec<LayerCheck>,
@@ -36,6 +40,8 @@ pub(crate) fn run(args: &CheckArgs, common: &Common) -> Result<Report> {
     if args.tokens == 0 {
         return Err(unusable("--tokens 0: there is nothing to compare; give at least 1"));
     }
+    let parallel = args.splitting.parallel()?;
+    let ranks = args.splitting.ranks()?;
     let builtin = args.checkpoint.is_none().then(Builtin::unpack).transpose()?;
     let path = match (&builtin, &args.checkpoint) {
         (Some(builtin), _) => builtin.checkpoint(),
@@ -59,7 +65,10 @@ pub(crate) fn run(args: &CheckArgs, common: &Common) -> Result<Report> {
 
     let progress = Progress::new(entries.len() + 1);
     progress.doing("measuring the machine");
-    let machine = (!args.no_timing).then(|| MachineLimits::measure(&common.pool));
+    let machine = match args.no_timing {
+        true => None,
+        false => Some(ranks.measure(&common.pool)?),
+    };
     progress.step();
     let mut checks = Vec::with_capacity(entries.len());
     for entry in entries {
@@ -73,6 +82,8 @@ pub(crate) fn run(args: &CheckArgs, common: &Common) -> Result<Report> {
             recorded: recorded.as_ref(),
             original: original.as_ref(),
             tokens: args.tokens,
+            ranks: &ranks,
+            parallel: &parallel,
         };
         checks.push(check.run()?);
         progress.step();
@@ -83,14 +94,19 @@ pub(crate) fn run(args: &CheckArgs, common: &Common) -> Result<Report> {
     {
         return Err(recorded.no_layer());
     }
+    let ok = checks.iter().all(|check| check.ok);
+    if !ranks.reports() {
+        return Ok(Report::silent(ok));
+    }
     let json = CheckJson {
-        ok: checks.iter().all(|check| check.ok),
+        ok,
         verdict: text::verdict(&checks),
         checkpoint: match builtin {
             Some(_) => "the small one that comes with moe-runner".into(),
             None => path.display().to_string(),
         },
         architecture: opened.description.architecture.clone(),
+        split: ranks.split(),
         machine,
         layers: checks,
     };

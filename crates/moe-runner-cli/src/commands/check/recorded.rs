@@ -12,13 +12,11 @@ use std::path::Path;
 use anyhow::{Result, anyhow, bail};
 use moe_runner::checkpoint::{Checkpoint, Tensor};
 use moe_runner::hidden::ActivationDtype;
-use moe_runner::runner::MoeRunner;
 use moe_runner::spec::{ActivationFormat, LayerSpec};
 use moe_runner::weights::LoadedLayer;
 use serde::Serialize;
 
-use super::layer::{Forward, bound, forward, nmse, within};
-use crate::args::Common;
+use super::layer::{Forward, nmse, within};
 use crate::commands::run::weight_factor;
 use crate::input::{Input, LayerInput, floats};
 
@@ -77,33 +75,24 @@ impl Recorded {
         )
     }
 
-    /// Runs the layer on every recorded input of it.
-    pub(super) fn compare(
+    /// What is recorded of a layer. `input` holds the hidden states of outputs that stand alone.
+    pub(super) fn of_layer(
         &self,
         layer: &LoadedLayer,
-        runner: &mut MoeRunner,
+        dtype: ActivationDtype,
         input: Option<&Input>,
-        common: &Common,
-    ) -> Result<Vec<Comparison>> {
+    ) -> Result<Vec<Recording>> {
         let spec = &layer.spec;
-        // Made when a recorded input is not exact in the activations' dtype: rounding it would be
-        // a difference of the inputs.
-        let mut exact: Option<MoeRunner> = None;
-        let dtype = runner.dtype();
-        let mut run = |name: &str, input: &LayerInput| -> Result<(String, Forward, f64)> {
-            if input.hidden.iter().all(|v| dtype.round(*v) == *v || v.is_nan()) {
-                let bound = bound(layer, runner);
-                return Ok((name.to_owned(), forward(runner, input)?, bound));
-            }
-            let f32 = ActivationDtype::F32;
-            let runner = match &mut exact {
-                Some(runner) => runner,
-                none => none.insert(MoeRunner::new(layer.ready(&common.options(f32))?)),
-            };
-            let bound = bound(layer, runner);
-            Ok((format!("{name} (in f32)"), forward(runner, input)?, bound))
+        let recording = |name: &str, input: LayerInput, out: Tensor, prefix: &str| {
+            let at = |name: &str| self.file.tensor(&format!("{prefix}{name}"));
+            let (ids, weights) = (at("topk_ids")?, at("topk_weights")?);
+            // rounding an input that is not exact would be a difference of the inputs
+            let exact = !input.hidden.iter().all(|v| dtype.round(*v) == *v || v.is_nan());
+            let name = if exact { format!("{name} (in f32)") } else { name.to_owned() };
+            let routing = ids.zip(weights);
+            Ok::<_, anyhow::Error>(Recording { name, input, exact, out, routing })
         };
-        let mut comparisons = Vec::new();
+        let mut recordings = Vec::new();
         let prefix = format!("layers.{}.", spec.index);
         let tags: Vec<String> = self
             .file
@@ -117,20 +106,18 @@ impl Recorded {
             .iter()
             .any(|expert| expert.up.input.format() != ActivationFormat::Unquantised);
         for tag in tags {
-            let at = |name: &str| format!("{prefix}{tag}.{name}");
-            let hidden = self.file.require(&at("x"))?;
-            let out = match self.file.tensor(&at("out_fakequant"))? {
+            let prefix = format!("{prefix}{tag}.");
+            let hidden = self.file.require(&format!("{prefix}x"))?;
+            let out = match self.file.tensor(&format!("{prefix}out_fakequant"))? {
                 Some(out) if quantised => out,
-                _ => self.file.require(&at("out"))?,
+                _ => self.file.require(&format!("{prefix}out"))?,
             };
-            let input = hidden_alone(&hidden, spec)?;
-            comparisons.push(self.judge(spec, run(&tag, &input)?, &out, &at)?);
+            recordings.push(recording(&tag, hidden_alone(&hidden, spec)?, out, &prefix)?);
         }
         let plain = if self.single { "" } else { prefix.as_str() };
         for prefix in [prefix.as_str(), plain] {
             let Some(out) = self.file.tensor(&format!("{prefix}output"))? else { continue };
-            let at = |name: &str| format!("{prefix}{name}");
-            let hidden = match self.file.tensor(&at("hidden_states"))? {
+            let hidden = match self.file.tensor(&format!("{prefix}hidden_states"))? {
                 Some(hidden) => Some(hidden),
                 None => self.file.tensor("hidden_states")?,
             };
@@ -144,36 +131,41 @@ impl Recorded {
             };
             // `run` rounded what it was given, and so does this
             input.hidden.iter_mut().for_each(|v| *v = dtype.round(*v));
-            comparisons.push(self.judge(spec, run("output", &input)?, &out, &at)?);
+            recordings.push(recording("output", input, out, prefix)?);
             break;
         }
-        comparisons.sort_by_key(|comparison| comparison.tokens);
-        Ok(comparisons)
+        Ok(recordings)
     }
+}
 
-    fn judge(
-        &self,
-        spec: &LayerSpec,
-        (name, done, bound): (String, Forward, f64),
-        out: &Tensor,
-        at: &dyn Fn(&str) -> String,
-    ) -> Result<Comparison> {
+/// One recorded batch.
+pub(super) struct Recording {
+    name: String,
+    pub(super) input: LayerInput,
+    /// The input is not exact in the dtype of the activations: to be run in f32.
+    pub(super) exact: bool,
+    out: Tensor,
+    /// Ids and weights.
+    routing: Option<(Tensor, Tensor)>,
+}
+
+impl Recording {
+    /// What the layer yielded for [`Self::input`], within `bound` of the recording.
+    pub(super) fn judge(&self, spec: &LayerSpec, bound: f64, done: &Forward) -> Result<Comparison> {
         let tokens = done.routing.tokens;
-        out.expect_shape(&[tokens, spec.dims.hidden])?;
-        let recorded = floats(out)?.into_iter().map(f64::from);
+        self.out.expect_shape(&[tokens, spec.dims.hidden])?;
+        let recorded = floats(&self.out)?.into_iter().map(f64::from);
         let nmse = nmse(done.output.iter().copied().zip(recorded));
         let bound = bound.max(F32_RECORDING);
         let (mut ids_equal, mut weights_max_difference) = (None, None);
-        if let (Some(ids), Some(weights)) =
-            (self.file.tensor(&at("topk_ids"))?, self.file.tensor(&at("topk_weights"))?)
-        {
+        if let Some((ids, weights)) = &self.routing {
             let shape = [tokens, spec.router.top_k];
             ids.expect_shape(&shape)?;
             weights.expect_shape(&shape)?;
             let factor = weight_factor(spec);
             let ours = done.routing.weights.iter().map(|weight| weight * factor);
             let ours = by_id(done.routing.ids.iter().map(|id| i64::from(id.0)).zip(ours), shape[1]);
-            let theirs = by_id(ids.to_i64()?.into_iter().zip(floats(&weights)?), shape[1]);
+            let theirs = by_id(ids.to_i64()?.into_iter().zip(floats(weights)?), shape[1]);
             ids_equal = Some(ours.iter().map(|(id, _)| id).eq(theirs.iter().map(|(id, _)| id)));
             let differences = ours.iter().zip(&theirs).map(|(a, b)| f64::from((a.1 - b.1).abs()));
             weights_max_difference = Some(differences.fold(0.0, f64::max));
@@ -181,6 +173,7 @@ impl Recorded {
         let ok = within(nmse, bound)
             && ids_equal != Some(false)
             && weights_max_difference.is_none_or(|difference| within(difference, WEIGHTS_BOUND));
+        let name = self.name.clone();
         Ok(Comparison { name, tokens, nmse, bound, ids_equal, weights_max_difference, ok })
     }
 }

@@ -6,6 +6,7 @@ use crate::failure::one_line;
 use crate::report::bars::bars;
 use crate::report::table::{Columns, Facts, Tone, toned};
 use crate::report::units::{self, plural};
+use crate::splitting;
 
 /// Up to so many layers are shown in full.
 const IN_FULL: usize = 4;
@@ -19,6 +20,9 @@ const SHOWN: usize = 5;
 pub(super) fn text(json: &CheckJson) -> String {
     let mut facts = Facts::new();
     facts.add("checkpoint", format!("{} ({})", one_line(&json.checkpoint), json.architecture));
+    if let Some(sizes) = &json.split {
+        facts.add("split", splitting::describe(sizes));
+    }
     if let Some(machine) = &json.machine {
         facts.add("machine", machine.to_string());
     }
@@ -174,7 +178,9 @@ fn speed_line(speed: &Speed, cached: bool) -> String {
         speed.gflops,
         100.0 * speed.limit_share,
         if cached || speed.limit_share > 1.0 { " (weights in cache)" } else { "" },
-    )
+    ) + &speed.bytes_moved_per_token.map_or(String::new(), |bytes| {
+        format!("  {} moved a token", units::bytes(bytes.round() as usize))
+    })
 }
 
 fn table(layers: &[LayerCheck]) -> String {

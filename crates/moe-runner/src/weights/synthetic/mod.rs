@@ -1,10 +1,11 @@
 //! Layers with random weights: for benchmarks of shapes without a checkpoint, and for tests.
 
-use std::sync::Arc;
+mod format;
+
+pub use format::{RandomFormat, RandomScaled};
 
 use super::{
-    Expert, FloatEncoding, FloatType, GateWeights, LoadedLayer, Matrix, OutputWeights,
-    SharedWeights, StepWeights,
+    Expert, FloatType, GateWeights, LoadedLayer, Matrix, OutputWeights, SharedWeights, StepWeights,
 };
 use crate::random::Random;
 use crate::spec::{Correction, LayerSpec, Selection, Transform, TransformStep};
@@ -12,26 +13,29 @@ use crate::{Error, Result};
 
 /// A matrix whose products with rows of unit variance have unit variance.
 pub fn random_matrix(random: &mut Random, float: FloatType, rows: usize, cols: usize) -> Matrix {
-    let bound = (3.0 / cols as f32).sqrt();
-    let mut bytes = Vec::with_capacity(rows * cols * float.size());
-    for _ in 0..rows * cols {
-        let v = random.symmetric(bound);
-        match float {
-            FloatType::F32 => bytes.extend_from_slice(&v.to_le_bytes()),
-            FloatType::F16 => bytes.extend_from_slice(&half::f16::from_f32(v).to_le_bytes()),
-            FloatType::Bf16 => bytes.extend_from_slice(&half::bf16::from_f32(v).to_le_bytes()),
-        }
-    }
-    let encoding = FloatEncoding::row_major(bytes.into(), float, rows, cols);
-    Matrix::new(Arc::new(encoding.expect("the bytes were made for this shape")))
+    let matrix = RandomFormat::Float(float).matrix(random, rows, cols);
+    matrix.expect("floats hold any shape that fits memory")
 }
 
-/// Random weights for everything that `spec` describes, in `float`; the same for the same seed.
+/// Random weights for everything that `spec` describes; the same for the same seed. Experts, routed
+/// and shared, are stored in `format`, the gate and transforms in the floats that go with it.
 ///
 /// # Errors
-/// [`Error::Spec`] if the description contradicts itself.
-pub fn random_layer(spec: &LayerSpec, float: FloatType, seed: u64) -> Result<LoadedLayer> {
+/// [`Error::Spec`] if the description contradicts itself, or `format` cannot hold its matrices.
+pub fn random_layer(
+    spec: &LayerSpec,
+    format: impl Into<RandomFormat>,
+    seed: u64,
+) -> Result<LoadedLayer> {
     spec.validate()?;
+    let format = format.into();
+    let float = format.float();
+    let stored = |random: &mut Random, rows: usize, cols: usize| {
+        format.matrix(random, rows, cols).ok_or_else(|| Error::Spec {
+            layer: spec.name.clone(),
+            reason: format!("the format of its weights cannot hold a matrix [{rows}, {cols}]"),
+        })
+    };
     let random = &mut Random::new(seed);
     let dims = spec.dims;
     let router = &spec.router;
@@ -57,30 +61,33 @@ pub fn random_layer(spec: &LayerSpec, float: FloatType, seed: u64) -> Result<Loa
     let expert = |random: &mut Random, hidden: usize, intermediate: usize, gated, bias, norm| {
         let vector =
             |len, wanted: bool, random: &mut Random| wanted.then(|| random.values(len, 0.5));
-        Expert {
+        Ok(Expert {
             gate_bias: vector(intermediate, bias && gated, random),
             up_bias: vector(intermediate, bias, random),
             down_bias: vector(hidden, bias, random),
-            gate: gated.then(|| random_matrix(random, float, intermediate, hidden)),
-            up: random_matrix(random, float, intermediate, hidden),
-            down: random_matrix(random, float, hidden, intermediate),
+            gate: gated.then(|| stored(random, intermediate, hidden)).transpose()?,
+            up: stored(random, intermediate, hidden)?,
+            down: stored(random, hidden, intermediate)?,
             norm: if norm { Some(positive(random, hidden)) } else { None },
-        }
+        })
     };
     let e = spec.expert;
     let experts = (0..router.experts)
         .map(|_| {
             expert(random, dims.routed_hidden, dims.intermediate, e.gated, e.bias, e.norm.is_some())
         })
-        .collect();
-    let shared = spec.shared.as_ref().map(|s| SharedWeights {
-        experts: (0..s.count)
-            .map(|_| expert(random, dims.hidden, s.intermediate, s.gated, s.bias, false))
-            .collect(),
-        gate: s.sigmoid_gate.then(|| random.values(dims.hidden, 0.2)),
-        input_norm: s.input_norm.map(|_| positive(random, dims.hidden)),
-        output_norm: s.output_norm.map(|_| positive(random, dims.hidden)),
-    });
+        .collect::<Result<_>>()?;
+    let shared = match &spec.shared {
+        None => None,
+        Some(s) => Some(SharedWeights {
+            experts: (0..s.count)
+                .map(|_| expert(random, dims.hidden, s.intermediate, s.gated, s.bias, false))
+                .collect::<Result<_>>()?,
+            gate: s.sigmoid_gate.then(|| random.values(dims.hidden, 0.2)),
+            input_norm: s.input_norm.map(|_| positive(random, dims.hidden)),
+            output_norm: s.output_norm.map(|_| positive(random, dims.hidden)),
+        }),
+    };
     Ok(LoadedLayer {
         gate: Some(gate),
         experts,

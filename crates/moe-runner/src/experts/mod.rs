@@ -9,10 +9,13 @@ pub mod cpu;
 mod desc;
 pub mod emulation;
 pub mod reference;
+mod rows;
 
 pub use desc::{Determinism, Device, Formats, KernelDesc, RowFormat};
 
 use crate::hidden::ActivationDtype;
+pub(crate) use rows::{dot_f64, rms_norm};
+
 use crate::plan::Plan;
 use crate::router::{Router, Routing};
 use crate::weights::Expert;

@@ -5,9 +5,9 @@ use super::{MoeRunner, scale::scaling};
 use crate::Result;
 use crate::comm::{At, Step};
 use crate::exchange::{Partial, Sum};
+use crate::experts::rms_norm;
 use crate::hidden::RowsMut;
 use crate::router::Routing;
-use crate::shared_experts::rms_norm;
 use crate::spec::{IdleExperts, LayerSpec, SharedCombine};
 
 /// What is known of a written output.

@@ -43,7 +43,7 @@ impl Gate {
                 self.normalised.clear();
                 self.normalised.extend_from_slice(rows);
                 for row in self.normalised.chunks_exact_mut(scale.len()) {
-                    crate::shared_experts::rms_norm(norm, scale, row);
+                    crate::experts::rms_norm(norm, scale, row);
                 }
                 &self.normalised
             }

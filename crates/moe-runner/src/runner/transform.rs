@@ -5,7 +5,7 @@ use std::sync::Arc;
 use moe_kernels::isa::Isa;
 
 use crate::experts::cpu::{Linear, SharedPool};
-use crate::shared_experts::rms_norm;
+use crate::experts::rms_norm;
 use crate::spec::{RmsNorm, Transform, TransformStep};
 use crate::weights::StepWeights;
 use crate::{Error, Result};

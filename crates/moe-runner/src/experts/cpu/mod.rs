@@ -23,13 +23,13 @@ use moe_kernels::pool::ThreadPool;
 pub use linear::Linear;
 
 use crate::experts::reference::stored_bytes;
+use crate::experts::rms_norm;
 use crate::experts::{
     Determinism, Device, ExpertCall, ExpertSet, ExpertShape, Experts, Formats, KernelDesc,
     RowFormat,
 };
 use crate::hidden::ActivationDtype;
 use crate::plan::Plan;
-use crate::shared_experts::rms_norm;
 use crate::spec::{Activation, ExpertSpec, WeightOn};
 use crate::weights::Expert;
 use crate::{Error, Result};

@@ -9,7 +9,7 @@
 //! * [`BatchedExchange`]: one of these, with each expert's rows together.
 //!
 //! Dispatch takes *all* inputs of a row together, so that rows before and after it cannot be mixed
-//! up. Experts' outputs are weighted and added in one function, [`weighted_sum`]: in slot order, in
+//! up. Experts' outputs are weighted and added in one function, `weighted_sum`: in slot order, in
 //! f32. Each exchange says whether the sum it returns is complete, and that is all that decides on a
 //! later reduction. Both directions are split into start and finish, and several batches ("lanes")
 //! may be under way, so that other work can run in between.

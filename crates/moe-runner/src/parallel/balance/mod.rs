@@ -42,7 +42,7 @@ impl Topology {
     /// `experts` experts and `redundant` more copies over `ranks` ranks, without groups or nodes.
     ///
     /// # Errors
-    /// [`Error::Input`](crate::Error::Input) if the physical experts do not divide over the ranks.
+    /// [`Error::Input`] if the physical experts do not divide over the ranks.
     pub fn flat(experts: usize, redundant: usize, ranks: usize) -> Result<Self> {
         let physical = experts.saturating_add(redundant);
         if ranks == 0 || !physical.is_multiple_of(ranks) {
@@ -69,7 +69,7 @@ impl Topology {
     /// Checks that `experts` experts can be placed so.
     ///
     /// # Errors
-    /// [`Error::Input`](crate::Error::Input) naming what does not divide, or is missing.
+    /// [`Error::Input`] naming what does not divide, or is missing.
     pub fn validate(&self, experts: usize) -> Result<()> {
         let Self { ranks, slots, groups, nodes } = *self;
         if experts == 0 || ranks == 0 || slots == 0 || groups == 0 || nodes == 0 {

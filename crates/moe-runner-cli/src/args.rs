@@ -104,7 +104,8 @@ Examples:
   moe-runner check
   moe-runner check ./Qwen3-30B-A3B --layers 0,12
   moe-runner check model.gguf --tokens 64 --json
-  moe-runner check ./model --layers 3 --against out.safetensors --input in.safetensors";
+  moe-runner check ./model --layers 3 --against out.safetensors --input in.safetensors
+  moe-runner check ./model --dp 2 --tp 2 --ep";
 
 const RUN_EXAMPLES: &str = "IN.safetensors holds hidden_states [T, H] (F32, F16 or BF16); optionally router_logits [T, E], used
 in place of the gate, and input_ids [T], for layers that route by token id. With --layer all,
@@ -117,7 +118,10 @@ layers.N. The file appears when it is complete, or not at all.
 Examples:
   moe-runner run ./Qwen3-30B-A3B --layer 3 --input in.safetensors --output out.safetensors
   moe-runner run model.gguf --layer all --input in.safetensors --output out.safetensors --json
-  moe-runner run ./model --layer 0 --input in.safetensors --output out.safetensors --dtype f32";
+  moe-runner run ./model --layer 0 --input in.safetensors --output out.safetensors --dtype f32
+  moe-runner run ./model --layer 0 --input in.safetensors --output out.safetensors --dp 4 --ep
+  mpirun -n 4 moe-runner run ./model --layer 0 --input in.safetensors --output out.safetensors \\
+    --comm mpi --dp 2 --tp 2 --ep";
 
 const INSPECT_EXAMPLES: &str = "Reads headers only; weights are not loaded. Exit status 1 if tensors are missing, wrong or duplicate.
 
@@ -134,12 +138,19 @@ const BENCH_EXAMPLES: &str = "Routing is random: each token goes to k experts, e
 random too. A run that is not counted precedes those of a row; then at least 5 runs, for a second.
 limit is the least time in which this machine could read the weights or do the arithmetic, over the
 median. GB/s are 10^9 bytes of weights read; GFLOP/s 10^9 operations, a multiply-add being two.
+Split over ranks, a time is that of the slowest rank from a common start, all else is over all ranks,
+and moved/token are the bytes that they send to each other.
+Formats: f32, f16, bf16; with activations quantised: fp8 (a scale for each channel; activations per
+token), fp8-tensor, fp8-block (128x128), int8 (as fp8), mxfp4-w4a4, mxfp6-w6a6, mxfp8-w8a8,
+nvfp4-w4a4; weights only: int8-weight, int4 (groups of 128), int4-g32, mxfp4, mxfp6, mxfp8, nvfp4;
+and GGUF's types: q8_0, q5_0, q4_0, q6_k, q5_k, q4_k, q3_k, q2_k, iq4_nl, iq4_xs, tq2_0, ...
 Presets: qwen3-30b-a3b, mixtral-8x7b, olmoe-1b-7b, deepseek-v2-lite, deepseek-v3, gpt-oss-20b,
 gpt-oss-120b.
 
 Examples:
   moe-runner bench --preset qwen3-30b-a3b
-  moe-runner bench --preset deepseek-v3 --format bf16 --tokens 1,8,64 --threads 8
+  moe-runner bench --preset deepseek-v3 --format int4 --tokens 1,8,64 --threads 8
+  moe-runner bench --preset olmoe-1b-7b --format q4_k --dp 2 --ep
   moe-runner bench ./OLMoE-1B-7B --layer 3 --kernel cpu_avx2 --json";
 
 const PLAN_EXAMPLES: &str = "Where the experts go when their load is balanced over the ranks, with copies of the busiest ones;
@@ -156,8 +167,8 @@ Examples:
 
 const QUANTIZE_EXAMPLES: &str = "Formats: fp8 (a scale for each channel; activations FP8 per token), fp8-block (128x128; activations
 FP8 per 128 channels), int8 (as fp8, in INT8), w4a16 (INT4 in groups), nvfp4a16, mxfp4 (activations
-as they are). The copy has the layout of compressed-tensors. All that is not an expert is copied byte
-for byte. The folder appears when it is complete, or not at all.
+as they are). The copy has the layout of compressed-tensors. All that is not an expert is copied as
+it is. The folder appears when it is complete, or not at all.
 
 Examples:
   moe-runner quantize ./Qwen3-30B-A3B --format w4a16 --output ./Qwen3-30B-A3B-w4a16
@@ -251,13 +262,13 @@ pub(crate) struct BenchArgs {
     /// Index of the decoder layer in the checkpoint [default: its first MoE layer].
     #[arg(long, value_name = "N", allow_hyphen_values = true)]
     pub(crate) layer: Option<LayerChoice>,
-    /// The shapes of a well-known model, with random weights.
+    /// Instead of a checkpoint: the shapes of a well-known model, with random weights.
     #[arg(long, value_name = "NAME")]
     pub(crate) preset: Option<String>,
     /// Number format of a preset's weights [default: the one that the model is published in].
     #[arg(long, value_name = "FMT")]
     pub(crate) format: Option<String>,
-    /// Tokens of the batches.
+    /// Tokens of the batches, one row of the report each.
     #[arg(long, value_name = "N,N", value_delimiter = ',', default_value = "1,4,16,64,256")]
     pub(crate) tokens: Vec<usize>,
     #[command(flatten)]

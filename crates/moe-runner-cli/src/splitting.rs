@@ -18,16 +18,17 @@ use crate::measure::MachineLimits;
 #[derive(Args, Debug)]
 #[command(next_help_heading = "Splitting over ranks")]
 pub(crate) struct Splitting {
-    /// Tensor parallelism: ranks that share each expert.
+    /// Tensor parallelism: ranks that have the same rows and, without --ep, a slice of each expert.
+    /// There are tp × dp × pcp ranks.
     #[arg(long, value_name = "N", default_value_t = 1)]
     tp: usize,
     /// Data parallelism: ranks with rows of their own.
     #[arg(long, value_name = "N", default_value_t = 1)]
     dp: usize,
-    /// Expert parallelism: ranks hold whole experts instead of parts of each.
+    /// Expert parallelism: the ranks hold whole experts, each some, instead of a slice of each.
     #[arg(long)]
     ep: bool,
-    /// Prefill context parallelism: ranks that share a sequence.
+    /// Prefill context parallelism: ranks that have parts of the same sequence.
     #[arg(long, value_name = "N", default_value_t = 1)]
     pcp: usize,
     /// Each tensor-parallel rank has its own chunk of the rows; needs --ep.
@@ -37,17 +38,25 @@ pub(crate) struct Splitting {
     /// overlap.
     #[arg(long, value_name = "N", default_value_t = 1)]
     dbo: usize,
-    /// How rows reach the experts.
-    #[arg(long, value_enum, default_value_t = Exchange::Auto)]
+    /// How rows reach the experts: naive, every rank gets all rows and sums are reduced; all-to-all,
+    /// each row goes only to the ranks that own its experts (needs --ep); auto, all-to-all with
+    /// --ep, else what the sizes require.
+    #[arg(long, value_enum, value_name = "HOW", hide_possible_values = true)]
+    #[arg(default_value_t = Exchange::Auto)]
     exchange: Exchange,
-    /// How the exchange lays out the rows that it delivers to the experts.
-    #[arg(long, value_enum, default_value_t = Rows::Standard)]
+    /// How rows lie before the experts: standard, in any order; batched, each expert's together.
+    #[arg(long, value_enum, value_name = "HOW", hide_possible_values = true)]
+    #[arg(default_value_t = Rows::Standard)]
     row_format: Rows,
-    /// Which rank holds which experts, with --ep.
-    #[arg(long, value_enum, default_value_t = PlacementRule::Linear)]
+    /// Which rank holds which experts, with --ep: linear, runs of consecutive ones; round-robin,
+    /// expert e is on rank e mod ranks.
+    #[arg(long, value_enum, value_name = "RULE", hide_possible_values = true)]
+    #[arg(default_value_t = PlacementRule::Linear)]
     placement: PlacementRule,
-    /// How ranks talk to each other; `threads`: all ranks are threads of this process.
-    #[arg(long, value_enum, default_value_t = Comm::Threads)]
+    /// What the ranks are: threads of this process; with mpi, the processes that mpirun started; with
+    /// nccl, GPUs (not in this build).
+    #[arg(long, value_enum, value_name = "WHAT", hide_possible_values = true)]
+    #[arg(default_value_t = Comm::Threads)]
     comm: Comm,
 }
 

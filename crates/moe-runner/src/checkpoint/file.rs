@@ -120,11 +120,25 @@ pub(super) fn check_name(path: &Path, name: &str) -> Result<()> {
     Err(Error::tensor(path, printable(name), reason))
 }
 
-/// Sorts entries by name.
+/// Checks that dimensions can be multiplied in any order: zeros make an array empty, however large
+/// the others are, but a product of those alone must be a number as well.
+fn check_dims(path: &Path, entry: &Entry) -> Result<()> {
+    let product = entry.shape.iter().try_fold(1usize, |all, dim| all.checked_mul((*dim).max(1)));
+    match product {
+        Some(_) => Ok(()),
+        None => {
+            let reason = format!("has shape {:?}, which no array can have", entry.shape);
+            Err(Error::tensor(path, &*entry.name, reason))
+        }
+    }
+}
+
+/// Sorts entries by name, and checks their shapes.
 ///
 /// # Errors
-/// [`Error::Tensor`] if two have the same name.
+/// [`Error::Tensor`] if two have the same name, or a shape is absurd.
 pub(super) fn sort_entries(path: &Path, entries: &mut Vec<Entry>) -> Result<()> {
+    entries.iter().try_for_each(|entry| check_dims(path, entry))?;
     entries.shrink_to_fit();
     entries.sort_unstable_by(|a, b| a.name.cmp(&b.name));
     match entries.windows(2).find(|pair| pair[0].name == pair[1].name) {

@@ -317,3 +317,17 @@ fn split_models() {
     let opened = Checkpoint::open(&path(0)).unwrap();
     assert!(opened.require("t1").unwrap_err().to_string().contains("more than one file"));
 }
+
+/// Empty, but whoever multiplies the dimensions in another order would not see that.
+#[test]
+fn zeros_do_not_hide_absurd_dimensions() {
+    for dims in [[0, 1 << 40, 1 << 40], [1 << 40, 1 << 40, 0], [1 << 40, 0, 1 << 40]] {
+        let mut gguf = Gguf::good();
+        gguf.infos[1] = info("b", &dims, 0, 96);
+        let message = refusal(FILE, &gguf.bytes());
+        assert!(message.contains("'b'"), "{message}");
+    }
+    let mut gguf = Gguf::good();
+    gguf.infos[1] = info("b", &[0, 3, 1 << 40], 0, 96);
+    assert!(gguf.open().require("b").unwrap().bytes.is_empty());
+}

@@ -201,3 +201,13 @@ fn every_known_dtype_is_read_under_its_name() {
         assert_eq!(ours.to_string(), theirs.to_string());
     }
 }
+
+/// Empty, but whoever multiplies the dimensions in another order would not see that.
+#[test]
+fn zeros_do_not_hide_absurd_dimensions() {
+    let huge = 1u64 << 40;
+    let header =
+        format!(r#"{{"a":{{"dtype":"U8","shape":[0,{huge},{huge}],"data_offsets":[0,0]}}}}"#);
+    let message = refusal("m.safetensors", &safetensors_bytes(&header, 0));
+    assert!(message.contains("which no array can have"), "{message}");
+}

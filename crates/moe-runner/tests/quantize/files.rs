@@ -6,7 +6,7 @@ use std::path::Path;
 use moe_runner::checkpoint::{Checkpoint, Dtype};
 use moe_runner::quantize::{Format, Options, quantize};
 
-use super::{case, listing, load, options, write};
+use super::{case, large_case, listing, load, options, write};
 
 /// A folder that holds a case's checkpoint, and other files.
 fn copy_of(case: &Path) -> tempfile::TempDir {
@@ -140,4 +140,15 @@ fn patterns_leave_experts_alone() {
     assert!(all.contains("nothing to quantise"), "{all}");
     let bad = write(&llama, to.path(), &ignoring(&["re:("])).unwrap_err().to_string();
     assert!(bad.contains("no usable pattern"), "{bad}");
+}
+
+/// Only matrices can be taken for something that has scales.
+#[test]
+fn vectors_are_not_named_as_ignored() {
+    let (from, to) = (large_case(), tempfile::tempdir().unwrap());
+    write(from.path(), to.path(), &options(Format::Mxfp4)).unwrap();
+    let new = Checkpoint::open(&to.path().join("out")).unwrap();
+    let ignore = new.config().unwrap().str_list("quantization_config.ignore").unwrap().unwrap();
+    assert!(new.contains("norm.weight") && !ignore.contains(&"norm"), "{ignore:?}");
+    assert!(ignore.contains(&"model.layers.0.mlp.gate") && ignore.contains(&"lm_head"));
 }

@@ -73,6 +73,8 @@ fn large_case() -> tempfile::TempDir {
             }
         }
     }
+    let norm = NewTensor { name: "norm.weight".into(), dtype: Dtype::Bf16, shape: vec![256] };
+    tensors.push((norm, vec![0; 512]));
     let borrowed = tensors.iter().map(|(tensor, bytes)| (tensor.clone(), bytes.as_slice()));
     write_safetensors(&folder.path().join("model.safetensors"), &[], borrowed).unwrap();
     folder

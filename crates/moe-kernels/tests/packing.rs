@@ -100,6 +100,13 @@ proptest! {
         float16::f32_to_bf16(&values, &mut narrow);
         let mut half = vec![f16::ZERO; values.len()];
         float16::f32_to_f16(&values, &mut half);
+        let mut bytes = vec![0; 2 * values.len()];
+        float16::f32_to_bf16_bytes(&values, &mut bytes);
+        let typed: Vec<u8> = narrow.iter().flat_map(|v| v.to_le_bytes()).collect();
+        prop_assert_eq!(&bytes, &typed);
+        float16::f32_to_f16_bytes(&values, &mut bytes);
+        let typed: Vec<u8> = half.iter().flat_map(|v| v.to_le_bytes()).collect();
+        prop_assert_eq!(&bytes, &typed);
         for ((x, bf), h) in values.iter().zip(narrow).zip(half) {
             prop_assert_eq!(bf.to_bits(), bf16::from_f32(*x).to_bits(), "bf16 of {:e}", x);
             prop_assert_eq!(h.to_bits(), f16::from_f32_const(*x).to_bits(), "f16 of {:e}", x);

@@ -225,6 +225,21 @@ proptest! {
         prop_assert_eq!(codes.map(|code| e4m3::decode(code) * scale).to_vec(), expected);
     }
 
+    /// 40 columns: a tail in every format.
+    #[test]
+    fn rows_that_travel_are_quantised_as_in_place(values in rows(40)) {
+        for (qdq, _) in KINDS {
+            let Some(len) = qdq.row_bytes(80) else { continue };
+            let (mut expected, mut got) = (values.clone(), values.clone());
+            qdq.apply(&mut expected, 80);
+            let mut bytes = vec![0xAA; len];
+            qdq.encode_row(&values, &mut bytes);
+            qdq.decode_row(&bytes, &mut got);
+            let bits = |values: &[f32]| values.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+            prop_assert_eq!(bits(&got), bits(&expected), "{:?}", qdq);
+        }
+    }
+
     #[test]
     fn nvfp4_by_token_is_nvfp4_with_the_scale_of_the_row(values in rows(48)) {
         for rule in [Nvfp4Rule::Division, Nvfp4Rule::Reciprocal] {
@@ -431,6 +446,26 @@ fn values_that_are_not_finite_are_seen() {
     }
     let row = [1.0, f32::NAN];
     assert!(int8_row(&row, &mut [0; 2]).is_nan() && fp8_row(&row, &mut [0; 2]).is_nan());
+}
+
+#[test]
+fn rows_that_travel_keep_what_is_not_finite() {
+    let formats = [Qdq::Fp8Token, Qdq::Int8Token, Qdq::Fp8Static { scale: 0.5 }];
+    let group = Qdq::Fp8Group { size: 2, scale: GroupScale::PowerOfTwo };
+    for (qdq, len) in formats.into_iter().chain([group]).zip([8, 8, 4, 12]) {
+        assert_eq!(qdq.row_bytes(4), Some(len), "{qdq:?}");
+        for row in [[1.0, f32::NAN, -0.0, 3.0], [0.0, -0.0, f32::INFINITY, 1e30], [0.0; 4]] {
+            let (mut expected, mut got, mut bytes) = (row, row, vec![0; len]);
+            qdq.apply(&mut expected, 4);
+            qdq.encode_row(&row, &mut bytes);
+            qdq.decode_row(&bytes, &mut got);
+            for (got, expected) in got.iter().zip(expected) {
+                let same = got.to_bits() == expected.to_bits() || got.is_nan() && expected.is_nan();
+                assert!(same, "{qdq:?} of {row:?}: {got}, not {expected}");
+            }
+        }
+    }
+    assert_eq!(Qdq::Mxfp4.row_bytes(32), None);
 }
 
 #[test]

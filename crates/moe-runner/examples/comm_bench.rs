@@ -1,115 +1,93 @@
 //! An all-to-all against the plain way to move the same bytes, in one run.
 //!
-//! `comm_bench` runs two ranks as threads, against a copy of all bytes that a rank receives.
-//! `mpirun -n N comm_bench mpi` runs processes, against the library's own `MPI_Alltoallv`. Each
-//! line: the bytes from each rank to each (itself included), and median times.
+//! `comm_bench [RANKS]` runs ranks as threads (2 unless given), against a copy of all bytes that a
+//! rank receives; `mpirun -n N comm_bench mpi` runs processes, against the library's own
+//! `MPI_Alltoallv`. Each line: the bytes from each rank to each (itself included), and the median
+//! times from the first rank's start to the last rank's end.
+//!
+//! Threads have one more column: the copy by all ranks at once, each from where the others have
+//! just written. What the caches charge for that no exchange can avoid; on some machines, and in
+//! some of a virtual machine's placements, it is several times a copy within one core's cache.
 
-use std::ffi::{c_int, c_void};
-use std::time::Instant;
+#[path = "plain/mod.rs"]
+mod plain;
 
-use libloading::Library;
+use std::hint::black_box;
+use std::sync::RwLock;
+
 use moe_runner::Result;
 use moe_runner::comm::{At, Communicator, Parts, Step, mpi, run_ranks};
+use plain::{Plain, PlainMpi, Times};
+
+/// Repeats that are not counted.
+const WARM_UP: usize = 5;
 
 fn main() -> Result<()> {
-    if std::env::args().nth(1).as_deref() == Some("mpi") {
+    let arg = std::env::args().nth(1);
+    if arg.as_deref() == Some("mpi") {
         let comm = mpi::open()?;
-        let plain = PlainMpi::find();
-        let call = |source: &[u8], target: &mut [u8]| plain.all_to_all(comm.size(), source, target);
-        return bench(&*comm, "MPI_Alltoallv", call);
+        return bench(&*comm, &Plain::Mpi(PlainMpi::find()), None);
     }
-    let copy = |source: &[u8], target: &mut [u8]| target.copy_from_slice(source);
-    run_ranks(2, |comm| bench(&**comm, "copy", copy)).map(drop)
+    let ranks = arg.and_then(|arg| arg.parse().ok()).unwrap_or(2);
+    let shared: Vec<_> = (0..ranks).map(|_| RwLock::new(Vec::new())).collect();
+    run_ranks(ranks, |comm| bench(&**comm, &Plain::Copy, Some(&shared))).map(drop)
 }
 
-fn bench(
-    comm: &dyn Communicator,
-    name: &str,
-    mut plain: impl FnMut(&[u8], &mut [u8]),
-) -> Result<()> {
+fn bench(comm: &dyn Communicator, plain: &Plain, shared: Option<&[RwLock<Vec<u8>>]>) -> Result<()> {
     let n = comm.size();
     if comm.rank() == 0 {
+        let from_others = if shared.is_some() { "   from others    ratio" } else { "" };
         println!("{n} ranks, {}", comm.name());
-        println!("{:>12} {:>14} {:>14} {:>8}", "bytes/peer", "all-to-all", name, "ratio");
+        println!(
+            "{:>12} {:>14} {:>14} {:>8}{from_others}",
+            "bytes/peer",
+            "all-to-all",
+            plain.name(),
+            "ratio"
+        );
     }
     for bytes in [16, 4 << 10, 64 << 10, 1 << 20, 8 << 20] {
-        let rounds = (256 << 20) / bytes / n;
-        let rounds = rounds.clamp(30, 1000);
-        let mut parts = Parts::new(vec![1u8; bytes * n], vec![bytes; n])?;
-        let mut times = [Vec::new(), Vec::new()];
+        let rounds = ((256 << 20) / bytes / n).clamp(30, 1000);
+        let counts = vec![bytes; n];
+        let mut parts = Parts::new(vec![1u8; bytes * n], counts.clone())?;
         let source = parts.data().to_vec();
         let mut target = source.clone();
-        for _ in 0..rounds {
+        let mut times = [(); 3].map(|()| Times::default());
+        for round in 0..rounds + WARM_UP {
+            times[1].measure(comm, || {
+                plain.all_to_all_v((black_box(&source), &counts), (&mut target, &counts));
+                black_box(&target);
+                Ok(())
+            })?;
+            parts = times[0].measure(comm, || comm.all_to_all_v(at(), parts))?;
+            let Some(shared) = shared else { continue };
+            shared[comm.rank()].write().expect("no rank panics").resize(bytes * n, 0);
+            shared[comm.rank()].write().expect("no rank panics").fill(round as u8);
+            times[2].measure(comm, || {
+                for (from, to) in shared.iter().zip(target.chunks_exact_mut(bytes)) {
+                    let from = from.read().expect("no rank panics");
+                    to.copy_from_slice(&from[comm.rank() * bytes..][..bytes]);
+                }
+                Ok(())
+            })?;
             comm.barrier(at())?;
-            let begin = Instant::now();
-            plain(std::hint::black_box(&source), &mut target);
-            std::hint::black_box(&target);
-            times[1].push(begin.elapsed());
-            comm.barrier(at())?;
-            let begin = Instant::now();
-            parts = comm.all_to_all_v(at(), parts)?;
-            times[0].push(begin.elapsed());
         }
-        let [exchange, plain] = times.map(|mut times| {
-            times.sort();
-            times[times.len() / 2].as_secs_f64() * 1e6
-        });
+        let [exchange, plain, from_others] = times;
+        let median = |times: Times| -> Result<f64> {
+            let times = times.sorted(comm, WARM_UP)?;
+            Ok(times.get(times.len() / 2).copied().unwrap_or(f64::NAN))
+        };
+        let (exchange, plain) = (median(exchange)?, median(plain)?);
+        let from_others = if shared.is_some() { median(from_others)? } else { 0.0 };
         if comm.rank() == 0 {
-            println!("{bytes:>12} {exchange:>11.1} µs {plain:>11.1} µs {:>8.2}", exchange / plain);
-        }
-    }
-    Ok(())
-}
-
-/// The library that `mpi::open` has opened, called directly. Open MPI only.
-struct PlainMpi {
-    world: usize,
-    byte: usize,
-    all_to_all_v: AllToAllV,
-}
-
-type AllToAllV = unsafe extern "C" fn(
-    *const c_void,
-    *const c_int,
-    *const c_int,
-    usize,
-    *mut c_void,
-    *const c_int,
-    *const c_int,
-    usize,
-    usize,
-) -> c_int;
-
-impl PlainMpi {
-    fn find() -> Self {
-        // SAFETY: the library is open already; names and types are those of Open MPI.
-        unsafe {
-            let library = Library::new("libmpi.so.40").expect("the comparison needs Open MPI");
-            let handle = |name: &str| {
-                let symbol = library.get::<*const c_void>(name).expect("a handle of Open MPI");
-                symbol.try_as_raw_ptr().map_or(0, |address| address as usize)
-            };
-            Self {
-                world: handle("ompi_mpi_comm_world"),
-                byte: handle("ompi_mpi_byte"),
-                all_to_all_v: *library.get("MPI_Alltoallv").expect("MPI_Alltoallv"),
+            print!("{bytes:>12} {exchange:>11.1} µs {plain:>11.1} µs {:>8.2}", exchange / plain);
+            match shared {
+                Some(_) => println!("{from_others:>11.1} µs {:>8.2}", exchange / from_others),
+                None => println!(),
             }
         }
     }
-
-    fn all_to_all(&self, ranks: usize, source: &[u8], target: &mut [u8]) {
-        let bytes = (source.len() / ranks) as c_int;
-        let counts = vec![bytes; ranks];
-        let offsets: Vec<c_int> = (0..ranks as c_int).map(|rank| rank * bytes).collect();
-        let (counts, offsets) = (counts.as_ptr(), offsets.as_ptr());
-        let (from, to) = (source.as_ptr().cast(), target.as_mut_ptr().cast());
-        // SAFETY: both buffers have `ranks` parts of `bytes` bytes; all ranks make this call.
-        unsafe {
-            (self.all_to_all_v)(
-                from, counts, offsets, self.byte, to, counts, offsets, self.byte, self.world,
-            );
-        }
-    }
+    Ok(())
 }
 
 fn at() -> At<'static> {

@@ -44,14 +44,33 @@ for_each_isa! {
     pub fn f32_to_bf16(from: &[f32], to: &mut [bf16]) {
         assert_eq!(from.len(), to.len());
         for (to, from) in to.iter_mut().zip(from) {
-            let bits = from.to_bits();
-            // Half of the lowest kept bit, less one where that bit is even: ties go to even. NaN
-            // keeps its upper bits and is made quiet, so that it cannot carry into infinity.
-            let rounded = bits.wrapping_add(0x7FFF + (bits >> 16 & 1));
-            let kept = if from.is_nan() { bits | 0x40_0000 } else { rounded };
-            *to = bf16::from_bits((kept >> 16) as u16);
+            *to = bf16::from_bits(nearest_bf16(*from));
         }
     }
+}
+
+for_each_isa! {
+    /// Nearest bf16 numbers, as little-endian bytes; no alignment is needed.
+    ///
+    /// # Panics
+    /// If `to` is not two bytes for each value.
+    pub fn f32_to_bf16_bytes(from: &[f32], to: &mut [u8]) {
+        assert_eq!(2 * from.len(), to.len());
+        for (to, from) in to.chunks_exact_mut(2).zip(from) {
+            to.copy_from_slice(&nearest_bf16(*from).to_le_bytes());
+        }
+    }
+}
+
+/// Bits of the nearest bf16 number. To the upper half of the bits half of the lowest kept one is
+/// added, less one where that is even: ties go to even. NaN keeps its upper bits and is made quiet,
+/// so that it cannot carry into infinity.
+#[inline(always)]
+fn nearest_bf16(value: f32) -> u16 {
+    let bits = value.to_bits();
+    let rounded = bits.wrapping_add(0x7FFF + (bits >> 16 & 1));
+    let kept = if value.is_nan() { bits | 0x40_0000 } else { rounded };
+    (kept >> 16) as u16
 }
 
 /// Values of f16 numbers.
@@ -62,12 +81,14 @@ pub fn f16_to_f32(from: &[f16], to: &mut [f32]) {
     from.convert_to_f32_slice(to);
 }
 
+/// Numbers that are aligned at a time, where bytes are not.
+const CHUNK: usize = 64;
+
 /// Values of f16 numbers in the little-endian bytes of a file; no alignment is needed.
 ///
 /// # Panics
 /// If `from` is not two bytes for each value.
 pub fn f16_bytes_to_f32(from: &[u8], to: &mut [f32]) {
-    const CHUNK: usize = 64;
     assert_eq!(from.len(), 2 * to.len());
     let mut aligned = [f16::ZERO; CHUNK];
     for (from, to) in from.chunks(2 * CHUNK).zip(to.chunks_mut(CHUNK)) {
@@ -85,4 +106,20 @@ pub fn f16_bytes_to_f32(from: &[u8], to: &mut [f32]) {
 /// If the lengths differ.
 pub fn f32_to_f16(from: &[f32], to: &mut [f16]) {
     to.convert_from_f32_slice(from);
+}
+
+/// Nearest f16 numbers, as little-endian bytes; no alignment is needed.
+///
+/// # Panics
+/// If `to` is not two bytes for each value.
+pub fn f32_to_f16_bytes(from: &[f32], to: &mut [u8]) {
+    assert_eq!(2 * from.len(), to.len());
+    let mut aligned = [f16::ZERO; CHUNK];
+    for (from, to) in from.chunks(CHUNK).zip(to.chunks_mut(2 * CHUNK)) {
+        let aligned = &mut aligned[..from.len()];
+        aligned.convert_from_f32_slice(from);
+        for (to, aligned) in to.chunks_exact_mut(2).zip(aligned) {
+            to.copy_from_slice(&aligned.to_le_bytes());
+        }
+    }
 }

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use super::element::sum_parts;
 use super::{
-    At, Communicator, Count, Element, Exchange, Head, InFlight, Kind, Parts, Spans, Step, Sum,
-    failure,
+    Arrived, At, Communicator, Count, Element, Exchange, Head, InFlight, Kind, Part, Parts,
+    Received, Spans, Step, Sum, failure,
 };
 use crate::Result;
 
@@ -21,7 +21,7 @@ const SMALL_ALL_REDUCE: usize = 4096;
 impl dyn Communicator + '_ {
     /// Returns when all ranks are in it.
     pub fn barrier(&self, at: At<'_>) -> Result<()> {
-        self.gather::<u8>(self.head::<u8>(Kind::Barrier, at, 0), Vec::new()).map(|_| ())
+        self.gather::<u8>(self.head::<u8>(Kind::Barrier, at, 0), Vec::new()).map(drop)
     }
 
     /// Replaces `data` by that of rank `root`. Every rank's is of the same length.
@@ -32,7 +32,7 @@ impl dyn Communicator + '_ {
         let head = Head { root: root as u32, ..self.head::<T>(Kind::Broadcast, at, data.len()) };
         let mine = if root == self.rank() { data.to_vec() } else { Vec::new() };
         let received = self.gather(head, mine)?;
-        self.expect(received.counts()[root], data.len(), root)?;
+        self.expect(received.part(root).len(), data.len(), root)?;
         data.copy_from_slice(received.part(root));
         Ok(())
     }
@@ -41,7 +41,7 @@ impl dyn Communicator + '_ {
     pub fn all_gather<T: Element>(&self, at: At<'_>, mine: impl Into<Vec<T>>) -> Result<Vec<T>> {
         let mine = mine.into();
         let received = self.gather(self.head::<T>(Kind::AllGather, at, mine.len()), mine)?;
-        Ok(received.into_inner().0)
+        Ok(received.gather_into(self.buffer()).into_inner().0)
     }
 
     /// The contributions of all ranks, of any lengths.
@@ -50,8 +50,24 @@ impl dyn Communicator + '_ {
         at: At<'_>,
         mine: impl Into<Vec<T>>,
     ) -> Result<Parts<T>> {
+        let received = self.all_gather_v_in_place(at, mine)?;
+        Ok(received.gather_into(self.buffer()))
+    }
+
+    /// [`all_gather_v`](Self::all_gather_v) without a copy: each part where it lies.
+    pub fn all_gather_v_in_place<T: Element>(
+        &self,
+        at: At<'_>,
+        mine: impl Into<Vec<T>>,
+    ) -> Result<Received<T>> {
         let mine = mine.into();
         self.gather(self.head::<T>(Kind::AllGatherV, at, mine.len()), mine)
+    }
+
+    /// A buffer to send from: one that has travelled before, with its old elements, or an empty
+    /// one. Exchanges of large buffers that come from here allocate nothing in the long run.
+    pub fn buffer<T: Element>(&self) -> Vec<T> {
+        T::unwrap(self.pool().take(T::DTYPE)).unwrap_or_default()
     }
 
     /// Replaces `data` by its sum over all ranks, added in rank order.
@@ -59,13 +75,21 @@ impl dyn Communicator + '_ {
         let head = self.head::<T>(Kind::AllReduce, at, data.len());
         if size_of_val(data) <= SMALL_ALL_REDUCE {
             let parts = self.gather(head, data.to_vec())?;
-            data.copy_from_slice(&sum_parts(&parts));
+            data.copy_from_slice(&sum_parts(parts.iter()));
             return Ok(());
         }
         let shares = shares(data.len(), self.size());
         let share = self.scatter(head, data.to_vec(), &shares)?;
-        let sums = self.begin::<T>(head, 0, share, Spans::Whole)?.wait(self)?;
-        data.copy_from_slice(sums.data());
+        let sums = self.begin::<T>(head, 0, share, Spans::Whole)?.wait_in_place(self)?;
+        for (rank, (part, len)) in sums.iter().zip(shares).enumerate() {
+            self.expect(part.len(), len, rank)?;
+        }
+        let mut rest = data;
+        for part in sums.iter() {
+            let (to, after) = rest.split_at_mut(part.len());
+            to.copy_from_slice(part);
+            rest = after;
+        }
         Ok(())
     }
 
@@ -128,17 +152,17 @@ impl dyn Communicator + '_ {
     }
 
     /// Every rank gets all of `mine`.
-    fn gather<T: Element>(&self, head: Head, mine: Vec<T>) -> Result<Parts<T>> {
-        self.begin(head, 1, mine, Spans::Whole)?.wait(self)
+    fn gather<T: Element>(&self, head: Head, mine: Vec<T>) -> Result<Received<T>> {
+        self.begin(head, 1, mine, Spans::Whole)?.wait_in_place(self)
     }
 
     /// The sum of the parts for this rank.
     fn scatter<T: Sum>(&self, head: Head, data: Vec<T>, counts: &[usize]) -> Result<Vec<T>> {
-        let parts = self.begin(head, 1, data, Spans::of_counts(counts))?.wait(self)?;
-        for (rank, &count) in parts.counts().iter().enumerate() {
-            self.expect(count, counts[self.rank()], rank)?;
+        let parts = self.begin(head, 1, data, Spans::of_counts(counts))?.wait_in_place(self)?;
+        for (rank, part) in parts.iter().enumerate() {
+            self.expect(part.len(), counts[self.rank()], rank)?;
         }
-        Ok(sum_parts(&parts))
+        Ok(sum_parts(parts.iter()))
     }
 
     /// Starts an exchange; it counts as `calls` calls.
@@ -213,15 +237,50 @@ impl<T: Element> Pending<T> {
         self.flight.poll()
     }
 
-    /// Waits for every rank's part. `comm` is the group in which this was started.
+    /// Waits for every rank's part, and copies them together. `comm` is the group in which this was
+    /// started.
     pub fn wait(self, comm: &dyn Communicator) -> Result<Parts<T>> {
-        let (elements, counts) = self.flight.wait()?;
-        let received: usize = counts.iter().sum::<usize>() - counts[comm.rank()];
-        let received = (received * size_of::<T>()) as u64;
-        comm.traffic().add(self.kind, Count { calls: 0, sent: 0, received });
-        match T::unwrap(elements) {
-            Some(data) => Parts::new(data, counts),
-            None => Err(comm.refuse(format!("received elements that are not {}", T::DTYPE))),
+        match self.flight.wait()? {
+            Arrived::Together(elements, counts) => {
+                count_received::<T>(comm, self.kind, counts.iter().copied());
+                match T::unwrap(elements) {
+                    Some(data) => Parts::new(data, counts),
+                    None => Err(comm.refuse(format!("received what is not {}", T::DTYPE))),
+                }
+            }
+            Arrived::Apart(parts) => {
+                let parts = Self::received(comm, self.kind, parts)?;
+                Ok(parts.gather_into(comm.buffer()))
+            }
         }
     }
+
+    /// Waits for every rank's part, and leaves each where it lies. `comm` is the group in which this
+    /// was started.
+    pub fn wait_in_place(self, comm: &dyn Communicator) -> Result<Received<T>> {
+        let parts = match self.flight.wait()? {
+            Arrived::Together(elements, counts) => {
+                let elements = Arc::new(elements);
+                comm.pool().keep(elements.clone());
+                let spans = Spans::of_counts(&counts);
+                let part = |rank| (elements.clone(), spans.to(rank, elements.len()));
+                (0..counts.len()).map(part).collect()
+            }
+            Arrived::Apart(parts) => parts,
+        };
+        Self::received(comm, self.kind, parts)
+    }
+
+    fn received(comm: &dyn Communicator, kind: Kind, parts: Vec<Part>) -> Result<Received<T>> {
+        count_received::<T>(comm, kind, parts.iter().map(|(_, span)| span.len()));
+        Received::new(parts)
+            .ok_or_else(|| comm.refuse(format!("received what is not {}", T::DTYPE)))
+    }
+}
+
+/// Counts what came from the other ranks, of the parts of these lengths.
+fn count_received<T>(comm: &dyn Communicator, kind: Kind, counts: impl Iterator<Item = usize>) {
+    let others = counts.enumerate().filter(|(rank, _)| *rank != comm.rank());
+    let received = others.map(|(_, count)| (count * size_of::<T>()) as u64).sum();
+    comm.traffic().add(kind, Count { calls: 0, sent: 0, received });
 }

@@ -1,10 +1,11 @@
 //! What travels: elements of a few dtypes, in one buffer with a part for, or from, every rank.
 
 use std::fmt;
-use std::ops::Range;
+use std::marker::PhantomData;
 
 use half::{bf16, f16};
 
+use super::Part;
 use crate::{Error, Result};
 
 macro_rules! elements {
@@ -49,16 +50,6 @@ macro_rules! elements {
                 match self { $(Self::$variant(v) => v.len()),* }
             }
 
-            /// Empties the buffer; its room stays.
-            pub(crate) fn clear(&mut self) {
-                match self { $(Self::$variant(v) => v.clear()),* }
-            }
-
-            /// Makes room for `additional` more elements.
-            pub fn reserve(&mut self, additional: usize) {
-                match self { $(Self::$variant(v) => v.reserve_exact(additional)),* }
-            }
-
             /// Makes it `len` elements long; new ones are zero.
             pub(crate) fn resize(&mut self, len: usize) {
                 match self { $(Self::$variant(v) => v.resize(len, Default::default())),* }
@@ -74,20 +65,6 @@ macro_rules! elements {
                 match self { $(Self::$variant(v) => v.as_mut_ptr().cast()),* }
             }
 
-            /// Appends `from[span]`; false, and nothing done, if the dtypes differ or the span does
-            /// not lie in `from`.
-            pub fn append(&mut self, from: &Elements, span: Range<usize>) -> bool {
-                match (self, from) {
-                    $((Self::$variant(to), Self::$variant(from)) => match from.get(span) {
-                        Some(part) => {
-                            to.extend_from_slice(part);
-                            true
-                        }
-                        None => false,
-                    },)*
-                    _ => false,
-                }
-            }
         }
 
         $(impl sealed::Sealed for $type {}
@@ -99,6 +76,13 @@ macro_rules! elements {
             }
 
             fn unwrap(elements: Elements) -> Option<Vec<Self>> {
+                match elements {
+                    Elements::$variant(v) => Some(v),
+                    _ => None,
+                }
+            }
+
+            fn slice(elements: &Elements) -> Option<&[Self]> {
                 match elements {
                     Elements::$variant(v) => Some(v),
                     _ => None,
@@ -150,6 +134,9 @@ pub trait Element: sealed::Sealed + Copy + Default + Send + Sync + 'static {
 
     /// The elements of a buffer of this dtype.
     fn unwrap(elements: Elements) -> Option<Vec<Self>>;
+
+    /// The elements of a buffer of this dtype, where they are.
+    fn slice(elements: &Elements) -> Option<&[Self]>;
 }
 
 /// An element that ranks can add up.
@@ -261,7 +248,7 @@ impl<T> Parts<T> {
     }
 
     /// The parts in rank order.
-    pub fn iter(&self) -> impl Iterator<Item = &[T]> {
+    pub fn iter(&self) -> impl Iterator<Item = &[T]> + Clone {
         let mut rest = &self.data[..];
         self.counts.iter().map(move |&count| {
             let (part, after) = rest.split_at(count);
@@ -276,17 +263,56 @@ impl<T> Parts<T> {
     }
 }
 
+/// What came from every rank, where it lies: with threads in the senders' own buffers. Their ranks
+/// can use those buffers again once this is dropped.
+#[derive(Debug)]
+pub struct Received<T> {
+    parts: Vec<Part>,
+    dtype: PhantomData<T>,
+}
+
+impl<T: Element> Received<T> {
+    /// `None` unless all parts are of this dtype, and lie in their buffers.
+    pub(super) fn new(parts: Vec<Part>) -> Option<Self> {
+        let fits = |(elements, span): &Part| {
+            T::slice(elements).is_some_and(|elements| elements.get(span.clone()).is_some())
+        };
+        parts.iter().all(fits).then_some(Self { parts, dtype: PhantomData })
+    }
+
+    /// The part from `rank`.
+    pub fn part(&self, rank: usize) -> &[T] {
+        let (elements, span) = &self.parts[rank];
+        // both checked when made
+        T::slice(elements).and_then(|elements| elements.get(span.clone())).unwrap_or_default()
+    }
+
+    /// The parts in rank order.
+    pub fn iter(&self) -> impl ExactSizeIterator<Item = &[T]> + Clone {
+        (0..self.parts.len()).map(|rank| self.part(rank))
+    }
+
+    /// Copies the parts together, into `buffer`.
+    pub(super) fn gather_into(&self, mut buffer: Vec<T>) -> Parts<T> {
+        let counts: Vec<usize> = self.iter().map(<[T]>::len).collect();
+        buffer.clear();
+        buffer.reserve_exact(counts.iter().sum());
+        self.iter().for_each(|part| buffer.extend_from_slice(part));
+        Parts { data: buffer, counts }
+    }
+}
+
 /// The sum of equally long parts, added in rank order. The caller has checked the lengths.
-pub(crate) fn sum_parts<T: Sum>(parts: &Parts<T>) -> Vec<T> {
-    let len = parts.counts.first().copied().unwrap_or(0);
-    debug_assert!(parts.counts.iter().all(|&count| count == len));
+pub(crate) fn sum_parts<'a, T: Sum>(parts: impl Iterator<Item = &'a [T]> + Clone) -> Vec<T> {
+    let len = parts.clone().next().map_or(0, <[T]>::len);
+    debug_assert!(parts.clone().all(|part| part.len() == len));
     // In blocks: the wide sums stay in the first-level cache.
     const BLOCK: usize = 1024;
     let mut out = Vec::with_capacity(len);
     let mut wide: Vec<T::Wide> = Vec::with_capacity(BLOCK.min(len));
     for start in (0..len).step_by(BLOCK) {
         let block = start..(start + BLOCK).min(len);
-        let mut parts = parts.data.chunks_exact(len).map(|part| &part[block.clone()]);
+        let mut parts = parts.clone().map(|part| &part[block.clone()]);
         wide.clear();
         wide.extend(parts.next().into_iter().flatten().map(|&x| x.widen()));
         for part in parts {
@@ -316,7 +342,7 @@ mod tests {
     fn bf16_sums_are_rounded_once() {
         // 256 + 1 + 1: bf16 has 8 significant bits, so 257 rounds to 256, but 258 is exact.
         let parts = [256.0, 1.0, 1.0].map(bf16::from_f32).to_vec();
-        let sum = sum_parts(&Parts::new(parts, vec![1; 3]).unwrap());
+        let sum = sum_parts(Parts::new(parts, vec![1; 3]).unwrap().iter());
         assert_eq!(sum, [bf16::from_f32(258.0)]);
     }
 
@@ -325,9 +351,9 @@ mod tests {
         let len = 2500;
         let term = |rank: usize, i: usize| [1e8f32, 1.0, -1e8][rank] * (i % 7) as f32;
         let data = (0..3).flat_map(|r| (0..len).map(move |i| term(r, i))).collect();
-        let sum = sum_parts(&Parts::new(data, vec![len; 3]).unwrap());
+        let sum = sum_parts(Parts::new(data, vec![len; 3]).unwrap().iter());
         let want: Vec<f32> = (0..len).map(|i| term(0, i) + term(1, i) + term(2, i)).collect();
         assert_eq!(sum, want);
-        assert!(sum_parts(&Parts::<f32>::new(vec![], vec![0; 3]).unwrap()).is_empty());
+        assert!(sum_parts(Parts::<f32>::new(vec![], vec![0; 3]).unwrap().iter()).is_empty());
     }
 }

@@ -44,9 +44,10 @@ mod threads;
 mod traffic;
 
 pub use collectives::{Pending, all_reduce_sent};
-pub use element::{Dtype, Element, Elements, Parts, Sum};
+pub use element::{Dtype, Element, Elements, Parts, Received, Sum};
 pub use groups::{Groups, Sizes};
 pub use head::{At, Head, Kind, Place, Step};
+pub use pool::Pool;
 pub use single::single;
 pub use threads::{run_ranks, run_ranks_with, threads, threads_with};
 pub use traffic::{Count, Traffic, TrafficCounter};
@@ -87,6 +88,9 @@ pub trait Communicator: Send + Sync {
 
     /// What this rank has sent and received in this group.
     fn traffic(&self) -> &TrafficCounter;
+
+    /// Buffers that this rank has used in this group, to be used again.
+    fn pool(&self) -> &Pool;
 }
 
 /// What one rank puts into an exchange.
@@ -131,9 +135,20 @@ pub trait InFlight: Send {
     /// True when [`wait`](InFlight::wait) would return at once. Moves the exchange on; never blocks.
     fn poll(&mut self) -> Result<bool>;
 
-    /// Waits for every rank's part: the elements in rank order, and how many came from each.
-    fn wait(self: Box<Self>) -> Result<(Elements, Vec<usize>)>;
+    /// Waits for every rank's part.
+    fn wait(self: Box<Self>) -> Result<Arrived>;
 }
+
+/// Where an exchange has left the parts that came from every rank.
+pub enum Arrived {
+    /// In one buffer of this rank, in rank order, with the parts' lengths.
+    Together(Elements, Vec<usize>),
+    /// Some elements of each rank's own buffer.
+    Apart(Vec<Part>),
+}
+
+/// Some elements of a buffer that ranks share.
+pub type Part = (Arc<Elements>, Range<usize>);
 
 /// How a group is set up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

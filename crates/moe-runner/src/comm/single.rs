@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, OnceLock};
 
-use super::{Communicator, Elements, Exchange, InFlight, TrafficCounter, failure};
+use super::{Arrived, Communicator, Exchange, InFlight, Pool, TrafficCounter, failure};
 use crate::Result;
 
 /// A group of one rank.
@@ -13,6 +13,7 @@ pub fn single() -> Arc<dyn Communicator> {
 #[derive(Default)]
 struct Single {
     traffic: TrafficCounter,
+    pool: Pool,
     /// Shared with the groups split from this one.
     failed: Arc<OnceLock<String>>,
 }
@@ -48,6 +49,10 @@ impl Communicator for Single {
     fn traffic(&self) -> &TrafficCounter {
         &self.traffic
     }
+
+    fn pool(&self) -> &Pool {
+        &self.pool
+    }
 }
 
 /// An exchange with oneself: what was sent is what arrives.
@@ -58,9 +63,9 @@ impl InFlight for Landed {
         Ok(true)
     }
 
-    fn wait(self: Box<Self>) -> Result<(Elements, Vec<usize>)> {
+    fn wait(self: Box<Self>) -> Result<Arrived> {
         let elements = Arc::unwrap_or_clone(self.0.send);
-        let count = elements.len();
-        Ok((elements, vec![count]))
+        let len = elements.len();
+        Ok(Arrived::Together(elements, vec![len]))
     }
 }

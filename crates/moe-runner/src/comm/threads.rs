@@ -1,8 +1,8 @@
 //! Ranks that are threads of one process.
 //!
 //! Each collective of a group is a *round*: a rank posts its buffer and its head, and when the last
-//! rank has posted, all copy their parts straight from the others' buffers: one copy per element,
-//! outside the lock. Ranks sleep while they wait, so many ranks run on few cores.
+//! rank has posted, all read their parts straight from the others' buffers: no copy, or one where
+//! the caller wants the parts together, outside the lock. Ranks sleep while they wait, so many ranks run on few cores.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -10,9 +10,9 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::pool::Pool;
 use super::{
-    Communicator, Elements, Exchange, Head, InFlight, Options, TrafficCounter, failure, sighting,
+    Arrived, Communicator, Exchange, Head, InFlight, Options, Pool, TrafficCounter, failure,
+    sighting,
 };
 use crate::{Error, Result};
 
@@ -279,7 +279,7 @@ struct Member {
     /// The number of the next round.
     next: AtomicU64,
     splits: AtomicU64,
-    pool: Arc<Pool>,
+    pool: Pool,
     traffic: TrafficCounter,
 }
 
@@ -291,7 +291,7 @@ impl Member {
             presence,
             next: AtomicU64::new(0),
             splits: AtomicU64::new(0),
-            pool: Arc::default(),
+            pool: Pool::default(),
             traffic: TrafficCounter::default(),
         }
     }
@@ -325,7 +325,6 @@ impl Communicator for Member {
             head: exchange.head,
             waiting_since: None,
             posts: None,
-            pool: self.pool.clone(),
         };
         self.pool.keep(exchange.send.clone());
         self.group.post(flight.number, self.rank, exchange);
@@ -361,6 +360,10 @@ impl Communicator for Member {
     fn traffic(&self) -> &TrafficCounter {
         &self.traffic
     }
+
+    fn pool(&self) -> &Pool {
+        &self.pool
+    }
 }
 
 /// One rank's part of a round.
@@ -372,7 +375,6 @@ struct Flight {
     waiting_since: Option<Instant>,
     /// All ranks' posts, once they are there and agree.
     posts: Option<Arc<Vec<Exchange>>>,
-    pool: Arc<Pool>,
 }
 
 impl Flight {
@@ -436,21 +438,14 @@ impl InFlight for Flight {
         self.arrive(false)
     }
 
-    fn wait(mut self: Box<Self>) -> Result<(Elements, Vec<usize>)> {
+    fn wait(mut self: Box<Self>) -> Result<Arrived> {
         self.arrive(true)?;
         let posts = self.posts.take().unwrap_or_default();
-        let spans = posts.iter().map(|post| post.spans.to(self.rank, post.send.len()));
-        let spans: Vec<_> = spans.collect();
-        let counts: Vec<usize> = spans.iter().map(ExactSizeIterator::len).collect();
-        let mut elements = self.pool.take(self.head.dtype);
-        elements.clear();
-        elements.reserve(counts.iter().sum());
-        for (post, span) in posts.iter().zip(spans) {
-            // Cannot fail: heads with equal dtypes, and spans that `Parts` has checked.
-            debug_assert!(post.send.len() >= span.end);
-            elements.append(&post.send, span);
-        }
-        Ok((elements, counts))
+        let part = |post: &Exchange| {
+            let span = post.spans.to(self.rank, post.send.len());
+            (post.send.clone(), span)
+        };
+        Ok(Arrived::Apart(posts.iter().map(part).collect()))
     }
 }
 

@@ -10,10 +10,9 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::wire::{Wire, is_here};
+use super::wire::{Arrivals, Wire, is_here};
 use super::{Completeness, DispatchedRows, Exchange, ExpertMap, LocalRows, SlotRows, weighted_sum};
 use crate::comm::{At, Communicator, Parts, Pending, Step};
-use crate::router::LocalId;
 use crate::{Error, Result};
 
 /// All-to-all of rows, and back.
@@ -34,17 +33,40 @@ struct Lane {
     stride: usize,
     /// This rank's share of its rows.
     own: Range<usize>,
-    /// For each rank, the slots that it was sent (of rows in `own`, counted from its start).
-    asked: Vec<Vec<u32>>,
+    /// For each slot of those rows, the rank that has its expert, and how many slots before this
+    /// one that rank has.
+    homes: Vec<Option<(u32, u32)>>,
+    /// For each rank, its number of slots, and its rows.
+    asked: Vec<(u32, Vec<u32>)>,
     dispatch: Option<Pending<u8>>,
     combine: Option<Pending<f32>>,
-    /// Rows received, in all, and by rank.
+    /// Rows received from each rank.
     counts: Vec<usize>,
-    hidden: Vec<f32>,
-    ids: Vec<LocalId>,
-    weights: Vec<f32>,
-    /// `[own · k, width]`: what came back.
-    slots: Vec<f32>,
+    arrivals: Arrivals,
+}
+
+impl Lane {
+    /// Finds the rank of every slot of `rows`, and the rows for every rank of `map`.
+    fn plan(&mut self, rows: LocalRows<'_>, map: &ExpertMap) {
+        let Self { homes, asked, own, .. } = self;
+        homes.clear();
+        asked.resize_with(map.ranks(), Default::default);
+        for (slots, rows) in asked.iter_mut() {
+            *slots = 0;
+            rows.clear();
+        }
+        for t in own.clone() {
+            homes.extend(rows.ids_of(t).iter().map(|id| {
+                let rank = map.home(*id, t)?.rank;
+                let (slots, rows) = &mut asked[rank];
+                if rows.last() != Some(&(t as u32)) {
+                    rows.push(t as u32);
+                }
+                *slots += 1;
+                Some((rank as u32, *slots - 1))
+            }));
+        }
+    }
 }
 
 impl AllToAllExchange {
@@ -109,43 +131,26 @@ impl Exchange for AllToAllExchange {
             Some(group) => share(tokens, group.rank(), group.size()),
             None => 0..tokens,
         };
-        let ranks = self.group.size();
-        let mut asked = std::mem::take(&mut self.lanes[lane].asked);
-        asked.resize_with(ranks, Vec::new);
-        asked.iter_mut().for_each(Vec::clear);
-        for (row, t) in own.clone().enumerate() {
-            for (j, id) in rows.ids_of(t).iter().enumerate() {
-                if let Some(home) = self.map.home(*id, t) {
-                    asked[home.rank].push((row * k + j) as u32);
-                }
-            }
-        }
         let row_bytes = self.wire.row_bytes(k, rows.width);
-        let mut send = Vec::new();
-        let mut counts = Vec::with_capacity(ranks);
-        for (rank, slots) in asked.iter().enumerate() {
-            let start = send.len();
-            for same_row in slots.chunk_by(|a, b| *a as usize / k == *b as usize / k) {
-                let t = own.start + same_row[0] as usize / k;
+        let entry = &mut self.lanes[lane];
+        (entry.top_k, entry.width, entry.stride) = (k, rows.width, rows.stride);
+        entry.own = own;
+        entry.plan(rows, &self.map);
+
+        let counts: Vec<usize> =
+            entry.asked.iter().map(|(_, rows)| rows.len() * row_bytes).collect();
+        let mut send = self.group.buffer();
+        send.resize(counts.iter().sum(), 0);
+        let mut to = send.chunks_exact_mut(row_bytes);
+        for (rank, (_, asked)) in entry.asked.iter().enumerate() {
+            for (t, to) in asked.iter().map(|t| *t as usize).zip(&mut to) {
                 let ids = rows.ids_of(t).iter().map(|id| self.map.local(*id, t, rank));
-                let row = &rows.hidden[t * rows.stride..][..rows.width];
-                self.wire.write(&mut send, ids, rows.weights_of(t), row);
+                self.wire.write(to, ids, rows.weights_of(t), rows.row(t));
             }
-            debug_assert!((send.len() - start).is_multiple_of(row_bytes));
-            counts.push(send.len() - start);
         }
-        let pending =
-            self.group.start_all_to_all_v(self.at(Step::Dispatch), Parts::new(send, counts)?)?;
-        let lane = &mut self.lanes[lane];
-        *lane = Lane {
-            top_k: k,
-            width: rows.width,
-            stride: rows.stride,
-            own,
-            asked,
-            dispatch: Some(pending),
-            ..std::mem::take(lane)
-        };
+        let parts = Parts::new(send, counts)?;
+        let pending = self.group.start_all_to_all_v(self.at(Step::Dispatch), parts)?;
+        self.lanes[lane].dispatch = Some(pending);
         Ok(())
     }
 
@@ -156,37 +161,33 @@ impl Exchange for AllToAllExchange {
     ) -> Result<DispatchedRows<'a>> {
         let pending = self.lanes.get_mut(lane).and_then(|lane| lane.dispatch.take());
         let received = match pending {
-            Some(pending) => pending.wait(&*self.group)?,
+            Some(pending) => pending.wait_in_place(&*self.group)?,
             None => return Err(self.broken("a dispatch is finished that was not started")),
         };
-        let wire = self.wire;
-        let lane = &mut self.lanes[lane];
-        let row_bytes = wire.row_bytes(lane.top_k, lane.width);
-        lane.counts.clear();
-        lane.counts.extend(received.counts().iter().map(|bytes| bytes / row_bytes));
-        lane.hidden.clear();
-        lane.ids.clear();
-        lane.weights.clear();
-        for row in received.data().chunks_exact(row_bytes) {
-            let to = (&mut lane.ids, &mut lane.weights, &mut lane.hidden);
-            wire.read(row, lane.top_k, lane.stride, to);
-        }
-        let Lane { top_k, hidden, ids, weights, .. } = &*lane;
-        Ok(DispatchedRows { hidden, top_k: *top_k, ids, weights })
+        let Lane { top_k, width, stride, counts, arrivals, .. } = &mut self.lanes[lane];
+        let row_bytes = self.wire.row_bytes(*top_k, *width);
+        counts.clear();
+        counts.extend(received.iter().map(|part| part.len() / row_bytes));
+        arrivals.reset(counts.iter().sum(), *stride, *top_k);
+        received.iter().for_each(|part| self.wire.read(part, *width, arrivals));
+        Ok(arrivals.dispatched())
     }
 
     fn start_combine(&mut self, lane: usize, slots: SlotRows<'_>) -> Result<()> {
-        let Lane { top_k, width, stride, counts, ids, .. } = &self.lanes[lane];
-        let mut send = Vec::with_capacity(ids.len() * width);
-        let mut send_counts = Vec::with_capacity(counts.len());
+        let Lane { top_k, width, stride, counts, arrivals, .. } = &self.lanes[lane];
+        let ids = &arrivals.ids;
         let mut first = 0;
-        for count in counts {
-            let start = send.len();
-            for slot in (first..first + count * top_k).filter(|slot| is_here(&ids[*slot])) {
-                send.extend_from_slice(&slots.values[slot * stride..][..*width]);
-            }
-            first += count * top_k;
-            send_counts.push(send.len() - start);
+        let here = counts.iter().map(|count| {
+            let slots = first..first + count * top_k;
+            first = slots.end;
+            ids[slots].iter().filter(|id| is_here(id)).count() * width
+        });
+        let send_counts: Vec<usize> = here.collect();
+        let mut send = self.group.buffer();
+        send.resize(send_counts.iter().sum(), 0.0);
+        let here = (0..ids.len()).filter(|slot| is_here(&ids[*slot]));
+        for (to, slot) in send.chunks_exact_mut(*width).zip(here) {
+            to.copy_from_slice(slots.row(slot, *stride, *width));
         }
         let parts = Parts::new(send, send_counts)?;
         let pending = self.group.start_all_to_all_v(self.at(Step::Combine), parts)?;
@@ -202,31 +203,27 @@ impl Exchange for AllToAllExchange {
         out: &mut [f32],
     ) -> Result<Completeness> {
         let received = match self.lanes[lane].combine.take() {
-            Some(pending) => pending.wait(&*self.group)?,
+            Some(pending) => pending.wait_in_place(&*self.group)?,
             None => return Err(self.broken("a combine is finished that was not started")),
         };
-        let Lane { top_k, width, own, asked, slots: returned, .. } = &mut self.lanes[lane];
-        let (k, width) = (*top_k, *width);
-        for (rank, (part, asked)) in received.iter().zip(asked.iter()).enumerate() {
-            if part.len() != asked.len() * width {
-                let (got, want) = (part.len(), asked.len() * width);
+        let Lane { top_k, width, own, asked, homes, .. } = &self.lanes[lane];
+        let width = *width;
+        for (rank, (part, (asked, _))) in received.iter().zip(asked).enumerate() {
+            let (got, want) = (part.len(), *asked as usize * width);
+            if got != want {
                 return Err(self.broken(&format!(
                     "rank {rank} returned {got} elements, {want} were asked for"
                 )));
             }
         }
-        returned.resize(own.len() * k * width, 0.0);
-        for (part, asked) in received.iter().zip(asked.iter()) {
-            for (row, slot) in part.chunks_exact(width).zip(asked) {
-                returned[*slot as usize * width..][..width].copy_from_slice(row);
-            }
-        }
-        let LocalRows { ids, weights, .. } = rows.slice(own.clone());
-        let experts = self.map.experts();
-        let has = |slot: usize| ids[slot].index() < experts;
+        let parts: Vec<&[f32]> = received.iter().collect();
+        let slot = |slot: usize| {
+            let (rank, before) = homes[slot]?;
+            Some(&parts[rank as usize][before as usize * width..][..width])
+        };
         let mine = &mut out[own.start * width..own.end * width];
-        let slots = SlotRows { values: returned, ..slots };
-        weighted_sum(weights, k, has, slots, width, (mine, width));
+        let weights = rows.slice(own.clone()).weights;
+        weighted_sum((weights, slots.weighted), *top_k, slot, (mine, width));
         if let Some(group) = &self.same_rows {
             let mine = out[own.start * width..own.end * width].to_vec();
             let at = At::new(&self.layer, Step::Combine);

@@ -3,10 +3,8 @@
 
 use std::sync::Arc;
 
-use super::wire::{Wire, is_here};
-use super::{
-    Completeness, DispatchedRows, Exchange, ExpertMap, LocalRows, SlotRows, local_ids, weighted_sum,
-};
+use super::wire::{Arrivals, Wire, is_here};
+use super::{Completeness, DispatchedRows, Exchange, ExpertMap, LocalRows, SlotRows, weighted_sum};
 use crate::comm::{At, Communicator, Step};
 use crate::router::{LocalId, LogicalId};
 use crate::{Error, Result};
@@ -27,11 +25,7 @@ pub struct GatherExchange {
 struct Lane {
     /// Rows of each rank of the group.
     counts: Vec<usize>,
-    top_k: usize,
-    stride: usize,
-    hidden: Vec<f32>,
-    ids: Vec<LocalId>,
-    weights: Vec<f32>,
+    arrivals: Arrivals,
 }
 
 impl GatherExchange {
@@ -76,33 +70,27 @@ impl Exchange for GatherExchange {
         self.lanes.resize_with(self.lanes.len().max(lane + 1), Lane::default);
         let k = rows.top_k;
         let row_bytes = self.wire.row_bytes(k, rows.width);
-        let mut send = Vec::with_capacity(rows.tokens() * row_bytes);
-        for (t, row) in rows.hidden.chunks_exact(rows.stride).enumerate() {
+        let mut send = self.group.buffer();
+        send.resize(rows.tokens() * row_bytes, 0);
+        for (t, to) in send.chunks_exact_mut(row_bytes).enumerate() {
             // logical ids travel: each receiver maps them to its own
             let ids = rows.ids_of(t).iter().map(|id| LocalId(id.0));
-            self.wire.write(&mut send, ids, rows.weights_of(t), &row[..rows.width]);
+            self.wire.write(to, ids, rows.weights_of(t), rows.row(t));
         }
         let at = At::new(&self.layer, Step::Dispatch);
-        let gathered = self.group.all_gather_v(at, send)?;
-        let lane = &mut self.lanes[lane];
-        *lane = Lane {
-            counts: gathered.counts().iter().map(|bytes| bytes / row_bytes).collect(),
-            top_k: k,
-            stride: rows.stride,
-            ..std::mem::take(lane)
-        };
-        let Lane { hidden, ids, weights, .. } = lane;
-        hidden.clear();
-        ids.clear();
-        weights.clear();
-        // row by row of each rank: a replica is chosen by the row's number on its own rank
+        let gathered = self.group.all_gather_v_in_place(at, send)?;
+        let Lane { counts, arrivals } = &mut self.lanes[lane];
+        counts.clear();
+        counts.extend(gathered.iter().map(|part| part.len() / row_bytes));
+        arrivals.reset(counts.iter().sum(), rows.stride, k);
+        let mut first = 0;
         for part in gathered.iter() {
-            let start = ids.len();
-            for row in part.chunks_exact(row_bytes) {
-                self.wire.read(row, k, rows.stride, (ids, weights, hidden));
+            self.wire.read(part, rows.width, arrivals);
+            // a replica is chosen by the row's number on its own rank
+            for (slot, id) in arrivals.ids[first..].iter_mut().enumerate() {
+                *id = self.map.local(LogicalId(id.0), slot / k, self.rank);
             }
-            let logical: Vec<LogicalId> = ids.drain(start..).map(|id| LogicalId(id.0)).collect();
-            ids.extend(local_ids(&self.map, self.rank, &logical, k));
+            first = arrivals.ids.len();
         }
         Ok(())
     }
@@ -112,8 +100,7 @@ impl Exchange for GatherExchange {
         lane: usize,
         _rows: LocalRows<'a>,
     ) -> Result<DispatchedRows<'a>> {
-        let Lane { top_k, hidden, ids, weights, .. } = &self.lanes[lane];
-        Ok(DispatchedRows { hidden, top_k: *top_k, ids, weights })
+        Ok(self.lanes[lane].arrivals.dispatched())
     }
 
     fn start_combine(&mut self, _lane: usize, _slots: SlotRows<'_>) -> Result<()> {
@@ -127,12 +114,14 @@ impl Exchange for GatherExchange {
         slots: SlotRows<'_>,
         out: &mut [f32],
     ) -> Result<Completeness> {
-        let Lane { counts, top_k, stride, ids, weights, .. } = &self.lanes[lane];
-        let total: usize = counts.iter().sum();
-        let mut sums = vec![0.0; total * rows.width];
-        let has = |slot: usize| is_here(&ids[slot]);
-        weighted_sum(weights, *top_k, has, slots, *stride, (&mut sums, rows.width));
-        let elements: Vec<usize> = counts.iter().map(|count| count * rows.width).collect();
+        let Lane { counts, arrivals } = &self.lanes[lane];
+        let LocalRows { top_k, stride, width, .. } = rows;
+        let mut sums = self.group.buffer();
+        sums.resize(counts.iter().sum::<usize>() * width, 0.0);
+        let ids = &arrivals.ids;
+        let slot = |slot: usize| is_here(&ids[slot]).then(|| slots.row(slot, stride, width));
+        weighted_sum((arrivals.weights(), slots.weighted), top_k, slot, (&mut sums, width));
+        let elements: Vec<usize> = counts.iter().map(|count| count * width).collect();
         let at = At::new(&self.layer, Step::Combine);
         let mine = self.group.reduce_scatter_v(at, sums, &elements)?;
         if mine.len() != out.len() {

@@ -2,11 +2,11 @@
 
 use std::sync::Arc;
 
+use super::wire::is_here;
 use super::{
     Completeness, DispatchedRows, Exchange, ExpertMap, LocalRows, SlotRows, local_ids, weighted_sum,
 };
 use crate::Result;
-use crate::plan::NO_EXPERT;
 use crate::router::LocalId;
 
 /// Nothing moves. One rank with all experts; or, in a tensor-parallel group whose ranks all have the
@@ -79,8 +79,9 @@ impl Exchange for LocalExchange {
         out: &mut [f32],
     ) -> Result<Completeness> {
         let ids = &self.lanes[lane];
-        let has = |slot: usize| ids[slot] != NO_EXPERT;
-        weighted_sum(rows.weights, rows.top_k, has, slots, rows.stride, (out, rows.width));
+        let LocalRows { weights, top_k, stride, width, .. } = rows;
+        let slot = |slot: usize| is_here(&ids[slot]).then(|| slots.row(slot, stride, width));
+        weighted_sum((weights, slots.weighted), top_k, slot, (out, width));
         Ok(self.completeness)
     }
 }

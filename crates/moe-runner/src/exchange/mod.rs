@@ -77,6 +77,10 @@ impl<'a> LocalRows<'a> {
         }
     }
 
+    fn row(&self, t: usize) -> &'a [f32] {
+        &self.hidden[t * self.stride..][..self.width]
+    }
+
     fn ids_of(&self, t: usize) -> &'a [LogicalId] {
         &self.ids[t * self.top_k..][..self.top_k]
     }
@@ -106,6 +110,13 @@ pub struct SlotRows<'a> {
     pub values: &'a [f32],
     /// Weights have been applied: to the experts' input, or by a kernel that rounds after it.
     pub weighted: bool,
+}
+
+impl<'a> SlotRows<'a> {
+    /// The row of a slot; rows are `stride` apart.
+    fn row(&self, slot: usize, stride: usize, width: usize) -> &'a [f32] {
+        &self.values[slot * stride..][..width]
+    }
 }
 
 /// Brings rows to experts and results back. For each lane the four steps come in order; lanes may
@@ -165,21 +176,20 @@ pub trait Exchange: Send + std::fmt::Debug {
     ) -> Result<Completeness>;
 }
 
-/// `out[t] = Σ_j w_j · slots[t·k + j]`, in slot order, for the slots that `has` a row; without `w_j`
-/// where the rows are weighted already. `out` is `[T, width]`, `slots` `[T·k, stride]`.
-pub(crate) fn weighted_sum(
-    weights: &[f32],
+/// `out[t] = Σ_j w_j · slot(t·k + j)`, in slot order, over the slots that have a row; without `w_j`
+/// where the rows are `weighted` already. `out` is `[T, width]`, rows are `width` long.
+pub(crate) fn weighted_sum<'a>(
+    (weights, weighted): (&[f32], bool),
     top_k: usize,
-    has: impl Fn(usize) -> bool,
-    slots: SlotRows<'_>,
-    stride: usize,
+    slot: impl Fn(usize) -> Option<&'a [f32]>,
     (out, width): (&mut [f32], usize),
 ) {
     for (t, out) in out.chunks_exact_mut(width).enumerate() {
         out.fill(0.0);
-        for slot in (t * top_k..(t + 1) * top_k).filter(|slot| has(*slot)) {
-            let weight = if slots.weighted { 1.0 } else { weights[slot] };
-            for (out, value) in out.iter_mut().zip(&slots.values[slot * stride..]) {
+        for j in 0..top_k {
+            let at = t * top_k + j;
+            let weight = if weighted { 1.0 } else { weights[at] };
+            for (out, value) in out.iter_mut().zip(slot(at).unwrap_or_default()) {
                 *out += weight * value;
             }
         }

@@ -1,7 +1,8 @@
 //! Rows on their way between ranks: ids, weights and values of a row in one run of bytes.
 
-use half::{bf16, f16};
+use moe_kernels::numerics::float16;
 
+use super::DispatchedRows;
 use crate::hidden::ActivationDtype;
 use crate::plan::NO_EXPERT;
 use crate::router::LocalId;
@@ -25,53 +26,96 @@ impl Wire {
         top_k * 8 + width * self.dtype.size()
     }
 
-    /// Appends a row: k ids, k weights, its values.
+    /// Writes a row, [`row_bytes`](Self::row_bytes) long: k ids, k weights, its values.
     pub(super) fn write(
         &self,
-        out: &mut Vec<u8>,
+        row: &mut [u8],
         ids: impl Iterator<Item = LocalId>,
         weights: &[f32],
         values: &[f32],
     ) {
-        ids.for_each(|id| out.extend_from_slice(&id.0.to_le_bytes()));
-        weights.iter().for_each(|w| out.extend_from_slice(&w.to_le_bytes()));
+        let (id_bytes, rest) = row.split_at_mut(weights.len() * 4);
+        let (weight_bytes, value_bytes) = rest.split_at_mut(weights.len() * 4);
+        for (to, id) in id_bytes.as_chunks_mut().0.iter_mut().zip(ids) {
+            *to = id.0.to_le_bytes();
+        }
+        write_f32(weights, weight_bytes);
         match self.dtype {
-            ActivationDtype::F32 => {
-                values.iter().for_each(|v| out.extend_from_slice(&v.to_le_bytes()));
-            }
-            ActivationDtype::Bf16 => {
-                values.iter().for_each(|v| out.extend_from_slice(&bf16::from_f32(*v).to_le_bytes()))
-            }
-            ActivationDtype::F16 => {
-                values.iter().for_each(|v| out.extend_from_slice(&f16::from_f32(*v).to_le_bytes()));
-            }
+            ActivationDtype::F32 => write_f32(values, value_bytes),
+            ActivationDtype::Bf16 => float16::f32_to_bf16_bytes(values, value_bytes),
+            ActivationDtype::F16 => float16::f32_to_f16_bytes(values, value_bytes),
         }
     }
 
-    /// Reads a row that [`write`](Self::write) made, of `top_k` slots, and appends it; the values
-    /// are padded with zeros to `stride`.
-    pub(super) fn read(
-        &self,
-        bytes: &[u8],
-        top_k: usize,
-        stride: usize,
-        (ids, weights, values): (&mut Vec<LocalId>, &mut Vec<f32>, &mut Vec<f32>),
-    ) {
-        let (id_bytes, rest) = bytes.split_at(top_k * 4);
-        let (weight_bytes, value_bytes) = rest.split_at(top_k * 4);
-        ids.extend(id_bytes.as_chunks().0.iter().map(|b| LocalId(u32::from_le_bytes(*b))));
-        weights.extend(weight_bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)));
-        let end = values.len() + stride;
-        match self.dtype {
-            ActivationDtype::F32 => {
-                values.extend(value_bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)));
+    /// Reads rows that [`write`](Self::write) made, each of `width` values, and
+    /// puts them behind those that are in `to` already.
+    pub(super) fn read(&self, rows: &[u8], width: usize, to: &mut Arrivals) {
+        let top_k = to.top_k;
+        for row in rows.chunks_exact(self.row_bytes(top_k, width)) {
+            let (id_bytes, rest) = row.split_at(top_k * 4);
+            let (weight_bytes, value_bytes) = rest.split_at(top_k * 4);
+            to.ids.extend(id_bytes.as_chunks().0.iter().map(|b| LocalId(u32::from_le_bytes(*b))));
+            to.weights.extend(weight_bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)));
+            let (values, padding) = to.next_row().split_at_mut(width);
+            match self.dtype {
+                ActivationDtype::F32 => read_f32(value_bytes, values),
+                ActivationDtype::Bf16 => float16::bf16_bytes_to_f32(value_bytes, values),
+                ActivationDtype::F16 => float16::f16_bytes_to_f32(value_bytes, values),
             }
-            ActivationDtype::Bf16 => values
-                .extend(value_bytes.as_chunks().0.iter().map(|b| bf16::from_le_bytes(*b).to_f32())),
-            ActivationDtype::F16 => values
-                .extend(value_bytes.as_chunks().0.iter().map(|b| f16::from_le_bytes(*b).to_f32())),
+            padding.fill(0.0);
         }
-        values.resize(end, 0.0);
+    }
+}
+
+/// Rows that have arrived. The buffers keep their memory from pass to pass.
+#[derive(Default)]
+pub(super) struct Arrivals {
+    /// Room for `[rows, stride]`; beyond the rows read so far it holds anything.
+    hidden: Vec<f32>,
+    stride: usize,
+    top_k: usize,
+    rows: usize,
+    /// `[rows, k]`.
+    pub(super) ids: Vec<LocalId>,
+    /// `[rows, k]`.
+    weights: Vec<f32>,
+}
+
+impl Arrivals {
+    /// Forgets the rows, and makes room for `rows` new ones with `top_k` slots each.
+    pub(super) fn reset(&mut self, rows: usize, stride: usize, top_k: usize) {
+        (self.stride, self.top_k, self.rows) = (stride, top_k, 0);
+        self.hidden.resize(rows * stride, 0.0);
+        self.ids.clear();
+        self.weights.clear();
+    }
+
+    fn next_row(&mut self) -> &mut [f32] {
+        self.rows += 1;
+        &mut self.hidden[(self.rows - 1) * self.stride..self.rows * self.stride]
+    }
+
+    /// For the experts.
+    pub(super) fn dispatched(&self) -> DispatchedRows<'_> {
+        let Self { hidden, top_k, ids, weights, .. } = self;
+        DispatchedRows { hidden, top_k: *top_k, ids, weights }
+    }
+
+    /// `[rows, k]`.
+    pub(super) fn weights(&self) -> &[f32] {
+        &self.weights
+    }
+}
+
+fn write_f32(values: &[f32], bytes: &mut [u8]) {
+    for (to, value) in bytes.as_chunks_mut().0.iter_mut().zip(values) {
+        *to = value.to_le_bytes();
+    }
+}
+
+fn read_f32(bytes: &[u8], values: &mut [f32]) {
+    for (to, bytes) in values.iter_mut().zip(bytes.as_chunks().0) {
+        *to = f32::from_le_bytes(*bytes);
     }
 }
 

@@ -188,7 +188,7 @@ for_each_isa! {
 }
 
 for_each_isa! {
-    fn fp8_codes(row: &[f32], scale: f32, codes: &mut [u8]) {
+    pub(super) fn fp8_codes(row: &[f32], scale: f32, codes: &mut [u8]) {
         for (code, &x) in codes.iter_mut().zip(row) {
             *code = e4m3::encode(x / scale);
         }
@@ -211,13 +211,13 @@ fn shared(
 }
 
 /// Smallest scale of an FP8 row.
-const FP8_TOKEN_FLOOR: f32 = 1.0 / (448.0 * 512.0);
+pub(super) const FP8_TOKEN_FLOOR: f32 = 1.0 / (448.0 * 512.0);
 
-fn fp8_scale(amax: f32, floor: f32) -> f32 {
+pub(super) fn fp8_scale(amax: f32, floor: f32) -> f32 {
     (amax / e4m3::MAX).max(floor)
 }
 
-fn fp8_group_scale(amax: f32, rounding: GroupScale) -> f32 {
+pub(super) fn fp8_group_scale(amax: f32, rounding: GroupScale) -> f32 {
     let scale = amax.max(1e-10) / e4m3::MAX;
     match rounding {
         GroupScale::F32 => scale,
@@ -225,7 +225,7 @@ fn fp8_group_scale(amax: f32, rounding: GroupScale) -> f32 {
     }
 }
 
-fn int8_scale(amax: f32) -> f32 {
+pub(super) fn int8_scale(amax: f32) -> f32 {
     amax.max(1e-10) / 127.0
 }
 
@@ -249,6 +249,6 @@ const ANCHOR: f32 = 12_582_912.0;
 
 /// [`ANCHOR`] and the nearest integer in −128..=127, ties to even; NaN stays.
 #[inline(always)]
-fn int8_anchored(x: f32) -> f32 {
+pub(super) fn int8_anchored(x: f32) -> f32 {
     x.clamp(-128.0, 127.0) + ANCHOR
 }

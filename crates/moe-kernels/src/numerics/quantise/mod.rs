@@ -2,6 +2,7 @@
 //!
 //! - [`Qdq`] quantises activations and takes them back to f32, in place: what the next product
 //!   sees. Kernels with native arithmetic and their emulation round at the same points.
+//!   Its `encode_row` and `decode_row` are the same in two halves, for rows that travel.
 //! - [`weight`] quantises weight matrices to codes and scales.
 //! - [`int8_row`] and [`fp8_row`] give the codes of a row with its own scale, for kernels that
 //!   multiply codes.
@@ -9,6 +10,7 @@
 //! All arithmetic is f32, with the operations in the order that the docs state.
 
 mod activation;
+mod codes;
 mod mx;
 mod nvfp4;
 pub mod weight;

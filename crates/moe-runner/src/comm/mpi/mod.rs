@@ -27,10 +27,9 @@ use std::time::{Duration, Instant};
 
 use self::library::Mpi;
 use self::transfer::{Circle, Fault, Transfer, send_farewell};
-use super::pool::Pool;
 use super::{
-    At, Communicator, Dtype, Elements, Exchange, Head, InFlight, Kind, Options, Spans, Step,
-    TrafficCounter, failure, sighting,
+    Arrived, At, Communicator, Dtype, Elements, Exchange, Head, InFlight, Kind, Options, Pool,
+    Spans, Step, TrafficCounter, failure, sighting,
 };
 use crate::{Error, Result};
 
@@ -214,7 +213,7 @@ impl World {
         let mut engine = self.engine();
         // There are no handles any more that would take what has come.
         engine.transfers.values_mut().for_each(|transfer| transfer.abandoned = true);
-        let mut backoff = Backoff::new();
+        let mut backoff = Backoff::new(engine.seen.len());
         loop {
             self.progress(&mut engine)?;
             let Some(transfer) = engine.transfers.values().next() else {
@@ -249,18 +248,21 @@ impl Drop for World {
 /// How long to pause between two looks at MPI.
 struct Backoff {
     since: Instant,
+    /// There may be more ranks than cores: to spin would keep others from what this one waits for.
+    crowded: bool,
 }
 
 impl Backoff {
-    fn new() -> Self {
-        Self { since: Instant::now() }
+    fn new(ranks: usize) -> Self {
+        let cores = thread::available_parallelism().map_or(1, usize::from);
+        Self { since: Instant::now(), crowded: ranks > cores }
     }
 
     /// `idle`: a rank is missing, so that nothing moves. While elements flow, MPI needs the calls:
     /// each brings some of them, and giving the core away in between would cost more than that.
     fn pause(&mut self, idle: bool) {
         let waited = self.since.elapsed();
-        if !idle && waited < Duration::from_millis(2) {
+        if !idle && !self.crowded && waited < Duration::from_millis(2) {
             std::hint::spin_loop();
         } else if !idle || waited < Duration::from_millis(5) {
             thread::yield_now();
@@ -334,6 +336,10 @@ impl Communicator for Member {
     fn traffic(&self) -> &TrafficCounter {
         &self.traffic
     }
+
+    fn pool(&self) -> &Pool {
+        &self.world.pool
+    }
 }
 
 /// The caller's handle on an exchange.
@@ -373,8 +379,8 @@ impl InFlight for Flight {
         self.advance().map(|(done, _)| done)
     }
 
-    fn wait(mut self: Box<Self>) -> Result<(Elements, Vec<usize>)> {
-        let mut backoff = Backoff::new();
+    fn wait(mut self: Box<Self>) -> Result<Arrived> {
+        let mut backoff = Backoff::new(self.world.engine().seen.len());
         loop {
             match self.advance()? {
                 (true, _) => break,
@@ -386,7 +392,7 @@ impl InFlight for Flight {
         let transfer = transfer.ok_or_else(|| failure(self.world.rank, "an exchange was lost"))?;
         let (elements, counts, sent) = transfer.into_parts();
         self.world.pool.keep(sent);
-        Ok((elements, counts))
+        Ok(Arrived::Together(elements, counts))
     }
 }
 

@@ -1,0 +1,115 @@
+//! Quantised activation rows as bytes, for rows that travel: a half or a quarter of the values.
+//!
+//! ```text
+//! the scale of each group (f32, little-endian; none where it is given), then one code for each value
+//! ```
+
+use super::super::vectorised::for_each_isa;
+use super::super::{e4m3, int8};
+use super::activation::{
+    FP8_TOKEN_FLOOR, fp8_codes, fp8_group_scale, fp8_scale, int8_anchored, int8_scale,
+};
+use super::{Qdq, amax};
+
+#[derive(Clone, Copy, PartialEq)]
+enum Code {
+    Fp8,
+    Int8,
+}
+
+impl Qdq {
+    /// Bytes of a row of `cols` values as [`encode_row`](Self::encode_row) writes it; `None` for
+    /// formats whose codes are not bytes, or that bytes would not give back bit by bit.
+    pub fn row_bytes(&self, cols: usize) -> Option<usize> {
+        let (_, group) = self.layout(cols)?;
+        Some(cols + 4 * group.map_or(0, |size| cols.div_ceil(size)))
+    }
+
+    /// The code, and how many values share a scale that is taken from them.
+    fn layout(&self, cols: usize) -> Option<(Code, Option<usize>)> {
+        let row = Some(cols.max(1));
+        match *self {
+            Self::Fp8Static { .. } => Some((Code::Fp8, None)),
+            Self::Fp8Tensor | Self::Fp8Token => Some((Code::Fp8, row)),
+            Self::Fp8Group { size, .. } => Some((Code::Fp8, Some(size))),
+            Self::Int8Tensor | Self::Int8Token => Some((Code::Int8, row)),
+            Self::Int8Group { size } => Some((Code::Int8, Some(size))),
+            // a given scale leaves NaN what it is, which no int8 code says
+            Self::Int8Static { .. } => None,
+            Self::Mxfp8(_) | Self::Mxfp6(_) | Self::Mxfp4 => None,
+            Self::Nvfp4 { .. } | Self::Nvfp4Token { .. } => None,
+        }
+    }
+
+    /// The scale of `group`; NaN if one of its values is NaN or infinite.
+    fn scale_of(&self, group: &[f32]) -> f32 {
+        let amax = amax(group);
+        match *self {
+            Self::Fp8Static { scale } => scale,
+            _ if !amax.is_finite() => f32::NAN,
+            Self::Fp8Tensor => fp8_scale(amax, f32::MIN_POSITIVE),
+            Self::Fp8Group { scale: rounding, .. } => fp8_group_scale(amax, rounding),
+            Self::Int8Tensor | Self::Int8Token | Self::Int8Group { .. } => int8_scale(amax),
+            _ => fp8_scale(amax, FP8_TOKEN_FLOOR),
+        }
+    }
+
+    /// Quantises `row` into `bytes`.
+    ///
+    /// # Panics
+    /// If `bytes` are not [`row_bytes`](Self::row_bytes) many.
+    pub fn encode_row(&self, row: &[f32], bytes: &mut [u8]) {
+        let (code, size, scales) = self.split(row.len(), bytes.len());
+        let (scales, codes) = bytes.split_at_mut(scales);
+        let groups = row.chunks(size).zip(codes.chunks_mut(size));
+        for (i, (values, codes)) in groups.enumerate() {
+            let scale = self.scale_of(values);
+            if let Some(to) = scales.as_chunks_mut::<4>().0.get_mut(i) {
+                *to = scale.to_le_bytes();
+            }
+            match code {
+                Code::Fp8 => fp8_codes(values, scale, codes),
+                Code::Int8 => int8_bytes(values, scale, codes),
+            }
+        }
+    }
+
+    /// Values of a row that [`encode_row`](Self::encode_row) wrote: bit by bit those that
+    /// [`apply`](Self::apply) leaves of that row by itself.
+    ///
+    /// # Panics
+    /// As `encode_row`.
+    pub fn decode_row(&self, bytes: &[u8], row: &mut [f32]) {
+        let (code, size, scales) = self.split(row.len(), bytes.len());
+        let (scales, codes) = bytes.split_at(scales);
+        for (i, (values, codes)) in row.chunks_mut(size).zip(codes.chunks(size)).enumerate() {
+            let scale = match scales.as_chunks::<4>().0.get(i) {
+                Some(bytes) => f32::from_le_bytes(*bytes),
+                None => self.scale_of(&[]),
+            };
+            match code {
+                Code::Fp8 => e4m3::decode_slice(codes, values),
+                Code::Int8 => int8::decode_bytes(codes, values),
+            }
+            values.iter_mut().for_each(|v| *v *= scale);
+        }
+    }
+
+    /// The code, values of a group, and bytes of scales.
+    fn split(&self, cols: usize, bytes: usize) -> (Code, usize, usize) {
+        assert_eq!(self.row_bytes(cols), Some(bytes), "bytes of a row of {cols} values");
+        match self.layout(cols) {
+            Some((code, group)) => (code, group.unwrap_or(cols.max(1)), bytes - cols),
+            None => unreachable!("such a format has no number of bytes"),
+        }
+    }
+}
+
+for_each_isa! {
+    fn int8_bytes(row: &[f32], scale: f32, codes: &mut [u8]) {
+        for (code, &x) in codes.iter_mut().zip(row) {
+            // The low bits of the sum are the code.
+            *code = int8_anchored(x / scale).to_bits() as u8;
+        }
+    }
+}

@@ -44,9 +44,16 @@ pub const REFERENCE_MONOLITHIC: KernelDesc = KernelDesc {
     ..REFERENCE
 };
 
-/// `Σ_k a[k]·b[k]`, in float64.
+/// `Σ_k a[k]·b[k]`, in float64: four running sums, since one alone would wait for itself.
 pub fn dot(a: &[f32], b: &[f64]) -> f64 {
-    a.iter().zip(b).map(|(a, b)| f64::from(*a) * b).sum()
+    let (a4, a_rest) = a.as_chunks::<4>();
+    let (b4, b_rest) = b.as_chunks::<4>();
+    let mut sums = [0.0f64; 4];
+    for (a, b) in a4.iter().zip(b4) {
+        sums.iter_mut().zip(a).zip(b).for_each(|((sum, a), b)| *sum += f64::from(*a) * b);
+    }
+    let rest: f64 = a_rest.iter().zip(b_rest).map(|(a, b)| f64::from(*a) * b).sum();
+    sums.iter().sum::<f64>() + rest
 }
 
 /// `rows · matrixᵀ + bias`, row by row, in float64. `rows` hold `matrix.cols()` values each, and

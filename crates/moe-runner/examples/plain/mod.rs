@@ -17,7 +17,8 @@ pub(super) struct Times {
 }
 
 impl Times {
-    /// Runs `work` once all ranks are here.
+    /// Runs `work` once all ranks are here, and returns when all have done it: what comes next must
+    /// not keep a rank that still works from its core.
     pub(super) fn measure<T>(
         &mut self,
         comm: &dyn Communicator,
@@ -28,6 +29,7 @@ impl Times {
         let begin = now();
         let done = work()?;
         self.spans.extend([begin, now()]);
+        comm.barrier(at())?;
         Ok(done)
     }
 

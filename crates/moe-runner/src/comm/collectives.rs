@@ -41,7 +41,7 @@ impl dyn Communicator + '_ {
     pub fn all_gather<T: Element>(&self, at: At<'_>, mine: impl Into<Vec<T>>) -> Result<Vec<T>> {
         let mine = mine.into();
         let received = self.gather(self.head::<T>(Kind::AllGather, at, mine.len()), mine)?;
-        Ok(received.gather_into(self.buffer()).into_inner().0)
+        Ok(received.gather(self).into_inner().0)
     }
 
     /// The contributions of all ranks, of any lengths.
@@ -51,7 +51,7 @@ impl dyn Communicator + '_ {
         mine: impl Into<Vec<T>>,
     ) -> Result<Parts<T>> {
         let received = self.all_gather_v_in_place(at, mine)?;
-        Ok(received.gather_into(self.buffer()))
+        Ok(received.gather(self))
     }
 
     /// [`all_gather_v`](Self::all_gather_v) without a copy: each part where it lies.
@@ -64,10 +64,10 @@ impl dyn Communicator + '_ {
         self.gather(self.head::<T>(Kind::AllGatherV, at, mine.len()), mine)
     }
 
-    /// A buffer to send from: one that has travelled before, with its old elements, or an empty
-    /// one. Exchanges of large buffers that come from here allocate nothing in the long run.
-    pub fn buffer<T: Element>(&self) -> Vec<T> {
-        T::unwrap(self.pool().take(T::DTYPE)).unwrap_or_default()
+    /// A buffer of `len` elements to send from, which hold anything: one that has travelled before,
+    /// or a new one. Exchanges of large buffers from here allocate nothing in the long run.
+    pub fn buffer<T: Element>(&self, len: usize) -> Vec<T> {
+        T::unwrap(self.pool().take(T::DTYPE, len)).unwrap_or_default()
     }
 
     /// Replaces `data` by its sum over all ranks, added in rank order.
@@ -250,7 +250,7 @@ impl<T: Element> Pending<T> {
             }
             Arrived::Apart(parts) => {
                 let parts = Self::received(comm, self.kind, parts)?;
-                Ok(parts.gather_into(comm.buffer()))
+                Ok(parts.gather(comm))
             }
         }
     }

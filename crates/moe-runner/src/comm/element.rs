@@ -5,7 +5,7 @@ use std::marker::PhantomData;
 
 use half::{bf16, f16};
 
-use super::Part;
+use super::{Communicator, Part};
 use crate::{Error, Result};
 
 macro_rules! elements {
@@ -292,13 +292,17 @@ impl<T: Element> Received<T> {
         (0..self.parts.len()).map(|rank| self.part(rank))
     }
 
-    /// Copies the parts together, into `buffer`.
-    pub(super) fn gather_into(&self, mut buffer: Vec<T>) -> Parts<T> {
+    /// Copies the parts together, into a buffer of `comm`'s.
+    pub(super) fn gather(&self, comm: &dyn Communicator) -> Parts<T> {
         let counts: Vec<usize> = self.iter().map(<[T]>::len).collect();
-        buffer.clear();
-        buffer.reserve_exact(counts.iter().sum());
-        self.iter().for_each(|part| buffer.extend_from_slice(part));
-        Parts { data: buffer, counts }
+        let mut data = comm.buffer(counts.iter().sum());
+        let mut rest = &mut data[..];
+        for part in self.iter() {
+            let (to, after) = rest.split_at_mut(part.len());
+            to.copy_from_slice(part);
+            rest = after;
+        }
+        Parts { data, counts }
     }
 }
 

@@ -139,8 +139,7 @@ impl Exchange for AllToAllExchange {
 
         let counts: Vec<usize> =
             entry.asked.iter().map(|(_, rows)| rows.len() * row_bytes).collect();
-        let mut send = self.group.buffer();
-        send.resize(counts.iter().sum(), 0);
+        let mut send = self.group.buffer(counts.iter().sum());
         let mut to = send.chunks_exact_mut(row_bytes);
         for (rank, (_, asked)) in entry.asked.iter().enumerate() {
             for (t, to) in asked.iter().map(|t| *t as usize).zip(&mut to) {
@@ -183,8 +182,7 @@ impl Exchange for AllToAllExchange {
             ids[slots].iter().filter(|id| is_here(id)).count() * width
         });
         let send_counts: Vec<usize> = here.collect();
-        let mut send = self.group.buffer();
-        send.resize(send_counts.iter().sum(), 0.0);
+        let mut send = self.group.buffer(send_counts.iter().sum());
         let here = (0..ids.len()).filter(|slot| is_here(&ids[*slot]));
         for (to, slot) in send.chunks_exact_mut(*width).zip(here) {
             to.copy_from_slice(slots.row(slot, *stride, *width));

@@ -70,8 +70,7 @@ impl Exchange for GatherExchange {
         self.lanes.resize_with(self.lanes.len().max(lane + 1), Lane::default);
         let k = rows.top_k;
         let row_bytes = self.wire.row_bytes(k, rows.width);
-        let mut send = self.group.buffer();
-        send.resize(rows.tokens() * row_bytes, 0);
+        let mut send = self.group.buffer(rows.tokens() * row_bytes);
         for (t, to) in send.chunks_exact_mut(row_bytes).enumerate() {
             // logical ids travel: each receiver maps them to its own
             let ids = rows.ids_of(t).iter().map(|id| LocalId(id.0));
@@ -116,8 +115,7 @@ impl Exchange for GatherExchange {
     ) -> Result<Completeness> {
         let Lane { counts, arrivals } = &self.lanes[lane];
         let LocalRows { top_k, stride, width, .. } = rows;
-        let mut sums = self.group.buffer();
-        sums.resize(counts.iter().sum::<usize>() * width, 0.0);
+        let mut sums = self.group.buffer(counts.iter().sum::<usize>() * width);
         let ids = &arrivals.ids;
         let slot = |slot: usize| is_here(&ids[slot]).then(|| slots.row(slot, stride, width));
         weighted_sum((arrivals.weights(), slots.weighted), top_k, slot, (&mut sums, width));

@@ -77,6 +77,8 @@ struct World {
     thread: ThreadId,
     timeout: Duration,
     rank: usize,
+    /// There may be more ranks than cores: one that spins keeps others from what it waits for.
+    crowded: bool,
     /// The first failure.
     failed: OnceLock<String>,
     pool: Pool,
@@ -112,6 +114,7 @@ impl World {
             thread: thread::current().id(),
             timeout: options.timeout,
             rank,
+            crowded: size > thread::available_parallelism().map_or(1, usize::from),
             failed: OnceLock::new(),
             pool: Pool::default(),
             engine: Mutex::new(engine),
@@ -140,7 +143,7 @@ impl World {
     fn progress(&self, engine: &mut Engine) -> Result<()> {
         let Engine { transfers, seen, .. } = engine;
         let mut fault = None;
-        transfers.retain(|_, transfer| match transfer.progress(&self.mpi, seen) {
+        transfers.retain(|_, transfer| match transfer.progress(&self.mpi, &self.pool, seen) {
             Ok(done) => !(done && transfer.abandoned),
             Err(error) => {
                 fault.get_or_insert(error);
@@ -174,8 +177,7 @@ impl World {
         self.check_failed()?;
         let head = exchange.head;
         engine.seen[self.rank] = Some(head);
-        let received = self.pool.take(head.dtype);
-        match Transfer::start(&self.mpi, circle, number, exchange, received) {
+        match Transfer::start(&self.mpi, circle, number, exchange) {
             Ok(transfer) => {
                 let id = engine.next;
                 engine.next += 1;
@@ -213,7 +215,7 @@ impl World {
         let mut engine = self.engine();
         // There are no handles any more that would take what has come.
         engine.transfers.values_mut().for_each(|transfer| transfer.abandoned = true);
-        let mut backoff = Backoff::new(engine.seen.len());
+        let mut backoff = Backoff::new(self.crowded);
         loop {
             self.progress(&mut engine)?;
             let Some(transfer) = engine.transfers.values().next() else {
@@ -248,14 +250,12 @@ impl Drop for World {
 /// How long to pause between two looks at MPI.
 struct Backoff {
     since: Instant,
-    /// There may be more ranks than cores: to spin would keep others from what this one waits for.
     crowded: bool,
 }
 
 impl Backoff {
-    fn new(ranks: usize) -> Self {
-        let cores = thread::available_parallelism().map_or(1, usize::from);
-        Self { since: Instant::now(), crowded: ranks > cores }
+    fn new(crowded: bool) -> Self {
+        Self { since: Instant::now(), crowded }
     }
 
     /// `idle`: a rank is missing, so that nothing moves. While elements flow, MPI needs the calls:
@@ -380,7 +380,7 @@ impl InFlight for Flight {
     }
 
     fn wait(mut self: Box<Self>) -> Result<Arrived> {
-        let mut backoff = Backoff::new(self.world.engine().seen.len());
+        let mut backoff = Backoff::new(self.world.crowded);
         loop {
             match self.advance()? {
                 (true, _) => break,

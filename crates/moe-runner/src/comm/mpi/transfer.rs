@@ -10,7 +10,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::library::{Handle, Mpi};
-use crate::comm::{Elements, Exchange, Head, Kind, Spans, sighting};
+use crate::comm::{Elements, Exchange, Head, Kind, Pool, Spans, sighting};
 use crate::{Error, Result};
 
 /// Bytes of the largest note.
@@ -77,13 +77,12 @@ pub(super) struct Transfer {
 
 impl Transfer {
     /// Sends all notes and bodies on their way. `number` is the count of exchanges that this circle
-    /// had before; `received` a buffer of the right dtype, to be overwritten.
+    /// had before.
     pub(super) fn start(
         mpi: &Mpi,
         circle: &Arc<Circle>,
         number: u64,
         exchange: Exchange,
-        received: Elements,
     ) -> Result<Self> {
         let Exchange { head, send, spans } = exchange;
         let size = circle.members.len();
@@ -98,7 +97,7 @@ impl Transfer {
             notes_in: Vec::with_capacity(size),
             arrived: (0..size).map(|_| None).collect(),
             bodies_in: Vec::new(),
-            received,
+            received: Elements::new(head.dtype),
             counts: vec![0; size],
             laid_out: false,
             abandoned: false,
@@ -160,7 +159,12 @@ impl Transfer {
 
     /// Moves the exchange on; true when it is complete. `seen` are the heads that each rank of the
     /// world was seen with last.
-    pub(super) fn progress(&mut self, mpi: &Mpi, seen: &mut [Option<Head>]) -> Result<bool, Fault> {
+    pub(super) fn progress(
+        &mut self,
+        mpi: &Mpi,
+        pool: &Pool,
+        seen: &mut [Option<Head>],
+    ) -> Result<bool, Fault> {
         take_done(mpi, &mut self.notes_out)?;
         take_done(mpi, &mut self.bodies_out)?;
         for Message { peer, buffer, .. } in take_done(mpi, &mut self.notes_in)? {
@@ -168,7 +172,7 @@ impl Transfer {
             self.arrived[peer] = Some(buffer);
         }
         if !self.laid_out && self.notes_in.is_empty() {
-            self.lay_out(mpi)?;
+            self.lay_out(mpi, pool)?;
         }
         take_done(mpi, &mut self.bodies_in)?;
         Ok(self.is_done())
@@ -218,11 +222,11 @@ impl Transfer {
     }
 
     /// All lengths are known: makes room, fills in what is here, and asks for the rest.
-    fn lay_out(&mut self, mpi: &Mpi) -> Result<(), Fault> {
+    fn lay_out(&mut self, mpi: &Mpi, pool: &Pool) -> Result<(), Fault> {
         self.laid_out = true;
         let width = self.head.dtype.size();
         self.counts[self.circle.rank] = self.own.len();
-        self.received.resize(self.counts.iter().sum());
+        self.received = pool.take(self.head.dtype, self.counts.iter().sum());
         let mut start = self.received.as_mut_ptr();
         for peer in 0..self.counts.len() {
             let len = self.counts[peer] * width;

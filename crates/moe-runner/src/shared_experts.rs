@@ -136,6 +136,7 @@ impl SharedExperts {
             plan: &self.plan,
             weights: &self.weights,
             out: &mut self.slots,
+            quantised: false,
             row_max,
         })?;
         for (t, out) in out.chunks_exact_mut(hidden).enumerate() {

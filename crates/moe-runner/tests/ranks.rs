@@ -3,12 +3,16 @@
 mod layers;
 
 use layers::{forward, nmse, options, rows, runner, sizes, split, splits, truth, variants};
+use moe_kernels::numerics::quantise::Qdq;
 use moe_runner::Error;
-use moe_runner::comm::Sizes;
+use moe_runner::comm::{Kind, Sizes};
 use moe_runner::hidden::ActivationDtype::F32;
 use moe_runner::parallel::{ExchangeKind, Parallel};
 use moe_runner::shared_experts::SharedOrder;
-use moe_runner::weights::{FloatType, random_layer};
+use moe_runner::spec::{Dims, Granularity};
+use moe_runner::weights::{
+    Element, FloatType, LoadedLayer, RandomFormat, RandomScaled, ScaleType, random_layer,
+};
 
 const WIDTH: usize = 48;
 
@@ -102,4 +106,37 @@ fn a_batch_beyond_its_capacity_is_refused() {
     exchange.start_dispatch(0, rows).unwrap();
     let error = exchange.finish_dispatch(0, rows).unwrap_err().to_string();
     assert!(error.contains("an expert has 3 rows; its capacity is 2"), "{error}");
+}
+
+/// Rows that every expert would quantise alike travel as codes: fewer bytes, and not a bit changes.
+#[test]
+fn rows_are_quantised_before_they_travel() {
+    let mut spec = layers::plain();
+    spec.dims = Dims { hidden: 256, routed_hidden: 256, intermediate: 128 };
+    let options = options(None, F32);
+    let parallel = Parallel { sizes: sizes(1, 2, 1, true), ..Parallel::default() };
+    let hidden = rows(F32, 21, 256, 8);
+    let run = |layer: &LoadedLayer| split(layer, &options, &parallel, &hidden).unwrap();
+    let sent = |layer: &LoadedLayer| run(layer).traffic.of(Kind::AllToAllV).sent;
+    // the same seed draws the same gate: both layers send the same rows
+    for (element, input) in [(Element::E4m3, Qdq::Fp8Token), (Element::Int8, Qdq::Int8Token)] {
+        let format = |input| {
+            let (scales, granularity) = (ScaleType::F32, Granularity::Channel);
+            RandomFormat::Scaled(RandomScaled {
+                element,
+                scales,
+                granularity,
+                block: [0, 0],
+                input,
+            })
+        };
+        let layer = random_layer(&spec, format(Some(input)), 5).unwrap();
+        let one = forward(&mut runner(&layer, None, F32), &hidden);
+        assert_eq!(run(&layer).output, one, "{input:?}");
+        let plain = random_layer(&spec, format(None), 5).unwrap();
+        let rows_sent = (sent(&plain) - sent(&layer)) / (256 * 4 - 256 - 4);
+        // 256 values of four bytes became one byte each and a scale, for every row that travelled
+        assert_eq!((sent(&plain) - sent(&layer)) % (256 * 4 - 256 - 4), 0);
+        assert!((1..=21).contains(&rows_sent), "{input:?}: {rows_sent} rows");
+    }
 }

@@ -74,6 +74,7 @@ impl Exchange for BatchedExchange {
         let experts = self.inner.local_experts();
         let stride = rows.stride;
         let standard = self.inner.finish_dispatch(lane, rows)?;
+        let quantised = standard.quantised;
         let lane = &mut self.lanes[lane];
         lane.stride = stride;
         lane.counts.clear();
@@ -118,6 +119,7 @@ impl Exchange for BatchedExchange {
             top_k: 1,
             ids: &lane.ids,
             weights: &lane.weights,
+            quantised,
         })
     }
 

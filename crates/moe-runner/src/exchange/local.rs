@@ -64,7 +64,7 @@ impl Exchange for LocalExchange {
         rows: LocalRows<'a>,
     ) -> Result<DispatchedRows<'a>> {
         let LocalRows { hidden, top_k, weights, .. } = rows;
-        Ok(DispatchedRows { hidden, top_k, ids: &self.lanes[lane], weights })
+        Ok(DispatchedRows { hidden, top_k, ids: &self.lanes[lane], weights, quantised: false })
     }
 
     fn start_combine(&mut self, _lane: usize, _slots: SlotRows<'_>) -> Result<()> {

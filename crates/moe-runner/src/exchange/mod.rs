@@ -101,6 +101,8 @@ pub struct DispatchedRows<'a> {
     pub ids: &'a [LocalId],
     /// Weights `[rows, k]`.
     pub weights: &'a [f32],
+    /// The rows are quantised as the experts' first product asks for it: not to be done again.
+    pub quantised: bool,
 }
 
 /// What the experts made of the dispatched rows.

@@ -1,29 +1,60 @@
 //! Rows on their way between ranks: ids, weights and values of a row in one run of bytes.
 
 use moe_kernels::numerics::float16;
+use moe_kernels::numerics::quantise::Qdq;
 
 use super::DispatchedRows;
 use crate::hidden::ActivationDtype;
 use crate::plan::NO_EXPERT;
 use crate::router::LocalId;
+use crate::spec::WeightOn;
+use crate::weights::{ActivationQuant, LoadedLayer};
 
 /// How a dispatched row's values travel.
 ///
-/// 16-bit activations that no transform has touched are exact in 16 bits: they travel so.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// 16-bit activations that no transform has touched are exact in 16 bits: they travel so. Rows that
+/// every expert would quantise in the same way are quantised before they leave, and travel as codes
+/// and scales: the values that arrive are those that the experts would have made.
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Wire {
     dtype: ActivationDtype,
+    quantised: Option<Qdq>,
 }
 
 impl Wire {
     /// The smallest format that is exact for rows of `dtype`; `transformed` rows are f32.
     pub fn exact(dtype: ActivationDtype, transformed: bool) -> Self {
-        Self { dtype: if transformed { ActivationDtype::F32 } else { dtype } }
+        Self { dtype: if transformed { ActivationDtype::F32 } else { dtype }, quantised: None }
+    }
+
+    /// The smallest format that gives `layer`'s experts what they would have on one rank.
+    pub fn of_layer(layer: &LoadedLayer, dtype: ActivationDtype) -> Self {
+        let exact = Self::exact(dtype, !layer.spec.input_transform.is_identity());
+        let width = layer.spec.dims.routed_hidden;
+        let inputs = || layer.experts.iter().flat_map(|e| e.gate.iter().chain([&e.up]));
+        let quantised = match inputs().next().map(|matrix| matrix.input) {
+            Some(first @ ActivationQuant::Quantised(qdq))
+                if qdq.row_bytes(width).is_some()
+                    // a weight on the input comes before the quantisation
+                    && layer.spec.router.weight_on == WeightOn::Output
+                    && inputs().all(|matrix| matrix.input == first) =>
+            {
+                Some(qdq)
+            }
+            _ => None,
+        };
+        Self { quantised, ..exact }
+    }
+
+    /// The same for experts that quantise rows themselves.
+    pub fn unquantised(self) -> Self {
+        Self { quantised: None, ..self }
     }
 
     /// Bytes of a row with `top_k` slots and `width` columns.
     pub fn row_bytes(&self, top_k: usize, width: usize) -> usize {
-        top_k * 8 + width * self.dtype.size()
+        let values = self.quantised.and_then(|qdq| qdq.row_bytes(width));
+        top_k * 8 + values.unwrap_or(width * self.dtype.size())
     }
 
     /// Writes a row, [`row_bytes`](Self::row_bytes) long: k ids, k weights, its values.
@@ -40,6 +71,9 @@ impl Wire {
             *to = id.0.to_le_bytes();
         }
         write_f32(weights, weight_bytes);
+        if let Some(qdq) = &self.quantised {
+            return qdq.encode_row(values, value_bytes);
+        }
         match self.dtype {
             ActivationDtype::F32 => write_f32(values, value_bytes),
             ActivationDtype::Bf16 => float16::f32_to_bf16_bytes(values, value_bytes),
@@ -51,16 +85,18 @@ impl Wire {
     /// puts them behind those that are in `to` already.
     pub(super) fn read(&self, rows: &[u8], width: usize, to: &mut Arrivals) {
         let top_k = to.top_k;
+        to.quantised = self.quantised.is_some();
         for row in rows.chunks_exact(self.row_bytes(top_k, width)) {
             let (id_bytes, rest) = row.split_at(top_k * 4);
             let (weight_bytes, value_bytes) = rest.split_at(top_k * 4);
             to.ids.extend(id_bytes.as_chunks().0.iter().map(|b| LocalId(u32::from_le_bytes(*b))));
             to.weights.extend(weight_bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)));
             let (values, padding) = to.next_row().split_at_mut(width);
-            match self.dtype {
-                ActivationDtype::F32 => read_f32(value_bytes, values),
-                ActivationDtype::Bf16 => float16::bf16_bytes_to_f32(value_bytes, values),
-                ActivationDtype::F16 => float16::f16_bytes_to_f32(value_bytes, values),
+            match (&self.quantised, self.dtype) {
+                (Some(qdq), _) => qdq.decode_row(value_bytes, values),
+                (None, ActivationDtype::F32) => read_f32(value_bytes, values),
+                (None, ActivationDtype::Bf16) => float16::bf16_bytes_to_f32(value_bytes, values),
+                (None, ActivationDtype::F16) => float16::f16_bytes_to_f32(value_bytes, values),
             }
             padding.fill(0.0);
         }
@@ -75,6 +111,7 @@ pub(super) struct Arrivals {
     stride: usize,
     top_k: usize,
     rows: usize,
+    quantised: bool,
     /// `[rows, k]`.
     pub(super) ids: Vec<LocalId>,
     /// `[rows, k]`.
@@ -97,8 +134,8 @@ impl Arrivals {
 
     /// For the experts.
     pub(super) fn dispatched(&self) -> DispatchedRows<'_> {
-        let Self { hidden, top_k, ids, weights, .. } = self;
-        DispatchedRows { hidden, top_k: *top_k, ids, weights }
+        let Self { hidden, top_k, ids, weights, quantised, .. } = self;
+        DispatchedRows { hidden, top_k: *top_k, ids, weights, quantised: *quantised }
     }
 
     /// `[rows, k]`.

@@ -26,6 +26,8 @@ pub struct KernelDesc {
     pub dtypes: &'static [ActivationDtype],
     /// The hidden and the intermediate size must be multiples of these.
     pub multiples: (usize, usize),
+    /// Takes rows that are quantised already, as codes and scales travel between ranks.
+    pub takes_quantised: bool,
     /// How rows may come to it.
     pub row_formats: &'static [RowFormat],
     /// Adds biases after the two products.

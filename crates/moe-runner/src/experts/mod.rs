@@ -148,6 +148,9 @@ pub struct ExpertCall<'a> {
     pub weights: &'a [f32],
     /// One output row for each slot. Rows of slots without an expert here are not touched.
     pub out: &'a mut [f32],
+    /// The rows are quantised already, as the first product asks for it
+    /// ([`KernelDesc::takes_quantised`]).
+    pub quantised: bool,
     /// Given where experts are cut into slices and the rows between the two products are quantised
     /// with one scale for a whole row.
     pub row_max: Option<RowMax<'a>>,

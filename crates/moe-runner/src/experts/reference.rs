@@ -25,6 +25,7 @@ pub const REFERENCE: KernelDesc = KernelDesc {
     dtypes: &[ActivationDtype::F32, ActivationDtype::Bf16, ActivationDtype::F16],
     multiples: (1, 1),
     row_formats: RowFormat::ALL,
+    takes_quantised: true,
     biases: true,
     norms: true,
     rounds: false,
@@ -98,13 +99,19 @@ pub fn expert(
     norm: Option<RmsNorm>,
     rows: &[Vec<f64>],
 ) -> Vec<Vec<f64>> {
-    let middle = first_product(expert, activation, rows);
+    let middle = first_product(expert, activation, rows, false);
     let middle: Vec<Vec<f64>> = middle.iter().map(|row| expert.down.input.apply_f64(row)).collect();
     second_product(expert, norm, &middle)
 }
 
-/// `act(gate·x, up·x)`.
-fn first_product(expert: &Expert, activation: Activation, rows: &[Vec<f64>]) -> Vec<Vec<f64>> {
+/// `act(gate·x, up·x)`; `quantised`: of rows that are quantised already.
+fn first_product(
+    expert: &Expert,
+    activation: Activation,
+    rows: &[Vec<f64>],
+    quantised: bool,
+) -> Vec<Vec<f64>> {
+    let project = if quantised { product } else { project };
     let up = project(&expert.up, expert.up_bias.as_deref(), rows);
     match &expert.gate {
         Some(gate) => project(gate, expert.gate_bias.as_deref(), rows)
@@ -209,7 +216,7 @@ impl Experts for Reference {
     }
 
     fn forward(&mut self, call: ExpertCall<'_>) -> Result<()> {
-        let ExpertCall { rows, stride, plan, weights, out, row_max } = call;
+        let ExpertCall { rows, stride, plan, weights, out, quantised, row_max } = call;
         let experts: Vec<&Expert> = plan.active().map(|e| &self.experts[e]).collect();
         let first = plan.active().zip(&experts).map(|(e, expert)| {
             let width = expert.up.cols();
@@ -221,7 +228,7 @@ impl Experts for Reference {
                     self.input_row(&rows[start..start + width], weights[slot as usize])
                 })
                 .collect();
-            first_product(expert, self.spec.activation, &inputs)
+            first_product(expert, self.spec.activation, &inputs, quantised)
         });
         let middle = quantise_middle(first.collect(), &experts, row_max)?;
         for ((e, expert), middle) in plan.active().zip(&experts).zip(&middle) {

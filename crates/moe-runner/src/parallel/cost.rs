@@ -89,7 +89,7 @@ impl<'a> Pass<'a> {
             spec,
             parallel,
             map,
-            wire: Wire::exact(dtype, !spec.input_transform.is_identity()),
+            wire: Wire::of_layer(layer, dtype),
             route,
             row_scales: sizes.moe_tp() > 1 && wide(&layer.experts),
             shared_row_scales: sizes.tp > 1 && sizes.sp() == 1 && shared,

@@ -30,7 +30,7 @@ pub use ready::{Options, QuantMethod, ReadyLayer};
 pub use timeline::{Span, Timeline};
 
 use crate::comm::Communicator;
-use crate::exchange::Sum;
+use crate::exchange::{Sum, Wire};
 use crate::experts::BuiltKernel;
 use crate::hidden::{ActivationDtype, Rows, RowsMut};
 use crate::oracle::Choice;
@@ -122,6 +122,8 @@ pub struct MoeRunner {
     order: SharedOrder,
     group: Arc<dyn Communicator>,
     reduce_results: bool,
+    /// How rows travel between ranks.
+    wire: Wire,
     routed_slices: Option<Slices>,
     shared_slices: Option<Slices>,
     simulator: Option<Simulator>,
@@ -159,6 +161,7 @@ struct Buffers {
 impl MoeRunner {
     /// A runner of one rank.
     pub fn new(layer: ReadyLayer) -> Self {
+        let wire = Wire::exact(layer.dtype, true);
         let order = match layer.shared {
             None => SharedOrder::None,
             Some(_) => SharedOrder::NoOverlap,
@@ -168,6 +171,7 @@ impl MoeRunner {
             order,
             group: crate::comm::single(),
             reduce_results: true,
+            wire,
             routed_slices: None,
             shared_slices: None,
             simulator: None,

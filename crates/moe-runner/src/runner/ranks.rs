@@ -54,18 +54,20 @@ impl MoeRunner {
         layer.spec.validate()?;
         let (sizes, rank) = (groups.sizes, groups.world.rank());
         let share = shard(layer, sizes, rank, &map)?;
-        let exchange = exchange(&layer.spec, options, groups, parallel, map)?;
         // chosen by the whole layer, so that all ranks choose alike, even one without experts
         let request = Request {
             kernel: options.kernel.clone(),
             device: options.device,
-            row_format: exchange.row_format(),
+            row_format: parallel.row_format,
             intermediate: share.experts.first().map_or(0, |expert| expert.up.rows()),
             routed_outside: (sizes.ranks() > 1)
                 .then_some("the experts are split over ranks, which must agree on the routing"),
             ..Request::of(layer, options.dtype)
         };
         let choice = oracle::select(experts::KERNELS, &request, &options.machine)?;
+        let wire = Wire::of_layer(layer, options.dtype);
+        let wire = if choice.kernel.takes_quantised { wire } else { wire.unquantised() };
+        let exchange = exchange(&layer.spec, wire, groups, parallel, map)?;
         let set = ExpertSet { experts: &share.experts, ..share.expert_set() };
         let kernel: BuiltKernel = experts::build(choice.kernel, set, options.dtype, &options.pool)?;
         let method = QuantMethod { kernel, exchange };
@@ -83,7 +85,7 @@ impl MoeRunner {
             .with_group(group)
             .with_order(parallel.order)
             .with_micro_batches(parallel.micro_batches);
-        Ok(Self { routed_slices, shared_slices, ..runner })
+        Ok(Self { routed_slices, shared_slices, wire, ..runner })
     }
 
     /// From the next forward pass on, this rank holds `experts`, and all experts are where `map`
@@ -105,7 +107,7 @@ impl MoeRunner {
         let spec = self.layer.spec.clone();
         let set = ExpertSet { spec: &spec.expert, weight_on: spec.router.weight_on, experts };
         let kernel = experts::build(self.method().desc(), set, options.dtype, &options.pool)?;
-        let exchange = exchange(&spec, options, groups, parallel, map)?;
+        let exchange = exchange(&spec, self.wire, groups, parallel, map)?;
         self.replace_quant_method(QuantMethod { kernel, exchange })
     }
 }
@@ -114,13 +116,12 @@ impl MoeRunner {
 /// partial over the tensor-parallel ranks; all-to-all completes it.
 fn exchange(
     spec: &LayerSpec,
-    options: &Options,
+    wire: Wire,
     groups: &Groups,
     parallel: &Parallel,
     map: Arc<ExpertMap>,
 ) -> Result<Box<dyn Exchange>> {
     let (sizes, name) = (groups.sizes, spec.name.as_str());
-    let wire = Wire::exact(options.dtype, !spec.input_transform.is_identity());
     let completeness = match sizes.tp > 1 && sizes.sp() == 1 {
         true => Completeness::Partial,
         false => Completeness::Complete,

@@ -144,6 +144,15 @@ impl RoutedCall<'_> {
             let dispatched = timeline.span("wait for dispatch", Some(lane), || {
                 exchange.finish_dispatch(lane, rows(lane))
             })?;
+            if dispatched.quantised && !kernel.desc().takes_quantised {
+                return Err(Error::input(
+                    "quant method",
+                    format!(
+                        "rows travel quantised, but '{}' quantises them itself",
+                        kernel.desc().name
+                    ),
+                ));
+            }
             plan.build(dispatched.ids, dispatched.top_k.max(1), experts);
             slots.resize(dispatched.ids.len() * stride, 0.0);
             let agree = self.slices.map(|slices| |max: &mut [f32]| slices.row_max(max));
@@ -154,6 +163,7 @@ impl RoutedCall<'_> {
                     plan,
                     weights: dispatched.weights,
                     out: slots,
+                    quantised: dispatched.quantised,
                     row_max: agree.as_ref().map(|agree| agree as _),
                 })
             })?;

@@ -228,6 +228,7 @@ fn run(case: Case, t: T, experts: &[model::Expert], batch: &Batch, threads: usiz
             plan: &plan,
             weights: &batch.weights,
             out: &mut out,
+            quantised: false,
             row_max: None,
         })
         .unwrap();

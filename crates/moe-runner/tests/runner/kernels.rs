@@ -53,6 +53,7 @@ fn check(kernel: &str, layer: &LoadedLayer, ids: &[u32], top_k: usize, weight_on
         plan: &plan,
         weights: &weights,
         out: &mut out,
+        quantised: false,
         row_max: None,
     };
     built.forward(call).unwrap();

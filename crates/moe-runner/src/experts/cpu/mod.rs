@@ -49,6 +49,7 @@ const fn desc(name: &'static str, summary: &'static str, isa: Isa) -> KernelDesc
         dtypes: &[ActivationDtype::F32, ActivationDtype::Bf16, ActivationDtype::F16],
         multiples: (1, 1),
         row_formats: RowFormat::ALL,
+        takes_quantised: true,
         biases: true,
         norms: true,
         rounds: false,
@@ -171,7 +172,7 @@ impl Experts for CpuExperts {
     }
 
     fn forward(&mut self, call: ExpertCall<'_>) -> Result<()> {
-        let ExpertCall { rows, stride, plan, weights, out, row_max } = call;
+        let ExpertCall { rows, stride, plan, weights, out, quantised, row_max } = call;
         let ExpertShape { hidden, intermediate, .. } = self.shape;
         let slots = plan.slots_planned();
         let Buffers { x, h, y, max, blocks, active } = &mut self.buffers;
@@ -199,7 +200,9 @@ impl Experts for CpuExperts {
                 if weight_on == WeightOn::Input {
                     to.iter_mut().for_each(|v| *v *= weights[slot as usize]);
                 }
-                expert.up.input.apply(to);
+                if !quantised {
+                    expert.up.input.apply(to);
+                }
             }
         });
 

@@ -57,6 +57,7 @@ pub const EMULATION_NVFP4: KernelDesc = KernelDesc {
     rounds: true,
     weighs: true,
     row_formats: RowFormat::ALL,
+    takes_quantised: false,
     monolithic: false,
     overlaps_shared: true,
     by_name_only: true,
@@ -202,7 +203,7 @@ impl Experts for Emulation {
     }
 
     fn forward(&mut self, call: ExpertCall<'_>) -> Result<()> {
-        let ExpertCall { rows, stride, plan, weights, out, row_max } = call;
+        let ExpertCall { rows, stride, plan, weights, out, row_max, .. } = call;
         let (ExpertShape { hidden, intermediate, .. }, dtype) = (self.shape, self.dtype);
         let slots = plan.slots_planned();
         let Buffers { x, h, y, max, blocks, active } = &mut self.buffers;

@@ -54,7 +54,7 @@ impl dyn Communicator + '_ {
         Ok(received.gather(self))
     }
 
-    /// [`all_gather_v`](Self::all_gather_v) without a copy: each part where it lies.
+    /// `all_gather_v` without a copy: each part where it lies.
     pub fn all_gather_v_in_place<T: Element>(
         &self,
         at: At<'_>,

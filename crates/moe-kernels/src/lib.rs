@@ -9,3 +9,4 @@ pub mod kernel;
 pub mod limits;
 pub mod numerics;
 pub mod pool;
+pub mod stored;

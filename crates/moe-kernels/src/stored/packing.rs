@@ -1,0 +1,106 @@
+//! How the codes of a matrix `[rows, cols]` lie in memory.
+//!
+//! | packing | array | code of `[n, k]` |
+//! |---|---|---|
+//! | rows (compressed-tensors, MX, FP8) | `[N, K·b/8]` bytes | code `k` of row `n` |
+//! | transposed (Quark, transposed stacks) | `[K, N·b/8]` bytes | code `n` of column `k` |
+//! | GPTQ | `[K·b/32, N]` words | word `[k·b/32, n]`, code `k % (32/b)` |
+//! | AWQ | `[K, N/8]` words | word `[k, n/8]`, nibble `[0, 4, 1, 5, 2, 6, 3, 7][n % 8]` |
+//!
+//! Words are little-endian and hold their first code in the lowest bits.
+
+use std::ops::Range;
+
+use super::Element;
+use crate::numerics::int4;
+
+/// The order of codes in memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Packing {
+    /// Row after row; a row begins with a new byte and may be padded at its end.
+    Rows,
+    /// Column after column; a column is whole bytes.
+    Transposed,
+    /// Words along K, row beside row; K is whole words, codes have 4 or 8 bits.
+    Gptq,
+    /// Words along N with interleaved nibbles; N is whole words.
+    Awq,
+}
+
+impl Packing {
+    /// Bytes from one row of the array in memory to the next, for a matrix `[rows, cols]` whose
+    /// array has `len` bytes; `None` if the packing cannot hold such codes, or in another length.
+    pub(super) fn stride(
+        self,
+        element: Element,
+        [rows, cols]: [usize; 2],
+        len: usize,
+    ) -> Option<usize> {
+        let bits = element.bits();
+        let (lines, stride) = match self {
+            Self::Rows => {
+                let stride = len.checked_div(rows).unwrap_or(0);
+                (rows, (stride >= element.row_bytes(cols)?).then_some(stride)?)
+            }
+            Self::Transposed if matches!(bits, 4 | 8) => {
+                let line = rows.checked_mul(bits)?;
+                (cols, line.is_multiple_of(8).then_some(line / 8)?)
+            }
+            Self::Gptq if matches!(bits, 4 | 8) && cols.is_multiple_of(32 / bits) => {
+                (cols / (32 / bits), rows.checked_mul(4)?)
+            }
+            Self::Awq if bits == 4 && rows.is_multiple_of(8) => (cols, rows / 2),
+            _ => return None,
+        };
+        (lines.checked_mul(stride)? == len).then_some(stride)
+    }
+
+    /// Writes the codes of `cols` of `row`, one to a byte; `stride` as [`stride`](Self::stride)
+    /// says.
+    pub(super) fn codes(
+        self,
+        element: Element,
+        bytes: &[u8],
+        stride: usize,
+        row: usize,
+        cols: Range<usize>,
+        out: &mut [u8],
+    ) {
+        let eight = element.bits() == 8;
+        let out = out.iter_mut().zip(cols);
+        match self {
+            Self::Rows => {
+                let line = &bytes[row * stride..(row + 1) * stride];
+                match element.bits() {
+                    8 => out.for_each(|(out, k)| *out = line[k]),
+                    4 => out.for_each(|(out, k)| *out = int4::nibble(line, k)),
+                    _ => out.for_each(|(out, k)| *out = sextet(line, k)),
+                }
+            }
+            Self::Transposed if eight => out.for_each(|(out, k)| *out = bytes[k * stride + row]),
+            Self::Transposed => {
+                out.for_each(|(out, k)| *out = int4::nibble(bytes, k * stride * 2 + row));
+            }
+            Self::Gptq if eight => {
+                out.for_each(|(out, k)| *out = bytes[k / 4 * stride + row * 4 + k % 4]);
+            }
+            Self::Gptq => {
+                out.for_each(|(out, k)| {
+                    *out = int4::nibble(bytes, k / 8 * stride * 2 + row * 8 + k % 8);
+                });
+            }
+            Self::Awq => {
+                let at = row / 8 * 8 + int4::AWQ_NIBBLE[row % 8];
+                out.for_each(|(out, k)| *out = int4::nibble(bytes, k * stride * 2 + at));
+            }
+        }
+    }
+}
+
+/// Code `index` of six bits, four in three bytes.
+fn sextet(line: &[u8], index: usize) -> u8 {
+    let (byte, shift) = (index * 6 / 8, index * 6 % 8);
+    let low = line[byte] >> shift;
+    let high = if shift > 2 { line[byte + 1] << (8 - shift) } else { 0 };
+    (low | high) & 63
+}

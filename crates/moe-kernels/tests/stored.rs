@@ -89,7 +89,9 @@ fn every_packing_of_the_same_codes_reads_the_same() {
                 Zeros::Same(3),
                 None,
             );
-            let view = View::new(stored.unwrap_or_else(|| panic!("{element:?} {packing:?}")));
+            let view = View::new(
+                stored.unwrap_or_else(|misfit| panic!("{element:?} {packing:?}: {misfit}")),
+            );
             assert_eq!(decoded(&view), expected, "{element:?} {packing:?}");
             let window = view.rows_of(1, 2, 7).and_then(|rows| rows.cols_of(5..50)).unwrap();
             let part: Vec<f32> =
@@ -182,7 +184,7 @@ fn zero_points_lie_in_seven_ways() {
                 assert_eq!(zeros.get(n, g), i16::from(zero(n, g)) + 1, "{packing:?} [{n}, {g}]");
             }
         }
-        assert!(ZeroPoints::new(bytes[1..].to_vec().into(), packing, [ROWS, groups], 1).is_none());
+        assert!(ZeroPoints::new(bytes[1..].to_vec().into(), packing, [ROWS, groups], 1).is_err());
     }
 }
 
@@ -214,12 +216,12 @@ fn transposed_scales_floats_and_tensor_scales() {
         .flat_map(|k| (0..ROWS).map(move |n| n * COLS + k))
         .flat_map(|i| values[i].to_le_bytes())
         .collect();
-    let floats = Floats::transposed(turned.into(), FloatType::F32, ROWS, COLS).unwrap();
+    let floats = Floats::transposed(turned.into(), FloatType::F32, shape).unwrap();
     assert!(floats.float_rows().is_none());
     let view = View::new(floats);
     assert_eq!(view.format(), WeightFormat::F32);
     assert_eq!(decoded(&view), values);
-    assert_eq!(decoded(&View::new(Floats::from_f32(&values, COLS).unwrap())), values);
+    assert_eq!(decoded(&View::new(Floats::from_f32(&values, shape).unwrap())), values);
     assert_eq!(view.rows_of(0, 1, 1).unwrap().stored_bytes(), COLS * 4);
     assert!(matches!(view.stored(), Stored::Floats(_)));
 }
@@ -234,15 +236,15 @@ fn what_does_not_fit_is_refused() {
         let codes = Bytes::from(vec![0; bytes]);
         Codes::new((Element::Uint4, packing), codes, shape, scales?, Zeros::None, None)
     };
-    assert!(new(Packing::Rows, 8 * 4, [8, 8]).is_some());
+    assert!(new(Packing::Rows, 8 * 4, [8, 8]).is_ok());
     // rows may be padded, but not cut
-    assert!(new(Packing::Rows, 8 * 5, [8, 8]).is_some());
-    assert!(new(Packing::Rows, 8 * 3, [8, 8]).is_none());
-    assert!(new(Packing::Rows, 8 * 4 + 1, [8, 8]).is_none());
-    assert!(new(Packing::Transposed, 8 * 4, [8, 8]).is_some());
-    assert!(new(Packing::Transposed, 8 * 4, [7, 8]).is_none());
-    assert!(new(Packing::Gptq, 8 * 4, [8, 8]).is_some());
-    assert!(new(Packing::Gptq, 8 * 6, [8, 12]).is_none());
-    assert!(new(Packing::Awq, 8 * 4, [8, 8]).is_some());
-    assert!(new(Packing::Awq, 12 * 4, [12, 8]).is_none());
+    assert!(new(Packing::Rows, 8 * 5, [8, 8]).is_ok());
+    assert!(new(Packing::Rows, 8 * 3, [8, 8]).is_err());
+    assert!(new(Packing::Rows, 8 * 4 + 1, [8, 8]).is_err());
+    assert!(new(Packing::Transposed, 8 * 4, [8, 8]).is_ok());
+    assert!(new(Packing::Transposed, 8 * 4, [7, 8]).is_err());
+    assert!(new(Packing::Gptq, 8 * 4, [8, 8]).is_ok());
+    assert!(new(Packing::Gptq, 8 * 6, [8, 12]).is_err());
+    assert!(new(Packing::Awq, 8 * 4, [8, 8]).is_ok());
+    assert!(new(Packing::Awq, 12 * 4, [12, 8]).is_err());
 }

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::Bytes;
+use super::{Bytes, Misfit};
 use crate::numerics::ggml::BlockType;
 
 /// Rows of blocks.
@@ -16,12 +16,23 @@ pub struct Blocks {
 }
 
 impl Blocks {
-    /// `rows` rows of `cols` values. `None` if `cols` are not whole blocks, or `bytes` has another
-    /// length.
-    pub fn new(block: BlockType, bytes: Bytes, [rows, cols]: [usize; 2]) -> Option<Self> {
-        let row_bytes = block.row_bytes(cols)?;
-        let fits = rows.checked_mul(row_bytes)? == bytes.len();
-        fits.then_some(Self { block, bytes, row_bytes, rows, cols })
+    /// `rows` rows of `cols` values.
+    ///
+    /// # Errors
+    /// If `cols` are not whole blocks, or `bytes` has another length.
+    pub fn new(block: BlockType, bytes: Bytes, [rows, cols]: [usize; 2]) -> Result<Self, Misfit> {
+        let Some(row_bytes) = block.row_bytes(cols) else {
+            let (name, len) = (block.name(), block.block_len());
+            return Err(Misfit::new(format!(
+                "rows of {cols} are not whole {name} blocks of {len}"
+            )));
+        };
+        let needed = rows.checked_mul(row_bytes);
+        if needed != Some(bytes.len()) {
+            let what = format_args!("a matrix [{rows}, {cols}] of {}", block.name());
+            return Err(Misfit::bytes(what, bytes.len(), needed));
+        }
+        Ok(Self { block, bytes, row_bytes, rows, cols })
     }
 
     /// The block type.

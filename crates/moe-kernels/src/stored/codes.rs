@@ -1,10 +1,11 @@
 //! Codes with scales: `w[n, k] = (code[n, k] − zero) · scale[block of (n, k)]`, and for some formats
 //! one more scale for the whole tensor.
 
+use std::borrow::Cow;
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::{Bytes, Element, Granularity, Packing, ScaleType, Scales, WeightFormat, Zeros};
+use super::{Bytes, Element, Granularity, Misfit, Packing, ScaleType, Scales, WeightFormat, Zeros};
 use crate::numerics::{DecodeScale, EncodeScale, for_each_group};
 
 /// The scale of a whole tensor.
@@ -34,8 +35,10 @@ pub struct Codes {
 
 impl Codes {
     /// `bytes` are the codes in the order of `packing`; `scales` were made for the same matrix.
-    /// `None` if the codes are too few or too many, there is not a zero point for each scale, or no
-    /// format has such elements with such scales.
+    ///
+    /// # Errors
+    /// If the codes are too few or too many, there is not a zero point for each scale, or no format
+    /// has such elements with such scales.
     pub fn new(
         (element, packing): (Element, Packing),
         bytes: Bytes,
@@ -43,16 +46,22 @@ impl Codes {
         scales: Scales,
         zeros: Zeros,
         global: Option<Global>,
-    ) -> Option<Self> {
+    ) -> Result<Self, Misfit> {
         let stride = packing.stride(element, [rows, cols], bytes.len())?;
         if let Zeros::Each(zeros) = &zeros
             && zeros.shape() != scales.shape()
         {
-            return None;
+            let (zeros, scales) = (zeros.shape(), scales.shape());
+            return Err(Misfit::new(format!("zero points {zeros:?} for scales {scales:?}")));
         }
-        let format = format(element, &scales, &zeros)?;
+        let format = format(element, &scales, &zeros).ok_or_else(|| {
+            let (block, stored) = (scales.block(), scales.stored());
+            Misfit::new(format!(
+                "no format has {element:?} codes with {stored} scales of {block:?}"
+            ))
+        })?;
         let group_of = None;
-        Some(Self {
+        Ok(Self {
             format,
             element,
             packing,
@@ -68,16 +77,22 @@ impl Codes {
     }
 
     /// The same with the group of each column given (act-order), where it is not simply
-    /// `column / size`. `None` if there is not a group for each column, or a group has no scale.
-    pub fn with_groups(self, group_of: Arc<[u32]>) -> Option<Self> {
+    /// `column / size`.
+    ///
+    /// # Errors
+    /// If there is not a group for each column, or a group has no scale.
+    pub fn with_groups(self, group_of: Arc<[u32]>) -> Result<Self, Misfit> {
         let [_, groups] = self.scales.shape();
-        let fits = group_of.len() == self.cols && group_of.iter().all(|g| (*g as usize) < groups);
-        if !fits {
-            return None;
+        let (found, cols) = (group_of.len(), self.cols);
+        if found != cols {
+            return Err(Misfit::new(format!("{found} groups are named for {cols} columns")));
+        }
+        if let Some(group) = group_of.iter().find(|group| **group as usize >= groups) {
+            return Err(Misfit::new(format!("group {group} is named, scales are for {groups}")));
         }
         let size = self.scales.block()[1];
         let plain = group_of.iter().enumerate().all(|(k, g)| *g as usize == k / size);
-        Some(Self { group_of: (!plain).then_some(group_of), ..self })
+        Ok(Self { group_of: (!plain).then_some(group_of), ..self })
     }
 
     /// The name of the format.
@@ -154,6 +169,25 @@ impl Codes {
     pub fn codes(&self, row: usize, cols: Range<usize>, out: &mut [u8]) {
         assert!(row < self.rows && cols.end <= self.cols && cols.len() == out.len());
         self.packing.codes(self.element, &self.bytes, self.stride, row, cols, out);
+    }
+
+    /// The codes of one row, packed as [`Packing::Rows`] has them: borrowed where they lie so.
+    ///
+    /// # Panics
+    /// If there is no such row.
+    pub fn row(&self, row: usize) -> Cow<'_, [u8]> {
+        if self.packing == Packing::Rows {
+            return Cow::Borrowed(&self.bytes[row * self.stride..(row + 1) * self.stride]);
+        }
+        let mut codes = vec![0; self.cols];
+        self.codes(row, 0..self.cols, &mut codes);
+        if self.element.bits() == 4 {
+            // an odd row ends with a low nibble
+            let pairs = codes.chunks(2);
+            let bytes = pairs.map(|pair| pair[0] | pair.get(1).map_or(0, |high| high << 4));
+            codes = bytes.collect();
+        }
+        Cow::Owned(codes)
     }
 
     /// Writes the numbers that the codes of `cols` of `row` stand for, without any scale.

@@ -1,10 +1,11 @@
 //! Plain floats: rows or columns may be the contiguous direction.
 
+use std::borrow::Cow;
 use std::ops::Range;
 
 use half::{bf16, f16};
 
-use super::{Bytes, FloatType};
+use super::{Bytes, FloatType, Misfit};
 use crate::numerics::float16;
 
 /// Little-endian floats `[rows, cols]` with strides.
@@ -29,22 +30,38 @@ pub struct FloatRows<'a> {
 }
 
 impl Floats {
-    /// `rows × cols` elements, row after row. `None` if `bytes` has another length.
-    pub fn row_major(bytes: Bytes, float: FloatType, rows: usize, cols: usize) -> Option<Self> {
-        let fits = rows.checked_mul(cols)?.checked_mul(float.size())? == bytes.len();
-        fits.then_some(Self { bytes, float, rows, cols, transposed: false })
+    /// `rows × cols` elements, row after row.
+    ///
+    /// # Errors
+    /// If `bytes` has another length.
+    pub fn row_major(
+        bytes: Bytes,
+        float: FloatType,
+        [rows, cols]: [usize; 2],
+    ) -> Result<Self, Misfit> {
+        let needed = rows.checked_mul(cols).and_then(|n| n.checked_mul(float.size()));
+        if needed != Some(bytes.len()) {
+            let what = format_args!("a matrix [{rows}, {cols}] of {}", float.name());
+            return Err(Misfit::bytes(what, bytes.len(), needed));
+        }
+        Ok(Self { bytes, float, rows, cols, transposed: false })
     }
 
-    /// The transpose of a stored `[cols, rows]` array. `None` if `bytes` has another length.
-    pub fn transposed(bytes: Bytes, float: FloatType, rows: usize, cols: usize) -> Option<Self> {
-        Some(Self { transposed: true, ..Self::row_major(bytes, float, rows, cols)? })
+    /// The transpose of a stored `[cols, rows]` array.
+    ///
+    /// # Errors
+    /// If `bytes` has another length.
+    pub fn transposed(bytes: Bytes, float: FloatType, shape: [usize; 2]) -> Result<Self, Misfit> {
+        Ok(Self { transposed: true, ..Self::row_major(bytes, float, shape)? })
     }
 
-    /// f32 values, `cols` to a row, copied. `None` if they are no whole rows.
-    pub fn from_f32(values: &[f32], cols: usize) -> Option<Self> {
+    /// f32 values, row after row, copied.
+    ///
+    /// # Errors
+    /// If there are more or fewer.
+    pub fn from_f32(values: &[f32], shape: [usize; 2]) -> Result<Self, Misfit> {
         let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
-        let rows = values.len().checked_div(cols)?;
-        Self::row_major(bytes.into(), FloatType::F32, rows, cols)
+        Self::row_major(bytes.into(), FloatType::F32, shape)
     }
 
     /// Element type.
@@ -79,6 +96,20 @@ impl Floats {
             float: self.float,
             stride: self.cols,
         })
+    }
+
+    /// The elements of one row, one after the other: borrowed where they lie so.
+    ///
+    /// # Panics
+    /// If there is no such row.
+    pub fn row(&self, row: usize) -> Cow<'_, [u8]> {
+        assert!(row < self.rows, "row {row} of {}", self.rows);
+        let size = self.float.size();
+        if !self.transposed {
+            return Cow::Borrowed(&self.bytes[row * self.cols * size..][..self.cols * size]);
+        }
+        let columns = self.bytes.chunks_exact(self.rows * size);
+        Cow::Owned(columns.flat_map(|column| &column[row * size..][..size]).copied().collect())
     }
 
     pub(super) fn decode(&self, row: usize, cols: Range<usize>, out: &mut [f32]) {

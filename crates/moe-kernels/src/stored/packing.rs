@@ -11,7 +11,7 @@
 
 use std::ops::Range;
 
-use super::Element;
+use super::{Element, Misfit};
 use crate::numerics::int4;
 
 /// The order of codes in memory.
@@ -28,31 +28,44 @@ pub enum Packing {
 }
 
 impl Packing {
-    /// Bytes from one row of the array in memory to the next, for a matrix `[rows, cols]` whose
-    /// array has `len` bytes; `None` if the packing cannot hold such codes, or in another length.
+    /// Bytes from one line of the array in memory to the next, for a matrix `[rows, cols]` whose
+    /// array has `len` bytes.
+    ///
+    /// # Errors
+    /// If the packing cannot hold such codes, or not in `len` bytes.
     pub(super) fn stride(
         self,
         element: Element,
         [rows, cols]: [usize; 2],
         len: usize,
-    ) -> Option<usize> {
+    ) -> Result<usize, Misfit> {
         let bits = element.bits();
         let (lines, stride) = match self {
             Self::Rows => {
-                let stride = len.checked_div(rows).unwrap_or(0);
-                (rows, (stride >= element.row_bytes(cols)?).then_some(stride)?)
+                // rows may be padded at their ends
+                let given = len.checked_div(rows).unwrap_or(0);
+                (rows, element.row_bytes(cols).map(|least| least.max(given)))
             }
-            Self::Transposed if matches!(bits, 4 | 8) => {
-                let line = rows.checked_mul(bits)?;
-                (cols, line.is_multiple_of(8).then_some(line / 8)?)
+            Self::Transposed if matches!(bits, 4 | 8) && rows.is_multiple_of(8 / bits) => {
+                (cols, rows.checked_mul(bits).map(|line| line / 8))
             }
             Self::Gptq if matches!(bits, 4 | 8) && cols.is_multiple_of(32 / bits) => {
-                (cols / (32 / bits), rows.checked_mul(4)?)
+                (cols / (32 / bits), rows.checked_mul(4))
             }
-            Self::Awq if bits == 4 && rows.is_multiple_of(8) => (cols, rows / 2),
-            _ => return None,
+            Self::Awq if bits == 4 && rows.is_multiple_of(8) => (cols, Some(rows / 2)),
+            _ => {
+                let reason = format!("{self:?} packing holds no {element:?} [{rows}, {cols}]");
+                return Err(Misfit::new(reason + ": codes would not fill whole words"));
+            }
         };
-        (lines.checked_mul(stride)? == len).then_some(stride)
+        let needed = stride.and_then(|stride| stride.checked_mul(lines));
+        match stride {
+            Some(stride) if needed == Some(len) => Ok(stride),
+            _ => {
+                let what = format_args!("a matrix [{rows}, {cols}] of {element:?} codes");
+                Err(Misfit::bytes(what, len, needed))
+            }
+        }
     }
 
     /// Writes the codes of `cols` of `row`, one to a byte; `stride` as [`stride`](Self::stride)

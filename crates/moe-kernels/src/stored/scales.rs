@@ -2,7 +2,7 @@
 
 use half::{bf16, f16};
 
-use super::{Bytes, Granularity};
+use super::{Bytes, Granularity, Misfit};
 use crate::numerics::{e4m3, e8m0};
 
 /// Stored type of scales.
@@ -59,15 +59,17 @@ pub struct Scales {
 
 impl Scales {
     /// Row-major scales of a matrix `[rows, cols]`. For [`Granularity::Group`] and
-    /// [`Granularity::Block`], `block` is their size; the others follow from the matrix. `None` if
-    /// `bytes` does not hold exactly these scales, or a block is empty.
+    /// [`Granularity::Block`], `block` is their size; the others follow from the matrix.
+    ///
+    /// # Errors
+    /// If `bytes` does not hold exactly these scales, or a block is empty.
     pub fn new(
         bytes: Bytes,
         stored: ScaleType,
         granularity: Granularity,
         block: [usize; 2],
         [rows, cols]: [usize; 2],
-    ) -> Option<Self> {
+    ) -> Result<Self, Misfit> {
         let block = match granularity {
             Granularity::Tensor => [rows.max(1), cols.max(1)],
             Granularity::Channel => [1, cols.max(1)],
@@ -75,11 +77,16 @@ impl Scales {
             Granularity::Block => block,
         };
         if block.contains(&0) {
-            return None;
+            return Err(Misfit::new("a scale for blocks of no weights"));
         }
         let shape = [rows.div_ceil(block[0]), cols.div_ceil(block[1])];
-        let fits = shape[0].checked_mul(shape[1])?.checked_mul(stored.size())? == bytes.len();
-        fits.then_some(Self { bytes, stored, granularity, block, shape, transposed: false })
+        let needed = shape[0].checked_mul(shape[1]).and_then(|n| n.checked_mul(stored.size()));
+        if needed != Some(bytes.len()) {
+            let [down, across] = shape;
+            let what = format_args!("scales [{down}, {across}] of {stored}");
+            return Err(Misfit::bytes(what, bytes.len(), needed));
+        }
+        Ok(Self { bytes, stored, granularity, block, shape, transposed: false })
     }
 
     /// The same scales, stored column after column.
@@ -87,9 +94,11 @@ impl Scales {
         Self { transposed: true, ..self }
     }
 
-    /// Scales to look at one after the other, without a matrix. `None` if `bytes` are not whole
-    /// scales.
-    pub fn vector(bytes: Bytes, stored: ScaleType) -> Option<Self> {
+    /// Scales to look at one after the other, without a matrix.
+    ///
+    /// # Errors
+    /// If `bytes` are not whole scales.
+    pub fn vector(bytes: Bytes, stored: ScaleType) -> Result<Self, Misfit> {
         let count = bytes.len() / stored.size();
         Self::new(bytes, stored, Granularity::Channel, [1, 1], [count, 1])
     }

@@ -1,6 +1,6 @@
 //! Zero points: what is subtracted from codes before they are scaled.
 
-use super::Bytes;
+use super::{Bytes, Misfit};
 use crate::numerics::int4;
 
 /// What is subtracted from codes before they are scaled.
@@ -45,29 +45,40 @@ pub struct ZeroPoints {
 
 impl ZeroPoints {
     /// Zero points for scales `[down, across]`. `offset` is added to each: GPTQ's first version
-    /// stores one less than it means. `None` if `bytes` has another length.
+    /// stores one less than it means.
+    ///
+    /// # Errors
+    /// If `bytes` has another length, or words with interleaved nibbles would not be full.
     pub fn new(
         bytes: Bytes,
         packing: ZeroPacking,
         [down, across]: [usize; 2],
         offset: i16,
-    ) -> Option<Self> {
+    ) -> Result<Self, Misfit> {
         let line = match packing {
-            ZeroPacking::I16 => down.checked_mul(2)?,
-            ZeroPacking::I8 => down,
-            ZeroPacking::Nibbles | ZeroPacking::NibblesByGroup => {
-                down.div_ceil(8).checked_mul(4)?
+            ZeroPacking::I16 => down.checked_mul(2),
+            ZeroPacking::I8 => Some(down),
+            ZeroPacking::Nibbles | ZeroPacking::NibblesByGroup => down.div_ceil(8).checked_mul(4),
+            ZeroPacking::Bytes | ZeroPacking::BytesByGroup => down.div_ceil(4).checked_mul(4),
+            ZeroPacking::Awq if down.is_multiple_of(8) => Some(down / 2),
+            ZeroPacking::Awq => {
+                let reason = "words with the zero points of 8 rows are not filled by";
+                return Err(Misfit::new(format!("{reason} {down} rows")));
             }
-            ZeroPacking::Bytes | ZeroPacking::BytesByGroup => down.div_ceil(4).checked_mul(4)?,
-            ZeroPacking::Awq if down.is_multiple_of(8) => down / 2,
-            ZeroPacking::Awq => return None,
         };
-        let fits = line.checked_mul(across)? == bytes.len();
-        fits.then_some(Self { bytes, packing, down, across, offset })
+        let needed = line.and_then(|line| line.checked_mul(across));
+        if needed != Some(bytes.len()) {
+            let what = format_args!("zero points [{down}, {across}]");
+            return Err(Misfit::bytes(what, bytes.len(), needed));
+        }
+        Ok(Self { bytes, packing, down, across, offset })
     }
 
     /// Zero points `[down, across]` of their own.
-    pub fn from_i16(zeros: &[i16], shape: [usize; 2]) -> Option<Self> {
+    ///
+    /// # Errors
+    /// If there are more or fewer.
+    pub fn from_i16(zeros: &[i16], shape: [usize; 2]) -> Result<Self, Misfit> {
         let bytes: Vec<u8> = zeros.iter().flat_map(|zero| zero.to_le_bytes()).collect();
         Self::new(bytes.into(), ZeroPacking::I16, shape, 0)
     }

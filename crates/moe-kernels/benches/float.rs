@@ -8,6 +8,7 @@ use moe_kernels::isa::{Isa, physical_cores};
 use moe_kernels::kernel::{Activation, Float, Kernel, Rows, RowsMut, WeightRows};
 use moe_kernels::limits::Limits;
 use moe_kernels::pool::{Pool, ThreadPool};
+use moe_kernels::region::for_each;
 
 /// The shape of one expert's projection.
 const K: usize = 2048;
@@ -83,10 +84,7 @@ fn report(pool: &Pool, kernel: Kernel) {
 fn product(kernel: Kernel, pool: &dyn ThreadPool, x: Rows, w: WeightRows, out: &mut [f32]) {
     let (m, n) = (x.rows(), w.rows());
     let block = 0..m;
-    RowsMut::new(out, m, n, n).for_each_tile(
-        pool,
-        std::slice::from_ref(&block),
-        if m < 8 { 64 } else { 48 },
-        &|_, cols, mut tile| kernel.dot(x, w.slice(cols), &mut tile),
-    );
+    let mut out = RowsMut::new(out, m, n, n);
+    let tiles = out.tiles(std::slice::from_ref(&block), if m < 8 { 64 } else { 48 });
+    for_each(pool, tiles, |mut tile| kernel.dot(x, w.slice(tile.cols), &mut tile.out));
 }

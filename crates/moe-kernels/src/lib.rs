@@ -4,9 +4,11 @@
 //! the only home of SIMD in the workspace.
 #![warn(missing_docs)]
 
+pub mod arena;
 pub mod isa;
 pub mod kernel;
 pub mod limits;
 pub mod numerics;
 pub mod pool;
+pub mod region;
 pub mod stored;

@@ -4,11 +4,11 @@
 //! limits are measured with the threads and the instruction set that the kernels use.
 
 use std::fs;
-use std::ops::Range;
 use std::time::{Duration, Instant};
 
-use crate::kernel::{Kernel, RowsMut};
+use crate::kernel::Kernel;
 use crate::pool::Pool;
+use crate::region::for_each;
 
 /// The limits of this machine for one instruction set and number of threads.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -44,13 +44,7 @@ fn read_gbps(kernel: Kernel, pool: &Pool, budget: Duration) -> f64 {
     // Each page is written first by a thread of the pool: untouched memory has no pages of its own,
     // and on a machine with several memories it should lie near its readers.
     let mut data = vec![0.0f32; chunks * CHUNK];
-    let blocks: Vec<Range<usize>> = (0..chunks).map(|chunk| chunk..chunk + 1).collect();
-    RowsMut::new(&mut data, chunks, CHUNK, CHUNK).for_each_tile(
-        pool,
-        &blocks,
-        CHUNK,
-        &|chunk, _, mut tile| tile.row_mut(0).fill(chunk as f32),
-    );
+    for_each(pool, data.chunks_exact_mut(CHUNK), |chunk| chunk.fill(1.0));
     let best = best_time(end, || {
         pool.run(chunks, &|chunk| {
             std::hint::black_box(kernel.probe_read(&data[chunk * CHUNK..][..CHUNK]));

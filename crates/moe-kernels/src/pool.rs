@@ -58,6 +58,9 @@ const LOOKS: u32 = 64;
 
 /// Runs the items of a parallel region. Implement it to have kernels run on threads of your own.
 pub trait ThreadPool: Sync {
+    /// How many threads run a region, the caller's among them: at least one.
+    fn threads(&self) -> usize;
+
     /// Calls `work(i)` once for every `i < items`, in any order, on any threads, and returns when
     /// all calls have returned. A panic in `work` reaches the caller.
     fn run(&self, items: usize, work: &(dyn Fn(usize) + Sync));
@@ -68,6 +71,10 @@ pub trait ThreadPool: Sync {
 pub struct Inline;
 
 impl ThreadPool for Inline {
+    fn threads(&self) -> usize {
+        1
+    }
+
     fn run(&self, items: usize, work: &(dyn Fn(usize) + Sync)) {
         (0..items).for_each(work);
     }
@@ -123,6 +130,10 @@ impl Pool {
 }
 
 impl ThreadPool for Pool {
+    fn threads(&self) -> usize {
+        Pool::threads(self)
+    }
+
     fn run(&self, items: usize, work: &(dyn Fn(usize) + Sync)) {
         Pool::run(self, items, work);
     }

@@ -31,7 +31,7 @@ mod rows;
 use std::fmt;
 
 pub use activation::Activation;
-pub use rows::{Float, Rows, RowsMut, WeightRows};
+pub use rows::{Float, Rows, RowsMut, Tile, Tiles, WeightRows};
 
 use crate::isa::Isa;
 use activation::ActivateFn;

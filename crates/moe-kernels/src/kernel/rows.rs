@@ -5,9 +5,6 @@
 
 use std::marker::PhantomData;
 use std::ops::Range;
-use std::sync::atomic::{AtomicUsize, Ordering};
-
-use crate::pool::ThreadPool;
 
 /// The stored types that the float kernels read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -262,46 +259,68 @@ impl<'a> RowsMut<'a> {
         }
     }
 
-    /// Cuts the rows into tiles and calls `work(block, cols, tile)` for each, in parallel: `tile` is
-    /// the window of the rows `blocks[block]` and the columns `cols`, at most `tile_cols` of them.
-    /// Tiles of one block come one after another. Rows outside all blocks are left alone.
+    /// Cuts the rows into tiles, for [`for_each`](crate::region::for_each): each is the window of the
+    /// rows `blocks[block]` and the columns `cols`, at most `tile_cols` of them. Tiles of one block
+    /// come one after another. Rows outside all blocks are left alone.
     ///
     /// # Panics
-    /// If `blocks` are not ascending, disjoint and inside the rows, or `tile_cols` is zero. With the
-    /// panic of `work`, if it panics.
-    pub fn for_each_tile(
-        &mut self,
-        pool: &dyn ThreadPool,
-        blocks: &[Range<usize>],
-        tile_cols: usize,
-        work: &(dyn Fn(usize, Range<usize>, RowsMut<'_>) + Sync),
-    ) {
+    /// If `blocks` are not ascending, disjoint and inside the rows, or `tile_cols` is zero.
+    pub fn tiles<'b>(&'b mut self, blocks: &'b [Range<usize>], tile_cols: usize) -> Tiles<'b> {
         assert!(tile_cols > 0, "tiles of no columns");
-        let mut end = 0;
+        let mut last = 0;
         for rows in blocks {
             assert_within(rows, self.rows, "rows");
-            assert!(end <= rows.start, "rows {rows:?} come after row {end}");
-            end = rows.end;
+            assert!(last <= rows.start, "rows {rows:?} come after row {last}");
+            last = rows.end;
         }
         let across = self.cols.div_ceil(tile_cols);
-        let tiles = blocks.len() * across;
-        // A pool may be anyone's. That each tile is handed out once is up to this counter, not to
-        // the items that the pool passes.
-        let next = AtomicUsize::new(0);
-        let this = &*self;
-        pool.run(tiles, &|_| {
-            let tile = next.fetch_add(1, Ordering::Relaxed);
-            if tile >= tiles {
-                return;
-            }
-            let (block, across) = (tile / across, tile % across);
-            let start = across * tile_cols;
-            let cols = start..this.cols.min(start + tile_cols);
-            // SAFETY: the blocks were checked to be disjoint and inside, the columns of different
-            // tiles do not overlap, each tile is made once, and `self` is borrowed meanwhile.
-            let window = unsafe { this.window_unchecked(blocks[block].clone(), cols.clone()) };
-            work(block, cols, window);
-        });
-        assert!(next.into_inner() >= tiles, "the thread pool did not run all items");
+        let end = blocks.len() * across;
+        Tiles { whole: self.window(0..self.rows, 0..self.cols), blocks, tile_cols, next: 0, end }
     }
 }
+
+/// A window of some rows and columns, to write.
+#[derive(Debug)]
+pub struct Tile<'a> {
+    /// The number of its block.
+    pub block: usize,
+    /// Its columns.
+    pub cols: Range<usize>,
+    /// The window.
+    pub out: RowsMut<'a>,
+}
+
+/// The tiles of some rows; see [`RowsMut::tiles`].
+#[derive(Debug)]
+pub struct Tiles<'a> {
+    whole: RowsMut<'a>,
+    blocks: &'a [Range<usize>],
+    tile_cols: usize,
+    next: usize,
+    end: usize,
+}
+
+impl<'a> Iterator for Tiles<'a> {
+    type Item = Tile<'a>;
+
+    fn next(&mut self) -> Option<Tile<'a>> {
+        if self.next == self.end {
+            return None;
+        }
+        let across = self.whole.cols.div_ceil(self.tile_cols);
+        let (block, column) = (self.next / across, self.next % across);
+        self.next += 1;
+        let start = column * self.tile_cols;
+        let cols = start..self.whole.cols.min(start + self.tile_cols);
+        // SAFETY: the blocks were checked to be disjoint and inside, the columns of different tiles
+        // do not overlap, each tile is made once, and the rows stay borrowed for 'a.
+        let out = unsafe { self.whole.window_unchecked(self.blocks[block].clone(), cols.clone()) };
+        Some(Tile { block, cols, out })
+    }
+
+    fn size_hint(&self) -> (usize, Option<usize>) {
+        (self.end - self.next, Some(self.end - self.next))
+    }
+}
+
+impl ExactSizeIterator for Tiles<'_> {}

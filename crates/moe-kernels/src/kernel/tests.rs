@@ -4,7 +4,8 @@ use half::{bf16, f16};
 use proptest::prelude::*;
 
 use super::*;
-use crate::pool::{Inline, Pool};
+use crate::pool::Pool;
+use crate::region::for_each;
 
 /// Kernels of every instruction set of this CPU.
 fn kernels() -> Vec<Kernel> {
@@ -151,14 +152,10 @@ proptest! {
             let first = first.min(m);
             let blocks = [0..first, first..m];
             let mut tiled = vec![0.0; m * n];
-            RowsMut::new(&mut tiled, m, n, n).for_each_tile(
-                &pool,
-                &blocks,
-                tile_cols,
-                &|block, cols, mut tile| {
-                    kernel.dot(x.slice(blocks[block].clone()), w.slice(cols), &mut tile);
-                },
-            );
+            let mut rows = RowsMut::new(&mut tiled, m, n, n);
+            for_each(&pool, rows.tiles(&blocks, tile_cols), |Tile { block, cols, mut out }| {
+                kernel.dot(x.slice(blocks[block].clone()), w.slice(cols), &mut out);
+            });
             prop_assert_eq!(bits(&whole), bits(&tiled), "{}", kernel.isa());
         }
     }
@@ -219,7 +216,7 @@ fn views_refuse_what_is_not_there() {
     let mut out = RowsMut::new(out, 2, 4, 4);
     assert!(refused(&mut || _ = out.window(0..2, 3..5)));
     for blocks in [[0..2, 1..2], [1..2, 0..1], [0..1, 2..3]] {
-        assert!(refused(&mut || out.for_each_tile(&Inline, &blocks, 4, &|_, _, _| ())));
+        assert!(refused(&mut || _ = out.tiles(&blocks, 4)));
     }
     assert_eq!(out.window(2..2, 4..4).rows(), 0);
 }
@@ -228,6 +225,10 @@ fn views_refuse_what_is_not_there() {
 fn tiles_cover_their_blocks_once_even_with_a_pool_that_repeats_items() {
     struct Twice;
     impl crate::pool::ThreadPool for Twice {
+        fn threads(&self) -> usize {
+            2
+        }
+
         fn run(&self, items: usize, work: &(dyn Fn(usize) + Sync)) {
             for _ in 0..2 {
                 (0..items).for_each(work);
@@ -236,10 +237,11 @@ fn tiles_cover_their_blocks_once_even_with_a_pool_that_repeats_items() {
     }
     let mut data = vec![0.0; 6 * 5];
     let blocks = [0..2, 3..3, 4..5];
-    RowsMut::new(&mut data, 6, 5, 5).for_each_tile(&Twice, &blocks, 2, &|block, cols, mut tile| {
-        assert_eq!((tile.rows(), tile.cols()), (blocks[block].len(), cols.len()));
-        for i in 0..tile.rows() {
-            for (value, col) in tile.row_mut(i).iter_mut().zip(cols.clone()) {
+    let mut rows = RowsMut::new(&mut data, 6, 5, 5);
+    for_each(&Twice, rows.tiles(&blocks, 2), |Tile { block, cols, mut out }| {
+        assert_eq!((out.rows(), out.cols()), (blocks[block].len(), cols.len()));
+        for i in 0..out.rows() {
+            for (value, col) in out.row_mut(i).iter_mut().zip(cols.clone()) {
                 *value += (10 * block + col + 1) as f32;
             }
         }

@@ -148,6 +148,10 @@ impl CountingPool {
 }
 
 impl ThreadPool for CountingPool {
+    fn threads(&self) -> usize {
+        1
+    }
+
     fn run(&self, items: usize, work: &(dyn Fn(usize) + Sync)) {
         self.0.fetch_add(1, Ordering::Relaxed);
         Inline.run(items, work);

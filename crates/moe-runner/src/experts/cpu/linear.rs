@@ -2,6 +2,7 @@
 
 use moe_kernels::isa::Isa;
 use moe_kernels::kernel::{Kernel, Rows, RowsMut};
+use moe_kernels::region::for_each;
 
 use super::{SharedPool, tile};
 use crate::weights::Matrix;
@@ -30,14 +31,11 @@ impl Linear {
         let (rows, cols) = (self.matrix.rows(), self.matrix.cols());
         let x = Rows::new(x, tokens, cols, cols);
         let block = 0..tokens;
-        RowsMut::new(out, tokens, rows, rows).for_each_tile(
-            &*self.pool,
-            std::slice::from_ref(&block),
-            tile::COLUMNS,
-            &|_, cols, mut out| {
-                tile::with_rows(&self.matrix, cols, |w| self.kernel.dot(x, w, &mut out));
-            },
-        );
+        let mut out = RowsMut::new(out, tokens, rows, rows);
+        let tiles = out.tiles(std::slice::from_ref(&block), tile::COLUMNS);
+        for_each(&*self.pool, tiles, |mut tile| {
+            tile::with_rows(&self.matrix, tile.cols, |w| self.kernel.dot(x, w, &mut tile.out));
+        });
     }
 }
 

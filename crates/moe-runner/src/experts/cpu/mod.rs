@@ -17,8 +17,9 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use moe_kernels::isa::Isa;
-use moe_kernels::kernel::{self, Kernel, Rows, RowsMut};
+use moe_kernels::kernel::{self, Kernel, Rows, RowsMut, Tile};
 use moe_kernels::pool::ThreadPool;
+use moe_kernels::region::for_each;
 
 pub use linear::Linear;
 
@@ -192,23 +193,27 @@ impl Experts for CpuExperts {
 
         // gather; rows are quantised here where the expert's first product asks for it
         let mut x_rows = RowsMut::new(x, slots, hidden, hidden);
-        x_rows.for_each_tile(pool, blocks, hidden.max(1), &|block, _, mut tile| {
-            let expert = &experts[active[block]];
-            for (i, &slot) in plan.slots(active[block]).iter().enumerate() {
-                let to = tile.row_mut(i);
-                to.copy_from_slice(&rows[plan.row(slot) * stride..][..hidden]);
-                if weight_on == WeightOn::Input {
-                    to.iter_mut().for_each(|v| *v *= weights[slot as usize]);
+        for_each(
+            pool,
+            x_rows.tiles(blocks, hidden.max(1)),
+            |Tile { block, out: mut tile, .. }| {
+                let expert = &experts[active[block]];
+                for (i, &slot) in plan.slots(active[block]).iter().enumerate() {
+                    let to = tile.row_mut(i);
+                    to.copy_from_slice(&rows[plan.row(slot) * stride..][..hidden]);
+                    if weight_on == WeightOn::Input {
+                        to.iter_mut().for_each(|v| *v *= weights[slot as usize]);
+                    }
+                    if !quantised {
+                        expert.up.input.apply(to);
+                    }
                 }
-                if !quantised {
-                    expert.up.input.apply(to);
-                }
-            }
-        });
+            },
+        );
 
         let x_rows = Rows::new(x, slots, hidden, hidden);
         let mut h_rows = RowsMut::new(h, slots, intermediate, intermediate);
-        h_rows.for_each_tile(pool, blocks, tile::COLUMNS, &|block, cols, out| {
+        for_each(pool, h_rows.tiles(blocks, tile::COLUMNS), |Tile { block, cols, out }| {
             let expert = &experts[active[block]];
             let x = x_rows.slice(blocks[block].clone());
             tile::gate_up(kernel, expert, activation, x, cols, out);
@@ -221,20 +226,24 @@ impl Experts for CpuExperts {
         }
         let (max, sliced) = (&*max, row_max_given);
         let mut h_rows = RowsMut::new(h, slots, intermediate, intermediate);
-        h_rows.for_each_tile(pool, blocks, intermediate.max(1), &|block, _, mut tile| {
-            let input = experts[active[block]].down.input;
-            let mut scratch = Vec::new();
-            for (i, slot) in blocks[block].clone().enumerate() {
-                match sliced {
-                    true => input.apply_slice(tile.row_mut(i), max[slot], &mut scratch),
-                    false => input.apply(tile.row_mut(i)),
+        for_each(
+            pool,
+            h_rows.tiles(blocks, intermediate.max(1)),
+            |Tile { block, out: mut tile, .. }| {
+                let input = experts[active[block]].down.input;
+                let mut scratch = Vec::new();
+                for (i, slot) in blocks[block].clone().enumerate() {
+                    match sliced {
+                        true => input.apply_slice(tile.row_mut(i), max[slot], &mut scratch),
+                        false => input.apply(tile.row_mut(i)),
+                    }
                 }
-            }
-        });
+            },
+        );
 
         let h_rows = Rows::new(h, slots, intermediate, intermediate);
         let mut y_rows = RowsMut::new(y, slots, hidden, hidden);
-        y_rows.for_each_tile(pool, blocks, tile::COLUMNS, &|block, cols, out| {
+        for_each(pool, y_rows.tiles(blocks, tile::COLUMNS), |Tile { block, cols, out }| {
             let expert = &experts[active[block]];
             let h = h_rows.slice(blocks[block].clone());
             tile::down(kernel, expert, h, cols, out);

@@ -26,7 +26,8 @@ mod product;
 use std::ops::Range;
 
 use moe_kernels::isa::Isa;
-use moe_kernels::kernel::RowsMut;
+use moe_kernels::kernel::{RowsMut, Tile};
+use moe_kernels::region::for_each;
 
 use crate::experts::cpu::{SharedPool, largest_magnitude};
 use crate::experts::reference::stored_bytes;
@@ -219,22 +220,26 @@ impl Experts for Emulation {
         let (pool, active, blocks) = (&*self.pool, &*active, &*blocks);
 
         let mut x_rows = RowsMut::new(x, slots, hidden, hidden);
-        x_rows.for_each_tile(pool, blocks, hidden.max(1), &|block, _, mut tile| {
-            let e = active[block];
-            for (i, &slot) in plan.slots(e).iter().enumerate() {
-                let to = tile.row_mut(i);
-                to.copy_from_slice(&rows[plan.row(slot) * stride..][..hidden]);
-                to.iter_mut().for_each(|v| *v = dtype.round(*v));
-                if weight_on == WeightOn::Input {
-                    let weight = dtype.round(weights[slot as usize]);
-                    to.iter_mut().for_each(|v| *v = dtype.round(*v * weight));
+        for_each(
+            pool,
+            x_rows.tiles(blocks, hidden.max(1)),
+            |Tile { block, out: mut tile, .. }| {
+                let e = active[block];
+                for (i, &slot) in plan.slots(e).iter().enumerate() {
+                    let to = tile.row_mut(i);
+                    to.copy_from_slice(&rows[plan.row(slot) * stride..][..hidden]);
+                    to.iter_mut().for_each(|v| *v = dtype.round(*v));
+                    if weight_on == WeightOn::Input {
+                        let weight = dtype.round(weights[slot as usize]);
+                        to.iter_mut().for_each(|v| *v = dtype.round(*v * weight));
+                    }
+                    experts[e].up.quantise_input(to, None);
                 }
-                experts[e].up.quantise_input(to, None);
-            }
-        });
+            },
+        );
 
         let mut h_rows = RowsMut::new(h, slots, intermediate, intermediate);
-        h_rows.for_each_tile(pool, blocks, product::LANES, &|block, cols, tile| {
+        for_each(pool, h_rows.tiles(blocks, product::LANES), |Tile { block, cols, out: tile }| {
             let expert = &experts[active[block]];
             let x = &x[blocks[block].start * hidden..blocks[block].end * hidden];
             gate_up(expert, activation, dtype, x, cols, tile);
@@ -248,29 +253,37 @@ impl Experts for Emulation {
         }
         let max = &*max;
         let mut h_rows = RowsMut::new(h, slots, intermediate, intermediate);
-        h_rows.for_each_tile(pool, blocks, intermediate.max(1), &|block, _, mut tile| {
-            for (i, slot) in blocks[block].clone().enumerate() {
-                let whole = max.get(slot).copied();
-                experts[active[block]].down.quantise_input(tile.row_mut(i), whole);
-            }
-        });
+        for_each(
+            pool,
+            h_rows.tiles(blocks, intermediate.max(1)),
+            |Tile { block, out: mut tile, .. }| {
+                for (i, slot) in blocks[block].clone().enumerate() {
+                    let whole = max.get(slot).copied();
+                    experts[active[block]].down.quantise_input(tile.row_mut(i), whole);
+                }
+            },
+        );
 
         let mut y_rows = RowsMut::new(y, slots, hidden, hidden);
-        y_rows.for_each_tile(pool, blocks, product::LANES, &|block, cols, mut tile| {
-            let e = active[block];
-            let (expert, rows) = (&experts[e], &blocks[block]);
-            let h = &h[rows.start * intermediate..rows.end * intermediate];
-            let bias = expert.stored.down_bias.as_deref();
-            product::rows(&expert.down, bias, h, cols, |i, sums| {
-                let weight = match weight_on {
-                    WeightOn::Output => weights[plan.slots(e)[i] as usize],
-                    WeightOn::Input => 1.0,
-                };
-                for (out, sum) in tile.row_mut(i).iter_mut().zip(sums) {
-                    *out = dtype.round(sum * weight);
-                }
-            });
-        });
+        for_each(
+            pool,
+            y_rows.tiles(blocks, product::LANES),
+            |Tile { block, cols, out: mut tile }| {
+                let e = active[block];
+                let (expert, rows) = (&experts[e], &blocks[block]);
+                let h = &h[rows.start * intermediate..rows.end * intermediate];
+                let bias = expert.stored.down_bias.as_deref();
+                product::rows(&expert.down, bias, h, cols, |i, sums| {
+                    let weight = match weight_on {
+                        WeightOn::Output => weights[plan.slots(e)[i] as usize],
+                        WeightOn::Input => 1.0,
+                    };
+                    for (out, sum) in tile.row_mut(i).iter_mut().zip(sums) {
+                        *out = dtype.round(sum * weight);
+                    }
+                });
+            },
+        );
 
         for &e in active {
             for (i, &slot) in plan.range(e).zip(plan.slots(e)) {

@@ -1,0 +1,113 @@
+//! Parallel regions: the items of an iterator, on all threads of a pool.
+//!
+//! Items are what the iterator yields: rows of several buffers zipped together, tiles of one, plain
+//! numbers. Each is yielded once, under a lock that is held for no longer than that, so whatever may
+//! be split into an iterator may be written in parallel, and a pool that misbehaves can do no harm.
+//! A thread takes one piece of scratch memory for all the items that it gets.
+
+use std::sync::{Mutex, PoisonError};
+
+use crate::pool::ThreadPool;
+
+/// Calls `work` once for each of `items`, on the threads of `pool`.
+///
+/// # Panics
+/// With the panic of `work`, if it panics.
+pub fn for_each<T: Send>(
+    pool: &dyn ThreadPool,
+    items: impl ExactSizeIterator<Item = T> + Send,
+    work: impl Fn(T) + Sync,
+) {
+    for_each_with(pool, std::iter::repeat(()), items, |(), item| work(item));
+}
+
+/// Calls `work` once for each of `items`, on the threads of `pool`; each thread brings the one of
+/// `scratch` that it took first. At most [`ThreadPool::threads`] of them are taken.
+///
+/// # Panics
+/// With the panic of `work`, if it panics; if `scratch` yields nothing.
+pub fn for_each_with<S, T: Send>(
+    pool: &dyn ThreadPool,
+    scratch: impl Iterator<Item = S> + Send,
+    items: impl ExactSizeIterator<Item = T> + Send,
+    work: impl Fn(&mut S, T) + Sync,
+) {
+    let workers = items.len().min(pool.threads());
+    if workers == 0 {
+        return;
+    }
+    let (scratch, items) = (Mutex::new(scratch), Mutex::new(items));
+    pool.run(workers, &|_| {
+        let mut mine = None;
+        loop {
+            // A binding of its own: the lock is released before the work begins.
+            let item = next(&items);
+            let Some(item) = item else { return };
+            if mine.is_none() {
+                mine = next(&scratch);
+            }
+            work(mine.as_mut().expect("scratch for every thread"), item);
+        }
+    });
+    assert!(next(&items).is_none(), "the thread pool did not run all items");
+}
+
+/// The iterators run no code of others under their locks but `next`; one that panicked there yields
+/// nothing that was yielded before.
+fn next<T>(items: &Mutex<impl Iterator<Item = T>>) -> Option<T> {
+    items.lock().unwrap_or_else(PoisonError::into_inner).next()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pool::{Inline, Pool};
+    use std::collections::HashSet;
+    use std::thread::{ThreadId, current};
+
+    #[test]
+    fn every_item_once_and_a_thread_keeps_its_scratch() {
+        let pool = Pool::new(3).unwrap();
+        for pool in [&Inline as &dyn ThreadPool, &pool] {
+            for len in [0, 1, 2, 100] {
+                let mut data = vec![0u32; len];
+                let mut owners = [const { Vec::<ThreadId>::new() }; 3];
+                for_each_with(pool, owners.iter_mut(), data.iter_mut(), |owner, value| {
+                    *value += 1;
+                    owner.push(current().id());
+                });
+                assert!(data.iter().all(|v| *v == 1));
+                assert_eq!(owners.iter().map(Vec::len).sum::<usize>(), len);
+                for owner in owners {
+                    assert!(owner.iter().collect::<HashSet<_>>().len() <= 1, "one thread's own");
+                }
+            }
+        }
+    }
+
+    /// A pool that runs every item twice, and one that runs but the first.
+    struct Odd(usize);
+
+    impl ThreadPool for Odd {
+        fn threads(&self) -> usize {
+            4
+        }
+
+        fn run(&self, items: usize, work: &(dyn Fn(usize) + Sync)) {
+            (0..items * self.0).for_each(|i| work(i % items));
+        }
+    }
+
+    #[test]
+    fn a_pool_that_repeats_items_repeats_no_work() {
+        let mut data = [0; 9];
+        for_each(&Odd(2), data.iter_mut(), |value| *value += 1);
+        assert_eq!(data, [1; 9]);
+    }
+
+    #[test]
+    #[should_panic(expected = "did not run all items")]
+    fn a_pool_that_runs_nothing_is_noticed() {
+        for_each(&Odd(0), 0..9, |_| ());
+    }
+}

@@ -87,6 +87,9 @@ pub enum Error {
     /// Ranks of a group failed to meet, or a communication library refused.
     #[error("{0}")]
     Communication(String),
+    /// The caller asked for an end before the work was done.
+    #[error("interrupted")]
+    Interrupted,
 }
 
 impl Error {

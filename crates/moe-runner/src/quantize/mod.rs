@@ -1,16 +1,23 @@
 //! Quantises the experts of a checkpoint: writes a new one in the layout of compressed-tensors,
 //! which this library and the engines that serve such models load.
 //!
-//! The experts' projections are quantised, routed and shared ones; all other tensors and files are
-//! copied byte for byte. One expert at a time is in memory for each thread. The new folder appears
-//! under its name when it is complete and on disk, or not at all.
+//! The experts' projections are quantised, routed and shared ones; all other tensors, and the files
+//! that a model needs, are copied byte for byte. One expert at a time is in memory for each thread.
+//! The new folder appears under its name when it is complete and on disk, or not at all, and takes
+//! the place of nothing.
 
+mod companions;
 mod format;
+mod leftovers;
 mod output;
+mod place;
 mod plan;
 
+pub use companions::is_companion;
 pub use format::Format;
+pub use leftovers::Leftover;
 
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use crate::checkpoint::architecture;
@@ -30,7 +37,8 @@ pub struct Options {
     pub ignore: Vec<String>,
     /// Most bytes of tensors in a file, as long as a single expert is not larger.
     pub max_shard_bytes: u64,
-    /// Replace a checkpoint that has the output's name.
+    /// Replace the checkpoint in the output folder: its weights, index, `config.json`, and the files
+    /// that the new one has too. Whatever else is there stays.
     pub overwrite: bool,
     /// Experts that are quantised at the same time; at least 1.
     pub threads: usize,
@@ -58,9 +66,11 @@ pub struct Summary {
     pub bytes_after: u64,
     /// Files with tensors.
     pub shards: usize,
-    /// Files and folders beside the checkpoint that were not copied: folders, and weights in other
-    /// containers.
+    /// Files and folders beside the checkpoint that were not copied: what [`is_companion`] does not
+    /// know.
     pub left_out: Vec<PathBuf>,
+    /// What earlier, interrupted runs had left beside or in the output.
+    pub leftovers: Vec<Leftover>,
 }
 
 /// What a module is in its expert.
@@ -122,20 +132,27 @@ pub struct ProjectionError {
 /// Writes a quantised copy of `checkpoint` to the folder `output`.
 ///
 /// The checkpoint is a folder of floats (F32, F16, BF16). Experts that are stored as stacks are
-/// written as modules of their own, where their architecture has names for those. `output` is made
-/// from a temporary folder beside it, which an interruption leaves behind as `.NAME.partial-…`,
-/// without a `config.json`, so that nothing takes it for a checkpoint.
+/// written as modules of their own, where their architecture has names for those.
+///
+/// `output` is made under another name: beside it, as `.NAME.partial-…`, or, where the folder is there
+/// already (empty, or with a checkpoint that is to be overwritten), in it. `progress` is told of every
+/// tensor that is written, and may break off: everything written so far is removed then, as it is
+/// after an error. What a killed process leaves has no `config.json`, so that nothing takes it for a
+/// checkpoint; the next run for the same output removes it and says so ([`Summary::leftovers`]).
 ///
 /// # Errors
 /// [`Error::File`] if the checkpoint is quantised already or a GGUF file, has nothing to quantise,
-/// or the output exists; [`Error::Config`] for an unusable pattern or one that matches a part of an
-/// expert; [`Error::Tensor`] for a stack without names to write it under, a size that groups do not
-/// divide, or a weight that is not finite; [`Error::Io`]. `output` is as it was, then.
+/// the output exists or its parent does not, another run is writing it, or the disk has no room;
+/// [`Error::Config`] for an unusable pattern or one that matches a part of an expert;
+/// [`Error::Tensor`] for a stack without names to write it under, a size that groups do not divide, or
+/// a weight that is not finite; [`Error::Io`]; [`Error::Interrupted`] if `progress` breaks off.
+/// `output` is as it was, then; if something has appeared there meanwhile, the error names the place
+/// of the new checkpoint.
 pub fn quantize(
     checkpoint: &Checkpoint,
     output: &Path,
     options: &Options,
-    progress: &mut dyn FnMut(Progress<'_>),
+    progress: &mut dyn FnMut(Progress<'_>) -> ControlFlow<()>,
 ) -> Result<Summary> {
     if checkpoint.container() == Container::Gguf {
         let reason = "is a GGUF file, which has no config.json for the new checkpoint to have; \
@@ -151,7 +168,7 @@ pub fn quantize(
     }
     let layers = architecture::layers(checkpoint)?;
     let plan = Plan::new(checkpoint, &layers, options)?;
-    let mut folder = output::Folder::begin(checkpoint, output, options.overwrite)?;
+    let mut folder = output::Folder::begin(checkpoint, output, &plan, options.overwrite)?;
     let mut written = Written { done: 0, total: plan.bytes(), errors: Vec::new(), progress };
     for (number, units) in plan.shards.iter().enumerate() {
         let tensors: Vec<_> = units.iter().flat_map(|unit| unit.tensors.clone()).collect();
@@ -168,14 +185,14 @@ pub fn quantize(
                 let (bytes, errors) = result?;
                 for (tensor, bytes) in unit.tensors.iter().zip(bytes) {
                     shard.write(&tensor.name, &bytes)?;
-                    written.tensor(&tensor.name, bytes.len() as u64);
+                    written.tensor(&tensor.name, bytes.len() as u64)?;
                 }
                 written.errors.extend(errors);
             }
         }
         shard.finish()?;
     }
-    let left_out = folder.finish(checkpoint, &plan, options)?;
+    let output::Finished { left_out, leftovers } = folder.finish(checkpoint, &plan, options)?;
     let bytes_before = checkpoint.names().filter_map(|name| checkpoint.info(name));
     Ok(Summary {
         errors: by_projection(written.errors),
@@ -183,6 +200,7 @@ pub fn quantize(
         bytes_after: written.done,
         shards: plan.shards.len(),
         left_out,
+        leftovers,
     })
 }
 
@@ -191,13 +209,16 @@ struct Written<'a> {
     done: u64,
     total: u64,
     errors: Vec<ModuleError>,
-    progress: &'a mut dyn FnMut(Progress<'_>),
+    progress: &'a mut dyn FnMut(Progress<'_>) -> ControlFlow<()>,
 }
 
 impl Written<'_> {
-    fn tensor(&mut self, tensor: &str, bytes: u64) {
+    fn tensor(&mut self, tensor: &str, bytes: u64) -> Result<()> {
         self.done += bytes;
-        (self.progress)(Progress { done: self.done, total: self.total, tensor });
+        match (self.progress)(Progress { done: self.done, total: self.total, tensor }) {
+            ControlFlow::Continue(()) => Ok(()),
+            ControlFlow::Break(()) => Err(Error::Interrupted),
+        }
     }
 }
 

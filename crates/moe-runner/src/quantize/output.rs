@@ -1,14 +1,22 @@
-//! The new folder: made beside its place under another name, and put there when it is complete.
+//! The new checkpoint: made under another name, and put in its place when it is complete.
+//!
+//! Where nothing is, a folder appears in one step. Into a folder that is there, files are put one by
+//! one, `config.json` last; those of the checkpoint that they replace are out of the way by then, and
+//! come back if anything fails.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsStr;
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use serde_json::json;
-use tempfile::TempDir;
 
 use super::Options;
+use super::companions::is_companion;
+use super::leftovers::{Leftover, Making, clean};
+use super::place::{Moves, free_space, rename_new};
 use super::plan::{Plan, size};
 use crate::checkpoint::{Checkpoint, NewTensor, Writer};
 use crate::{Error, Result};
@@ -16,35 +24,87 @@ use crate::{Error, Result};
 const CONFIG: &str = "config.json";
 const INDEX: &str = "model.safetensors.index.json";
 
-/// Endings of files that hold weights.
-const WEIGHTS: [&str; 8] =
-    ["safetensors", "bin", "pt", "pth", "gguf", "h5", "msgpack", "index.json"];
+/// Where the old files of an overwritten checkpoint are until the new ones are in place.
+const REPLACED: &str = ".moe-runner-replaced-";
 
-/// A folder in the making. Dropped, it is removed.
+/// Where the checkpoint goes.
+enum Place {
+    /// Nothing is there.
+    New,
+    /// A folder, with the files that may be replaced.
+    Folder(Vec<Old>),
+}
+
+/// A file of the checkpoint that is to be replaced, as it was when the run began.
+struct Old {
+    name: String,
+    bytes: u64,
+    modified: Option<SystemTime>,
+}
+
+/// A checkpoint in the making. Dropped, it is removed.
 pub(super) struct Folder {
     output: PathBuf,
-    making: TempDir,
+    place: Place,
+    making: Making,
+    /// What earlier runs left here.
+    pub(super) leftovers: Vec<Leftover>,
+    /// Files that are copied beside the weights.
+    companions: Vec<PathBuf>,
+    /// Files and folders that are not.
+    left_out: Vec<PathBuf>,
     /// Which file holds which tensor.
     index: BTreeMap<String, String>,
 }
 
 impl Folder {
-    /// Begins the folder `output`.
-    pub(super) fn begin(checkpoint: &Checkpoint, output: &Path, overwrite: bool) -> Result<Self> {
-        check_place(checkpoint, output, overwrite)?;
-        let parent = match output.parent() {
-            Some(parent) if parent != Path::new("") => parent,
-            _ => Path::new("."),
+    /// Begins the checkpoint at `output`.
+    pub(super) fn begin(
+        checkpoint: &Checkpoint,
+        output: &Path,
+        plan: &Plan,
+        overwrite: bool,
+    ) -> Result<Self> {
+        let Some(name) = output.file_name() else {
+            return Err(Error::file(output, "is no name for a new folder"));
         };
-        fs::create_dir_all(parent).map_err(io(parent, "make"))?;
-        let name = output.file_name().unwrap_or_default().to_string_lossy();
-        let prefix = format!(".{name}.partial-");
-        let mut builder = tempfile::Builder::new();
-        builder.prefix(&prefix);
-        #[cfg(unix)]
-        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o777));
-        let making = builder.tempdir_in(parent).map_err(io(parent, "make a folder in"))?;
-        Ok(Self { output: output.to_owned(), making, index: BTreeMap::new() })
+        let there = fs::symlink_metadata(output).is_ok();
+        // by its own name: what is renamed must not be a link
+        let output = if there {
+            fs::canonicalize(output).map_err(io(output, "open"))?
+        } else {
+            output.to_owned()
+        };
+        let (parent, prefix) = match there {
+            true => (output.clone(), ".moe-runner-partial-".to_string()),
+            false => {
+                let parent = output.parent().filter(|parent| *parent != Path::new(""));
+                let parent = parent.unwrap_or(Path::new(".")).to_owned();
+                if !parent.is_dir() {
+                    return Err(Error::file(&parent, "is no folder; make it first"));
+                }
+                (parent, format!(".{}.partial-", name.to_string_lossy()))
+            }
+        };
+        if there && !output.is_dir() {
+            return Err(Error::file(&output, "is there already, and is no folder"));
+        }
+        let found = clean(&parent, &prefix).map_err(io(&parent, "list"))?;
+        if let Some(other) = found.in_use {
+            let reason = format!("is being written by another run, in {}", other.display());
+            return Err(Error::file(&output, reason));
+        }
+        let (companions, left_out) = beside(checkpoint)?;
+        let place = match there {
+            true => Place::Folder(old_files(checkpoint, &output, &companions, overwrite)?),
+            false => Place::New,
+        };
+        let copies = companions.iter().filter_map(|path| fs::metadata(path).ok());
+        let needed = plan.bytes() + copies.map(|copy| copy.len()).sum::<u64>();
+        ensure_space(&output, needed, free_space(&parent))?;
+        let making = Making::begin(&parent, &prefix).map_err(io(&parent, "make a folder in"))?;
+        let leftovers = found.leftovers;
+        Ok(Self { output, place, making, leftovers, companions, left_out, index: BTreeMap::new() })
     }
 
     /// Begins file `number` of `count`.
@@ -63,36 +123,21 @@ impl Folder {
         Ok(writer)
     }
 
-    /// Writes what else belongs to a checkpoint, config.json last, and puts the folder in place.
-    /// Returns what was not copied.
+    /// Writes what else belongs to a checkpoint, config.json last, and puts it in place. Returns
+    /// what was not copied.
     pub(super) fn finish(
         self,
         checkpoint: &Checkpoint,
         plan: &Plan,
         options: &Options,
-    ) -> Result<Vec<PathBuf>> {
+    ) -> Result<Finished> {
         let from = checkpoint.path();
         let to = self.making.path();
-        let tensors: BTreeSet<&Path> =
-            checkpoint.names().filter_map(|name| checkpoint.info(name)).map(|i| i.file).collect();
-        let mut left_out = Vec::new();
-        let list = || io(from, "list");
-        for item in fs::read_dir(from).map_err(list())? {
-            let path = item.map_err(list())?.path();
-            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            if name == CONFIG || name == INDEX || tensors.contains(&*path) {
-                continue;
-            }
-            if !path.is_file() || WEIGHTS.iter().any(|ending| name.ends_with(&format!(".{ending}")))
-            {
-                left_out.push(path);
-                continue;
-            }
-            let copy = to.join(&name);
-            fs::copy(&path, &copy).map_err(io(&path, "copy"))?;
+        for path in &self.companions {
+            let copy = to.join(path.file_name().unwrap_or_default());
+            fs::copy(path, &copy).map_err(io(path, "copy"))?;
             sync(&copy)?;
         }
-        left_out.sort();
         if plan.shards.len() > 1 {
             let total: u64 =
                 plan.shards.iter().flatten().flat_map(|unit| &unit.tensors).map(size).sum();
@@ -102,62 +147,193 @@ impl Folder {
         let config = fs::read(from.join(CONFIG)).map_err(io(&from.join(CONFIG), "read"))?;
         let quantization = format!("{:#}", options.format.config(&plan.ignore));
         write(&to.join(CONFIG), &with_quantization(&from.join(CONFIG), &config, &quantization)?)?;
-        self.put_in_place()?;
-        Ok(left_out)
-    }
-
-    fn put_in_place(self) -> Result<()> {
-        let Self { output, making, .. } = self;
-        let rename = || io(&output, "put the new checkpoint at");
-        // An old folder makes way in one step, and comes back if the new one cannot follow.
-        let mut old = None;
-        if output.exists() {
-            let parent = making.path().parent().unwrap_or(Path::new("."));
-            let aside = tempfile::Builder::new()
-                .prefix(".replaced-")
-                .tempdir_in(parent)
-                .map_err(rename())?;
-            fs::rename(&output, aside.path().join("old")).map_err(rename())?;
-            old = Some(aside);
+        let Self { output, place, making, mut leftovers, left_out, .. } = self;
+        match place {
+            Place::New => put_folder(&output, making)?,
+            Place::Folder(old) => leftovers.extend(put_files(&output, &making, &old)?),
         }
-        if let Err(error) = fs::rename(making.path(), &output) {
-            if let Some(aside) = &old {
-                let _ = fs::rename(aside.path().join("old"), &output);
-            }
-            return Err(rename()(error));
-        }
-        // it has another name now: nothing is left to remove
-        let _ = making.keep();
-        // not every file system can do this to a folder
-        let parent = output.parent().filter(|parent| *parent != Path::new(""));
-        let _ = fs::File::open(parent.unwrap_or(Path::new("."))).and_then(|f| f.sync_all());
-        Ok(())
+        Ok(Finished { left_out, leftovers })
     }
 }
 
-/// Nothing is in the way, or what is may be replaced.
-fn check_place(checkpoint: &Checkpoint, output: &Path, overwrite: bool) -> Result<()> {
-    if output.file_name().is_none() {
-        return Err(Error::file(output, "is no name for a new folder"));
+/// What there is to say of a checkpoint that is in place.
+pub(super) struct Finished {
+    pub(super) left_out: Vec<PathBuf>,
+    pub(super) leftovers: Vec<Leftover>,
+}
+
+/// The whole folder takes its name, if nothing has taken it meanwhile. Complete as it is, the new
+/// one is kept otherwise.
+fn put_folder(output: &Path, making: Making) -> Result<()> {
+    making.unmark().map_err(io(making.path(), "complete"))?;
+    let made = making.keep();
+    let parent = made.parent().unwrap_or(Path::new("."));
+    match rename_new(&made, output) {
+        Ok(()) => {
+            sync_folder(parent);
+            Ok(())
+        }
+        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Err(Error::file(
+            output,
+            format!(
+                "appeared while the new checkpoint was being made, and is left as it is; the new \
+                 one is complete: {}",
+                made.display()
+            ),
+        )),
+        Err(error) => Err(Error::Io {
+            path: made,
+            action: "be given its name (the new checkpoint is complete there)",
+            source: error,
+        }),
     }
-    if !output.exists() {
-        return Ok(());
+}
+
+/// The old checkpoint's files make way, then the new ones take their names, config.json last. If
+/// anything fails, everything comes back; where that fails too, the old files stay where they are,
+/// and the error names the place.
+fn put_files(output: &Path, making: &Making, old: &[Old]) -> Result<Option<Leftover>> {
+    let mut names: Vec<_> = fs::read_dir(making.path())
+        .and_then(|items| items.map(|item| Ok(item?.file_name())).collect::<Result<_, _>>())
+        .map_err(io(making.path(), "list"))?;
+    // the marker stays: it says whose folder this is until the end
+    names.retain(|name| !name.to_string_lossy().starts_with('.'));
+    names.sort_by_key(|name| (name == CONFIG, name.clone()));
+    let aside = tempfile::Builder::new().prefix(REPLACED).tempdir_in(output);
+    // it is removed when all is well, and only then
+    let aside = aside.map_err(io(output, "make a folder in"))?.keep();
+    let mut moves = Moves::default();
+    let moved = || -> std::io::Result<()> {
+        for old in old.iter().rev() {
+            let path = output.join(&old.name);
+            if !old.is_as_it_was(&path) {
+                let reason = format!("'{}' was changed while the new one was made", old.name);
+                return Err(std::io::Error::other(reason));
+            }
+            moves.rename(path, aside.join(&old.name))?;
+        }
+        for name in &names {
+            let put = moves.rename(making.path().join(name), output.join(name));
+            put.map_err(|error| match error.kind() {
+                std::io::ErrorKind::AlreadyExists => {
+                    let name = name.to_string_lossy();
+                    std::io::Error::other(format!(
+                        "'{name}' is there, and is no file of the checkpoint that was there when the \
+                         run began"
+                    ))
+                }
+                _ => error,
+            })?;
+        }
+        Ok(())
+    };
+    if let Err(source) = { moved }() {
+        if moves.undo() {
+            let _ = fs::remove_dir(&aside);
+            let action = "take the new checkpoint's files; the old ones are back";
+            return Err(Error::Io { path: output.to_owned(), action, source });
+        }
+        let reason = format!(
+            "the new checkpoint's files could not be put in place ({source}), and not all of the old \
+             ones could be put back: they are in {}",
+            aside.display()
+        );
+        return Err(Error::file(output, reason));
     }
+    sync_folder(output);
+    // of the old ones, which nobody asked to keep
+    let removed = fs::remove_dir_all(&aside).is_ok();
+    Ok((!removed).then_some(Leftover { path: aside, removed }))
+}
+
+impl Old {
+    fn of(folder: &Path, name: String) -> Result<Self> {
+        let path = folder.join(&name);
+        let about = fs::metadata(&path).map_err(io(&path, "open"))?;
+        if !about.is_file() {
+            return Err(Error::file(&path, "stands where a file of the new checkpoint goes"));
+        }
+        Ok(Self { name, bytes: about.len(), modified: about.modified().ok() })
+    }
+
+    fn is_as_it_was(&self, path: &Path) -> bool {
+        fs::metadata(path)
+            .is_ok_and(|about| (about.len(), about.modified().ok()) == (self.bytes, self.modified))
+    }
+}
+
+/// The files of `output` that the new checkpoint replaces, config.json last: an old one's weights,
+/// index and configuration, and what both have. None in an empty folder.
+fn old_files(
+    checkpoint: &Checkpoint,
+    output: &Path,
+    companions: &[PathBuf],
+    overwrite: bool,
+) -> Result<Vec<Old>> {
     let refuse = |reason: &str| Err(Error::file(output, reason));
-    if !output.is_dir() {
-        return refuse("is there already, and is no folder");
-    }
-    let resolved = |path: &Path| fs::canonicalize(path).map_err(io(path, "open"));
-    if resolved(checkpoint.path())?.starts_with(resolved(output)?) {
+    let from = fs::canonicalize(checkpoint.path()).map_err(io(checkpoint.path(), "open"))?;
+    if from.starts_with(output) {
         return refuse("holds the checkpoint that is to be quantised; name another folder");
     }
-    let mut items = fs::read_dir(output).map_err(io(output, "list"))?;
-    let empty = items.next().is_none();
-    match overwrite {
-        _ if empty => Ok(()),
-        false => refuse("is there already, and is not empty; name another folder, or overwrite it"),
-        true if output.join(CONFIG).is_file() => Ok(()),
-        true => refuse("holds something that is no checkpoint; it is not overwritten"),
+    let items = fs::read_dir(output).map_err(io(output, "list"))?;
+    let mut names = Vec::new();
+    for item in items {
+        names.push(item.map_err(io(output, "list"))?.file_name().to_string_lossy().into_owned());
+    }
+    if let Some(replaced) = names.iter().find(|name| name.starts_with(REPLACED)) {
+        return refuse(&format!(
+            "an interrupted run was replacing this checkpoint, and the old one's files are in \
+             {replaced}: move them back, or remove that folder"
+        ));
+    }
+    if names.is_empty() {
+        return Ok(Vec::new());
+    }
+    if !overwrite {
+        return refuse("is there already, and is not empty; name another folder, or overwrite it");
+    }
+    if !output.join(CONFIG).is_file() {
+        return refuse("holds something that is no checkpoint; it is not overwritten");
+    }
+    let weights = |name: &str| name.starts_with("model") && name.ends_with(".safetensors");
+    let copied: BTreeSet<&OsStr> = companions.iter().filter_map(|path| path.file_name()).collect();
+    names.retain(|name| {
+        name == CONFIG || name == INDEX || weights(name) || copied.contains(OsStr::new(name))
+    });
+    names.sort_by_key(|name| (name == CONFIG, name.clone()));
+    names.into_iter().map(|name| Old::of(output, name)).collect()
+}
+
+/// What lies beside a checkpoint's own files: what a model needs, and what it does not.
+fn beside(checkpoint: &Checkpoint) -> Result<(Vec<PathBuf>, Vec<PathBuf>)> {
+    let from = checkpoint.path();
+    let tensors: BTreeSet<&Path> =
+        checkpoint.names().filter_map(|name| checkpoint.info(name)).map(|i| i.file).collect();
+    let mut paths = Vec::new();
+    for item in fs::read_dir(from).map_err(io(from, "list"))? {
+        paths.push(item.map_err(io(from, "list"))?.path());
+    }
+    paths.sort();
+    paths.retain(|path| {
+        let own = path.file_name().is_some_and(|name| name == CONFIG || name == INDEX);
+        !own && !tensors.contains(&**path)
+    });
+    Ok(paths.into_iter().partition(|path| {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        path.is_file() && is_companion(&name)
+    }))
+}
+
+/// Refuses before the first byte what the disk has no room for.
+fn ensure_space(output: &Path, needed: u64, free: Option<u64>) -> Result<()> {
+    let gigabytes = |bytes: u64| format!("{:.2} GB", bytes as f64 / 1e9);
+    match free {
+        Some(free) if free < needed => {
+            let (needed, free) = (gigabytes(needed), gigabytes(free));
+            let reason = format!("needs {needed}, and {free} are free on its disk");
+            Err(Error::file(output, reason))
+        }
+        _ => Ok(()),
     }
 }
 
@@ -175,6 +351,12 @@ fn with_quantization(path: &Path, config: &[u8], quantization: &str) -> Result<V
 fn write(path: &Path, bytes: &[u8]) -> Result<()> {
     let mut file = fs::File::create(path).map_err(io(path, "write"))?;
     file.write_all(bytes).and_then(|()| file.sync_all()).map_err(io(path, "write"))
+}
+
+/// The names in a folder, on disk. Not every file system can do this; the files are complete either
+/// way.
+fn sync_folder(path: &Path) {
+    let _ = fs::File::open(path).and_then(|folder| folder.sync_all());
 }
 
 fn sync(path: &Path) -> Result<()> {

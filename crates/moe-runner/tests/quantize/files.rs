@@ -1,6 +1,7 @@
 //! What else is in the new folder, and when it is there.
 
 use std::collections::BTreeSet;
+use std::ops::ControlFlow;
 use std::path::Path;
 
 use moe_runner::checkpoint::{Checkpoint, Dtype};
@@ -16,12 +17,13 @@ fn copy_of(case: &Path) -> tempfile::TempDir {
     }
     std::fs::write(folder.path().join("tokenizer.json"), "{\"\u{e9}\": 1}\r\n").unwrap();
     std::fs::write(folder.path().join("pytorch_model.bin"), "old").unwrap();
+    std::fs::write(folder.path().join("train.log"), "not the model's").unwrap();
     std::fs::create_dir(folder.path().join("original")).unwrap();
     folder
 }
 
 #[test]
-fn everything_else_is_copied_byte_for_byte() {
+fn everything_else_of_the_model_is_copied_byte_for_byte() {
     let from = copy_of(&case("qwen2_moe_f16"));
     // as Python writes it
     let config = std::fs::read_to_string(from.path().join("config.json")).unwrap();
@@ -30,7 +32,8 @@ fn everything_else_is_copied_byte_for_byte() {
     std::fs::write(from.path().join("config.json"), &config).unwrap();
     let to = tempfile::tempdir().unwrap();
     let summary = write(from.path(), to.path(), &options(Format::Fp8)).unwrap();
-    let left_out = ["original", "pytorch_model.bin"].map(|name| from.path().join(name));
+    let left_out =
+        ["original", "pytorch_model.bin", "train.log"].map(|name| from.path().join(name));
     assert_eq!(summary.left_out, left_out);
 
     let out = to.path().join("out");
@@ -80,9 +83,10 @@ fn files_are_as_large_as_asked_for() {
     let options = Options { max_shard_bytes: max, ..options(Format::Int8) };
     let mut steps = Vec::new();
     let checkpoint = Checkpoint::open(&case("olmoe_f16")).unwrap();
-    let out = to.path().join("new/out");
+    let out = to.path().join("out");
     let summary = quantize(&checkpoint, &out, &options, &mut |progress| {
         steps.push((progress.done, progress.total));
+        ControlFlow::Continue(())
     })
     .unwrap();
     assert!(steps.is_sorted() && steps.iter().all(|(_, total)| *total == summary.bytes_after));

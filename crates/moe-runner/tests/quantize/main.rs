@@ -4,13 +4,15 @@
 
 mod codes;
 mod files;
+mod place;
 mod refused;
 
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use moe_runner::checkpoint::architecture::{self, LayerEntry};
 use moe_runner::checkpoint::{Checkpoint, Container, Dtype, NewTensor, Tensor, write_safetensors};
-use moe_runner::quantize::{Format, Options, Summary, quantize};
+use moe_runner::quantize::{Format, Options, Progress, Summary, quantize};
 use moe_runner::weights::{Expert, LoadedLayer, Matrix};
 
 const FORMATS: [Format; 6] = [
@@ -88,7 +90,12 @@ fn case(name: &str) -> PathBuf {
 /// Quantises into `folder/out`.
 fn write(case: &Path, folder: &Path, options: &Options) -> moe_runner::Result<Summary> {
     let checkpoint = Checkpoint::open(case)?;
-    quantize(&checkpoint, &folder.join("out"), options, &mut |_| {})
+    quantize(&checkpoint, &folder.join("out"), options, &mut go_on)
+}
+
+/// Progress that nobody watches.
+fn go_on(_: Progress<'_>) -> ControlFlow<()> {
+    ControlFlow::Continue(())
 }
 
 fn load(path: &Path) -> Vec<(LayerEntry, LoadedLayer)> {

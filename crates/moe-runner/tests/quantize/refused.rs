@@ -1,12 +1,13 @@
 //! What cannot be done, or cannot be finished: nothing that loads is left behind.
 
+use std::ops::ControlFlow;
 use std::path::Path;
 
 use moe_runner::checkpoint::architecture::{self, LayerEntry};
 use moe_runner::checkpoint::{Checkpoint, Dtype, NewTensor, write_safetensors};
 use moe_runner::quantize::{Format, Options, quantize};
 
-use super::{case, listing, options, write};
+use super::{case, go_on, listing, options, write};
 
 /// A copy of a case in which one element of a tensor is NaN.
 fn with_nan(case: &Path, tensor: &str, element: usize) -> tempfile::TempDir {
@@ -46,6 +47,7 @@ fn an_error_half_way_leaves_nothing() {
             assert!(Checkpoint::open(&to.path().join(&name)).is_err(), "{name} opens");
         }
         assert!(!to.path().join("out").exists());
+        ControlFlow::Continue(())
     });
     let error = error.unwrap_err().to_string();
     for part in ["model.safetensors", last, "row 3, column 5 is NaN"] {
@@ -97,11 +99,11 @@ fn the_checkpoint_itself_is_not_overwritten() {
     let checkpoint = Checkpoint::open(&model).unwrap();
     let overwrite = Options { overwrite: true, ..options(Format::Fp8) };
     for output in [model.clone(), folder.path().to_owned(), model.join("../model")] {
-        let error = quantize(&checkpoint, &output, &overwrite, &mut |_| {}).unwrap_err();
+        let error = quantize(&checkpoint, &output, &overwrite, &mut go_on).unwrap_err();
         assert!(error.to_string().contains("holds the checkpoint that is to be"), "{error}");
     }
     // a folder inside of it is another one
-    quantize(&checkpoint, &model.join("fp8"), &overwrite, &mut |_| {}).unwrap();
+    quantize(&checkpoint, &model.join("fp8"), &overwrite, &mut go_on).unwrap();
 }
 
 #[test]

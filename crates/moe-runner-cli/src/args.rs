@@ -28,7 +28,7 @@ CHECKPOINT is a folder with config.json and *.safetensors, or a .gguf file.";
 
 const STATUS: &str = "Exit status: 0 done (and, for check, everything within bounds); 1 it ran and \
 something is wrong (a failed check, a bad checkpoint, bad input, a kernel that cannot run the \
-layer); 2 unusable arguments (an unknown flag, layer, kernel or preset).";
+layer); 2 unusable arguments (an unknown flag, layer, kernel or preset); 130 interrupted.";
 
 /// The whole command line.
 #[derive(Parser, Debug)]
@@ -113,7 +113,7 @@ layers.N.NAME is taken where present, else NAME. Hidden states are rounded to th
 activations, and the output is rounded once, to its own.
 OUT.safetensors gets output [T, H], router_logits [T, E] F32, topk_ids [T, K] I32, topk_weights
 [T, K] F32, and shared_output [T, H] where there are shared experts; with --layer all, each under
-layers.N. The file appears when it is complete, or not at all.
+layers.N. The file appears when it is complete, or not at all; it is none of those that are read.
 
 Examples:
   moe-runner run ./Qwen3-30B-A3B --layer 3 --input in.safetensors --output out.safetensors
@@ -167,8 +167,10 @@ Examples:
 
 const QUANTIZE_EXAMPLES: &str = "Formats: fp8 (a scale for each channel; activations FP8 per token), fp8-block (128x128; activations
 FP8 per 128 channels), int8 (as fp8, in INT8), w4a16 (INT4 in groups), nvfp4a16, mxfp4 (activations
-as they are). The copy has the layout of compressed-tensors. All that is not an expert is copied as
-it is. The folder appears when it is complete, or not at all.
+as they are). The copy has the layout of compressed-tensors. Tensors that are no expert's are copied
+as they are, and so are the files that a model needs (tokenizer, chat template, generation config,
+code, licence). The folder appears when it is complete, or not at all, and in the place of nothing;
+--overwrite replaces a checkpoint's files in a folder, and leaves all others.
 
 Examples:
   moe-runner quantize ./Qwen3-30B-A3B --format w4a16 --output ./Qwen3-30B-A3B-w4a16
@@ -225,6 +227,10 @@ pub(crate) struct RunArgs {
     /// Dtype of the written output [default: that of the activations].
     #[arg(long, value_name = "DTYPE", value_parser = dtype)]
     pub(crate) output_dtype: Option<ActivationDtype>,
+    /// Write outputs that hold NaN or infinity, too; else they are an error that says where they come
+    /// from.
+    #[arg(long)]
+    pub(crate) allow_non_finite: bool,
     /// Also write a timeline of every rank, for chrome://tracing or ui.perfetto.dev.
     #[arg(long, value_name = "FILE")]
     pub(crate) trace: Option<PathBuf>,
@@ -320,7 +326,8 @@ pub(crate) struct QuantizeArgs {
     /// Experts to leave as they are: the full names of their modules, or re: and an expression.
     #[arg(long, value_name = "PATTERN")]
     pub(crate) ignore: Vec<String>,
-    /// Replace the checkpoint in the output folder.
+    /// Replace the checkpoint in the output folder: its weights, index and config.json, and what the
+    /// copy has too. Other files stay.
     #[arg(long)]
     pub(crate) overwrite: bool,
 }

@@ -5,6 +5,8 @@ use std::error::Error;
 use std::fmt;
 use std::process::ExitCode;
 
+use crate::interrupt::INTERRUPTED;
+
 /// The exit status for arguments that cannot be used.
 pub(crate) const UNUSABLE: u8 = 2;
 
@@ -32,9 +34,13 @@ pub(crate) fn print(error: &anyhow::Error) -> ExitCode {
     for cause in error.chain().skip(1) {
         eprintln!("  because: {}", one_line(&cause.to_string()));
     }
-    match error.chain().any(|cause| cause.is::<Unusable>()) {
-        true => ExitCode::from(UNUSABLE),
-        false => ExitCode::FAILURE,
+    let any = |is: fn(&(dyn Error + 'static)) -> bool| error.chain().any(is);
+    if any(|cause| cause.is::<Unusable>()) {
+        ExitCode::from(UNUSABLE)
+    } else if any(|cause| matches!(cause.downcast_ref(), Some(moe_runner::Error::Interrupted))) {
+        ExitCode::from(INTERRUPTED)
+    } else {
+        ExitCode::FAILURE
     }
 }
 

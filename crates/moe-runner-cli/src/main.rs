@@ -7,8 +7,11 @@ mod commands;
 mod failure;
 mod formats;
 mod input;
+mod interrupt;
 mod measure;
 mod memory;
+mod nonfinite;
+mod outputs;
 mod presets;
 mod report;
 mod splitting;
@@ -25,6 +28,7 @@ fn main() -> ExitCode {
         Ok(args) => args,
         Err(status) => return status,
     };
+    interrupt::watch();
     let json = args.common.json;
     match catch_unwind(AssertUnwindSafe(|| run(&args))) {
         Ok(Ok(report)) => report.print(json),

@@ -2,11 +2,12 @@
 
 use anyhow::Result;
 use moe_runner::checkpoint::Checkpoint;
-use moe_runner::quantize::{Format, Options, ProjectionError, quantize};
+use moe_runner::quantize::{Format, Leftover, Options, ProjectionError, quantize};
 use serde::Serialize;
 
 use crate::args::{Common, QuantizeArgs};
 use crate::failure::{one_line, unusable};
+use crate::interrupt;
 use crate::report::Report;
 use crate::report::progress::Progress;
 use crate::report::table::{Columns, Facts};
@@ -22,7 +23,15 @@ struct QuantizeJson {
     bytes_after: u64,
     shards: usize,
     left_out: Vec<String>,
+    leftovers: Vec<LeftoverJson>,
     errors: Vec<ErrorJson>,
+}
+
+/// What an earlier run left.
+#[derive(Serialize)]
+struct LeftoverJson {
+    path: String,
+    removed: bool,
 }
 
 #[derive(Serialize)]
@@ -44,6 +53,7 @@ pub(crate) fn run(args: &QuantizeArgs, common: &Common) -> Result<Report> {
         threads: common.pool.threads(),
     };
     let checkpoint = Checkpoint::open(&args.checkpoint)?;
+    interrupt::ends_in_order();
     let mut bar: Option<(Progress, u64)> = None;
     let summary = quantize(&checkpoint, &args.output, &options, &mut |progress| {
         let megabytes = |bytes: u64| bytes / 1_000_000;
@@ -54,6 +64,7 @@ pub(crate) fn run(args: &QuantizeArgs, common: &Common) -> Result<Report> {
             *done += 1;
         }
         bar.doing(format!("MB  {}", one_line(progress.tensor)));
+        interrupt::asked()
     })?;
     drop(bar);
     let json = QuantizeJson {
@@ -63,6 +74,7 @@ pub(crate) fn run(args: &QuantizeArgs, common: &Common) -> Result<Report> {
         bytes_after: summary.bytes_after,
         shards: summary.shards,
         left_out: summary.left_out.iter().map(|path| path.display().to_string()).collect(),
+        leftovers: summary.leftovers.iter().map(LeftoverJson::new).collect(),
         errors: summary.errors.iter().map(ErrorJson::new).collect(),
     };
     Report::new(true, text(&json), &json)
@@ -81,6 +93,12 @@ fn format(args: &QuantizeArgs) -> Result<Format> {
         let names = Format::NAMES.join(", ");
         unusable(format!("--format {}: no such format; there are {names}", args.format))
     })
+}
+
+impl LeftoverJson {
+    fn new(leftover: &Leftover) -> Self {
+        Self { path: leftover.path.display().to_string(), removed: leftover.removed }
+    }
 }
 
 impl ErrorJson {
@@ -109,6 +127,13 @@ fn text(json: &QuantizeJson) -> String {
     facts.add("format", format!("{} (compressed-tensors)", json.format));
     if !json.left_out.is_empty() {
         facts.add("not copied", one_line(&json.left_out.join(", ")));
+    }
+    for leftover in &json.leftovers {
+        let what = match leftover.removed {
+            true => "of an interrupted run, removed",
+            false => "looks like an interrupted run's; remove it if it is",
+        };
+        facts.add("left over", format!("{}: {what}", one_line(&leftover.path)));
     }
     let mut table = Columns::new(&[">layer", "projection", ">modules", ">NMSE", ">max error"]);
     for error in &json.errors {

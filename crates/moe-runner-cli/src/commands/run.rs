@@ -1,10 +1,12 @@
 //! `run`: layers on given hidden states, to a file.
 
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use anyhow::{Result, anyhow};
 use half::{bf16, f16};
 use moe_runner::Error;
+use moe_runner::checkpoint::architecture::LayerEntry;
 use moe_runner::checkpoint::{Dtype, NewTensor, Writer};
 use moe_runner::comm::{At, Step};
 use moe_runner::hidden::ActivationDtype;
@@ -17,13 +19,14 @@ use serde::Serialize;
 use crate::args::{Common, RunArgs};
 use crate::checkpoints::{LayerChoice, Opened};
 use crate::input::{Input, LayerInput};
-use crate::memory;
+use crate::outputs::ensure_apart;
 use crate::report::progress::Progress;
 use crate::report::table::Columns;
 use crate::report::trace::{self, RankSpan, Trace};
 use crate::report::units::plural;
 use crate::report::{Report, units};
 use crate::splitting::Ranks;
+use crate::{interrupt, memory, nonfinite};
 
 #[derive(Serialize)]
 struct RunJson {
@@ -44,7 +47,8 @@ struct LayerJson {
 }
 
 /// A layer that is about to run, with what it will write.
-struct Job {
+struct Job<'a> {
+    entry: &'a LayerEntry,
     layer: LoadedLayer,
     dtype: ActivationDtype,
     output_dtype: ActivationDtype,
@@ -61,6 +65,9 @@ pub(crate) fn run(args: &RunArgs, common: &Common) -> Result<Report> {
     let entries = opened.select(&args.layer)?;
     let single = matches!(&args.layer, LayerChoice::Some(layers) if layers.len() == 1);
     let input = Input::open(&args.input, &args.input_name, !single)?;
+    let mut outputs = vec![("--output", args.output.as_path())];
+    outputs.extend(args.trace.as_deref().map(|path| ("--trace", path)));
+    ensure_apart(&outputs, &[("--input", &args.input)], &opened.checkpoint)?;
 
     // Everything that can be wrong with files is found before the first product.
     let mut jobs = Vec::with_capacity(entries.len());
@@ -71,15 +78,19 @@ pub(crate) fn run(args: &RunArgs, common: &Common) -> Result<Report> {
         let input = input.layer(&layer.spec)?;
         let prefix = if single { String::new() } else { format!("layers.{}.", entry.spec.index) };
         let output_dtype = args.output_dtype.unwrap_or(dtype);
-        let job = Job { layer, dtype, output_dtype, input, prefix };
+        let job = Job { entry, layer, dtype, output_dtype, input, prefix };
         tensors.extend(job.tensors());
         jobs.push(job);
     }
     let producer = concat!("moe-runner ", env!("CARGO_PKG_VERSION"));
-    let mut writer = match ranks.reports() {
+    let writer = match ranks.reports() {
         true => Some(Writer::create(&args.output, &[("producer", producer)], &tensors)?),
         false => None,
     };
+    // half a file is not left behind
+    let writer = Arc::new(Mutex::new(writer));
+    let unfinished = writer.clone();
+    interrupt::before_the_end(move || drop(held(&unfinished).take()));
 
     let progress = Progress::new(jobs.len());
     let mut done = Vec::with_capacity(jobs.len());
@@ -89,13 +100,22 @@ pub(crate) fn run(args: &RunArgs, common: &Common) -> Result<Report> {
         let source = args.input.display().to_string();
         let (output, spans) = job.run(common, &source, &ranks, &parallel, args.trace.is_some())?;
         trace.add(&job.layer.spec.name, &spans);
-        if let Some(writer) = &mut writer {
+        if !args.allow_non_finite
+            && let Some(at) = job.first_non_finite(&output)
+        {
+            // every rank has all outputs, and one of them speaks
+            return match ranks.reports() {
+                true => Err(job.non_finite(&output, at)),
+                false => Ok(Report::silent(true)),
+            };
+        }
+        if let Some(writer) = held(&writer).as_mut() {
             done.push(job.write(&output, writer)?);
         }
         progress.step();
     }
     drop(progress);
-    let Some(writer) = writer else { return Ok(Report::silent(true)) };
+    let Some(writer) = held(&writer).take() else { return Ok(Report::silent(true)) };
     writer.finish()?;
     if let Some(path) = &args.trace {
         trace.write(path)?;
@@ -104,7 +124,7 @@ pub(crate) fn run(args: &RunArgs, common: &Common) -> Result<Report> {
     Report::new(true, text(&json, tensors.len()), &json)
 }
 
-impl Job {
+impl Job<'_> {
     fn spec(&self) -> &LayerSpec {
         &self.layer.spec
     }
@@ -165,6 +185,35 @@ impl Job {
         })
     }
 
+    /// The first element of the output that is NaN or infinite as it would be written.
+    fn first_non_finite(&self, done: &BatchOutput) -> Option<usize> {
+        done.output.iter().position(|v| !self.output_dtype.round(*v).is_finite())
+    }
+
+    /// That element of the output, and where it comes from.
+    fn non_finite(&self, done: &BatchOutput, at: usize) -> anyhow::Error {
+        let (width, value) = (self.spec().dims.hidden, done.output[at]);
+        let (token, column) = (at / width, at % width);
+        let place = format!("layer {}: output[{token}, {column}]", self.spec().index);
+        if value.is_finite() {
+            let dtype = self.output_dtype.name();
+            return anyhow!(
+                "{place} is {value:e}, which {dtype} cannot hold: nothing is written; \
+                 --output-dtype f32 holds it, --allow-non-finite writes infinity"
+            );
+        }
+        let k = self.spec().router.top_k;
+        let cause = nonfinite::cause(
+            &self.layer,
+            self.entry,
+            &self.input.hidden[token * width..][..width],
+            &done.topk_ids[token * k..][..k],
+        );
+        anyhow!("token {token}, {cause}").context(format!(
+            "{place} is {value}: nothing is written; --allow-non-finite writes it all the same"
+        ))
+    }
+
     fn write(&self, done: &BatchOutput, writer: &mut Writer) -> Result<LayerJson> {
         let spec = self.spec();
         let factor = weight_factor(spec);
@@ -179,15 +228,6 @@ impl Job {
             write("shared_output", &to_bytes(shared, self.output_dtype))?;
         }
         write("output", &to_bytes(&done.output, self.output_dtype))?;
-        if let Some(at) = done.output.iter().position(|v| v.is_finite() && overflows(*v, self)) {
-            eprintln!(
-                "warning: layer {}: output[{}, {}] is {}, beyond f16; --output-dtype f32 holds it",
-                spec.index,
-                at / spec.dims.hidden,
-                at % spec.dims.hidden,
-                done.output[at]
-            );
-        }
         Ok(LayerJson {
             layer: spec.index,
             name: spec.name.clone(),
@@ -201,8 +241,9 @@ impl Job {
     }
 }
 
-fn overflows(value: f32, job: &Job) -> bool {
-    job.output_dtype.round(value).is_infinite()
+/// What is behind the lock. A panic elsewhere, which has been reported, does not keep half a file.
+fn held(writer: &Mutex<Option<Writer>>) -> std::sync::MutexGuard<'_, Option<Writer>> {
+    writer.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// What turns the router's weights into those that the experts' outputs are multiplied with: the

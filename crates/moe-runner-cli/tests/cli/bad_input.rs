@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use safetensors::tensor::Dtype;
 use tempfile::TempDir;
 
-use crate::files::{New, write};
+use crate::files::{New, Values, write};
 use crate::{case, refused};
 
 /// A copy of a recorded checkpoint to spoil, and a good input for it.
@@ -56,6 +56,18 @@ impl Bench {
         let text = std::fs::read_to_string(&path).unwrap();
         assert!(text.contains(from), "{text}");
         std::fs::write(path, text.replace(from, to)).unwrap();
+    }
+
+    /// Replaces an element of a tensor.
+    fn spoil_weight(&self, tensor: &str, element: usize, with: &[u8]) {
+        let path = self.path("model.safetensors");
+        let mut bytes = std::fs::read(&path).unwrap();
+        let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+        let header: serde_json::Value = serde_json::from_slice(&bytes[8..8 + length]).unwrap();
+        let start = header[tensor]["data_offsets"][0].as_u64().unwrap() as usize;
+        let at = 8 + length + start + element * with.len();
+        bytes[at..at + with.len()].copy_from_slice(with);
+        std::fs::write(&path, bytes).unwrap();
     }
 
     /// Rewrites the safetensors header; the data stay.
@@ -247,11 +259,104 @@ fn an_output_that_cannot_be_written() {
     let bench = Bench::new();
     let mut args = bench.run("0", &[]);
     let last = args.len() - 1;
-    for place in [bench.path("no/such/folder/out.safetensors"), bench.folder.path().to_owned()] {
+    let folder = TempDir::new().unwrap();
+    for place in [bench.path("no/such/folder/out.safetensors"), folder.path().to_owned()] {
         args[last] = place.clone().into();
         let stderr = refused(1, args.clone());
         assert!(stderr.contains(&*place.to_string_lossy()), "{stderr}");
     }
+}
+
+/// Whatever name it has: links, other spellings of the path, a name that is not there yet.
+#[test]
+fn an_output_that_is_read() {
+    let bench = Bench::new();
+    std::fs::write(bench.path("tokenizer.json"), "{}").unwrap();
+    std::fs::create_dir(bench.path("sub")).unwrap();
+    let links = TempDir::new().unwrap();
+    let link = links.path().join("link.safetensors");
+    std::fs::hard_link(bench.path("model.safetensors"), &link).unwrap();
+    #[cfg(unix)]
+    let symbolic = {
+        let symbolic = links.path().join("in");
+        std::os::unix::fs::symlink(bench.path("in.safetensors"), &symbolic).unwrap();
+        symbolic
+    };
+    let before: Vec<_> = files_of(bench.folder.path());
+    let refuses = |flag: &str, place: &Path, says: &str| {
+        let mut args = bench.run("0", &[]);
+        match flag {
+            "--output" => *args.last_mut().unwrap() = place.into(),
+            _ => args.extend([flag.into(), place.into()]),
+        }
+        let stderr = refused(2, args);
+        assert!(stderr.contains(flag) && stderr.contains(says), "{stderr:?} should say {says:?}");
+        assert!(files_of(bench.folder.path()) == before, "{flag} {place:?}");
+    };
+    for flag in ["--output", "--trace"] {
+        refuses(flag, &bench.path("in.safetensors"), "is the file of --input");
+        refuses(flag, &bench.path("sub/../in.safetensors"), "is the file of --input");
+        #[cfg(unix)]
+        refuses(flag, &symbolic, "is the file of --input");
+        refuses(flag, &bench.path("model.safetensors"), "is a file of the checkpoint");
+        refuses(flag, &link, "is a file of the checkpoint");
+        refuses(flag, &bench.path("config.json"), "is a file of the checkpoint");
+        refuses(flag, &bench.path("tokenizer.json"), "is a file of the checkpoint");
+        refuses(flag, bench.folder.path(), "is the checkpoint itself");
+        // a reader of this folder would take it for the index, or for a shard
+        let index = bench.path("model.safetensors.index.json");
+        refuses(flag, &index, "would be taken for a part of the checkpoint");
+        let shard = bench.path("model-00002-of-00002.safetensors");
+        refuses(flag, &shard, "would be taken for a part of the checkpoint");
+    }
+    refuses("--trace", &bench.path("sub/../out.safetensors"), "is the file of --output too");
+}
+
+/// The files of a folder, with their contents.
+fn files_of(folder: &Path) -> Vec<(PathBuf, Vec<u8>)> {
+    let paths = std::fs::read_dir(folder).unwrap().map(|item| item.unwrap().path());
+    let mut files: Vec<_> = paths
+        .filter(|path| path.is_file())
+        .map(|path| (path.clone(), std::fs::read(path).unwrap()))
+        .collect();
+    files.sort();
+    files
+}
+
+/// An output with NaN or infinity is an error that says where it comes from.
+#[test]
+fn an_output_that_is_no_number() {
+    // one weight of the expert is NaN (f16); the router sends the token there
+    let bench = Bench::new();
+    let flags = ["--dtype", "f32", "--allow-non-finite"];
+    let good = crate::moe_runner(bench.run("0", &flags));
+    assert!(good.status.success());
+    let chosen = Values::read(&bench.path("out.safetensors")).get("topk_ids")[0] as usize;
+    std::fs::remove_file(bench.path("out.safetensors")).unwrap();
+    let tensor = format!("model.layers.0.mlp.experts.{chosen}.down_proj");
+    bench.spoil_weight(&format!("{tensor}.weight"), 40 + 7, &[0x00, 0x7e]);
+    bench.refuses(1, "layer 0: output[0, 1] is NaN");
+    let cause = format!("token 0, expert {chosen}: tensor '{tensor}', row 1, column 7 is NaN");
+    bench.refuses(1, &cause);
+    bench.refuses(1, "--allow-non-finite writes it");
+    assert!(crate::moe_runner(bench.run("0", &flags)).status.success());
+    assert!(Values::read(&bench.path("out.safetensors")).get("output")[1].is_nan());
+
+    // finite rows and weights whose products are not
+    let bench = Bench::new();
+    bench.input(&[New::f32("hidden_states", &[2, 64], &[[0.5; 64], [1e38; 64]].concat())]);
+    let stderr = refused(1, bench.run("0", &["--dtype", "f32"]));
+    assert!(stderr.contains("layer 0: output[1, 0] is"), "{stderr}");
+    assert!(stderr.contains("beyond f32") && stderr.contains("expert"), "{stderr}");
+
+    // a value that f32 holds, and f16 does not
+    bench.input(&[New::f32("hidden_states", &[1, 64], &[3e4; 64])]);
+    let flags = ["--dtype", "f32", "--output-dtype", "f16"];
+    let stderr = refused(1, bench.run("0", &flags));
+    assert!(stderr.contains("which f16 cannot hold"), "{stderr}");
+    assert!(!bench.path("out.safetensors").exists());
+    let allowed = [&flags[..], &["--allow-non-finite"]].concat();
+    assert!(crate::moe_runner(bench.run("0", &allowed)).status.success());
 }
 
 #[test]

@@ -155,6 +155,96 @@ fn killed_it_leaves_nothing_that_opens() {
     assert!(interrupted > 0, "every run was done before it was killed");
 }
 
+/// A later run for the same output says what a killed one left, and removes it.
+#[test]
+fn leftovers_of_a_killed_run_are_told_of_and_removed() {
+    let folder = tempfile::tempdir().unwrap();
+    let original = original(folder.path());
+    let place = tempfile::tempdir().unwrap();
+    let output = place.path().join("out");
+    let mut child = begun(&original, &output, place.path());
+    // SIGKILL: nothing can be said or cleaned
+    let _ = child.kill();
+    child.wait().unwrap();
+    if output.exists() {
+        return; // it was faster
+    }
+    let left = std::fs::read_dir(place.path()).unwrap().next().unwrap().unwrap().path();
+    let report = quantize(&original, "fp8", &output);
+    let left = serde_json::json!([{"path": left, "removed": true}]);
+    assert_eq!(report["leftovers"], left);
+    assert_eq!(std::fs::read_dir(place.path()).unwrap().count(), 1, "the new checkpoint alone");
+}
+
+/// Ctrl-C, and the signal that `kill` and schedulers send: nothing is left.
+#[cfg(unix)]
+#[test]
+fn interrupted_it_leaves_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let original = original(folder.path());
+    let mut interrupted = 0;
+    for signal in ["-INT", "-TERM"] {
+        let place = tempfile::tempdir().unwrap();
+        let output = place.path().join("out");
+        let mut child = begun(&original, &output, place.path());
+        Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap();
+        let status = child.wait().unwrap();
+        if output.exists() {
+            continue; // it was faster
+        }
+        assert_eq!(status.code(), Some(130), "{signal}");
+        assert_eq!(std::fs::read_dir(place.path()).unwrap().count(), 0, "{signal}");
+        interrupted += 1;
+    }
+    assert!(interrupted > 0, "every run was done before it was interrupted");
+}
+
+/// A disk that is full in the middle of a file (here: a limit on the size of files).
+#[cfg(unix)]
+#[test]
+fn a_full_disk_leaves_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let original = original(folder.path());
+    let place = tempfile::tempdir().unwrap();
+    let output = Command::new("sh")
+        .args(["-c", "trap '' XFSZ; ulimit -f 100; exec \"$@\"", "sh"])
+        .args([
+            env!("CARGO_BIN_EXE_moe-runner").as_ref(),
+            "quantize".as_ref(),
+            original.as_os_str(),
+        ])
+        .args(["--format", "fp8", "--output"])
+        .arg(place.path().join("out"))
+        .output()
+        .unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    assert!(stderr.contains("cannot write"), "{stderr}");
+    assert_eq!(std::fs::read_dir(place.path()).unwrap().count(), 0);
+}
+
+/// A run that has begun to write.
+fn begun(original: &Path, output: &Path, place: &Path) -> std::process::Child {
+    let child = Command::new(env!("CARGO_BIN_EXE_moe-runner"))
+        .args(["quantize".as_ref(), original.as_os_str(), "--output".as_ref(), output.as_os_str()])
+        .args(["--format", "nvfp4a16", "--threads", "1", "--max-shard-size", "100KB"])
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let started = Instant::now();
+    let begun = || {
+        let first = std::fs::read_dir(place).unwrap().next();
+        first.is_some_and(|item| {
+            std::fs::read_dir(item.unwrap().path()).is_ok_and(|i| i.count() > 1)
+        })
+    };
+    while !begun() && started.elapsed() < Duration::from_secs(20) {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    child
+}
+
 #[test]
 fn arguments_that_cannot_be_used() {
     let case = case("olmoe_f16");

@@ -22,8 +22,8 @@ use moe_runner::spec::{
     RouterSpec, Score,
 };
 use moe_runner::weights::{
-    ActivationQuant, Element, Expert, FloatType, LoadedLayer, Matrix, ScaleType, Scaled, Scales,
-    Zeros, random_layer,
+    ActivationQuant, Codes, Element, Expert, FloatType, LoadedLayer, Matrix, Packing, ScaleType,
+    Scales, Zeros, random_layer,
 };
 use moe_runner::{Error, Result};
 
@@ -205,9 +205,9 @@ fn quantised_experts_move_as_they_are_stored() {
             .collect();
         let scales =
             Scales::new(scales.into(), ScaleType::F32, Granularity::Group, [1, 16], shape).unwrap();
-        let array =
-            Scaled::new(Element::E4m3, codes.into(), shape, scales, Zeros::None, None).unwrap();
-        Matrix::new(Arc::new(array)).with_input(ActivationQuant::Quantised(Qdq::Fp8Token))
+        let packing = (Element::E4m3, Packing::Rows);
+        let codes = Codes::new(packing, codes.into(), shape, scales, Zeros::None, None).unwrap();
+        Matrix::new(codes).with_input(ActivationQuant::Quantised(Qdq::Fp8Token))
     };
     let Dims { hidden, intermediate, .. } = layer.spec.dims;
     for expert in &mut layer.experts {

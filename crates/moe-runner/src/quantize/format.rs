@@ -9,15 +9,15 @@
 //! | nvfp4a16 | `nvfp4-pack-quantized` | `weight_packed` U8 `[N, K/2]`, `weight_scale` F8_E4M3 `[N, K/16]`, `weight_global_scale` F32 `[1]` |
 //! | mxfp4 | `mxfp4-pack-quantized` | `weight_packed` U8 `[N, K/2]`, `weight_scale` U8 (E8M0) `[N, K/32]` |
 
-use std::sync::Arc;
-
 use moe_kernels::numerics::EncodeScale;
 use moe_kernels::numerics::quantise::weight::{self, NotFinite};
 use serde_json::{Value, json};
 
 use crate::checkpoint::{Bytes, Dtype};
 use crate::spec::Granularity;
-use crate::weights::{Element, FloatType, Global, Matrix, ScaleType, Scaled, Scales, Zeros};
+use crate::weights::{
+    Codes, Element, FloatType, Global, Matrix, Packing, ScaleType, Scales, Zeros,
+};
 
 /// A number format of experts' weights, with what is done to the rows that they multiply.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -271,9 +271,10 @@ impl Format {
             }
         };
         let scales = Scales::new(bytes[1].clone(), scale, granularity, block, dims);
+        let packing = (element, Packing::Rows);
         let matrix = scales
-            .and_then(|scales| Scaled::new(element, bytes[0].clone(), dims, scales, zeros, global))
-            .map(|scaled| Matrix::new(Arc::new(scaled)))
+            .and_then(|scales| Codes::new(packing, bytes[0].clone(), dims, scales, zeros, global))
+            .map(Matrix::new)
             .expect("a quantiser gives as many codes and scales as its format has");
         Ok(Quantised { bytes, matrix })
     }

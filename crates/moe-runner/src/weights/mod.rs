@@ -4,7 +4,6 @@
 //! transposed, interleaved, quantised. It is a view; loading copies nothing that need not be.
 
 mod activation;
-mod encoding;
 mod load;
 mod matrix;
 pub mod portable;
@@ -12,12 +11,16 @@ mod quant;
 mod synthetic;
 
 pub use activation::ActivationQuant;
-pub use encoding::{Blocks, Element, Global, ScaleType, Scaled, Scales, Zeros};
 pub(crate) use load::float;
 pub use load::{Accounting, account, scan_finite};
-pub use matrix::{Encoding, FloatEncoding, FloatRows, FloatType, Matrix, ScaledWindow};
+pub use matrix::Matrix;
 pub use quant::{Finding, FindingKind, diagnose};
 pub use synthetic::{RandomFormat, RandomScaled, random_layer, random_matrix};
+
+pub use moe_kernels::stored::{
+    Blocks, Bytes, Codes, Element, FloatType, Floats, Global, Misfit, Packing, ScaleType, Scales,
+    Stored, View, ZeroPacking, ZeroPoints, Zeros,
+};
 
 use crate::spec::LayerSpec;
 

@@ -20,7 +20,7 @@ use moe_runner::random::Random;
 use moe_runner::router::LocalId;
 use moe_runner::spec::{Activation, ExpertSpec, Granularity, WeightOn};
 use moe_runner::weights::{
-    ActivationQuant, Element, Expert, Global, Matrix, ScaleType, Scaled, Scales, Zeros,
+    ActivationQuant, Codes, Element, Expert, Global, Matrix, Packing, ScaleType, Scales, Zeros,
 };
 
 fn kernel(name: &str) -> &'static KernelDesc {
@@ -84,8 +84,9 @@ fn matrix(weights: &Weights) -> Matrix {
     let scales = Scales::new(scales, stored, Granularity::Group, [1, group], shape).unwrap();
     let global = weights.alpha.map(|alpha| Global::Multiply(DecodeScale(alpha)));
     let codes = pack(&weights.codes, weights.cols, bits).into();
-    let scaled = Scaled::new(element, codes, shape, scales, Zeros::None, global).unwrap();
-    Matrix::new(Arc::new(scaled)).with_input(input(weights.input))
+    let packing = (element, Packing::Rows);
+    let codes = Codes::new(packing, codes, shape, scales, Zeros::None, global).unwrap();
+    Matrix::new(codes).with_input(input(weights.input))
 }
 
 /// What is tested: a kernel, what it reads, and what the layer does.

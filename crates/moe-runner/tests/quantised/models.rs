@@ -6,9 +6,8 @@ use std::path::Path;
 use crate::formats::{Format, Part, Stored};
 use moe_runner::checkpoint::{Checkpoint, Dtype, NewTensor, architecture, write_safetensors};
 use moe_runner::random::Random;
-use moe_runner::weights::{Expert, FloatEncoding, LoadedLayer, Matrix};
+use moe_runner::weights::{Expert, LoadedLayer, Matrix};
 use serde_json::{Value, json};
-use std::sync::Arc;
 
 pub(crate) const HIDDEN: usize = 128;
 /// Not a multiple of the blocks of 64 columns.
@@ -147,8 +146,8 @@ pub(crate) fn matrices<'a>(model: &Model, layer: &'a LoadedLayer) -> Vec<(String
 pub(crate) fn as_floats(layer: &LoadedLayer, files: &Files, model: &Model) -> LoadedLayer {
     let plain = |name: &String, matrix: &Matrix| {
         let values: Vec<f32> = files.values[name].iter().map(|v| *v as f32).collect();
-        let encoding = FloatEncoding::from_f32(&values, matrix.cols()).unwrap();
-        Matrix::new(Arc::new(encoding)).with_input(matrix.input)
+        let plain = Matrix::from_f32(&values, [matrix.rows(), matrix.cols()]);
+        plain.unwrap().with_input(matrix.input)
     };
     let replace = |experts: &mut [Expert], names: Vec<[String; 3]>| {
         for (expert, [gate, up, down]) in experts.iter_mut().zip(&names) {

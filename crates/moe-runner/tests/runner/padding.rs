@@ -1,12 +1,8 @@
 //! Padding changes no bit: rows padded for a kernel, weights padded in the checkpoint.
 
-use std::sync::Arc;
-
 use moe_runner::hidden::ActivationDtype::F32;
 use moe_runner::spec::{Transform, TransformStep};
-use moe_runner::weights::{
-    Expert, FloatEncoding, FloatType, LoadedLayer, Matrix, StepWeights, random_layer,
-};
+use moe_runner::weights::{Expert, FloatType, LoadedLayer, Matrix, StepWeights, random_layer};
 
 use super::doubles::{Padded, change_kernel, desc};
 use super::layers::{forward, kernels, options, plain, rows, runner, variants};
@@ -59,7 +55,7 @@ fn grow(matrix: &Matrix, rows: usize, cols: usize) -> Matrix {
     for n in 0..matrix.rows() {
         matrix.decode_row(n, &mut values[n * cols..][..matrix.cols()]);
     }
-    Matrix::new(Arc::new(FloatEncoding::from_f32(&values, cols).unwrap()))
+    Matrix::from_f32(&values, [rows, cols]).unwrap()
 }
 
 fn grow_vector(values: &Option<Vec<f32>>, len: usize) -> Option<Vec<f32>> {

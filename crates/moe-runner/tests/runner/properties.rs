@@ -9,7 +9,7 @@ use moe_runner::hidden::{Rows, RowsMut};
 use moe_runner::router::LogicalId;
 use moe_runner::runner::{ForwardInput, MoeRunner, MoeRunnerInterface, Options};
 use moe_runner::spec::{IdleExperts, LayerSpec, RouterSpec, ScaleOn, WeightOn};
-use moe_runner::weights::{FloatEncoding, FloatType, LoadedLayer, Matrix, random_layer};
+use moe_runner::weights::{FloatType, LoadedLayer, Matrix, random_layer};
 use proptest::prelude::*;
 use proptest::sample::select;
 
@@ -203,7 +203,7 @@ fn take_rows(matrix: &Matrix, order: &[usize]) -> Matrix {
     for (row, old) in values.chunks_mut(matrix.cols()).zip(order) {
         matrix.decode_row(*old, row);
     }
-    Matrix::new(Arc::new(FloatEncoding::from_f32(&values, matrix.cols()).unwrap()))
+    Matrix::from_f32(&values, [matrix.rows(), matrix.cols()]).unwrap()
 }
 
 /// The output for given experts.

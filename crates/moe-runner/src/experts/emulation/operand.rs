@@ -6,7 +6,7 @@ use moe_kernels::numerics::quantise::{Nvfp4Rule, Qdq};
 
 use crate::hidden::ActivationDtype;
 use crate::spec::WeightFormat;
-use crate::weights::{ActivationQuant, Global, Matrix};
+use crate::weights::{ActivationQuant, Codes, Global, Matrix};
 
 pub(super) struct Operand {
     matrix: Matrix,
@@ -19,7 +19,7 @@ pub(super) struct Operand {
 impl Operand {
     pub(super) fn new(matrix: &Matrix, dtype: ActivationDtype) -> Self {
         let alpha = (matrix.format() == WeightFormat::Nvfp4).then(|| {
-            match matrix.scaled().and_then(|window| window.scaled.global()) {
+            match matrix.codes().and_then(Codes::global) {
                 Some(Global::Multiply(scale)) => scale.0,
                 Some(Global::Divide(scale)) => scale.to_decode().0,
                 None => 1.0,
@@ -59,17 +59,15 @@ impl Operand {
 
     /// Writes row `row` of the weights, rounded to T.
     pub(super) fn decode_row(&self, row: usize, out: &mut [f32]) {
-        match (self.alpha, self.matrix.scaled()) {
-            (Some(alpha), Some(window)) => {
+        match (self.alpha, self.matrix.codes()) {
+            (Some(alpha), Some(codes)) => {
                 // As a kernel does it: the scales' product first, itself rounded to f32.
-                let (scaled, start) = (window.scaled, window.cols.start);
-                let row = window.first_row + row * window.row_step;
-                let codes = &scaled.codes()[row * scaled.row_bytes()..][..scaled.row_bytes()];
-                scaled.element().decode(codes, start, out);
-                let scales = scaled.scales();
-                let first = scales.index(row, 0);
+                let (row, cols) =
+                    (self.matrix.view().stored_row(row), self.matrix.view().stored_cols());
+                let (scales, start) = (codes.scales(), cols.start);
+                codes.elements(row, cols, out);
                 for_each_group(out, start, scales.block()[1], |group, values| {
-                    let scale = scales.get(first + group) * alpha;
+                    let scale = scales.get(row, group) * alpha;
                     values.iter_mut().for_each(|v| *v *= scale);
                 });
             }

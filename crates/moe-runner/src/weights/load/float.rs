@@ -1,12 +1,10 @@
 //! Plain floats: one tensor, one number for each weight.
 
-use std::sync::Arc;
-
 use super::Loader;
 use crate::checkpoint::architecture::{Part, Projection, Stack, VectorPart};
 use crate::checkpoint::{Checkpoint, Dtype, Tensor};
 use crate::weights::quant::Problem;
-use crate::weights::{FloatEncoding, FloatType, Matrix};
+use crate::weights::{FloatType, Floats, Matrix};
 use crate::{Error, Result};
 
 /// A projection stored as `<module>.weight` or `<module>`, in F32, F16 or BF16.
@@ -37,12 +35,13 @@ pub(crate) fn view(tensor: &Tensor, projection: &Projection) -> Result<Matrix> {
     let size = of * projection.cols * float.size();
     let start = stack.map_or(0, |stack| stack.index * size);
     let bytes = tensor.bytes.slice(start..start + size);
-    let encoding = bytes.and_then(|bytes| match projection.transposed {
-        false => FloatEncoding::row_major(bytes, float, of, projection.cols),
-        true => FloatEncoding::transposed(bytes, float, of, projection.cols),
+    let shape = [of, projection.cols];
+    let floats = bytes.and_then(|bytes| match projection.transposed {
+        false => Floats::row_major(bytes, float, shape).ok(),
+        true => Floats::transposed(bytes, float, shape).ok(),
     });
-    encoding
-        .and_then(|encoding| Matrix::new(Arc::new(encoding)).rows_of(first, step, projection.rows))
+    floats
+        .and_then(|floats| Matrix::new(floats).rows_of(first, step, projection.rows))
         .ok_or_else(|| tensor.error("holds fewer bytes than its shape says"))
 }
 

@@ -1,152 +1,108 @@
-//! Stored arrays as bytes: some rows of one, as they are stored, with the scales that belong to
-//! them. Codes are never decoded, so that nothing is rounded and every kernel can read the copy.
+//! Stored arrays as bytes: some rows of one, with the scales that belong to them. Codes are never
+//! decoded, so that nothing is rounded and every kernel can read the copy; rows that are stored in
+//! another order are turned into rows.
 
 use std::sync::Arc;
 
 use moe_kernels::numerics::ggml::BlockType;
 use moe_kernels::numerics::{DecodeScale, EncodeScale};
+use moe_kernels::stored::{
+    Blocks, Codes, Element, FloatType, Floats, Global, Granularity, Misfit, Packing, ScaleType,
+    Scales, Stored, View, ZeroPoints, Zeros,
+};
 
 use super::bytes::{Reader, Writer, broken};
 use crate::Result;
-use crate::spec::Granularity;
-use crate::weights::{
-    Blocks, Element, Encoding, FloatEncoding, FloatType, Global, ScaleType, Scaled, Scales, Zeros,
-};
 
 const FLOATS: u8 = 1;
-const SCALED: u8 = 2;
+const CODES: u8 = 2;
 const BLOCKS: u8 = 3;
 
-const FLOAT_TYPES: &[FloatType] = &[FloatType::F32, FloatType::F16, FloatType::Bf16];
-const ELEMENTS: &[Element] = &[
-    Element::E4m3,
-    Element::E5m2,
-    Element::Int8,
-    Element::Uint8,
-    Element::Uint4,
-    Element::E2m1,
-    Element::E2m3,
-    Element::E3m2,
-];
-const SCALE_TYPES: &[ScaleType] =
-    &[ScaleType::F32, ScaleType::F16, ScaleType::Bf16, ScaleType::E4m3, ScaleType::E8m0];
 const GRANULARITIES: &[Granularity] =
     &[Granularity::Tensor, Granularity::Channel, Granularity::Group, Granularity::Block];
 
-/// Rows `first`, `first + step`, … of an array, `count` of them.
-#[derive(Clone, Copy, Debug)]
-pub struct RowWindow {
-    /// The first one.
-    pub first: usize,
-    /// From one to the next.
-    pub step: usize,
-    /// How many.
-    pub count: usize,
-}
-
-impl RowWindow {
-    fn rows(self) -> impl Iterator<Item = usize> {
-        (0..self.count).map(move |row| self.first + row * self.step)
+/// Writes the rows of `view`, all columns of the array.
+pub(super) fn write_array(view: &View, to: &mut Writer) {
+    let rows = || (0..view.rows()).map(|row| view.stored_row(row));
+    match view.stored() {
+        Stored::Floats(floats) => {
+            to.tag(FLOATS);
+            to.choice(&FloatType::ALL, &floats.float());
+            to.count(view.rows());
+            to.count(floats.cols());
+            to.pieces(rows().map(|row| floats.row(row)));
+        }
+        Stored::Codes(codes) => write_codes(codes, view, to),
+        Stored::Blocks(blocks) => {
+            to.tag(BLOCKS);
+            to.choice(&BlockType::ALL, &blocks.block());
+            to.count(view.rows());
+            to.count(blocks.cols());
+            to.pieces(rows().map(|row| blocks.row(row).into()));
+        }
     }
 }
 
-/// What [`Encoding::write_rows`] wrote: the rows of the window, all their columns.
-pub(super) fn read_array(from: &mut Reader<'_>) -> Result<Arc<dyn Encoding>> {
-    Ok(match from.tag()? {
-        FLOATS => Arc::new(read_floats(from)?),
-        SCALED => Arc::new(read_scaled(from)?),
-        BLOCKS => Arc::new(read_blocks(from)?),
-        tag => return Err(broken(&format!("array of kind {tag}"))),
-    })
-}
-
-/// `run(row, col)` are the bytes from there on of `run_len` elements of a row, which lie in memory
-/// one after the other.
-pub(in crate::weights) fn write_floats<'a>(
-    float: FloatType,
-    window: RowWindow,
-    (cols, run_len): (usize, usize),
-    run: impl Fn(usize, usize) -> &'a [u8],
-    to: &mut Writer,
-) {
-    to.tag(FLOATS);
-    to.choice(FLOAT_TYPES, &float);
-    to.count(window.count);
-    to.count(cols);
-    let run = &run;
-    let starts = || (0..cols).step_by(run_len.max(1));
-    to.pieces(window.rows().flat_map(|row| starts().map(move |col| run(row, col))));
-}
-
-fn read_floats(from: &mut Reader<'_>) -> Result<FloatEncoding> {
-    let float = from.choice(FLOAT_TYPES)?;
-    let (rows, cols) = (from.count()?, from.count()?);
-    let bytes = from.bytes()?.to_vec();
-    FloatEncoding::row_major(bytes.into(), float, rows, cols)
-        .ok_or_else(|| broken(&format!("floats {rows} × {cols}")))
-}
-
-pub(in crate::weights) fn write_blocks(
-    block: BlockType,
-    window: RowWindow,
-    cols: usize,
-    rows: &[u8],
-    row_bytes: usize,
-    to: &mut Writer,
-) {
-    to.tag(BLOCKS);
-    to.choice(&BlockType::ALL, &block);
-    to.count(window.count);
-    to.count(cols);
-    to.pieces(window.rows().map(|row| &rows[row * row_bytes..][..row_bytes]));
-}
-
-fn read_blocks(from: &mut Reader<'_>) -> Result<Blocks> {
-    let block = from.choice(&BlockType::ALL)?;
-    let (rows, cols) = (from.count()?, from.count()?);
-    let bytes = from.bytes()?.to_vec();
-    Blocks::new(block, bytes.into(), [rows, cols])
-        .ok_or_else(|| broken(&format!("blocks {rows} × {cols}")))
+/// What [`write_array`] wrote: the rows of the window, all their columns.
+pub(super) fn read_array(from: &mut Reader<'_>) -> Result<Stored> {
+    let misfit = |misfit: Misfit| broken(&misfit.to_string());
+    match from.tag()? {
+        FLOATS => {
+            let float = from.choice(&FloatType::ALL)?;
+            let shape = [from.count()?, from.count()?];
+            let bytes = from.bytes()?.to_vec();
+            Floats::row_major(bytes.into(), float, shape).map(Stored::Floats).map_err(misfit)
+        }
+        CODES => read_codes(from).map(Stored::Codes),
+        BLOCKS => {
+            let block = from.choice(&BlockType::ALL)?;
+            let shape = [from.count()?, from.count()?];
+            let bytes = from.bytes()?.to_vec();
+            Blocks::new(block, bytes.into(), shape).map(Stored::Blocks).map_err(misfit)
+        }
+        tag => Err(broken(&format!("array of kind {tag}"))),
+    }
 }
 
 /// Scales of whole rows of blocks are kept as they are. Where the rows do not fill them (rows of two
 /// projections in turn), each row gets a block of its own, with the same values.
-pub(in crate::weights) fn write_scaled(scaled: &Scaled, window: RowWindow, to: &mut Writer) {
-    let (scales, row_bytes) = (scaled.scales(), scaled.row_bytes());
+fn write_codes(codes: &Codes, view: &View, to: &mut Writer) {
+    let rows = || (0..view.rows()).map(|row| view.stored_row(row));
+    let scales = codes.scales();
     let (granularity, [down, across]) = (scales.granularity(), scales.block());
-    let aligned = window.step == 1 && window.first.is_multiple_of(down);
+    let aligned = view.step() == 1 && view.stored_row(0).is_multiple_of(down);
     // the first row of each block that the copy has, and how many rows a block there has
     let (heads, down): (Vec<usize>, usize) = match (granularity, aligned) {
-        (Granularity::Tensor, _) => (vec![window.first], window.count),
-        (_, true) => (window.rows().step_by(down).collect(), down),
-        (_, false) => (window.rows().collect(), 1),
+        (Granularity::Tensor, _) => (vec![view.stored_row(0)], view.rows()),
+        (_, true) => (rows().step_by(down).collect(), down),
+        (_, false) => (rows().collect(), 1),
     };
-    to.tag(SCALED);
-    to.choice(ELEMENTS, &scaled.element());
-    to.count(window.count);
-    to.count(scaled.cols());
-    to.pieces(window.rows().map(|row| &scaled.codes()[row * row_bytes..][..row_bytes]));
-    to.choice(SCALE_TYPES, &scales.stored());
+    let groups = scales.shape()[1];
+    let each = || heads.iter().flat_map(|head| (0..groups).map(move |group| (*head, group)));
+    to.tag(CODES);
+    to.choice(&Element::ALL, &codes.element());
+    to.count(view.rows());
+    to.count(codes.cols());
+    to.pieces(rows().map(|row| codes.row(row)));
+    to.choice(&ScaleType::ALL, &scales.stored());
     to.choice(GRANULARITIES, &granularity);
     to.count(down);
     to.count(across);
-    let size = scales.stored().size();
-    let run = |head: &usize| scales.index(*head, 0)..scales.index(*head, 0) + scales.per_row();
-    to.pieces(heads.iter().map(run).map(|run| &scales.bytes()[run.start * size..run.end * size]));
-    match scaled.zeros() {
+    to.pieces(each().map(|(row, group)| scales.get_bytes(row, group).into()));
+    match codes.zeros() {
         Zeros::None => to.tag(0),
         Zeros::Same(zero) => {
             to.tag(1);
             to.bytes(&zero.to_le_bytes());
         }
-        Zeros::Each(zeros) => {
+        Zeros::Each(_) => {
             to.tag(2);
-            let bytes: Vec<u8> =
-                heads.iter().flat_map(|h| &zeros[run(h)]).flat_map(|z| z.to_le_bytes()).collect();
-            to.bytes(&bytes);
+            // zero points are small integers: f32 holds them
+            let zeros = each().map(|(row, group)| codes.zero(row, group) as i16);
+            to.bytes(&zeros.flat_map(|zero| zero.to_le_bytes()).collect::<Vec<u8>>());
         }
     }
-    match scaled.global() {
+    match codes.global() {
         None => to.tag(0),
         Some(Global::Divide(EncodeScale(scale))) => {
             to.tag(1);
@@ -157,27 +113,32 @@ pub(in crate::weights) fn write_scaled(scaled: &Scaled, window: RowWindow, to: &
             to.f32(scale);
         }
     }
-    to.tag(u8::from(scaled.group_of().is_some()));
-    if let Some(groups) = scaled.group_of() {
+    to.tag(u8::from(codes.group_of().is_some()));
+    if let Some(groups) = codes.group_of() {
         let bytes: Vec<u8> = groups.iter().flat_map(|group| group.to_le_bytes()).collect();
         to.bytes(&bytes);
     }
 }
 
-fn read_scaled(from: &mut Reader<'_>) -> Result<Scaled> {
-    let element = from.choice(ELEMENTS)?;
+fn read_codes(from: &mut Reader<'_>) -> Result<Codes> {
+    let misfit = |misfit: Misfit| broken(&misfit.to_string());
+    let element = from.choice(&Element::ALL)?;
     let shape = [from.count()?, from.count()?];
     let codes = from.bytes()?.to_vec();
-    let (stored, granularity) = (from.choice(SCALE_TYPES)?, from.choice(GRANULARITIES)?);
+    let (stored, granularity) = (from.choice(&ScaleType::ALL)?, from.choice(GRANULARITIES)?);
     let block = [from.count()?, from.count()?];
     let scales = from.bytes()?.to_vec();
+    let scales = Scales::new(scales.into(), stored, granularity, block, shape).map_err(misfit)?;
     let zeros = match from.tag()? {
         0 => Zeros::None,
         kind => {
-            let zeros = from.bytes()?.as_chunks().0.iter().map(|z| i16::from_le_bytes(*z));
-            match (kind, zeros.len()) {
-                (1, 1) => Zeros::Same(zeros.sum()),
-                (2, _) => Zeros::Each(zeros.collect()),
+            let zeros: Vec<i16> =
+                from.bytes()?.as_chunks().0.iter().map(|z| i16::from_le_bytes(*z)).collect();
+            match (kind, &*zeros) {
+                (1, [zero]) => Zeros::Same(*zero),
+                (2, zeros) => {
+                    Zeros::Each(ZeroPoints::from_i16(zeros, scales.shape()).map_err(misfit)?)
+                }
                 _ => return Err(broken(&format!("zero points of kind {kind}"))),
             }
         }
@@ -192,11 +153,10 @@ fn read_scaled(from: &mut Reader<'_>) -> Result<Scaled> {
         0 => None,
         _ => Some(from.bytes()?.as_chunks().0.iter().map(|g| u32::from_le_bytes(*g)).collect()),
     };
-    let array = Scales::new(scales.into(), stored, granularity, block, shape)
-        .and_then(|scales| Scaled::new(element, codes.into(), shape, scales, zeros, global));
-    let array = match groups {
-        None => array,
-        Some(groups) => array.and_then(|array| array.with_groups(groups)),
-    };
-    array.ok_or_else(|| broken(&format!("{element:?} {shape:?} with scales of {block:?}")))
+    let packing = (element, Packing::Rows);
+    let codes = Codes::new(packing, codes.into(), shape, scales, zeros, global).map_err(misfit)?;
+    match groups {
+        None => Ok(codes),
+        Some(groups) => codes.with_groups(groups).map_err(misfit),
+    }
 }

@@ -1,5 +1,7 @@
 //! Values as bytes, little-endian, one after the other; and back, with nothing trusted.
 
+use std::borrow::Cow;
+
 use crate::{Error, Result};
 
 /// Appends values.
@@ -45,10 +47,10 @@ impl Writer {
     }
 
     /// Pieces of bytes as one run, after their number.
-    pub fn pieces<'a>(&mut self, pieces: impl Iterator<Item = &'a [u8]>) {
+    pub fn pieces<'a>(&mut self, pieces: impl Iterator<Item = Cow<'a, [u8]>>) {
         let at = self.bytes.len();
         self.count(0);
-        pieces.for_each(|piece| self.bytes.extend_from_slice(piece));
+        pieces.for_each(|piece| self.bytes.extend_from_slice(&piece));
         let len = (self.bytes.len() - at - 8) as u64;
         self.bytes[at..at + 8].copy_from_slice(&len.to_le_bytes());
     }

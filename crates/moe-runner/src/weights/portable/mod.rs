@@ -9,8 +9,6 @@ mod arrays;
 mod bytes;
 mod input;
 
-pub use arrays::RowWindow;
-pub(super) use arrays::{write_blocks, write_floats, write_scaled};
 pub use bytes::{Reader, Writer};
 
 use super::{ActivationQuant, Expert, Matrix};
@@ -56,10 +54,17 @@ impl Expert {
 impl Matrix {
     fn write(&self, to: &mut Writer) {
         self.input.write(to);
-        to.count(self.cols.start);
-        to.count(self.cols.end);
-        let window = RowWindow { first: self.first_row, step: self.row_step, count: self.rows };
-        self.encoding.write_rows(window, to);
+        let cols = self.view().stored_cols();
+        to.count(cols.start);
+        to.count(cols.end);
+        arrays::write_array(self.view(), to);
+    }
+
+    /// A copy that has its own rows alone, in order.
+    pub(super) fn own_rows(&self) -> Self {
+        let mut to = Writer::default();
+        self.write(&mut to);
+        Self::read(&mut Reader::new(&to.into_bytes())).expect("what was written can be read")
     }
 
     fn read(from: &mut Reader<'_>) -> Result<Self> {

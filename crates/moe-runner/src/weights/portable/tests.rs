@@ -1,7 +1,5 @@
 //! Every stored format, as a whole and as a window, comes back bit by bit.
 
-use std::sync::Arc;
-
 use moe_kernels::numerics::ggml::BlockType;
 use moe_kernels::numerics::quantise::{Fp6, GroupScale, Mxfp8Rule, Nvfp4Rule, Qdq};
 use moe_kernels::numerics::{DecodeScale, EncodeScale};
@@ -9,8 +7,8 @@ use moe_kernels::numerics::{DecodeScale, EncodeScale};
 use crate::random::Random;
 use crate::spec::Granularity;
 use crate::weights::{
-    ActivationQuant, Blocks, Element, Encoding, Expert, FloatEncoding, FloatType, Global, Matrix,
-    ScaleType, Scaled, Scales, Zeros,
+    ActivationQuant, Blocks, Codes, Element, Expert, FloatType, Floats, Global, Matrix, Packing,
+    ScaleType, Scales, Stored, ZeroPoints, Zeros,
 };
 
 const ROWS: usize = 24;
@@ -27,9 +25,9 @@ fn f32_bytes(random: &mut Random, len: usize) -> Vec<u8> {
 fn scaled(
     element: Element,
     (stored, granularity, block): (ScaleType, Granularity, [usize; 2]),
-    zeros: impl Fn(usize) -> Zeros,
+    zeros: impl Fn([usize; 2]) -> Zeros,
     global: Option<Global>,
-) -> Scaled {
+) -> Codes {
     let random = &mut Random::new(5);
     let (down, across) = match granularity {
         Granularity::Tensor => (1, 1),
@@ -43,54 +41,60 @@ fn scaled(
     };
     let scales = Scales::new(scales.into(), stored, granularity, block, [ROWS, COLS]).unwrap();
     let codes = random_bytes(random, ROWS * element.row_bytes(COLS).unwrap());
-    Scaled::new(element, codes.into(), [ROWS, COLS], scales, zeros(down * across), global).unwrap()
+    let packing = (element, Packing::Rows);
+    let zeros = zeros([down, across]);
+    Codes::new(packing, codes.into(), [ROWS, COLS], scales, zeros, global).unwrap()
 }
 
 /// Every kind of array, by name.
-fn arrays() -> Vec<(&'static str, Arc<dyn Encoding>)> {
+fn arrays() -> Vec<(&'static str, Stored)> {
     use Granularity as G;
     use ScaleType as S;
     let none = |_| Zeros::None;
-    let each = |n| Zeros::Each((0..n).map(|z| z as i16 % 16).collect());
+    let each = |[down, across]: [usize; 2]| {
+        let zeros: Vec<i16> = (0..down * across).map(|z| z as i16 % 16).collect();
+        Zeros::Each(ZeroPoints::from_i16(&zeros, [down, across]).unwrap())
+    };
     let random = &mut Random::new(1);
     let mut floats = |float: FloatType| random_bytes(random, ROWS * COLS * float.size());
-    let rows = |bytes: Vec<u8>, float| FloatEncoding::row_major(bytes.into(), float, ROWS, COLS);
-    let columns =
-        |bytes: Vec<u8>, float| FloatEncoding::transposed(bytes.into(), float, ROWS, COLS);
+    let rows = |bytes: Vec<u8>, float| Floats::row_major(bytes.into(), float, [ROWS, COLS]);
+    let columns = |bytes: Vec<u8>, float| Floats::transposed(bytes.into(), float, [ROWS, COLS]);
     let groups = (0..COLS).map(|k| (k * 7 % 8) as u32).collect();
     let grouped = (S::F32, G::Group, [1, 32]);
     let int4 = scaled(Element::Uint4, grouped, each, None);
     let blocks = random_bytes(&mut Random::new(2), ROWS * BlockType::Q4K.row_bytes(COLS).unwrap());
     vec![
-        ("f32", Arc::new(rows(floats(FloatType::F32), FloatType::F32).unwrap())),
-        ("bf16", Arc::new(rows(floats(FloatType::Bf16), FloatType::Bf16).unwrap())),
-        ("f16, transposed", Arc::new(columns(floats(FloatType::F16), FloatType::F16).unwrap())),
-        ("fp8, tensor", Arc::new(scaled(Element::E4m3, (S::F32, G::Tensor, [0, 0]), none, None))),
-        ("fp8, channel", Arc::new(scaled(Element::E4m3, (S::F32, G::Channel, [0, 0]), none, None))),
-        ("fp8, block", Arc::new(scaled(Element::E5m2, (S::F32, G::Block, [8, 128]), none, None))),
-        ("int8, same zero", Arc::new(scaled(Element::Int8, grouped, |_| Zeros::Same(-3), None))),
-        ("int4, own zeros", Arc::new(int4.clone())),
-        ("int4, act-order", Arc::new(int4.with_groups(groups).unwrap())),
-        ("mxfp6", Arc::new(scaled(Element::E2m3, (S::E8m0, G::Group, [1, 32]), none, None))),
+        ("f32", rows(floats(FloatType::F32), FloatType::F32).unwrap().into()),
+        ("bf16", rows(floats(FloatType::Bf16), FloatType::Bf16).unwrap().into()),
+        ("f16, transposed", columns(floats(FloatType::F16), FloatType::F16).unwrap().into()),
+        ("fp8, tensor", scaled(Element::E4m3, (S::F32, G::Tensor, [0, 0]), none, None).into()),
+        ("fp8, channel", scaled(Element::E4m3, (S::F32, G::Channel, [0, 0]), none, None).into()),
+        ("fp8, block", scaled(Element::E5m2, (S::F32, G::Block, [8, 128]), none, None).into()),
+        ("int8, same zero", scaled(Element::Int8, grouped, |_| Zeros::Same(-3), None).into()),
+        ("int4, own zeros", int4.clone().into()),
+        ("int4, act-order", int4.with_groups(groups).unwrap().into()),
+        ("mxfp6", scaled(Element::E2m3, (S::E8m0, G::Group, [1, 32]), none, None).into()),
         (
             "nvfp4, divided",
-            Arc::new(scaled(
+            scaled(
                 Element::E2m1,
                 (S::E4m3, G::Group, [1, 16]),
                 none,
                 Some(Global::Divide(EncodeScale(3.7))),
-            )),
+            )
+            .into(),
         ),
         (
             "nvfp4, multiplied",
-            Arc::new(scaled(
+            scaled(
                 Element::E2m1,
                 (S::E4m3, G::Group, [1, 16]),
                 none,
                 Some(Global::Multiply(DecodeScale(0.3))),
-            )),
+            )
+            .into(),
         ),
-        ("q4_k", Arc::new(Blocks::new(BlockType::Q4K, blocks.into(), [ROWS, COLS]).unwrap())),
+        ("q4_k", Blocks::new(BlockType::Q4K, blocks.into(), [ROWS, COLS]).unwrap().into()),
     ]
 }
 
@@ -132,12 +136,13 @@ fn every_array_and_every_window_comes_back() {
             let read = Expert::from_bytes(&bytes).unwrap().up;
             assert_eq!(bits(&read), bits(&matrix), "{name}, {window}");
             assert_eq!(read.format(), matrix.format(), "{name}, {window}");
-            assert_eq!(read.scaled().is_some(), matrix.scaled().is_some(), "{name}, {window}");
+            assert_eq!(read.codes().is_some(), matrix.codes().is_some(), "{name}, {window}");
             // no more than the rows' own bytes (twice: up and down), and sizes and small vectors;
             // where rows do not fill blocks of scales, each gets its own
-            let own = read.encoding.bytes_of_rows(read.rows());
+            let own = read.view().stored().stored_bytes();
             assert!(bytes.len() <= 2 * own + 2 * COLS * 4 + 300, "{name}, {window}: {own}");
-            assert!(own <= matrix.encoding.bytes_of_rows(read.rows()) + ROWS * 8 + COLS * 4);
+            let share = matrix.view().stored().stored_bytes() * read.rows() / ROWS;
+            assert!(own <= share + ROWS * 8 + COLS * 4, "{name}, {window}: {own} of {share}");
         }
     }
 }

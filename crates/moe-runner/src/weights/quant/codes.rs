@@ -1,13 +1,13 @@
 //! FP8 and INT8: a code in a byte for each weight.
 
-use std::sync::Arc;
-
-use super::module::{FLOATS, Module, Problem, Result, expect_dims, scale_type, transpose};
+use super::module::{FLOATS, Module, Problem, Result, expect_dims, misfit, scale_type};
 use super::names;
 use crate::checkpoint::quantization::{Number, ScaleShape};
-use crate::checkpoint::{Bytes, Dtype, Tensor};
+use crate::checkpoint::{Dtype, Tensor};
 use crate::spec::Granularity;
-use crate::weights::{Element, Matrix, ScaleType, Scaled, Scales, Zeros};
+use crate::weights::{
+    Codes, Element, Matrix, Packing, ScaleType, Scales, ZeroPacking, ZeroPoints, Zeros,
+};
 
 pub(super) fn matrix(module: &mut Module, number: Number, shape: ScaleShape) -> Result<Matrix> {
     let tensor = module.need(names::CODES)?;
@@ -26,16 +26,13 @@ pub(super) fn matrix(module: &mut Module, number: Number, shape: ScaleShape) -> 
     let stored = module.need(names::SCALES)?;
     let scales = scales(&stored, shape, [rows, cols], transposed)?;
     let zeros = match module.find(names::ZEROS)? {
-        Some(zeros) if element == Element::Int8 => zero_points(&zeros, &stored)?,
+        Some(zeros) if element == Element::Int8 => zero_points(&zeros, &scales)?,
         _ => Zeros::None,
     };
-    let codes = match transposed {
-        false => tensor.bytes.clone(),
-        true => transpose(&tensor.bytes, cols, rows, 1).into(),
-    };
-    let scaled = Scaled::new(element, codes, [rows, cols], scales, zeros, None);
-    let scaled = scaled.ok_or_else(|| tensor.error("cannot be read with these scales"))?;
-    module.part(Arc::new(scaled))
+    let packing = if transposed { Packing::Transposed } else { Packing::Rows };
+    let (codes, shape) = (tensor.bytes.clone(), [rows, cols]);
+    let codes = Codes::new((element, packing), codes, shape, scales, zeros, None);
+    module.part(codes.map_err(misfit(&tensor))?)
 }
 
 /// The scales, by what the configuration says about them; between one for a tensor and one for
@@ -65,36 +62,25 @@ fn scales(
         _ => FLOATS,
     };
     let kind = scale_type(tensor, allowed)?;
-    let bytes: Bytes = match transposed {
-        false => {
-            expect_dims(tensor, &grid)?;
-            tensor.bytes.clone()
-        }
-        true => {
-            expect_dims(tensor, &[grid[1], grid[0]])?;
-            transpose(&tensor.bytes, grid[1], grid[0], kind.size()).into()
-        }
-    };
-    Scales::new(bytes, kind, granularity, block, [rows, cols])
-        .ok_or_else(|| tensor.error("does not hold a scale for each block").into())
+    expect_dims(tensor, &if transposed { [grid[1], grid[0]] } else { grid })?;
+    let scales = Scales::new(tensor.bytes.clone(), kind, granularity, block, [rows, cols]);
+    let scales = scales.map_err(misfit(tensor))?;
+    Ok(if transposed { scales.transposed() } else { scales })
 }
 
 /// Zero points beside the scales, one byte each. All zero, they say nothing.
-fn zero_points(tensor: &Tensor, scales: &Tensor) -> Result<Zeros> {
-    let count = scales.shape.iter().product::<usize>();
-    if tensor.dtype != Dtype::I8 || tensor.bytes.len() != count {
-        let all_zero = tensor.bytes.iter().all(|b| *b == 0);
-        return match all_zero {
-            true => Ok(Zeros::None),
-            false => Err(Problem::Wrong(tensor.error(format!(
-                "is {} {:?}; a zero point of I8 for each scale is needed",
-                tensor.dtype, tensor.shape
-            )))),
-        };
-    }
+fn zero_points(tensor: &Tensor, scales: &Scales) -> Result<Zeros> {
     if tensor.bytes.iter().all(|b| *b == 0) {
         return Ok(Zeros::None);
     }
-    let zeros: Arc<[i16]> = tensor.bytes.iter().map(|b| i16::from(*b as i8)).collect();
-    Ok(Zeros::Each(zeros))
+    let zeros = match tensor.dtype {
+        Dtype::I8 => ZeroPoints::new(tensor.bytes.clone(), ZeroPacking::I8, scales.shape(), 0).ok(),
+        _ => None,
+    };
+    zeros.map(Zeros::Each).ok_or_else(|| {
+        Problem::Wrong(tensor.error(format!(
+            "is {} {:?}; a zero point of I8 for each scale is needed",
+            tensor.dtype, tensor.shape
+        )))
+    })
 }

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
-use super::module::{Module, scale_value};
+use super::module::{Module, scale_of, scale_value};
 use super::names;
 use crate::checkpoint::architecture::{Experts, LayerEntry, Projection};
 use crate::checkpoint::quantization::{InputScheme, Scheme, WeightScheme};
@@ -198,8 +198,8 @@ fn look(loader: &mut Loader, projection: &Projection, findings: &mut Findings) -
 }
 
 fn weight_scales(tensor: &Tensor, findings: &mut Findings) {
-    let Some(kind) = ScaleType::of(tensor.dtype) else { return };
-    let Some(scales) = Scales::vector(tensor.bytes.clone(), kind) else { return };
+    let Some(kind) = scale_of(tensor.dtype) else { return };
+    let Ok(scales) = Scales::vector(tensor.bytes.clone(), kind) else { return };
     // blocks of zeros have a scale of zero, or the smallest one; powers of two go further
     let sane = |scale: f32| match kind {
         ScaleType::E4m3 | ScaleType::E8m0 => true,

@@ -1,18 +1,11 @@
-//! Integers stored K first: GPTQ, AWQ and Quark. They are turned into rows once, when they are
-//! loaded, one projection after the other; so are their scales and zero points.
+//! Integers stored K first: GPTQ, AWQ and Quark, with their scales and zero points.
 
-use std::sync::Arc;
-
-use moe_kernels::numerics::{int4, int8};
-
-use super::module::{
-    FLOATS, Module, Result, WORDS, expect_dims, expect_dtype, scale_type, transpose,
-};
+use super::module::{FLOATS, Module, Result, WORDS, expect_dims, expect_dtype, misfit, scale_type};
 use super::names;
 use super::packed::{element, with_groups};
 use crate::checkpoint::Tensor;
 use crate::spec::Granularity;
-use crate::weights::{Element, Matrix, Scaled, Scales, Zeros};
+use crate::weights::{Codes, Element, Matrix, Packing, Scales, ZeroPacking, ZeroPoints, Zeros};
 
 /// Groups along K.
 struct Groups {
@@ -28,20 +21,28 @@ impl Groups {
         Self { granularity, size, count: cols.div_ceil(size) }
     }
 
-    /// Scales `[groups, N]` as `[N, groups]`.
+    /// Scales `[groups, N]`.
     fn scales(&self, tensor: &Tensor, [rows, cols]: [usize; 2]) -> Result<Scales> {
         let kind = scale_type(tensor, FLOATS)?;
         expect_dims(tensor, &[self.count, rows])?;
-        let bytes = transpose(&tensor.bytes, self.count, rows, kind.size());
-        Scales::new(bytes.into(), kind, self.granularity, [1, self.size], [rows, cols])
-            .ok_or_else(|| tensor.error("does not hold a scale for each group").into())
+        let (bytes, block) = (tensor.bytes.clone(), [1, self.size]);
+        let scales = Scales::new(bytes, kind, self.granularity, block, [rows, cols]);
+        scales.map(Scales::transposed).map_err(misfit(tensor))
     }
 
-    /// `code(group, n)` for all zero points, in the order of the scales.
-    fn zeros(&self, rows: usize, code: impl Fn(usize, usize) -> i16) -> Zeros {
-        let each = (0..rows).flat_map(|n| (0..self.count).map(move |group| (group, n)));
-        let zeros: Arc<[i16]> = each.map(|(group, n)| code(group, n)).collect();
-        Zeros::Each(zeros)
+    /// Zero points of `rows` rows, in words along N.
+    fn zeros(
+        &self,
+        tensor: &Tensor,
+        packing: ZeroPacking,
+        rows: usize,
+        per_word: usize,
+        offset: i16,
+    ) -> Result<Zeros> {
+        expect_dtype(tensor, WORDS)?;
+        expect_dims(tensor, &[self.count, rows.div_ceil(per_word)])?;
+        let zeros = ZeroPoints::new(tensor.bytes.clone(), packing, [rows, self.count], offset);
+        zeros.map(Zeros::Each).map_err(misfit(tensor))
     }
 }
 
@@ -72,34 +73,20 @@ pub(super) fn gptq(
             Zeros::Same(middle)
         }
         false => {
+            let packing = if bits == 4 { ZeroPacking::Nibbles } else { ZeroPacking::Bytes };
             let stored = module.need(names::QZEROS)?;
-            expect_dtype(&stored, WORDS)?;
-            let words = rows.div_ceil(per_word);
-            expect_dims(&stored, &[groups.count, words])?;
-            let offset = i16::from(zeros_less_one);
-            groups.zeros(rows, |group, n| {
-                let index = group * words * per_word + n;
-                let code = match bits {
-                    4 => int4::nibble(&stored.bytes, index),
-                    _ => stored.bytes[index],
-                };
-                i16::from(code) + offset
-            })
+            groups.zeros(&stored, packing, rows, per_word, i16::from(zeros_less_one))?
         }
     };
-    let mut codes = vec![0; tensor.bytes.len()];
-    match bits {
-        4 => int4::gptq_to_rows(&tensor.bytes, rows, cols, &mut codes),
-        _ => int8::gptq_to_rows(&tensor.bytes, rows, cols, &mut codes),
-    }
-    let scaled = Scaled::new(element, codes.into(), [rows, cols], scales, zeros, None)
-        .ok_or_else(|| tensor.error("cannot be read with these scales"))?;
-    let scaled = match module.find(names::G_IDX)? {
-        Some(groups) => with_groups(scaled, &groups)?,
-        None => scaled,
+    let (packing, shape) = ((element, Packing::Gptq), [rows, cols]);
+    let codes = Codes::new(packing, tensor.bytes.clone(), shape, scales, zeros, None);
+    let codes = codes.map_err(misfit(&tensor))?;
+    let codes = match module.find(names::G_IDX)? {
+        Some(groups) => with_groups(codes, &groups)?,
+        None => codes,
     };
     module.set_zero_bias_aside()?;
-    module.part(Arc::new(scaled))
+    module.part(codes)
 }
 
 /// 4-bit integers packed along N: AWQ and Quark.
@@ -126,41 +113,22 @@ pub(super) fn packed_along_n(
     tensor.expect_shape(&[cols, rows / 8])?;
     let groups = Groups::new(group, cols);
     let scales = groups.scales(&module.need(scales)?, [rows, cols])?;
+    // zero points count from the least code, −8 where codes are signed
+    let (element, least) = if signed { (Element::Int4, -8) } else { (Element::Uint4, 0) };
     let zeros = match symmetric {
         true => {
             module.set_aside(zeros)?;
-            Zeros::Same(8)
+            Zeros::Same(8 + least)
         }
         false => {
-            let stored = module.need(zeros)?;
-            expect_dtype(&stored, WORDS)?;
-            expect_dims(&stored, &[groups.count, rows / 8])?;
-            groups.zeros(rows, |group, n| match interleaved {
-                true => i16::from(int4::awq_nibble(&stored.bytes, rows, n, group)),
-                false => i16::from(int4::nibble(&stored.bytes, group * rows + n)),
-            })
+            let packing = if interleaved { ZeroPacking::Awq } else { ZeroPacking::Nibbles };
+            groups.zeros(&module.need(zeros)?, packing, rows, 8, least)?
         }
     };
-    let mut codes = vec![0; tensor.bytes.len()];
-    match interleaved {
-        true => int4::awq_to_rows(&tensor.bytes, rows, cols, &mut codes),
-        false => transpose_nibbles(&tensor.bytes, cols, rows, &mut codes),
-    }
-    if signed {
-        codes.iter_mut().for_each(|byte| *byte ^= 0x88);
-    }
-    let scaled = Scaled::new(Element::Uint4, codes.into(), [rows, cols], scales, zeros, None)
-        .ok_or_else(|| tensor.error("cannot be read with these scales"))?;
+    let packing = if interleaved { Packing::Awq } else { Packing::Transposed };
+    let codes = tensor.bytes.clone();
+    let codes = Codes::new((element, packing), codes, [rows, cols], scales, zeros, None);
+    let codes = codes.map_err(misfit(&tensor))?;
     module.set_zero_bias_aside()?;
-    module.part(Arc::new(scaled))
-}
-
-/// `[rows, cols]` nibbles, both even, transposed.
-fn transpose_nibbles(from: &[u8], rows: usize, cols: usize, to: &mut [u8]) {
-    for row in 0..rows {
-        for col in 0..cols {
-            let at = col * rows + row;
-            to[at / 2] |= int4::nibble(from, row * cols + col) << (4 * (at % 2));
-        }
-    }
+    module.part(codes)
 }

@@ -15,8 +15,6 @@ pub use diagnose::{Finding, FindingKind, diagnose};
 pub(crate) use input::share_input_scale;
 pub(crate) use module::Problem;
 
-use std::sync::Arc;
-
 use moe_kernels::numerics::ggml::BlockType;
 
 use super::load::Loader;
@@ -94,9 +92,8 @@ pub(crate) fn blocks(loader: &mut Loader, projection: &Projection) -> Option<Res
         })?;
         let [rows, cols] = module.dims();
         tensor.expect_shape(&[rows, cols])?;
-        let blocks = Blocks::new(block, tensor.bytes.clone(), [rows, cols])
-            .ok_or_else(|| tensor.error("does not hold whole blocks in each row"))?;
-        module.part(Arc::new(blocks))
+        let blocks = Blocks::new(block, tensor.bytes.clone(), [rows, cols]);
+        module.part(blocks.map_err(module::misfit(&tensor))?)
     };
     Some(build(&mut module))
 }

@@ -1,13 +1,11 @@
 //! The tensors of one module, by role.
 
-use std::sync::Arc;
-
 use super::names;
 use crate::Error;
 use crate::checkpoint::architecture::{Projection, Stack};
 use crate::checkpoint::{Dtype, Tensor};
 use crate::weights::load::Loader;
-use crate::weights::{Encoding, Matrix, ScaleType};
+use crate::weights::{Matrix, Misfit, ScaleType, Stored};
 
 /// Why a projection could not be loaded.
 #[derive(Debug)]
@@ -102,7 +100,7 @@ impl Module<'_, '_> {
     }
 
     /// The projection's part of the whole matrix.
-    pub(super) fn part(&self, whole: Arc<dyn Encoding>) -> Result<Matrix> {
+    pub(super) fn part(&self, whole: impl Into<Stored>) -> Result<Matrix> {
         let part = self.projection.part;
         let matrix = Matrix::new(whole);
         matrix.rows_of(part.first, part.step, self.projection.rows).ok_or_else(|| {
@@ -174,9 +172,26 @@ pub(super) fn expect_dims(tensor: &Tensor, shape: &[usize]) -> Result<(), Error>
 /// Integers in words of 32 bits.
 pub(super) const WORDS: &[Dtype] = &[Dtype::I32, Dtype::U32];
 
+/// The type of a tensor of scales; bytes are powers of two. `None` for what cannot be one.
+pub(super) fn scale_of(dtype: Dtype) -> Option<ScaleType> {
+    match dtype {
+        Dtype::F32 => Some(ScaleType::F32),
+        Dtype::F16 => Some(ScaleType::F16),
+        Dtype::Bf16 => Some(ScaleType::Bf16),
+        Dtype::F8E4M3 => Some(ScaleType::E4m3),
+        Dtype::F8E8M0 | Dtype::U8 => Some(ScaleType::E8m0),
+        _ => None,
+    }
+}
+
+/// A tensor that does not fit the others of its matrix.
+pub(super) fn misfit(tensor: &Tensor) -> impl Fn(Misfit) -> Problem {
+    |misfit| Problem::Wrong(tensor.error(format!("cannot be read: {misfit}")))
+}
+
 /// The type of a tensor of scales, which must be one of `allowed`.
 pub(super) fn scale_type(tensor: &Tensor, allowed: &[ScaleType]) -> Result<ScaleType, Error> {
-    ScaleType::of(tensor.dtype).filter(|stored| allowed.contains(stored)).ok_or_else(|| {
+    scale_of(tensor.dtype).filter(|stored| allowed.contains(stored)).ok_or_else(|| {
         let names: Vec<String> = allowed.iter().map(ScaleType::to_string).collect();
         tensor.error(format!("is {}; scales here are {}", tensor.dtype, names.join(" or ")))
     })
@@ -184,15 +199,3 @@ pub(super) fn scale_type(tensor: &Tensor, allowed: &[ScaleType]) -> Result<Scale
 
 /// Scales that are not rounded to few bits.
 pub(super) const FLOATS: &[ScaleType] = &[ScaleType::F32, ScaleType::F16, ScaleType::Bf16];
-
-/// `[rows, cols]` elements of `size` bytes, transposed.
-pub(super) fn transpose(bytes: &[u8], rows: usize, cols: usize, size: usize) -> Vec<u8> {
-    let mut out = vec![0; bytes.len()];
-    for row in 0..rows {
-        for col in 0..cols {
-            let (from, to) = ((row * cols + col) * size, (col * rows + row) * size);
-            out[to..to + size].copy_from_slice(&bytes[from..from + size]);
-        }
-    }
-    out
-}

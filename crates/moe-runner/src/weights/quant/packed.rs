@@ -2,16 +2,16 @@
 
 use std::sync::Arc;
 
-use moe_kernels::numerics::{DecodeScale, int4};
+use moe_kernels::numerics::DecodeScale;
 
-use super::module::{
-    FLOATS, Module, Problem, Result, WORDS, expect_dims, expect_dtype, scale_type,
-};
+use super::module::{FLOATS, Module, Result, WORDS, expect_dims, expect_dtype, misfit, scale_type};
 use super::names;
 use crate::checkpoint::Tensor;
 use crate::checkpoint::quantization::ScaleShape;
 use crate::spec::Granularity;
-use crate::weights::{Element, Global, Matrix, Scaled, Scales, Zeros};
+use crate::weights::{
+    Codes, Element, Global, Matrix, Packing, Scales, ZeroPacking, ZeroPoints, Zeros,
+};
 
 /// Unsigned codes of 4 or 8 bits, and the middle of their range.
 pub(super) fn element(bits: usize) -> (Element, i16) {
@@ -50,50 +50,43 @@ pub(super) fn matrix(
     let down = if granularity == Granularity::Tensor { 1 } else { rows };
     expect_dims(&stored, &[down, groups])?;
     let scales = Scales::new(stored.bytes.clone(), kind, granularity, [1, size], [rows, cols])
-        .ok_or_else(|| stored.error("does not hold a scale for each group"))?;
+        .map_err(misfit(&stored))?;
     let (element, middle) = element(bits);
     let zeros = match symmetric {
         true => Zeros::Same(middle),
-        false => zero_points(&module.need(names::ZEROS)?, bits, down, groups)?,
+        false => zero_points(&module.need(names::ZEROS)?, bits, scales.shape())?,
     };
     if symmetric {
         module.set_aside(names::ZEROS)?;
     }
-    let codes = tensor.bytes.clone();
-    let scaled = Scaled::new(element, codes, [rows, cols], scales, zeros, None)
-        .ok_or_else(|| tensor.error("cannot be read with these scales"))?;
-    let scaled = match module.find(names::GROUPS)? {
-        Some(groups) => with_groups(scaled, &groups)?,
-        None => scaled,
+    let (packing, shape) = ((element, Packing::Rows), [rows, cols]);
+    let codes = Codes::new(packing, tensor.bytes.clone(), shape, scales, zeros, None);
+    let codes = codes.map_err(misfit(&tensor))?;
+    let codes = match module.find(names::GROUPS)? {
+        Some(groups) => with_groups(codes, &groups)?,
+        None => codes,
     };
-    module.part(Arc::new(scaled))
+    module.part(codes)
 }
 
 /// Zero points `[N·b/32, groups]`, packed along N.
-fn zero_points(tensor: &Tensor, bits: usize, rows: usize, groups: usize) -> Result<Zeros> {
+fn zero_points(tensor: &Tensor, bits: usize, [rows, groups]: [usize; 2]) -> Result<Zeros> {
     expect_dtype(tensor, WORDS)?;
-    let per_word = 32 / bits;
-    expect_dims(tensor, &[rows.div_ceil(per_word), groups])?;
-    let mut zeros = Vec::with_capacity(rows * groups);
-    for row in 0..rows {
-        for group in 0..groups {
-            let code = match bits {
-                4 => int4::gptq_nibble(&tensor.bytes, groups, group, row),
-                _ => tensor.bytes[(row / per_word * groups + group) * 4 + row % per_word],
-            };
-            zeros.push(i16::from(code));
-        }
-    }
-    Ok(Zeros::Each(zeros.into()))
+    expect_dims(tensor, &[rows.div_ceil(32 / bits), groups])?;
+    let packing = match bits {
+        4 => ZeroPacking::NibblesByGroup,
+        _ => ZeroPacking::BytesByGroup,
+    };
+    let zeros = ZeroPoints::new(tensor.bytes.clone(), packing, [rows, groups], 0);
+    zeros.map(Zeros::Each).map_err(misfit(tensor))
 }
 
 /// Act-order: the group of each column.
-pub(super) fn with_groups(scaled: Scaled, tensor: &Tensor) -> Result<Scaled> {
+pub(super) fn with_groups(codes: Codes, tensor: &Tensor) -> Result<Codes> {
     let groups = tensor.to_i64()?;
     let groups: Option<Arc<[u32]>> = groups.iter().map(|g| u32::try_from(*g).ok()).collect();
-    groups.and_then(|groups| scaled.with_groups(groups)).ok_or_else(|| {
-        tensor.error("does not name a group that has a scale for each column").into()
-    })
+    let groups = groups.ok_or_else(|| tensor.error("does not name a group for each column"))?;
+    codes.with_groups(groups).map_err(misfit(tensor))
 }
 
 /// Signed codes, a scale for each row and one for the tensor: Quark's W4A8.
@@ -108,12 +101,9 @@ pub(super) fn two_scales(module: &mut Module) -> Result<Matrix> {
     let all = module.need_scale(names::SCALES)?;
     let scales =
         Scales::new(channel.bytes.clone(), kind, Granularity::Channel, [1, cols], [rows, cols])
-            .ok_or_else(|| channel.error("does not hold a scale for each row"))?;
-    // signed nibbles, −8 to 7, as codes from 0 to 15
-    let codes: Vec<u8> = tensor.bytes.iter().map(|byte| byte ^ 0x88).collect();
+            .map_err(misfit(&channel))?;
     let global = Some(Global::Multiply(DecodeScale(all)));
-    let zeros = Zeros::Same(8);
-    let scaled = Scaled::new(Element::Uint4, codes.into(), [rows, cols], scales, zeros, global)
-        .ok_or_else(|| Problem::Wrong(tensor.error("cannot be read with these scales")))?;
-    module.part(Arc::new(scaled))
+    let (packing, shape) = ((Element::Int4, Packing::Rows), [rows, cols]);
+    let codes = Codes::new(packing, tensor.bytes.clone(), shape, scales, Zeros::None, global);
+    module.part(codes.map_err(misfit(&tensor))?)
 }

@@ -1,15 +1,13 @@
 //! Small floats in blocks along K: NVFP4 and the OCP MX formats.
 
-use std::sync::Arc;
-
 use moe_kernels::numerics::{DecodeScale, EncodeScale};
 
-use super::module::{Module, Result, expect_dims, expect_dtype, scale_type};
+use super::module::{Module, Result, expect_dims, expect_dtype, misfit, scale_type};
 use super::names;
 use crate::checkpoint::quantization::MxElement;
 use crate::checkpoint::{Dtype, Tensor};
 use crate::spec::Granularity;
-use crate::weights::{Element, Global, Matrix, ScaleType, Scaled, Scales, Zeros};
+use crate::weights::{Codes, Element, Global, Matrix, Packing, ScaleType, Scales, Zeros};
 
 /// NVFP4. The tensor's scale divides or multiplies, as its name says.
 pub(super) fn nvfp4(module: &mut Module) -> Result<Matrix> {
@@ -59,11 +57,10 @@ fn blocks(
     expect_dims(&stored, &[rows, cols / size])?;
     let granularity = Granularity::Group;
     let scales = Scales::new(stored.bytes.clone(), kind, granularity, [1, size], [rows, cols])
-        .ok_or_else(|| stored.error("does not hold a scale for each block"))?;
-    let codes = tensor.bytes.clone();
-    let scaled = Scaled::new(element, codes, [rows, cols], scales, Zeros::None, global)
-        .ok_or_else(|| tensor.error("cannot be read with these scales"))?;
-    module.part(Arc::new(scaled))
+        .map_err(misfit(&stored))?;
+    let (packing, shape) = ((element, Packing::Rows), [rows, cols]);
+    let codes = Codes::new(packing, tensor.bytes.clone(), shape, scales, Zeros::None, global);
+    module.part(codes.map_err(misfit(&tensor))?)
 }
 
 /// `[rows, bytes]`, or blocks `[rows, blocks, bytes of a block]`.

@@ -4,8 +4,6 @@
 //! that products with rows of unit variance have unit variance. They are drawn as they are stored,
 //! not quantised: a gigabyte of them takes a second or two.
 
-use std::sync::Arc;
-
 use half::{bf16, f16};
 use moe_kernels::numerics::ggml::BlockType;
 use moe_kernels::numerics::quantise::Qdq;
@@ -14,7 +12,7 @@ use moe_kernels::numerics::{DecodeScale, e2m1, e2m3, e3m2, e4m3, e5m2, e8m0};
 use crate::random::Random;
 use crate::spec::Granularity;
 use crate::weights::{
-    ActivationQuant, Blocks, Element, FloatEncoding, FloatType, Global, Matrix, ScaleType, Scaled,
+    ActivationQuant, Blocks, Codes, Element, FloatType, Floats, Global, Matrix, Packing, ScaleType,
     Scales, Zeros,
 };
 
@@ -94,7 +92,7 @@ fn floats(random: &mut Random, float: FloatType, rows: usize, cols: usize) -> Op
             FloatType::Bf16 => bytes.extend_from_slice(&bf16::from_f32(v).to_le_bytes()),
         }
     }
-    Some(Matrix::new(Arc::new(FloatEncoding::row_major(bytes.into(), float, rows, cols)?)))
+    Floats::row_major(bytes.into(), float, [rows, cols]).map(Matrix::new).ok()
 }
 
 /// The largest code, and the code of the number nearest to `v`.
@@ -109,6 +107,7 @@ fn element_code(element: Element, v: f32) -> (f32, u8) {
         Element::Int8 => (127.0, whole(127.0) as i8 as u8),
         Element::Uint8 => (127.0, (whole(127.0) as i16 + UINT8_ZERO) as u8),
         Element::Uint4 => (7.0, (whole(7.0) as i16 + UINT4_ZERO) as u8),
+        Element::Int4 => (7.0, whole(7.0) as i8 as u8 & 15),
     }
 }
 
@@ -151,15 +150,16 @@ impl RandomScaled {
         let mut scales = Vec::with_capacity(count * self.scales.size());
         (0..count).for_each(|_| self.push_scale(random, wanted, &mut scales));
         let shape = [rows, cols];
-        let scales = Scales::new(scales.into(), self.scales, self.granularity, self.block, shape)?;
+        let scales = Scales::new(scales.into(), self.scales, self.granularity, self.block, shape);
         let zeros = match self.element {
             Element::Uint8 => Zeros::Same(UINT8_ZERO),
             Element::Uint4 => Zeros::Same(UINT4_ZERO),
             _ => Zeros::None,
         };
-        let encoding = Scaled::new(self.element, codes.into(), shape, scales, zeros, global)?;
+        let packing = (self.element, Packing::Rows);
+        let codes = Codes::new(packing, codes.into(), shape, scales.ok()?, zeros, global).ok()?;
         let input = self.input.map_or(ActivationQuant::None, ActivationQuant::Quantised);
-        Some(Matrix::new(Arc::new(encoding)).with_input(input))
+        Some(Matrix::new(codes).with_input(input))
     }
 
     /// A scale around `wanted`; the mean of the squares is its square.
@@ -273,7 +273,7 @@ fn blocks(random: &mut Random, block: BlockType, rows: usize, cols: usize) -> Op
         fill(random, &mut bytes);
         scaled(random, wanted, &mut bytes[start..]);
     }
-    Some(Matrix::new(Arc::new(Blocks::new(block, bytes.into(), [rows, cols])?)))
+    Blocks::new(block, bytes.into(), [rows, cols]).map(Matrix::new).ok()
 }
 
 /// Values that the scale of blocks is taken from.

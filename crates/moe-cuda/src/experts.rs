@@ -1,0 +1,548 @@
+//! The products of the routed experts, for weights as checkpoints store them.
+
+use std::sync::Arc;
+
+use crate::module::{Argument, Function, Launch, Modules};
+use crate::plan::Plan;
+use crate::sources::GROUPED;
+use crate::{Buffer, Error, Result, Rows, RowsMut, Stream, View};
+
+/// What a weight's codes are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Element {
+    /// 32-bit floats.
+    F32,
+    /// Half precision.
+    F16,
+    /// bfloat16.
+    Bf16,
+    /// FP8 E4M3 (`fn`: no infinities).
+    E4m3,
+    /// FP8 E5M2.
+    E5m2,
+    /// Signed bytes.
+    Int8,
+    /// Unsigned bytes, with a zero point.
+    Uint8,
+    /// Unsigned nibbles, low first, with a zero point.
+    Uint4,
+    /// FP4 E2M1, nibbles, low first.
+    E2m1,
+}
+
+impl Element {
+    /// All of them.
+    pub const ALL: [Self; 9] = [
+        Self::F32,
+        Self::F16,
+        Self::Bf16,
+        Self::E4m3,
+        Self::E5m2,
+        Self::Int8,
+        Self::Uint8,
+        Self::Uint4,
+        Self::E2m1,
+    ];
+
+    /// Bits of one code.
+    pub fn bits(self) -> usize {
+        match self {
+            Self::F32 => 32,
+            Self::F16 | Self::Bf16 => 16,
+            Self::E4m3 | Self::E5m2 | Self::Int8 | Self::Uint8 => 8,
+            Self::Uint4 | Self::E2m1 => 4,
+        }
+    }
+
+    pub(crate) fn options(self) -> Vec<String> {
+        vec![format!("-DELEMENT={}", self as u32)]
+    }
+}
+
+/// What a scale is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ScaleType {
+    /// 32-bit floats.
+    F32,
+    /// Half precision.
+    F16,
+    /// bfloat16.
+    Bf16,
+    /// Powers of two.
+    E8m0,
+    /// FP8 E4M3.
+    E4m3,
+}
+
+impl ScaleType {
+    /// Bytes of one scale.
+    pub fn bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::F16 | Self::Bf16 => 2,
+            Self::E8m0 | Self::E4m3 => 1,
+        }
+    }
+}
+
+/// Bytes on the device, from an offset on; several matrices may share a buffer.
+#[derive(Clone, Debug)]
+pub struct Bytes {
+    buffer: Arc<Buffer<u8>>,
+    offset: usize,
+}
+
+impl Bytes {
+    /// All of a buffer.
+    pub fn new(buffer: Buffer<u8>) -> Self {
+        Self { buffer: Arc::new(buffer), offset: 0 }
+    }
+
+    /// The same buffer, `by` bytes further.
+    ///
+    /// # Panics
+    /// If that is beyond its end.
+    pub fn skip(&self, by: usize) -> Self {
+        assert!(by <= self.len(), "{by} of {} bytes", self.len());
+        Self { buffer: Arc::clone(&self.buffer), offset: self.offset + by }
+    }
+
+    /// Bytes from here on.
+    pub fn len(&self) -> usize {
+        self.buffer.len() - self.offset
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    pub(crate) fn pointer(&self) -> u64 {
+        self.buffer.view().pointer + self.offset as u64
+    }
+}
+
+/// Scales of a matrix: one for each block of `rows × cols` values, `[experts, ⌈N/rows⌉, ⌈K/cols⌉]`.
+#[derive(Clone, Debug)]
+pub struct Scales {
+    /// What they are.
+    pub scale: ScaleType,
+    /// The scales.
+    pub bytes: Bytes,
+    /// Rows that share a scale: 1 for channels and groups, N for a whole matrix.
+    pub rows: usize,
+    /// Columns that share a scale: K for channels and a whole matrix.
+    pub cols: usize,
+    /// Bytes from one expert's scales to the next one's; those of two matrices may alternate.
+    pub expert_bytes: usize,
+}
+
+/// One projection of all experts, `[experts, N, K]`, as stored. A value is
+/// `(code − zero) · scale · global`, rounded once to f32.
+#[derive(Clone, Debug)]
+pub struct Stored {
+    /// What the codes are.
+    pub element: Element,
+    /// Number of experts.
+    pub experts: usize,
+    /// N: output features.
+    pub rows: usize,
+    /// K: input features.
+    pub cols: usize,
+    /// The codes: rows without gaps, K · bits of an expert's row beside each other.
+    pub codes: Bytes,
+    /// Bytes from one expert's codes to the next one's; gate and up may alternate.
+    pub expert_bytes: usize,
+    /// Scales; none for plain floats.
+    pub scales: Option<Scales>,
+    /// Zero point of all codes; 8 for symmetric INT4, 128 for symmetric unsigned INT8.
+    pub zero: f32,
+    /// A zero point for each scale, laid out as the scales (in bytes: one each), in place of `zero`.
+    pub zeros: Option<Bytes>,
+    /// `[experts]`: multiplies the scales (NVFP4).
+    pub global: Option<Arc<Buffer<f32>>>,
+    /// `[experts, N]`.
+    pub bias: Option<Arc<Buffer<f32>>>,
+}
+
+impl Stored {
+    /// A matrix of plain floats, without scales or bias, experts one after another.
+    pub fn floats(
+        element: Element,
+        codes: Bytes,
+        experts: usize,
+        rows: usize,
+        cols: usize,
+    ) -> Self {
+        Self {
+            element,
+            experts,
+            rows,
+            cols,
+            codes,
+            expert_bytes: rows * cols * element.bits() / 8,
+            scales: None,
+            zero: 0.0,
+            zeros: None,
+            global: None,
+            bias: None,
+        }
+    }
+
+    /// Bytes of one row's codes.
+    pub fn row_bytes(&self) -> usize {
+        (self.cols * self.element.bits()).div_ceil(8)
+    }
+
+    fn check(&self, what: &'static str) -> Result<()> {
+        let refuse = |reason: String| Err(Error::input(what, reason));
+        if self.experts == 0
+            || self.rows == 0
+            || self.cols == 0
+            || self.rows.max(self.cols) > 1 << 24
+        {
+            return refuse(format!("[{}, {}, {}]", self.experts, self.rows, self.cols));
+        }
+        let codes = (self.experts - 1) * self.expert_bytes + self.rows * self.row_bytes();
+        if self.codes.len() < codes {
+            return refuse(format!("{} bytes of codes; {codes} are needed", self.codes.len()));
+        }
+        let align = (self.element.bits() / 8).max(1);
+        if !(self.codes.pointer() as usize).is_multiple_of(align)
+            || !self.expert_bytes.is_multiple_of(align)
+        {
+            return refuse("the codes are not aligned".into());
+        }
+        if let Some(scales) = &self.scales {
+            if scales.rows == 0
+                || scales.cols == 0
+                || !scales.expert_bytes.is_multiple_of(scales.scale.bytes())
+            {
+                return refuse(format!("scales of blocks [{}, {}]", scales.rows, scales.cols));
+            }
+            let count = self.rows.div_ceil(scales.rows) * self.cols.div_ceil(scales.cols);
+            let bytes = (self.experts - 1) * scales.expert_bytes + count * scales.scale.bytes();
+            if scales.bytes.len() < bytes {
+                return refuse(format!(
+                    "{} bytes of scales; {bytes} are needed",
+                    scales.bytes.len()
+                ));
+            }
+            let zeros = (self.experts - 1) * scales.expert_bytes / scales.scale.bytes() + count;
+            if self.zeros.as_ref().is_some_and(|z| z.len() < zeros) {
+                return refuse(format!("fewer than {zeros} zero points"));
+            }
+        } else if self.zeros.is_some() {
+            return refuse("zero points without scales".into());
+        }
+        if self.global.as_ref().is_some_and(|global| global.len() != self.experts) {
+            return refuse("not one global scale an expert".into());
+        }
+        if self.bias.as_ref().is_some_and(|bias| bias.len() != self.experts * self.rows) {
+            return refuse("the bias is not [experts, N]".into());
+        }
+        Ok(())
+    }
+
+    pub(crate) fn raw(&self) -> RawStored {
+        let scales = self.scales.as_ref();
+        RawStored {
+            codes: self.codes.pointer(),
+            scales: scales.map_or(0, |s| s.bytes.pointer()),
+            zeros: self.zeros.as_ref().map_or(0, Bytes::pointer),
+            global: self.global.as_ref().map_or(0, |g| g.view().pointer),
+            bias: self.bias.as_ref().map_or(0, |b| b.view().pointer),
+            expert_bytes: self.expert_bytes as u64,
+            row_bytes: self.row_bytes() as u64,
+            expert_scales: scales.map_or(0, |s| s.expert_bytes / s.scale.bytes()) as u64,
+            rows: self.rows as u32,
+            cols: self.cols as u32,
+            scale_type: scales.map_or(0, |s| s.scale as u32),
+            group_rows: scales.map_or(1, |s| s.rows) as u32,
+            group_cols: scales.map_or(1, |s| s.cols) as u32,
+            row_scales: scales.map_or(0, |s| self.cols.div_ceil(s.cols)) as u32,
+            zero: self.zero,
+            padding: 0,
+        }
+    }
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct RawStored {
+    codes: u64,
+    scales: u64,
+    zeros: u64,
+    global: u64,
+    bias: u64,
+    expert_bytes: u64,
+    row_bytes: u64,
+    expert_scales: u64,
+    rows: u32,
+    cols: u32,
+    scale_type: u32,
+    group_rows: u32,
+    group_cols: u32,
+    row_scales: u32,
+    zero: f32,
+    padding: u32,
+}
+
+// SAFETY: `struct Stored` of stored.cuh.
+unsafe impl Argument for RawStored {}
+
+/// The function between the products, as moe-kernels' `Activation` of the same name.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Activation {
+    /// `g·σ(g) · u`
+    Silu,
+    /// `g/2·(1+erf(g/√2)) · u`
+    Gelu,
+    /// `g/2·(1+tanh(√(2/π)·(g+0.044715·g³))) · u`
+    GeluTanh,
+    /// `max(g,0) · u`
+    Relu,
+    /// `max(g,0)² · u`
+    Relu2,
+    /// `g' = min(g,limit)`, `u' = clamp(u,±limit)`: `g'·σ(alpha·g') · (u'+beta)`.
+    ClampedSwiglu {
+        /// Steepness of the sigmoid.
+        alpha: f32,
+        /// Added to the up projection.
+        beta: f32,
+        /// Clamps both projections.
+        limit: f32,
+    },
+    /// `min(g·σ(g), limit) · clamp(u,±limit)`
+    SwigluStep {
+        /// Clamps SiLU's result and the up projection.
+        limit: f32,
+    },
+    /// `β·tanh(g/β)·σ(g) · λ·tanh(u/λ)`; λ absent: `· u`.
+    Situ {
+        /// β.
+        beta: f32,
+        /// λ.
+        lambda: Option<f32>,
+    },
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct RawActivation {
+    kind: u32,
+    gated: u32,
+    a: f32,
+    b: f32,
+    c: f32,
+}
+
+// SAFETY: `struct Activation` of common.cuh.
+unsafe impl Argument for RawActivation {}
+
+impl Activation {
+    pub(crate) fn raw(self, gated: bool) -> RawActivation {
+        let (kind, a, b, c) = match self {
+            Self::Silu => (0, 0.0, 0.0, 0.0),
+            Self::Gelu => (1, 0.0, 0.0, 0.0),
+            Self::GeluTanh => (2, 0.0, 0.0, 0.0),
+            Self::Relu => (3, 0.0, 0.0, 0.0),
+            Self::Relu2 => (4, 0.0, 0.0, 0.0),
+            Self::ClampedSwiglu { alpha, beta, limit } => (5, alpha, beta, limit),
+            Self::SwigluStep { limit } => (6, limit, 0.0, 0.0),
+            Self::Situ { beta, lambda } => (7, beta, lambda.unwrap_or(0.0), 0.0),
+        };
+        RawActivation { kind, gated: u32::from(gated), a, b, c }
+    }
+}
+
+/// The three projections of all experts.
+#[derive(Clone, Debug)]
+pub struct ExpertWeights {
+    /// `[experts, I, H]`; none for experts without a gate projection.
+    pub gate: Option<Stored>,
+    /// `[experts, I, H]`.
+    pub up: Stored,
+    /// `[experts, H, I]`.
+    pub down: Stored,
+    /// Between the products.
+    pub activation: Activation,
+}
+
+impl ExpertWeights {
+    /// An error unless the projections fit each other and their bytes.
+    pub(crate) fn check(&self) -> Result<()> {
+        self.up.check("up projection")?;
+        self.down.check("down projection")?;
+        if let Some(gate) = &self.gate {
+            gate.check("gate projection")?;
+            let shape = |m: &Stored| (m.experts, m.rows, m.cols, m.element);
+            if shape(gate) != shape(&self.up) {
+                return Err(Error::input("gate projection", "not as the up projection"));
+            }
+        }
+        let (up, down) = (&self.up, &self.down);
+        if (down.experts, down.rows, down.cols) != (up.experts, up.cols, up.rows) {
+            let shape = format!("[{}, {}, {}]", down.experts, down.rows, down.cols);
+            return Err(Error::input(
+                "down projection",
+                format!("{shape} does not fit the up projection"),
+            ));
+        }
+        Ok(())
+    }
+
+    /// H: width of the rows.
+    pub fn hidden(&self) -> usize {
+        self.up.cols
+    }
+
+    /// I: width between the products.
+    pub fn intermediate(&self) -> usize {
+        self.up.rows
+    }
+}
+
+/// Experts of any stored format: every value is decoded to f32 and multiplied in f32, one sum an
+/// element, k ascending, whatever rows are beside it. Right, not fast.
+pub struct GroupedExperts {
+    weights: ExpertWeights,
+    first: Function,
+    second: Function,
+}
+
+#[repr(C)]
+struct RawWork {
+    offsets: u64,
+    order: u64,
+    tiles: u64,
+    tile_count: u64,
+    top_k: u32,
+    padding: u32,
+}
+
+// SAFETY: `struct Work` of grouped.cu.
+unsafe impl Argument for RawWork {}
+
+impl GroupedExperts {
+    /// Rows of a plan's tile for these products.
+    pub const TILE: usize = 32;
+
+    /// Experts of these weights.
+    ///
+    /// # Errors
+    /// If the projections do not fit each other or their bytes, or a kernel does not compile.
+    pub fn new(modules: &Modules, weights: ExpertWeights) -> Result<Self> {
+        weights.check()?;
+        let first = modules.function(&GROUPED, &weights.up.element.options(), "grouped_first")?;
+        let second =
+            modules.function(&GROUPED, &weights.down.element.options(), "grouped_second")?;
+        Ok(Self { weights, first, second })
+    }
+
+    /// The weights.
+    pub fn weights(&self) -> &ExpertWeights {
+        &self.weights
+    }
+
+    /// The first product and the activation: row `p` of `h` `[slots, I]` belongs to the p-th slot of
+    /// the plan. With `factors` `[T, k]`, a slot's row of `x` `[T, H]` is multiplied first.
+    ///
+    /// # Errors
+    /// If a shape does not fit, or an earlier step failed.
+    pub fn first(
+        &self,
+        stream: &Stream,
+        x: Rows<'_>,
+        plan: &Plan,
+        factors: Option<View<'_, f32>>,
+        h: &mut RowsMut<'_>,
+    ) -> Result<()> {
+        let (up, slots) = (&self.weights.up, plan.slots_used);
+        self.check_plan(plan)?;
+        x.expect("rows of the experts", slots / plan.top_k, up.cols)?;
+        h.expect("rows between the products", slots, up.rows)?;
+        if factors.is_some_and(|factors| factors.len() != slots) {
+            return Err(Error::input("weights on the input", "not one a slot"));
+        }
+        if slots == 0 {
+            return Ok(());
+        }
+        let gate = self.weights.gate.as_ref();
+        let activation = self.weights.activation.raw(gate.is_some());
+        let factors = factors.map_or(0, |factors| factors.pointer);
+        let (gate, up_raw) = (gate.unwrap_or(up).raw(), up.raw());
+        let launch = launch(up.rows, plan);
+        // SAFETY: the parameters of `grouped_first`; weights and rows were checked.
+        unsafe {
+            self.first.launch(
+                stream,
+                launch,
+                &[&x.raw, &gate, &up_raw, &activation, &work(plan), &factors, &h.raw],
+            )
+        }
+    }
+
+    /// The second product: row `s` of `y` `[slots, H]` belongs to slot s. Slots without an expert are
+    /// left as they were.
+    ///
+    /// # Errors
+    /// If a shape does not fit, or an earlier step failed.
+    pub fn second(
+        &self,
+        stream: &Stream,
+        h: Rows<'_>,
+        plan: &Plan,
+        y: &mut RowsMut<'_>,
+    ) -> Result<()> {
+        let (down, slots) = (&self.weights.down, plan.slots_used);
+        self.check_plan(plan)?;
+        h.expect("rows between the products", slots, down.cols)?;
+        y.expect("rows of the slots", slots, down.rows)?;
+        if slots == 0 {
+            return Ok(());
+        }
+        let down_raw = down.raw();
+        // SAFETY: the parameters of `grouped_second`; weights and rows were checked.
+        unsafe {
+            self.second.launch(
+                stream,
+                launch(down.rows, plan),
+                &[&h.raw, &down_raw, &work(plan), &y.raw],
+            )
+        }
+    }
+
+    fn check_plan(&self, plan: &Plan) -> Result<()> {
+        if (plan.experts(), plan.tile()) == (self.weights.up.experts, Self::TILE) {
+            return Ok(());
+        }
+        let is = format!("tiles of {} over {} experts", plan.tile(), plan.experts());
+        Err(Error::input(
+            "plan",
+            format!("{is}, not of {} over {}", Self::TILE, self.weights.up.experts),
+        ))
+    }
+}
+
+fn work(plan: &Plan) -> RawWork {
+    RawWork {
+        offsets: plan.offsets().pointer,
+        order: plan.order().pointer,
+        tiles: plan.tiles().pointer,
+        tile_count: plan.tile_count().pointer,
+        top_k: plan.top_k as u32,
+        padding: 0,
+    }
+}
+
+/// Blocks for the most tiles that the batch can have; those without one end at once.
+fn launch(features: usize, plan: &Plan) -> Launch {
+    let tiles = plan.tiles_for(plan.slots_used).min(65_535);
+    Launch {
+        grid: (features.div_ceil(64) as u32, tiles as u32),
+        block: 256,
+        shared: 0,
+        cooperative: false,
+    }
+}

@@ -1,0 +1,50 @@
+//! The verbs of a mixture-of-experts layer on NVIDIA GPUs.
+//!
+//! Building needs no CUDA. The driver (`libcuda`) and the compiler (NVRTC) are opened at run time; a
+//! missing one, a driver that is too old, or a GPU older than Ampere is one clear error. Kernels are
+//! CUDA C++ files of this crate, compiled for the GPU that is there and kept in a cache on disk.
+//!
+//! ```text
+//! Gpu ─ Stream ─ Buffer         device, queue of work, memory
+//! Compiler ─ Modules            kernels: compiled, cached, loaded
+//! Verbs                         convert (widen, write), norm, linear (gate), plan, combine, scale-add
+//! Router                        route
+//! GroupedExperts                experts, of any stored format
+//! FaultWord                     what kernels found wrong with the data, read when asked for
+//! ```
+//!
+//! Verbs take device pointers with shapes and put work on a stream: they do not wait, allocate, or
+//! learn anything from the device, so that a pass can be captured as a graph ([`Stream::capture`])
+//! and replayed with other rows and other routing. Faults of the data are sticky ([`FaultWord`]).
+//!
+//! The layer in moe-runner does not call this crate yet.
+#![warn(missing_docs)]
+
+mod driver;
+mod error;
+pub mod experts;
+pub mod fault;
+mod gpu;
+mod memory;
+mod module;
+mod nvrtc;
+mod plan;
+pub mod router;
+mod rows;
+mod sources;
+mod stream;
+mod verbs;
+
+pub use error::{Error, Result};
+pub use experts::{ExpertWeights, GroupedExperts};
+pub use fault::{Fault, FaultWord};
+pub use gpu::{Gpu, Properties};
+pub use memory::{Buffer, Pinned, Pod, View, ViewMut};
+pub use module::Modules;
+pub use nvrtc::{Compiled, Compiler, Resources, Source, resources};
+pub use plan::Plan;
+pub use router::{Router, RouterOptions, RouterTensors};
+pub use rows::{Float, Rows, RowsMut};
+pub use sources::{Build, builds};
+pub use stream::{Event, Graph, Stream};
+pub use verbs::{Norm, RowQuantiser, Verbs};

@@ -36,7 +36,7 @@ fn main() {
         for isa in Isa::available().into_iter().rev() {
             report(&pool, Kernel::new(isa).expect("it is available"));
         }
-        let run = best(Duration::from_millis(200), || pool.run(2 * threads, &|_| ()));
+        let run = best(Duration::from_millis(200), || pool.run(2 * threads, &|_, _| ()));
         println!("{threads} threads: an empty region of {} items {:.2} µs", 2 * threads, run * 1e6);
     }
 }

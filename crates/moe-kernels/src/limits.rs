@@ -46,7 +46,7 @@ fn read_gbps(kernel: Kernel, pool: &Pool, budget: Duration) -> f64 {
     let mut data = vec![0.0f32; chunks * CHUNK];
     for_each(pool, data.chunks_exact_mut(CHUNK), |chunk| chunk.fill(1.0));
     let best = best_time(end, || {
-        pool.run(chunks, &|chunk| {
+        pool.run(chunks, &|_, chunk| {
             std::hint::black_box(kernel.probe_read(&data[chunk * CHUNK..][..CHUNK]));
         });
     });
@@ -59,7 +59,7 @@ fn f32_gflops(kernel: Kernel, pool: &Pool, budget: Duration) -> f64 {
     let items = 64 * pool.threads();
     let operations = kernel.probe_multiply_add(ROUNDS) * items as u64;
     let best = best_time(Instant::now() + budget, || {
-        pool.run(items, &|_| {
+        pool.run(items, &|_, _| {
             kernel.probe_multiply_add(ROUNDS);
         });
     });

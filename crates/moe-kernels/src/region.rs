@@ -37,7 +37,7 @@ pub fn for_each_with<S, T: Send>(
         return;
     }
     let (scratch, items) = (Mutex::new(scratch), Mutex::new(items));
-    pool.run(workers, &|_| {
+    pool.run(workers, &|_, _| {
         let mut mine = None;
         loop {
             // A binding of its own: the lock is released before the work begins.
@@ -61,7 +61,7 @@ fn next<T>(items: &Mutex<impl Iterator<Item = T>>) -> Option<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::pool::{Inline, Pool};
+    use crate::pool::{Inline, Pool, Work, Worker};
     use std::collections::HashSet;
     use std::thread::{ThreadId, current};
 
@@ -93,8 +93,8 @@ mod tests {
             4
         }
 
-        fn run(&self, items: usize, work: &(dyn Fn(usize) + Sync)) {
-            (0..items * self.0).for_each(|i| work(i % items));
+        fn run(&self, items: usize, work: Work<'_>) {
+            (0..items * self.0).for_each(|i| work(Worker::new(0), i % items));
         }
     }
 

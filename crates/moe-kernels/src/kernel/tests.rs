@@ -229,9 +229,9 @@ fn tiles_cover_their_blocks_once_even_with_a_pool_that_repeats_items() {
             2
         }
 
-        fn run(&self, items: usize, work: &(dyn Fn(usize) + Sync)) {
+        fn run(&self, items: usize, work: crate::pool::Work<'_>) {
             for _ in 0..2 {
-                (0..items).for_each(work);
+                (0..items).for_each(|item| work(crate::pool::Worker::new(0), item));
             }
         }
     }

@@ -1,3 +1,4 @@
+use std::cell::UnsafeCell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::thread;
@@ -12,7 +13,7 @@ fn pool(threads: usize) -> Pool {
 /// How often each item ran.
 fn counts(pool: &Pool, items: usize) -> Vec<usize> {
     let counts: Vec<AtomicUsize> = (0..items).map(|_| AtomicUsize::new(0)).collect();
-    pool.run(items, &|i| {
+    pool.run(items, &|_, i| {
         counts[i].fetch_add(1, Relaxed);
     });
     counts.into_iter().map(AtomicUsize::into_inner).collect()
@@ -41,7 +42,7 @@ fn many_tiny_regions_with_plain_writes() {
     let cells = &cells;
     for region in 0..20_000 {
         let items = 2 + region % 4;
-        pool.run(items, &|i| {
+        pool.run(items, &|_, i| {
             // SAFETY: item i alone touches cell i.
             unsafe { *cells.0[i].get() += i + region };
         });
@@ -60,7 +61,7 @@ fn workers_take_part_awake_or_asleep() {
     for pause in [Duration::ZERO, Duration::from_millis(5), Duration::from_millis(20)] {
         thread::sleep(pause);
         let here = AtomicUsize::new(0);
-        pool.run(2, &|_| {
+        pool.run(2, &|_, _| {
             here.fetch_add(1, Relaxed);
             let since = Instant::now();
             while here.load(Relaxed) < 2 {
@@ -76,7 +77,7 @@ fn idle_workers_sleep() {
     let pool = pool(3);
     counts(&pool, 10);
     let since = Instant::now();
-    while pool.shared.sleepers.0.load(Relaxed) < 2 {
+    while pool.shared.sleepers() < 2 {
         assert!(since.elapsed() < Duration::from_secs(60), "a worker stays awake");
         thread::yield_now();
     }
@@ -90,7 +91,7 @@ fn a_panic_reaches_the_caller_and_the_pool_lives_on() {
         for bad in [0, 7, 15] {
             let ended = AtomicUsize::new(0);
             let result = catch_unwind(AssertUnwindSafe(|| {
-                pool.run(16, &|i| {
+                pool.run(16, &|_, i| {
                     assert!(i != bad, "item {i} failed");
                     ended.fetch_add(1, Relaxed);
                 });
@@ -102,7 +103,7 @@ fn a_panic_reaches_the_caller_and_the_pool_lives_on() {
             assert_eq!(counts(&pool, 16), vec![1; 16]);
         }
         // All items at once.
-        let result = catch_unwind(AssertUnwindSafe(|| pool.run(8, &|_| panic!("all fail"))));
+        let result = catch_unwind(AssertUnwindSafe(|| pool.run(8, &|_, _| panic!("all fail"))));
         assert_eq!(result.unwrap_err().downcast_ref::<&str>(), Some(&"all fail"));
         assert_eq!(counts(&pool, 16), vec![1; 16]);
     }
@@ -112,9 +113,9 @@ fn a_panic_reaches_the_caller_and_the_pool_lives_on() {
 fn a_nested_region_runs_inline() {
     let pool = pool(3);
     let inner = AtomicUsize::new(0);
-    pool.run(6, &|_| {
+    pool.run(6, &|_, _| {
         let thread = thread::current().id();
-        pool.run(5, &|_| {
+        pool.run(5, &|_, _| {
             assert_eq!(thread::current().id(), thread);
             inner.fetch_add(1, Relaxed);
         });
@@ -150,8 +151,8 @@ fn several_pools_and_more_threads_than_cores() {
     });
     // One pool's items may use another pool.
     let inner = AtomicUsize::new(0);
-    pools[0].run(3, &|_| {
-        pools[1].run(4, &|_| {
+    pools[0].run(3, &|_, _| {
+        pools[1].run(4, &|_, _| {
             inner.fetch_add(1, Relaxed);
         });
     });
@@ -166,5 +167,122 @@ fn dropped_unused_awake_and_asleep() {
         counts(&used, 10);
         thread::sleep(Duration::from_millis(pause));
         drop((unused, used));
+    }
+}
+
+/// A second thread's region waits for its turn and then has the whole pool: its items can wait for
+/// each other, which they could not do on one thread.
+#[test]
+fn a_second_caller_gets_all_threads() {
+    let pool = pool(2);
+    let meet = || {
+        let here = AtomicUsize::new(0);
+        pool.run(2, &|_, _| {
+            here.fetch_add(1, Relaxed);
+            let since = Instant::now();
+            while here.load(Relaxed) < 2 {
+                assert!(since.elapsed() < Duration::from_secs(60), "the region runs on one thread");
+                thread::yield_now();
+            }
+        });
+    };
+    thread::scope(|scope| {
+        for _ in 0..3 {
+            scope.spawn(|| (0..100).for_each(|_| meet()));
+        }
+    });
+}
+
+/// Two pools whose items use each other's: nobody waits in a circle.
+#[test]
+fn pools_that_use_each_other() {
+    let pools = [pool(2), pool(2)];
+    let count = AtomicUsize::new(0);
+    thread::scope(|scope| {
+        for (here, there) in [(0, 1), (1, 0)] {
+            let (pools, count) = (&pools, &count);
+            scope.spawn(move || {
+                for _ in 0..500 {
+                    pools[here].run(2, &|_, _| {
+                        pools[there].run(2, &|_, _| {
+                            count.fetch_add(1, Relaxed);
+                        });
+                    });
+                }
+            });
+        }
+    });
+    assert_eq!(count.into_inner(), 2 * 500 * 4);
+}
+
+/// While two items run at the same time, their workers differ; a worker's number is below the
+/// number of threads.
+#[test]
+fn no_two_items_at_a_time_have_one_worker() {
+    for threads in [1, 2, 5] {
+        let pool = pool(threads);
+        let taken: Vec<AtomicUsize> = (0..threads).map(|_| AtomicUsize::new(0)).collect();
+        let mine = thread::current().id();
+        for spread in [false, true] {
+            let work = |worker: Worker, _| {
+                assert_eq!(worker.index() == 0, thread::current().id() == mine);
+                assert_eq!(taken[worker.index()].swap(1, Relaxed), 0);
+                thread::yield_now();
+                taken[worker.index()].store(0, Relaxed);
+            };
+            match spread {
+                true => pool.run_spread(500, &work),
+                false => pool.run(500, &work),
+            }
+        }
+    }
+}
+
+/// In a spread region whose workers all come, each runs a contiguous run of its own, the same every
+/// time; where one does not, others run its items.
+#[test]
+fn spread_items_stay_with_their_worker() {
+    let pool = pool(3);
+    for items in [1, 2, 3, 7, 64, 1000] {
+        let ran: Vec<AtomicUsize> = (0..items).map(|_| AtomicUsize::new(0)).collect();
+        pool.run_spread(items, &|_, i| {
+            ran[i].fetch_add(1, Relaxed);
+        });
+        assert!(ran.iter().all(|ran| ran.load(Relaxed) == 1), "{items} items");
+    }
+    for _ in 0..20 {
+        let [by, here] = [0; 2].map(|_| (0..3).map(|_| AtomicUsize::new(9)).collect::<Vec<_>>());
+        pool.run_spread(3, &|worker, i| {
+            by[i].store(worker.index(), Relaxed);
+            here[worker.index()].store(i, Relaxed);
+            let since = Instant::now();
+            while here.iter().any(|item| item.load(Relaxed) == 9) {
+                assert!(since.elapsed() < Duration::from_secs(60), "a worker does not come");
+                thread::yield_now();
+            }
+        });
+        let by: Vec<usize> = by.into_iter().map(AtomicUsize::into_inner).collect();
+        assert_eq!(by, [0, 1, 2]);
+    }
+}
+
+/// A payload whose drop panics, thrown by every item: the pool neither hangs nor dies of it.
+#[test]
+fn a_payload_that_panics_when_dropped() {
+    struct Bomb;
+    impl Drop for Bomb {
+        fn drop(&mut self) {
+            if !thread::panicking() {
+                panic!("dropped");
+            }
+        }
+    }
+    let pool = pool(3);
+    for _ in 0..20 {
+        let run = || pool.run(50, &|_, _| std::panic::panic_any(Bomb));
+        let payload = catch_unwind(AssertUnwindSafe(run)).unwrap_err();
+        assert!(payload.is::<Bomb>());
+        std::mem::forget(payload);
+        assert_eq!(counts(&pool, 16), vec![1; 16]);
     }
 }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use moe_kernels::pool::{Inline, ThreadPool};
+use moe_kernels::pool::{Inline, ThreadPool, Work};
 use moe_runner::Result;
 use moe_runner::comm::{At, Communicator, Step};
 use moe_runner::exchange::{
@@ -152,7 +152,7 @@ impl ThreadPool for CountingPool {
         1
     }
 
-    fn run(&self, items: usize, work: &(dyn Fn(usize) + Sync)) {
+    fn run(&self, items: usize, work: Work<'_>) {
         self.0.fetch_add(1, Ordering::Relaxed);
         Inline.run(items, work);
     }

@@ -12,3 +12,6 @@ pub mod numerics;
 pub mod pool;
 pub mod region;
 pub mod stored;
+
+#[cfg(target_endian = "big")]
+compile_error!("moe-kernels reads stored numbers in place: it needs a little-endian target");

@@ -1,0 +1,178 @@
+//! How the lines of a panel become numbers: for each kind of [`Codes`], a few lines.
+
+use super::simd::{MAGIC, Simd};
+use crate::pack::{Codes, position};
+
+/// A kind of codes. The codes of a panel's step begin at `at`; an octet is eight of its 32 k.
+///
+/// # Safety
+/// As [`Simd`]; `at` is readable for the step, `octet < 4`, `j < 8`.
+pub(super) trait Panel<S: Simd> {
+    const CODES: Codes;
+    /// What stays in registers.
+    type Constants: Copy;
+    /// What is loaded once for an octet.
+    type Octet: Copy;
+
+    unsafe fn constants(table: &[f32; 64]) -> Self::Constants;
+
+    unsafe fn octet(at: *const u8, octet: usize) -> Self::Octet;
+
+    /// The `j`-th k of the octet, of all sixteen rows. `j` is a literal once everything is inlined.
+    unsafe fn value(constants: &Self::Constants, octet: &Self::Octet, j: usize) -> S::V;
+}
+
+/// Codes of whole bytes: `$bytes` from one k to the next, `|at, j| number`.
+macro_rules! bytes {
+    ($name:ident, $bytes:literal, |$at:ident, $j:ident| $value:expr) => {
+        pub(super) struct $name;
+
+        impl<S: Simd> Panel<S> for $name {
+            const CODES: Codes = Codes::$name;
+            type Constants = ();
+            type Octet = *const u8;
+
+            #[inline(always)]
+            unsafe fn constants(_: &[f32; 64]) {}
+
+            #[inline(always)]
+            unsafe fn octet(at: *const u8, octet: usize) -> *const u8 {
+                // SAFETY: the caller's.
+                unsafe { at.add(octet * 8 * $bytes) }
+            }
+
+            #[inline(always)]
+            unsafe fn value(_: &(), $at: &*const u8, $j: usize) -> S::V {
+                // SAFETY: the caller's.
+                unsafe { $value }
+            }
+        }
+    };
+}
+
+bytes!(F32, 64, |at, j| S::load(at.add(64 * j)));
+bytes!(F16, 32, |at, j| S::f16(at.add(32 * j)));
+bytes!(Bf16, 32, |at, j| {
+    let pair = S::words(at.add(j / 2 * 64));
+    if j % 2 == 0 { S::low_bf16(pair) } else { S::high_bf16(pair) }
+});
+bytes!(Int8, 16, |at, j| S::int8(at.add(16 * j)));
+bytes!(E4m3, 16, |at, j| S::e4m3(at.add(16 * j)));
+bytes!(E5m2, 16, |at, j| S::e5m2(at.add(16 * j)));
+
+/// Codes in planes of bits. `low` are the lines of the wider plane, `high` those of the other.
+macro_rules! planes {
+    (
+        $name:ident, $Constants:ty, |$table:ident| $constants:expr,
+        |$at:ident, $octet:ident| $load:expr => $Octet:ty,
+        |$c:ident, $o:ident, $j:ident| $value:expr
+    ) => {
+        pub(super) struct $name;
+
+        impl<S: Simd> Panel<S> for $name {
+            const CODES: Codes = Codes::$name;
+            type Constants = $Constants;
+            type Octet = $Octet;
+
+            #[inline(always)]
+            unsafe fn constants($table: &[f32; 64]) -> Self::Constants {
+                // SAFETY: the caller's.
+                unsafe { $constants }
+            }
+
+            #[inline(always)]
+            unsafe fn octet($at: *const u8, $octet: usize) -> Self::Octet {
+                // SAFETY: the caller's.
+                unsafe { $load }
+            }
+
+            #[inline(always)]
+            unsafe fn value($c: &Self::Constants, $o: &Self::Octet, $j: usize) -> S::V {
+                // SAFETY: the caller's.
+                unsafe { $value }
+            }
+        }
+    };
+}
+
+planes!(
+    Table4, S::Table, |table| S::table(table),
+    |at, octet| four::<S>(at, octet) => S::I,
+    |table, codes, j| S::lookup16(*table, S::shr(*codes, 4 * position(j) as u32))
+);
+planes!(
+    Table2, S::Table, |table| S::table(table),
+    |at, octet| two::<S>(at, octet) => S::I,
+    |table, codes, j| S::lookup16(*table, S::shr(*codes, 2 * position(j) as u32))
+);
+planes!(
+    Table3, S::Table, |table| S::table(table),
+    |at, octet| (two::<S>(at, octet), one::<S>(at.add(128), octet)) => (S::I, S::I),
+    |table, codes, j| S::lookup16(*table, joined::<S, 2, 1>(codes, j))
+);
+planes!(
+    Int5, S::V, |table| S::splat(MAGIC + table[0]),
+    |at, octet| (four::<S>(at, octet), one::<S>(at.add(256), octet)) => (S::I, S::I),
+    |bias, codes, j| S::integers(joined::<S, 4, 1>(codes, j), 31, *bias)
+);
+planes!(
+    Int6, S::V, |table| S::splat(MAGIC + table[0]),
+    |at, octet| (four::<S>(at, octet), two::<S>(at.add(256), octet)) => (S::I, S::I),
+    |bias, codes, j| S::integers(joined::<S, 4, 2>(codes, j), 63, *bias)
+);
+planes!(
+    Table6, [f32; 64], |table| *table,
+    |at, octet| (four::<S>(at, octet), two::<S>(at.add(256), octet)) => (S::I, S::I),
+    |table, codes, j| S::lookup64(table, joined::<S, 4, 2>(codes, j))
+);
+
+/// The line of an octet of 4-bit codes.
+///
+/// # Safety
+/// As [`Panel`].
+#[inline(always)]
+unsafe fn four<S: Simd>(at: *const u8, octet: usize) -> S::I {
+    // SAFETY: the caller's.
+    unsafe { S::words(at.add(64 * octet)) }
+}
+
+/// The words of an octet of 2-bit codes, in the low halves.
+///
+/// # Safety
+/// As [`Panel`].
+#[inline(always)]
+unsafe fn two<S: Simd>(at: *const u8, octet: usize) -> S::I {
+    // SAFETY: the caller's.
+    unsafe { S::shr(S::words(at.add(octet / 2 * 64)), octet as u32 % 2 * 16) }
+}
+
+/// The words of an octet of single bits, in the low bytes.
+///
+/// # Safety
+/// As [`Panel`].
+#[inline(always)]
+unsafe fn one<S: Simd>(at: *const u8, octet: usize) -> S::I {
+    // SAFETY: the caller's.
+    unsafe { S::shr(S::words(at), octet as u32 * 8) }
+}
+
+/// The codes of both planes, `LOW` bits and above them `HIGH` bits; anything above those.
+///
+/// # Safety
+/// As [`Panel`].
+#[inline(always)]
+unsafe fn joined<S: Simd, const LOW: usize, const HIGH: usize>(
+    planes: &(S::I, S::I),
+    j: usize,
+) -> S::I {
+    let from = HIGH * position(j);
+    // SAFETY: the caller's.
+    unsafe {
+        let low = S::shr(planes.0, (LOW * position(j)) as u32);
+        let high = match from >= LOW {
+            true => S::shr(planes.1, (from - LOW) as u32),
+            false => S::shl(planes.1, (LOW - from) as u32),
+        };
+        S::blend((1 << LOW) - 1, low, high)
+    }
+}

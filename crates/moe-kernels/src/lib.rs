@@ -5,12 +5,16 @@
 #![warn(missing_docs)]
 
 pub mod arena;
+pub mod gemm;
 pub mod isa;
 pub mod kernel;
 pub mod limits;
 pub mod numerics;
+pub mod operand;
+pub mod pack;
 pub mod pool;
 pub mod region;
+pub mod rows;
 pub mod stored;
 
 #[cfg(target_endian = "big")]

@@ -95,8 +95,8 @@ impl Simd for Avx2 {
     unsafe fn f16(at: *const u8) -> Self::V {
         // SAFETY: see above.
         unsafe {
-            let part = |i: usize| _mm256_cvtph_ps(_mm_loadu_si128(at.add(16 * i).cast()));
-            Pair(part(0), part(1))
+            let words = Pair(_mm_loadu_si128(at.cast()), _mm_loadu_si128(at.add(16).cast()));
+            both!(|words| _mm256_cvtph_ps(words))
         }
     }
 
@@ -104,8 +104,8 @@ impl Simd for Avx2 {
     unsafe fn bf16(at: *const u8) -> Self::V {
         // SAFETY: see above.
         unsafe {
-            let part = |i: usize| _mm256_cvtepu16_epi32(_mm_loadu_si128(at.add(16 * i).cast()));
-            Self::low_bf16(Pair(part(0), part(1)))
+            let words = Pair(_mm_loadu_si128(at.cast()), _mm_loadu_si128(at.add(16).cast()));
+            Self::low_bf16(both!(|words| _mm256_cvtepu16_epi32(words)))
         }
     }
 

@@ -195,9 +195,11 @@ impl Simd for Avx512 {
     unsafe fn lookup64(numbers: &[f32; 64], words: __m512i) -> __m512 {
         // SAFETY: see above; the four parts lie in the table.
         unsafe {
-            let part = |i: usize| _mm512_loadu_ps(numbers.as_ptr().add(16 * i));
-            let low = _mm512_permutex2var_ps(part(0), words, part(1));
-            let high = _mm512_permutex2var_ps(part(2), words, part(3));
+            let at = numbers.as_ptr();
+            let (a, b) = (_mm512_loadu_ps(at), _mm512_loadu_ps(at.add(16)));
+            let (c, d) = (_mm512_loadu_ps(at.add(32)), _mm512_loadu_ps(at.add(48)));
+            let low = _mm512_permutex2var_ps(a, words, b);
+            let high = _mm512_permutex2var_ps(c, words, d);
             let upper = _mm512_test_epi32_mask(words, _mm512_set1_epi32(32));
             _mm512_mask_blend_ps(upper, low, high)
         }

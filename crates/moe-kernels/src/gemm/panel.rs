@@ -54,7 +54,7 @@ bytes!(F32, 64, |at, j| S::load(at.add(64 * j)));
 bytes!(F16, 32, |at, j| S::f16(at.add(32 * j)));
 bytes!(Bf16, 32, |at, j| {
     let pair = S::words(at.add(j / 2 * 64));
-    if j % 2 == 0 { S::low_bf16(pair) } else { S::high_bf16(pair) }
+    if j % 2 == 1 { S::high_bf16(pair) } else { S::low_bf16(pair) }
 });
 bytes!(Int8, 16, |at, j| S::int8(at.add(16 * j)));
 bytes!(E4m3, 16, |at, j| S::e4m3(at.add(16 * j)));
@@ -121,10 +121,19 @@ planes!(
     |bias, codes, j| S::integers(joined::<S, 4, 2>(codes, j), 63, *bias)
 );
 planes!(
-    Table6, [f32; 64], |table| *table,
+    Table6, [f32; 64], |table| copied(table),
     |at, octet| (four::<S>(at, octet), two::<S>(at.add(256), octet)) => (S::I, S::I),
     |table, codes, j| S::lookup64(table, joined::<S, 4, 2>(codes, j))
 );
+
+/// The numbers themselves, for a look-up in memory.
+///
+/// # Safety
+/// None needed.
+#[inline(always)]
+unsafe fn copied(numbers: &[f32; 64]) -> [f32; 64] {
+    *numbers
+}
 
 /// The line of an octet of 4-bit codes.
 ///

@@ -15,7 +15,9 @@
 
 use super::panel::Panel;
 use super::simd::Simd;
-use crate::pack::{Finish, Group, Layout, Number, OCTET, Offset, PANEL, STEP};
+use crate::numerics::{DecodeScale, EncodeScale};
+use crate::pack::{Finish, Layout, Number, OCTET, Offset, PANEL, STEP};
+use crate::stored::Global;
 
 /// The operands of a tile.
 pub(super) struct Args<'a> {
@@ -248,10 +250,11 @@ unsafe fn write<S: Simd, const M: usize, const N: usize>(
     unsafe {
         for m in 0..M {
             for q in 0..N {
-                let value = match args.finish {
-                    Finish::None => acc[m][q],
-                    Finish::Multiply(by) => S::mul(acc[m][q], S::splat(by)),
-                    Finish::Divide(by) => S::div(acc[m][q], S::splat(by)),
+                let value = S::mul(acc[m][q], S::splat(args.finish.power));
+                let value = match args.finish.global {
+                    None => value,
+                    Some(Global::Multiply(DecodeScale(by))) => S::mul(value, S::splat(by)),
+                    Some(Global::Divide(EncodeScale(by))) => S::div(value, S::splat(by)),
                 };
                 let to = args.out.add(m * args.out_stride + q * PANEL);
                 let columns = args.columns - q * PANEL;

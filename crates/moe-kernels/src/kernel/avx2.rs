@@ -7,7 +7,7 @@ use super::dot::{DotArgs, DotFns, dot};
 use super::lanes::{Bf16, F16, F32, Lanes};
 use super::probe::{self, Probes};
 
-/// To be entered only with the token [`Avx2`](crate::isa::Avx2).
+/// To be entered only where the CPU has [`Isa::Avx2`](crate::isa::Isa::Avx2).
 pub(super) const DOT: DotFns = DotFns { f32: dot_f32, f16: dot_f16, bf16: dot_bf16 };
 
 /// As [`DOT`].

@@ -26,12 +26,12 @@ mod dot;
 mod lanes;
 mod portable;
 mod probe;
-mod rows;
 
 use std::fmt;
 
+pub use crate::rows::{Rows, RowsMut, Tile, Tiles, WeightRows};
+pub use crate::stored::FloatType as Float;
 pub use activation::Activation;
-pub use rows::{Float, Rows, RowsMut, Tile, Tiles, WeightRows};
 
 use crate::isa::Isa;
 use activation::ActivateFn;

@@ -6,26 +6,7 @@
 use std::marker::PhantomData;
 use std::ops::Range;
 
-/// The stored types that the float kernels read.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Float {
-    /// IEEE binary32.
-    F32,
-    /// IEEE binary16.
-    F16,
-    /// bfloat16.
-    Bf16,
-}
-
-impl Float {
-    /// Bytes of one element.
-    pub fn size(self) -> usize {
-        match self {
-            Float::F32 => 4,
-            Float::F16 | Float::Bf16 => 2,
-        }
-    }
-}
+use crate::stored::FloatType;
 
 /// Elements from the start of the first row to the end of the last; `None` beyond `usize`.
 fn extent(rows: usize, cols: usize, stride: usize) -> Option<usize> {
@@ -50,6 +31,15 @@ pub struct Rows<'a> {
 }
 
 impl<'a> Rows<'a> {
+    /// Row `i`.
+    ///
+    /// # Panics
+    /// If there is none.
+    pub fn row(&self, i: usize) -> &'a [f32] {
+        assert!(i < self.rows, "row {i} of {}", self.rows);
+        &self.data[i * self.stride..][..self.cols]
+    }
+
     /// `rows` rows of `cols` elements of `data`, `stride` apart.
     ///
     /// # Panics
@@ -70,11 +60,11 @@ impl<'a> Rows<'a> {
         self.cols
     }
 
-    pub(super) fn stride(&self) -> usize {
+    pub(crate) fn stride(&self) -> usize {
         self.stride
     }
 
-    pub(super) fn as_ptr(&self) -> *const f32 {
+    pub(crate) fn as_ptr(&self) -> *const f32 {
         self.data.as_ptr()
     }
 
@@ -93,7 +83,7 @@ impl<'a> Rows<'a> {
 #[derive(Clone, Copy, Debug)]
 pub struct WeightRows<'a> {
     bytes: &'a [u8],
-    float: Float,
+    float: FloatType,
     rows: usize,
     cols: usize,
     stride: usize,
@@ -110,7 +100,7 @@ impl<'a> WeightRows<'a> {
         let bytes = unsafe {
             std::slice::from_raw_parts(values.as_ptr().cast::<u8>(), size_of_val(values))
         };
-        WeightRows::new(bytes, Float::F32, rows, cols, stride)
+        WeightRows::new(bytes, FloatType::F32, rows, cols, stride)
     }
 
     /// `rows` rows of `cols` elements, `stride` elements apart. The elements are little-endian and
@@ -120,7 +110,7 @@ impl<'a> WeightRows<'a> {
     /// If `bytes` is too short.
     pub fn new(
         bytes: &'a [u8],
-        float: Float,
+        float: FloatType,
         rows: usize,
         cols: usize,
         stride: usize,
@@ -142,15 +132,15 @@ impl<'a> WeightRows<'a> {
     }
 
     /// Type of the elements.
-    pub fn float(&self) -> Float {
+    pub fn float(&self) -> FloatType {
         self.float
     }
 
-    pub(super) fn stride(&self) -> usize {
+    pub(crate) fn stride(&self) -> usize {
         self.stride
     }
 
-    pub(super) fn as_ptr(&self) -> *const u8 {
+    pub(crate) fn as_ptr(&self) -> *const u8 {
         self.bytes.as_ptr()
     }
 
@@ -206,12 +196,17 @@ impl<'a> RowsMut<'a> {
         self.cols
     }
 
-    pub(super) fn stride(&self) -> usize {
+    pub(crate) fn stride(&self) -> usize {
         self.stride
     }
 
-    pub(super) fn as_mut_ptr(&mut self) -> *mut f32 {
+    pub(crate) fn as_mut_ptr(&mut self) -> *mut f32 {
         self.data
+    }
+
+    /// Where the element `[row, col]` is, if it is there.
+    pub(crate) fn at(&mut self, row: usize, col: usize) -> *mut f32 {
+        self.data.wrapping_add(row * self.stride + col)
     }
 
     /// Row `i`.

@@ -1,0 +1,227 @@
+//! Products of token rows with packed weights: `out[i][j] = Σ_k x[i][k] · w[j][k]`.
+//!
+//! A [`Gemm`] is an entry of a table, [`ALL`]: what codes it reads, what rows, and the features it
+//! needs. [`gemm`] picks the best entry for a matrix and a set of features; since it takes the set
+//! as an argument, every entry can be forced. [`pack`](crate::pack::pack) makes what the entry
+//! reads, and refuses where the CPU lacks a feature, so that packed weights prove what they need.
+//!
+//! # The promise
+//! An element of `out` is computed in one way. With the columns in the order of
+//! [`Packed::order`], in groups that share a scale and of at most 256 columns:
+//!
+//! ```text
+//! s = 0;    s = x[k] · code[k] + s              for each k of a group, in order
+//! s = zero · Σx + s                             where the format has zero points
+//! acc = scale · s + acc                         (without a scale: acc = s + acc)
+//! acc = minimum · Σx + acc                      where the format has minima
+//! out = acc, times or divided by the scale of the whole matrix
+//! ```
+//!
+//! Each `·` with its `+` is one fused multiply-add in f32; codes, scales and zero points are exact,
+//! `Σx` is computed in f64 and rounded once. So the result is the same bit by bit for any rows
+//! beside it, any split into units, and on every set of features.
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod panel;
+mod portable;
+mod simd;
+#[allow(clippy::needless_range_loop, reason = "loops over constants, which must unroll")]
+mod tile;
+
+use std::fmt;
+use std::ops::Range;
+
+use crate::isa::{Cpu, Features};
+use crate::operand::{self, Operand, OperandKind};
+use crate::pack::{Codes, Packed, UNIT};
+use crate::rows::{Rows, RowsMut};
+use crate::stored::View;
+use tile::{Args, Shape};
+
+/// An entry of the table.
+pub struct Gemm {
+    name: &'static str,
+    codes: Codes,
+    rows: OperandKind,
+    needs: Features,
+    /// Tiles, the preferred first; the last is one row and one panel.
+    shapes: &'static [Shape],
+}
+
+/// The entries of one set of features.
+macro_rules! entries {
+    ($set:ident, $name:literal, $needs:expr; $($panel:ident $codes:literal),*) => {
+        [$(Gemm {
+            name: concat!($codes, " · f32, ", $name),
+            codes: Codes::$panel,
+            rows: OperandKind::F32,
+            needs: $needs,
+            shapes: $set::of::<panel::$panel>(),
+        }),*]
+    };
+}
+
+/// The entries for all codes of one set of features.
+macro_rules! set {
+    ($set:ident, $name:literal, $needs:expr) => {
+        entries!($set, $name, $needs;
+            F32 "f32", F16 "f16", Bf16 "bf16", Int8 "int8", E4m3 "e4m3", E5m2 "e5m2",
+            Table2 "2-bit table", Table3 "3-bit table", Table4 "4-bit table",
+            Int5 "5-bit integers", Int6 "6-bit integers", Table6 "6-bit table")
+    };
+}
+
+#[cfg(target_arch = "x86_64")]
+static AVX512: [Gemm; 12] = set!(avx512, "avx512", Features::V4);
+#[cfg(target_arch = "x86_64")]
+static AVX2: [Gemm; 12] = set!(avx2, "avx2", Features::V3);
+static PORTABLE: [Gemm; 12] = set!(portable, "portable", Features::NONE);
+
+/// Every entry, the preferred ones first.
+#[cfg(target_arch = "x86_64")]
+pub static ALL: [&[Gemm]; 3] = [&AVX512, &AVX2, &PORTABLE];
+/// Every entry, the preferred ones first.
+#[cfg(not(target_arch = "x86_64"))]
+pub static ALL: [&[Gemm]; 1] = [&PORTABLE];
+
+/// The best entry for `weights` and `rows` on a CPU with `have`; `None` if there is none.
+pub fn gemm(weights: &View, rows: OperandKind, have: Features) -> Option<&'static Gemm> {
+    let codes = crate::pack::codes(weights);
+    let mut entries = ALL.into_iter().flatten();
+    entries.find(|gemm| gemm.codes == codes && gemm.rows == rows && have.contains(gemm.needs))
+}
+
+impl Gemm {
+    /// The name in reports.
+    pub fn name(&self) -> &'static str {
+        self.name
+    }
+
+    /// The codes that it reads.
+    pub fn codes(&self) -> Codes {
+        self.codes
+    }
+
+    /// What its rows are.
+    pub fn rows(&self) -> OperandKind {
+        self.rows
+    }
+
+    /// The CPU features that it needs.
+    pub fn needs(&self) -> Features {
+        self.needs
+    }
+
+    /// Whether this CPU can run it.
+    pub fn runs_here(&self) -> bool {
+        Cpu::detect().has(self.needs)
+    }
+
+    /// Bytes that [`operand`](Self::operand) needs for `rows` rows.
+    pub fn operand_bytes(&self, w: &Packed, rows: usize) -> usize {
+        operand::bytes(w, rows)
+    }
+
+    /// `rows` `[M, K]` as the kernel reads them, written to `into`, which begins at a multiple of
+    /// 64 bytes (4 will do, but slower). Runs on the calling thread. What it makes also serves any
+    /// other weights that [take](Packed::takes) the same rows.
+    ///
+    /// # Panics
+    /// If `rows` has other columns than `w`, or `into` is too short.
+    pub fn operand<'a>(&self, w: &Packed, rows: Rows<'_>, into: &'a mut [u8]) -> Operand<'a> {
+        self.owns(w);
+        assert_eq!(rows.cols(), w.cols(), "columns of the rows and the weights");
+        operand::write(w, rows, into)
+    }
+
+    /// `out[i][j] = Σ_k x[rows][k] · w[j][k]` for the weight rows `j` of `units`, as the module
+    /// promises. Runs on the calling thread.
+    ///
+    /// # Panics
+    /// If `w` was packed for another entry, `x` made for weights with another order of columns, the
+    /// ranges do not lie inside, or `out` is not `[rows, columns of the units]`.
+    pub fn run(
+        &self,
+        w: &Packed,
+        x: Operand<'_>,
+        rows: Range<usize>,
+        units: Range<usize>,
+        out: &mut RowsMut<'_>,
+    ) {
+        self.owns(w);
+        assert!(x.fits(w), "rows for other weights");
+        assert!(rows.start <= rows.end && rows.end <= x.rows(), "rows {rows:?} of {}", x.rows());
+        let columns = w.columns(units.clone());
+        assert_eq!((out.rows(), out.cols()), (rows.len(), columns.len()), "shape of out");
+        if rows.is_empty() || columns.is_empty() {
+            return;
+        }
+        let x_rows = x.slice(rows.clone());
+        for unit in units.clone() {
+            let panels = w.panels(unit);
+            let column = (unit - units.start) * UNIT;
+            self.cover(rows.len(), panels, |shape, row, first| {
+                let args = Args {
+                    layout: *w.layout(),
+                    table: w.table(),
+                    finish: w.finish(),
+                    blocks: w.blocks(),
+                    unit: w.unit(unit).as_ptr(),
+                    panels,
+                    first,
+                    x: x_rows[row * x.stride()..].as_ptr(),
+                    x_stride: x.stride(),
+                    sums: x.sums_at(),
+                    out: out.at(row, column + first * crate::pack::PANEL),
+                    out_stride: out.stride(),
+                    columns: columns.len() - column - first * crate::pack::PANEL,
+                };
+                // SAFETY: the CPU has the features, or `w` could not have been packed for this
+                // entry. The unit has all blocks of its panels; the rows of the shape lie in `x`,
+                // with their sums, and in `out`, which is borrowed mutably and has the columns.
+                unsafe { (shape.run)(&args) }
+            });
+        }
+    }
+
+    /// Calls `tile(shape, row, panel)` so that the shapes cover `rows` × `panels` once.
+    fn cover(&self, rows: usize, panels: usize, mut tile: impl FnMut(&Shape, usize, usize)) {
+        let single = &self.shapes[self.shapes.len() - 1];
+        let mut row = 0;
+        while row < rows {
+            let fits = |shape: &&Shape| shape.rows <= rows - row && shape.panels <= panels;
+            let height = self.shapes.iter().find(fits).unwrap_or(single).rows;
+            let mut panel = 0;
+            while panel < panels {
+                let fits = |shape: &&Shape| shape.rows == height && shape.panels <= panels - panel;
+                match self.shapes.iter().find(fits) {
+                    Some(shape) => {
+                        tile(shape, row, panel);
+                        panel += shape.panels;
+                    }
+                    None => {
+                        (row..row + height).for_each(|row| tile(single, row, panel));
+                        panel += 1;
+                    }
+                }
+            }
+            row += height;
+        }
+    }
+
+    fn owns(&self, w: &Packed) {
+        assert!(std::ptr::eq(self, w.gemm()), "weights packed for {}", w.gemm().name);
+    }
+}
+
+impl fmt::Debug for Gemm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name)
+    }
+}
+
+#[cfg(test)]
+mod tests;

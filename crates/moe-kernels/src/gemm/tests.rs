@@ -1,0 +1,216 @@
+//! Every entry of the table against a scalar twin, bit by bit, and the twin against float64.
+
+mod cases;
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::pack::{pack, twin};
+use cases::{Numbers, View, cases};
+
+/// `x · wᵀ` by `gemm`, in the units and rows of `cut`.
+fn product(
+    gemm: &'static Gemm,
+    view: &View,
+    x: &[f32],
+    rows: usize,
+    (unit_cut, row_cut): (usize, usize),
+) -> Vec<f32> {
+    let w = pack(view, gemm).unwrap();
+    let (cols, n) = (view.cols(), view.rows());
+    let mut memory = vec![0u8; gemm.operand_bytes(&w, rows) + 64];
+    let start = memory.as_ptr().align_offset(64);
+    let operand = gemm.operand(&w, Rows::new(x, rows, cols, cols), &mut memory[start..]);
+    let mut out = vec![f32::NAN; rows * n];
+    let mut all = RowsMut::new(&mut out, rows, n, n);
+    let cuts = |len: usize, cut: usize| [0..cut.min(len), cut.min(len)..len];
+    for units in cuts(w.units(), unit_cut) {
+        for rows in cuts(rows, row_cut) {
+            let out = &mut all.window(rows.clone(), w.columns(units.clone()));
+            gemm.run(&w, operand, rows, units.clone(), out);
+        }
+    }
+    out
+}
+
+/// Entries for `view` that this CPU can run.
+fn entries(view: &View) -> Vec<&'static Gemm> {
+    let all = ALL.iter().copied().flatten();
+    all.filter(|gemm| gemm.codes() == crate::pack::codes(view) && gemm.runs_here()).collect()
+}
+
+/// As bits; all NaN alike.
+fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|v| if v.is_nan() { u32::MAX } else { v.to_bits() }).collect()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
+
+    /// All formats, any shape, any number of rows, any cut: the twin's bits; and the twin is right.
+    #[test]
+    fn every_entry_is_its_twin(
+        seed: u64,
+        n in prop_oneof![1..=20usize, 1..150usize],
+        k in prop_oneof![1..=40usize, 1..300usize, Just(512)],
+        m in prop_oneof![Just(1usize), 1..=9usize, 1..20usize],
+        unit_cut in 0..3usize,
+        row_cut in 0..9usize,
+    ) {
+        let mut numbers = Numbers(seed);
+        for (name, view) in cases(&mut numbers, n, k) {
+            let x = numbers.normal(m * view.cols());
+            let twin = twin::product(&view, &x);
+            check_against_float64(&name, &view, &x, &twin)?;
+            let found = entries(&view);
+            prop_assert!(!found.is_empty(), "{}", name);
+            for gemm in found {
+                let got = product(gemm, &view, &x, m, (unit_cut, row_cut));
+                prop_assert_eq!(bits(&got), bits(&twin), "{} by {:?}", name, gemm);
+            }
+        }
+    }
+}
+
+/// The twin is near the product of decoded weights in float64.
+fn check_against_float64(
+    name: &str,
+    view: &View,
+    x: &[f32],
+    got: &[f32],
+) -> Result<(), TestCaseError> {
+    let mut w = vec![0.0; view.cols()];
+    let (mut error, mut size) = (0.0, 0.0);
+    for n in 0..view.rows() {
+        view.decode_row(n, &mut w);
+        let largest = f64::from(w.iter().fold(0.0f32, |largest, w| largest.max(w.abs())));
+        for (m, x) in x.chunks(view.cols().max(1)).enumerate() {
+            let products = x.iter().zip(&w).map(|(x, w)| f64::from(*x) * f64::from(*w));
+            let (sum, absolute) =
+                products.fold((0.0, 0.0), |(sum, absolute), p| (sum + p, absolute + p.abs()));
+            let got = f64::from(got[m * view.rows() + n]);
+            if sum.is_nan() {
+                prop_assert!(got.is_nan(), "{}: [{}][{}] {} is not NaN", name, m, n, got);
+                continue;
+            }
+            // Minima and zero points cancel against the codes: hence the room.
+            let sum_x: f64 = x.iter().map(|x| f64::from(x.abs())).sum();
+            let bound = 1e-4 * absolute + 1e-5 * (1.0 + largest) * sum_x;
+            prop_assert!(
+                (got - sum).abs() <= bound,
+                "{}: [{}][{}] {} is not {}",
+                name,
+                m,
+                n,
+                got,
+                sum
+            );
+            (error, size) = (error + (got - sum).powi(2), size + sum * sum);
+        }
+    }
+    // Of sums that cancel little: a product of a few numbers may be nearly zero.
+    if view.cols() >= 32 && view.rows() >= 16 {
+        prop_assert!(error <= 1e-11 * size, "{}: NMSE {:e}", name, error / size);
+    }
+    Ok(())
+}
+
+#[test]
+fn names_and_codes_are_the_tables() {
+    let entries: Vec<&Gemm> = ALL.into_iter().flatten().collect();
+    for (i, gemm) in entries.iter().enumerate() {
+        assert!(entries[..i].iter().all(|other| other.name() != gemm.name()), "{gemm:?}");
+        let last = gemm.shapes.last().unwrap();
+        assert_eq!((last.rows, last.panels), (1, 1), "{gemm:?}");
+    }
+    for codes in Codes::ALL {
+        let portable = |gemm: &&&Gemm| gemm.codes() == codes && gemm.needs() == Features::NONE;
+        assert_eq!(entries.iter().filter(portable).count(), 1, "{codes:?}");
+    }
+}
+
+#[test]
+fn the_best_entry_is_chosen_for_a_set() {
+    let view = View::new(crate::stored::Floats::from_f32(&[1.0; 4], [2, 2]).unwrap());
+    for (have, needs) in [
+        (Features::NONE, Features::NONE),
+        (Features::AVX2, Features::NONE),
+        #[cfg(target_arch = "x86_64")]
+        (Features::V3, Features::V3),
+        #[cfg(target_arch = "x86_64")]
+        (Features::V4.with(Features::AVX512_BF16), Features::V4),
+    ] {
+        assert_eq!(gemm(&view, OperandKind::F32, have).unwrap().needs(), needs, "{have}");
+    }
+}
+
+#[test]
+fn tiles_cover_everything_once() {
+    for gemm in ALL.into_iter().flatten() {
+        for (rows, panels) in [(1, 1), (1, 3), (5, 4), (15, 2), (16, 3), (7, 1), (0, 4)] {
+            let mut seen = vec![0; rows * panels];
+            gemm.cover(rows, panels, |shape, row, panel| {
+                for i in row..row + shape.rows {
+                    (panel..panel + shape.panels).for_each(|j| seen[i * panels + j] += 1);
+                }
+            });
+            assert!(seen.iter().all(|times| *times == 1), "{gemm:?}: {rows} x {panels}");
+        }
+    }
+}
+
+/// Weights packed for one entry are refused by another; so are rows for other weights.
+#[test]
+fn what_does_not_belong_is_refused() {
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+    let refused = |f: &mut dyn FnMut()| catch_unwind(AssertUnwindSafe(f)).is_err();
+    let floats = |k| View::new(crate::stored::Floats::from_f32(&vec![1.0; 2 * k], [2, k]).unwrap());
+    let find = |codes| PORTABLE.iter().find(|gemm| gemm.codes() == codes).unwrap();
+    let (gemm, other) = (find(Codes::F32), find(Codes::Bf16));
+    assert!(pack(&floats(3), other).unwrap_err().to_string().contains("does not read F32"));
+    let (w, wide) = (pack(&floats(3), gemm).unwrap(), pack(&floats(300), gemm).unwrap());
+    let x = Rows::new(&[1.0, 2.0, 3.0], 1, 3, 3);
+    let mut memory = vec![0u8; 4096];
+    let start = memory.as_ptr().align_offset(64);
+    let memory = &mut memory[start..];
+    let mut out = [0.0; 2];
+    let mut out = RowsMut::new(&mut out, 1, 2, 2);
+    assert!(refused(&mut || _ = other.operand(&w, x, memory)));
+    assert!(refused(&mut || _ = gemm.operand(&wide, x, memory)));
+    let operand = gemm.operand(&w, x, memory);
+    assert!(refused(&mut || other.run(&w, operand, 0..1, 0..1, &mut out)));
+    assert!(refused(&mut || gemm.run(&wide, operand, 0..1, 0..1, &mut out)));
+    assert!(refused(&mut || gemm.run(&w, operand, 0..2, 0..1, &mut out)));
+    assert!(refused(&mut || gemm.run(&w, operand, 0..1, 0..2, &mut out)));
+    assert!(refused(&mut || gemm.run(&w, operand, 0..1, 1..1, &mut out)));
+    gemm.run(&w, operand, 0..1, 0..1, &mut out);
+    assert_eq!(out.row(0), [6.0, 6.0]);
+}
+
+/// Infinities and NaN of weights and rows come out where they belong, and only there.
+#[test]
+fn special_values() {
+    let k = 37;
+    for at in [0, 17, 36] {
+        let mut values = vec![1.0; 3 * k];
+        values[at] = f32::INFINITY;
+        values[2 * k + at] = f32::NAN;
+        let view = View::new(crate::stored::Floats::from_f32(&values, [3, k]).unwrap());
+        for gemm in entries(&view) {
+            let out = product(gemm, &view, &vec![1.0; k], 1, (0, 0));
+            assert_eq!((out[0], out[1]), (f32::INFINITY, k as f32), "{gemm:?}");
+            assert!(out[2].is_nan(), "{gemm:?}");
+        }
+    }
+}
+
+#[test]
+fn empty_matrices() {
+    for (m, n, k) in [(0, 4, 8), (4, 0, 8), (4, 4, 0), (0, 0, 0)] {
+        let view = View::new(crate::stored::Floats::from_f32(&vec![1.0; n * k], [n, k]).unwrap());
+        for gemm in entries(&view) {
+            let out = product(gemm, &view, &vec![1.0; m * k], m, (0, 0));
+            assert!(out.iter().all(|v| *v == 0.0), "no products: the sum is zero");
+        }
+    }
+}

@@ -1,0 +1,132 @@
+//! Token rows as a kernel reads them.
+//!
+//! A kernel's rows have the columns in the order of its packed weights: padded to whole steps, and
+//! permuted where the weights' groups are not runs of columns (act-order). Weights with zero points
+//! or minima also need the sum of a row over each of their groups. All of that is done once for all
+//! products of the rows, by [`Gemm::operand`](crate::gemm::Gemm::operand), in memory of the caller.
+
+use std::ops::Range;
+
+use crate::pack::{LINE, Packed};
+use crate::rows::Rows;
+
+/// What the elements of a kernel's rows are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum OperandKind {
+    /// f32, as they come.
+    F32,
+}
+
+/// Rows that a kernel reads, made for packed weights or for others with the same
+/// [order of columns](Packed::takes).
+#[derive(Clone, Copy, Debug)]
+pub struct Operand<'a> {
+    /// `rows` rows, `stride` apart: `steps` elements, then `sums` sums of groups.
+    data: &'a [f32],
+    rows: usize,
+    shape: RowShape,
+}
+
+/// What a row consists of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct RowShape {
+    elements: usize,
+    sums: usize,
+}
+
+impl RowShape {
+    fn of(w: &Packed) -> RowShape {
+        RowShape { elements: w.order().padded(), sums: w.sums() }
+    }
+
+    /// Elements from one row to the next: an odd number of cache lines, so that the same columns of
+    /// the rows of a tile do not meet in one set of a cache.
+    fn stride(self) -> usize {
+        let lines = (self.elements + self.sums).div_ceil(LINE / 4);
+        (lines | 1) * (LINE / 4)
+    }
+}
+
+/// Bytes of `rows` rows for `w`.
+pub(crate) fn bytes(w: &Packed, rows: usize) -> usize {
+    RowShape::of(w).stride().saturating_mul(rows).saturating_mul(4)
+}
+
+/// Writes `rows` for `w`, as f32.
+pub(crate) fn write<'a>(w: &Packed, rows: Rows<'_>, into: &'a mut [u8]) -> Operand<'a> {
+    let shape = RowShape::of(w);
+    let len = shape.stride() * rows.rows();
+    let data = floats(into);
+    assert!(data.len() >= len, "{} bytes for {} rows", data.len() * 4, rows.rows());
+    let data = &mut data[..len];
+    for (i, to) in data.chunks_exact_mut(shape.stride()).enumerate() {
+        let (elements, sums) = to.split_at_mut(shape.elements);
+        w.order().apply(rows.row(i), elements);
+        if shape.sums > 0 {
+            w.group_ranges().zip(sums).for_each(|(group, to)| *to = sum(&elements[group]));
+        }
+    }
+    Operand { data, rows: rows.rows(), shape }
+}
+
+/// The aligned f32 of `bytes`.
+fn floats(bytes: &mut [u8]) -> &mut [f32] {
+    // SAFETY: any four bytes are an f32.
+    let (head, floats, _) = unsafe { bytes.align_to_mut::<f32>() };
+    assert!(head.is_empty(), "memory for an operand begins at a multiple of four bytes");
+    floats
+}
+
+/// The sum in f64 over eight lanes, rounded once: the same on every CPU.
+fn sum(values: &[f32]) -> f32 {
+    let mut lanes = [0.0f64; 8];
+    let (chunks, rest) = values.as_chunks::<8>();
+    for chunk in chunks {
+        lanes.iter_mut().zip(chunk).for_each(|(lane, v)| *lane += f64::from(*v));
+    }
+    lanes.iter_mut().zip(rest).for_each(|(lane, v)| *lane += f64::from(*v));
+    let [a, b, c, d, e, f, g, h] = lanes;
+    (((a + e) + (c + g)) + ((b + f) + (d + h))) as f32
+}
+
+impl<'a> Operand<'a> {
+    /// Number of rows.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Whether `w` reads such rows. (That they were made for the same order of columns is up to the
+    /// caller: see [`Packed::takes`].)
+    pub(crate) fn fits(&self, w: &Packed) -> bool {
+        self.shape == RowShape::of(w)
+    }
+
+    /// The rows of `range`, which are there.
+    pub(crate) fn slice(&self, range: Range<usize>) -> &'a [f32] {
+        let stride = self.stride();
+        &self.data[range.start * stride..range.end * stride]
+    }
+
+    pub(crate) fn stride(&self) -> usize {
+        self.shape.stride()
+    }
+
+    /// From a row to its sums.
+    pub(crate) fn sums_at(&self) -> usize {
+        self.shape.elements
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sums_are_rounded_once() {
+        let values: Vec<f32> = (0..37).map(|i| (i as f32 - 11.3) * 1e7).collect();
+        let exact: f64 = values.iter().map(|v| f64::from(*v)).sum();
+        assert_eq!(sum(&values), exact as f32);
+        assert_eq!(sum(&[]), 0.0);
+    }
+}

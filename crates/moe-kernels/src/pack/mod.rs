@@ -1,0 +1,229 @@
+//! Weights as kernels read them: panels of sixteen output rows, made once from stored ones.
+//!
+//! [`pack`] turns one [`View`] into a [`Packed`] for one [`Gemm`], on the calling thread: a layer
+//! packs its experts in parallel and lets go of each view as it goes. Codes stay codes, scales stay
+//! as compact as they were stored: a packed matrix takes the bytes of the stored one, but for what
+//! pads it (rows to sixteen, groups to 32 columns), for codes that GGUF squeezes below a whole
+//! number of bits, and for the 6-bit scales of its K types. The layout is described in
+//! [`Layout`]'s module.
+
+mod blocks;
+mod layout;
+mod lines;
+mod memory;
+mod order;
+mod plan;
+mod rows;
+#[cfg(test)]
+pub(crate) mod twin;
+
+use std::fmt;
+use std::ops::Range;
+
+pub use layout::{Codes, Layout};
+pub(crate) use layout::{Number, OCTET, Offset, PANEL, PANELS, STEP, UNIT, position};
+pub(crate) use memory::LINE;
+pub(crate) use order::Order;
+pub(crate) use plan::{Finish, codes};
+
+use crate::gemm::Gemm;
+use crate::stored::View;
+use memory::Memory;
+use order::Columns;
+use plan::Plan;
+
+/// Packed weights `[rows, cols]`, for one entry of [the table](crate::gemm::ALL).
+pub struct Packed {
+    gemm: &'static Gemm,
+    layout: Layout,
+    columns: Columns,
+    table: Box<[f32; 64]>,
+    finish: Finish,
+    rows: usize,
+    cols: usize,
+    bytes: Memory,
+}
+
+/// Why weights cannot be packed for an entry.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// The entry reads other codes.
+    OtherCodes {
+        /// The entry's name.
+        gemm: &'static str,
+        /// What the weights would be packed as.
+        found: Codes,
+    },
+    /// This CPU lacks features.
+    Lacks {
+        /// The entry's name.
+        gemm: &'static str,
+        /// Names of the features.
+        features: String,
+    },
+    /// The packed weights would not fit an address space.
+    TooLarge,
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Refusal::OtherCodes { gemm, found } => {
+                write!(f, "{gemm} does not read {found:?}")
+            }
+            Refusal::Lacks { gemm, features } => {
+                write!(f, "{gemm} needs {features}, which this processor lacks")
+            }
+            Refusal::TooLarge => f.write_str("the packed weights are larger than memory"),
+        }
+    }
+}
+
+impl std::error::Error for Refusal {}
+
+/// Packs `view` for `gemm`, on the calling thread.
+///
+/// # Errors
+/// If `gemm` reads other codes or this CPU cannot run it, or the result is too large for memory.
+pub fn pack(view: &View, gemm: &'static Gemm) -> Result<Packed, Refusal> {
+    if codes(view) != gemm.codes() {
+        return Err(Refusal::OtherCodes { gemm: gemm.name(), found: codes(view) });
+    }
+    if !gemm.runs_here() {
+        let lacking = gemm.needs().without(crate::isa::Cpu::detect().features());
+        return Err(Refusal::Lacks { gemm: gemm.name(), features: lacking.to_string() });
+    }
+    let plan = Plan::of(view);
+    let panels = view.rows().div_ceil(PANEL);
+    let bytes = panels.checked_mul(panel_bytes(&plan.layout, &plan.columns.blocks));
+    let bytes = bytes.and_then(Memory::zeroed).ok_or(Refusal::TooLarge)?;
+    let mut packed = Packed {
+        gemm,
+        layout: plan.layout,
+        columns: plan.columns.clone(),
+        table: Box::new(plan.table),
+        finish: plan.finish,
+        rows: view.rows(),
+        cols: view.cols(),
+        bytes,
+    };
+    for unit in 0..packed.units() {
+        let rows = unit * UNIT..view.rows().min((unit + 1) * UNIT);
+        let range = packed.unit_range(unit);
+        rows::unit(view, &plan, rows, &mut packed.bytes[range]);
+    }
+    Ok(packed)
+}
+
+/// Bytes of a panel over all of k, headers included.
+fn panel_bytes(layout: &Layout, blocks: &[u8]) -> usize {
+    blocks.iter().map(|steps| layout.block_bytes(usize::from(*steps))).sum()
+}
+
+impl Packed {
+    /// Output features.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Input features.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// Units of 64 rows, the last of which may have fewer: what work is split into.
+    pub fn units(&self) -> usize {
+        self.rows.div_ceil(UNIT)
+    }
+
+    /// The output features of `units`.
+    ///
+    /// # Panics
+    /// If they are not all there.
+    pub fn columns(&self, units: Range<usize>) -> Range<usize> {
+        let all = self.units();
+        assert!(units.start <= units.end && units.end <= all, "units {units:?} of {all}");
+        (units.start * UNIT).min(self.rows)..(units.end * UNIT).min(self.rows)
+    }
+
+    /// Bytes of packed weights.
+    pub fn bytes(&self) -> usize {
+        self.bytes.len()
+    }
+
+    /// How they are packed.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// The entry that they were packed for.
+    pub fn gemm(&self) -> &'static Gemm {
+        self.gemm
+    }
+
+    /// Whether an [`Operand`](crate::operand::Operand) made for `other` serves these weights too.
+    pub fn takes(&self, other: &Packed) -> bool {
+        self.gemm.rows() == other.gemm.rows()
+            && self.columns.order == other.columns.order
+            && self.sums() == other.sums()
+            && (self.sums() == 0 || self.group_ranges().eq(other.group_ranges()))
+    }
+
+    /// The order of the columns.
+    pub(crate) fn order(&self) -> &Order {
+        &self.columns.order
+    }
+
+    /// Sums of groups that an operand needs.
+    pub(crate) fn sums(&self) -> usize {
+        if self.layout.offset == Offset::None { 0 } else { self.columns.groups.len() }
+    }
+
+    /// The places of each group.
+    pub(crate) fn group_ranges(&self) -> impl Iterator<Item = Range<usize>> {
+        let mut start = 0;
+        self.columns.blocks.iter().flat_map(move |steps| {
+            let steps = usize::from(*steps);
+            let groups = self.layout.groups(steps);
+            let len = steps * STEP / groups;
+            let first = start;
+            start += steps * STEP;
+            (0..groups).map(move |group| first + group * len..first + (group + 1) * len)
+        })
+    }
+
+    /// Steps of each block.
+    pub(crate) fn blocks(&self) -> &[u8] {
+        &self.columns.blocks
+    }
+
+    pub(crate) fn table(&self) -> &[f32; 64] {
+        &self.table
+    }
+
+    pub(crate) fn finish(&self) -> Finish {
+        self.finish
+    }
+
+    /// Panels of a unit.
+    pub(crate) fn panels(&self, unit: usize) -> usize {
+        (self.rows - unit * UNIT).div_ceil(PANEL).min(PANELS)
+    }
+
+    /// The bytes of a unit.
+    pub(crate) fn unit(&self, unit: usize) -> &[u8] {
+        &self.bytes[self.unit_range(unit)]
+    }
+
+    fn unit_range(&self, unit: usize) -> Range<usize> {
+        let panel = panel_bytes(&self.layout, &self.columns.blocks);
+        let start = unit * PANELS * panel;
+        start..start + self.panels(unit) * panel
+    }
+}
+
+impl fmt::Debug for Packed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "[{}, {}] for {}", self.rows, self.cols, self.gemm.name())
+    }
+}

@@ -1,0 +1,214 @@
+//! What a stored matrix becomes: its layout, its columns, its numbers.
+
+use super::blocks;
+use super::layout::{Codes, Group, Layout, Number, Offset, STEP};
+use super::order::Columns;
+use crate::numerics::e8m0;
+use crate::stored::{self, Element, FloatType, Global, ScaleType, Stored, View, Zeros};
+
+/// What happens to a sum before it is written.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Finish {
+    /// A power of two, which makes up for codes and scales that are read too small.
+    pub(crate) power: f32,
+    /// The scale of the whole matrix.
+    pub(crate) global: Option<Global>,
+}
+
+/// How to pack a matrix.
+pub(super) struct Plan {
+    pub(super) layout: Layout,
+    pub(super) columns: Columns,
+    /// The numbers that codes stand for, over and over; for integers the number taken off.
+    pub(super) table: [f32; 64],
+    pub(super) finish: Finish,
+    /// Stored code → packed code, for codes of a byte or less.
+    pub(super) recode: Recode,
+}
+
+/// What makes packed codes of stored ones.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Recode {
+    /// They are the same.
+    Same,
+    /// The highest bit changes: from unsigned integers to signed ones.
+    Signed,
+    /// NaN of E4M3 becomes zero, and the scale of its group NaN.
+    NanToScale,
+}
+
+/// What the codes of `view` are once packed.
+pub(crate) fn codes(view: &View) -> Codes {
+    match view.stored() {
+        Stored::Floats(floats) => match floats.float() {
+            FloatType::F32 => Codes::F32,
+            FloatType::F16 => Codes::F16,
+            FloatType::Bf16 => Codes::Bf16,
+        },
+        Stored::Codes(codes) => match codes.element() {
+            Element::E4m3 => Codes::E4m3,
+            Element::E5m2 => Codes::E5m2,
+            Element::Int8 | Element::Uint8 => Codes::Int8,
+            Element::Uint4 | Element::Int4 | Element::E2m1 => Codes::Table4,
+            Element::E2m3 | Element::E3m2 => Codes::Table6,
+        },
+        Stored::Blocks(stored) => blocks::layout(stored.block()).0.codes,
+    }
+}
+
+impl Plan {
+    pub(super) fn of(view: &View) -> Plan {
+        match view.stored() {
+            Stored::Floats(_) => Plan {
+                layout: Layout::plain(codes(view)),
+                columns: Columns::ungrouped(view.cols()),
+                table: [0.0; 64],
+                finish: Finish { power: 1.0, global: None },
+                recode: Recode::Same,
+            },
+            Stored::Codes(stored) => Plan::of_codes(view, stored),
+            Stored::Blocks(stored) => Plan::of_blocks(view, stored),
+        }
+    }
+
+    fn of_codes(view: &View, stored: &stored::Codes) -> Plan {
+        let element = stored.element();
+        let codes = codes(view);
+        let nan = element == Element::E4m3 && has_nan(view, stored);
+        let scale = scale(view, stored, nan);
+        let group = stored.scales().block()[1];
+        let sixteen = group == 16 && stored.group_of().is_none();
+        let offset = offset(view, stored);
+        let layout = Layout {
+            group: if sixteen { Group::Sixteen } else { Group::Block },
+            scale: Some(scale),
+            offset,
+            ..Layout::plain(codes)
+        };
+        let cols = view.stored_cols();
+        let columns = match stored.group_of() {
+            Some(groups) => Columns::gathered(cols, |k| groups[k]),
+            None if group >= stored.cols() => Columns::ungrouped(cols.len()),
+            None if sixteen => Columns::blocks(cols, Group::Sixteen),
+            None if group.is_multiple_of(STEP) => Columns::runs(cols, group),
+            None => Columns::gathered(cols, |k| (k / group) as u32),
+        };
+        let small = |is: bool| if is { 256.0 } else { 1.0 };
+        let power = small(codes == Codes::E4m3) * small(scale == Number::E4m3);
+        let recode = match element {
+            Element::Uint8 => Recode::Signed,
+            Element::E4m3 if nan => Recode::NanToScale,
+            _ => Recode::Same,
+        };
+        let finish = Finish { power, global: stored.global() };
+        Plan { layout, columns, table: table(element, stored.zeros()), finish, recode }
+    }
+
+    fn of_blocks(view: &View, stored: &stored::Blocks) -> Plan {
+        let block = stored.block();
+        let (mut layout, numbers) = blocks::layout(block);
+        if layout.scale == Some(Number::E8m0) {
+            let rows = (0..view.rows()).map(|row| stored.row(view.stored_row(row)));
+            let mut scales = rows.flat_map(|row| row.chunks_exact(block.block_bytes()));
+            if scales.any(|block| matches!(block[0], 0 | e8m0::NAN)) {
+                layout.scale = Some(Number::Bf16);
+            }
+        }
+        let cols = view.stored_cols();
+        let columns = match layout.group {
+            Group::Block => Columns::runs(cols, block.block_len()),
+            group => Columns::blocks(cols, group),
+        };
+        let mut table = [0.0; 64];
+        if !numbers.is_empty() {
+            table = std::array::from_fn(|i| numbers[i % numbers.len()]);
+        }
+        let finish = Finish { power: 1.0, global: None };
+        Plan { layout, columns, table, finish, recode: Recode::Same }
+    }
+}
+
+/// What codes of fewer than eight bits stand for, less the zero point that all have.
+fn table(element: Element, zeros: &Zeros) -> [f32; 64] {
+    let zero = match zeros {
+        Zeros::Same(zero) => f32::from(*zero),
+        // Near the middle, so that little remains for the sum over the group.
+        Zeros::Each(_) if element == Element::Uint4 => MIDDLE_OF_4_BITS,
+        Zeros::None | Zeros::Each(_) => 0.0,
+    };
+    match element.bits() {
+        8 => [0.0; 64],
+        bits => std::array::from_fn(|i| element.value((i % (1 << bits)) as u8) - zero),
+    }
+}
+
+const MIDDLE_OF_4_BITS: f32 = 8.0;
+
+/// What is added to every packed code of a group, beyond what the table says: its zero point, made
+/// negative.
+pub(super) fn zero(stored: &stored::Codes, row: usize, group: usize) -> f32 {
+    let middle = match stored.element() {
+        Element::Uint8 => 128.0,
+        Element::Uint4 => MIDDLE_OF_4_BITS,
+        _ => 0.0,
+    };
+    let zero = middle - stored.zero(row, group);
+    if stored.element() == Element::E4m3 { zero / 256.0 } else { zero }
+}
+
+/// How zero points are stored: in the smallest type that holds all of them.
+fn offset(view: &View, stored: &stored::Codes) -> Offset {
+    let small = stored.element().bits() < 8;
+    match stored.zeros() {
+        // The table has it.
+        Zeros::None | Zeros::Same(_) if small => return Offset::None,
+        Zeros::None | Zeros::Same(_) if zero(stored, 0, 0) == 0.0 => return Offset::None,
+        _ => {}
+    }
+    let [_, groups] = stored.scales().shape();
+    let (mut largest, mut whole) = (0.0f32, true);
+    for row in 0..view.rows() {
+        for group in 0..groups {
+            let zero = zero(stored, view.stored_row(row), group);
+            (largest, whole) = (largest.max(zero.abs()), whole && zero.fract() == 0.0);
+        }
+    }
+    Offset::Zero(match largest {
+        ..=127.0 if whole => Number::Int8,
+        ..=2048.0 if whole => Number::F16,
+        _ => Number::F32,
+    })
+}
+
+/// How scales are stored: as they are, but for codes that the kernels do not read.
+fn scale(view: &View, stored: &stored::Codes, nan: bool) -> Number {
+    let scales = stored.scales();
+    let [_, groups] = scales.shape();
+    let any = |odd: fn(u8) -> bool| {
+        let mut rows = (0..view.rows()).map(|row| view.stored_row(row));
+        rows.any(|row| (0..groups).any(|group| odd(scales.get_bytes(row, group)[0])))
+    };
+    match scales.stored() {
+        ScaleType::F32 => Number::F32,
+        ScaleType::F16 => Number::F16,
+        ScaleType::Bf16 => Number::Bf16,
+        ScaleType::E8m0 if nan || any(|code| matches!(code, 0 | e8m0::NAN)) => Number::Bf16,
+        ScaleType::E8m0 => Number::E8m0,
+        ScaleType::E4m3 if nan || any(is_nan) => Number::F16,
+        ScaleType::E4m3 => Number::E4m3,
+    }
+}
+
+/// Whether an E4M3 code is NaN.
+pub(super) fn is_nan(code: u8) -> bool {
+    code & 0x7F == 0x7F
+}
+
+/// Whether any E4M3 code of the window is NaN.
+fn has_nan(view: &View, stored: &stored::Codes) -> bool {
+    let mut codes = vec![0; view.cols()];
+    (0..view.rows()).any(|row| {
+        stored.codes(view.stored_row(row), view.stored_cols(), &mut codes);
+        codes.iter().fold(false, |nan, code| nan | is_nan(*code))
+    })
+}

@@ -40,6 +40,11 @@ impl Builtin {
         Ok(builtin)
     }
 
+    /// Removes the folder, for when nothing is dropped any more.
+    pub(crate) fn remove(&self) {
+        let _ = std::fs::remove_dir_all(self.folder.path());
+    }
+
     /// The folder with `config.json` and the weights.
     pub(crate) fn checkpoint(&self) -> PathBuf {
         self.folder.path().to_owned()

@@ -1,7 +1,8 @@
 //! Opening a checkpoint, and choosing among its layers.
 
+use std::borrow::Cow;
+use std::ops::RangeInclusive;
 use std::path::Path;
-use std::str::FromStr;
 
 use anyhow::Result;
 use moe_runner::Error;
@@ -11,30 +12,8 @@ use moe_runner::hidden::ActivationDtype;
 use moe_runner::spec::WeightFormat;
 use moe_runner::weights::LoadedLayer;
 
-use crate::args::Common;
+use crate::choice::LayerChoice;
 use crate::failure::unusable;
-
-/// Which layers.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum LayerChoice {
-    /// Every MoE layer.
-    All,
-    /// These decoder layers, by their index in the model.
-    Some(Vec<usize>),
-}
-
-impl FromStr for LayerChoice {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        if text == "all" {
-            return Ok(Self::All);
-        }
-        let indices = text.split(',').map(|index| index.trim().parse());
-        let indices = indices.collect::<Result<Vec<usize>, _>>();
-        indices.map(Self::Some).map_err(|_| "layers are 'all' or numbers".into())
-    }
-}
 
 /// A checkpoint that is open, with its MoE layers.
 pub(crate) struct Opened {
@@ -46,6 +25,7 @@ pub(crate) struct Opened {
 impl Opened {
     /// Opens a checkpoint, and finds its MoE layers; there must be some.
     pub(crate) fn open(path: &Path) -> Result<Self> {
+        let path = &*snapshot(path);
         let checkpoint = Checkpoint::open(path)?;
         let description = architecture::describe(&checkpoint)?;
         let layers = architecture::layers(&checkpoint)?;
@@ -62,24 +42,36 @@ impl Opened {
     /// The chosen layers, in the model's order.
     pub(crate) fn select(&self, choice: &LayerChoice) -> Result<Vec<&LayerEntry>> {
         let LayerChoice::Some(wanted) = choice else { return Ok(self.layers.iter().collect()) };
-        let has = |index: usize| self.layers.iter().any(|entry| entry.spec.index == index);
-        if let Some(unknown) = wanted.iter().find(|index| !has(**index)) {
+        let none_in = |range: &&RangeInclusive<usize>| {
+            !self.layers.iter().any(|entry| range.contains(&entry.spec.index))
+        };
+        if let Some(unknown) = wanted.iter().find(none_in) {
             let indices: Vec<usize> = self.layers.iter().map(|entry| entry.spec.index).collect();
+            let (first, last) = (unknown.start(), unknown.end());
+            let what = match first == last {
+                true => format!("layer {first} is no MoE layer of"),
+                false => format!("layers {first}-{last}: none is an MoE layer of"),
+            };
             return Err(unusable(format!(
-                "layer {unknown} is no MoE layer of {}; those are {}",
+                "{what} {}; those are {}",
                 self.checkpoint.path().display(),
                 ranges(&indices)
             )));
         }
-        Ok(self.layers.iter().filter(|entry| wanted.contains(&entry.spec.index)).collect())
+        let chosen = |entry: &&LayerEntry| wanted.iter().any(|r| r.contains(&entry.spec.index));
+        Ok(self.layers.iter().filter(chosen).collect())
     }
 
     /// Dtype of a layer's activations: the one that was named, or, for `auto`, f32 in a GGUF file
     /// (which knows no dtype of activations), else the one that the experts' weights are stored in,
     /// and bf16 where that is no dtype of activations.
-    pub(crate) fn dtype(&self, common: &Common, layer: &LoadedLayer) -> ActivationDtype {
+    pub(crate) fn dtype(
+        &self,
+        named: Option<ActivationDtype>,
+        layer: &LoadedLayer,
+    ) -> ActivationDtype {
         let stored = layer.experts.first().map(|expert| expert.up.format());
-        common.dtype.unwrap_or(match (self.checkpoint.container(), stored) {
+        named.unwrap_or(match (self.checkpoint.container(), stored) {
             (Container::Gguf, _) | (_, Some(WeightFormat::F32)) => ActivationDtype::F32,
             (_, Some(WeightFormat::F16)) => ActivationDtype::F16,
             _ => ActivationDtype::Bf16,
@@ -89,6 +81,23 @@ impl Opened {
     /// A layer with its weights.
     pub(crate) fn load(&self, entry: &LayerEntry) -> Result<LoadedLayer> {
         Ok(LoadedLayer::load(&self.checkpoint, entry)?)
+    }
+}
+
+/// The folder that holds the checkpoint: in a repository of a Hugging Face cache
+/// (`models--ORG--NAME`), the snapshot of its main branch, or the only one that there is.
+pub(crate) fn snapshot(path: &Path) -> Cow<'_, Path> {
+    let snapshots = path.join("snapshots");
+    if path.join("config.json").exists() || !snapshots.is_dir() {
+        return path.into();
+    }
+    if let Ok(main) = std::fs::read_to_string(path.join("refs/main")) {
+        return snapshots.join(main.trim()).into();
+    }
+    let all = std::fs::read_dir(&snapshots).into_iter().flatten().flatten();
+    match all.map(|item| item.path()).collect::<Vec<_>>() {
+        mut one if one.len() == 1 => one.remove(0).into(),
+        _ => path.into(),
     }
 }
 
@@ -117,14 +126,5 @@ mod tests {
         assert_eq!(ranges(&[]), "");
         assert_eq!(ranges(&[0, 2]), "0, 2");
         assert_eq!(ranges(&[1, 2, 3, 5, 7, 8]), "1-3, 5, 7-8");
-    }
-
-    #[test]
-    fn layer_choices() {
-        assert_eq!("all".parse(), Ok(LayerChoice::All));
-        assert_eq!("3,5".parse(), Ok(LayerChoice::Some(vec![3, 5])));
-        for bad in ["", "x", "-1", "3,", "1.5", "99999999999999999999999"] {
-            assert!(bad.parse::<LayerChoice>().is_err(), "{bad}");
-        }
     }
 }

@@ -3,7 +3,10 @@
 
 use std::error::Error;
 use std::fmt;
+use std::io::Write;
 use std::process::ExitCode;
+
+use serde::Serialize;
 
 use crate::interrupt::INTERRUPTED;
 
@@ -28,20 +31,72 @@ pub(crate) fn unusable(what: impl Into<String>) -> anyhow::Error {
     Unusable(what.into()).into()
 }
 
-/// Prints an error and its causes, one a line, and returns the exit status.
-pub(crate) fn print(error: &anyhow::Error) -> ExitCode {
-    eprintln!("error: {}", one_line(&error.to_string()));
-    for cause in error.chain().skip(1) {
-        eprintln!("  because: {}", one_line(&cause.to_string()));
+/// An error as programs read it.
+#[derive(Serialize)]
+struct ErrorJson {
+    /// What kind of thing is wrong, in one word.
+    kind: &'static str,
+    message: String,
+    causes: Vec<String>,
+}
+
+/// Prints an error and its causes, one a line, and with `json` an object on standard output as well;
+/// returns the exit status.
+pub(crate) fn print(error: &anyhow::Error, json: bool) -> ExitCode {
+    let message = one_line(&error.to_string());
+    let causes: Vec<String> =
+        error.chain().skip(1).map(|cause| one_line(&cause.to_string())).collect();
+    eprintln!("error: {message}");
+    causes.iter().for_each(|cause| eprintln!("  because: {cause}"));
+    let kind = kind(error);
+    if json {
+        print_json(ErrorJson { kind, message, causes });
     }
-    let any = |is: fn(&(dyn Error + 'static)) -> bool| error.chain().any(is);
-    if any(|cause| cause.is::<Unusable>()) {
-        ExitCode::from(UNUSABLE)
-    } else if any(|cause| matches!(cause.downcast_ref(), Some(moe_runner::Error::Interrupted))) {
-        ExitCode::from(INTERRUPTED)
-    } else {
-        ExitCode::FAILURE
+    match kind {
+        "arguments" => ExitCode::from(UNUSABLE),
+        "interrupted" => ExitCode::from(INTERRUPTED),
+        _ => ExitCode::FAILURE,
     }
+}
+
+/// After a panic, which its hook has told of.
+pub(crate) fn bug(json: bool) -> ExitCode {
+    if json {
+        let message = "internal error; this is a bug in moe-runner, please report it".into();
+        print_json(ErrorJson { kind: "bug", message, causes: Vec::new() });
+    }
+    ExitCode::FAILURE
+}
+
+fn print_json(error: ErrorJson) {
+    // plain texts: they cannot fail to be written; a reader that has gone away needs none
+    if let Ok(text) = serde_json::to_string_pretty(&serde_json::json!({ "error": error })) {
+        let _ = writeln!(std::io::stdout(), "{text}");
+    }
+}
+
+/// The kind of the first cause that has one.
+fn kind(error: &anyhow::Error) -> &'static str {
+    let known = error.chain().find_map(|cause| {
+        if cause.is::<Unusable>() {
+            return Some("arguments");
+        }
+        if cause.is::<std::io::Error>() {
+            return Some("io");
+        }
+        Some(match cause.downcast_ref::<moe_runner::Error>()? {
+            moe_runner::Error::Io { .. } => "io",
+            moe_runner::Error::File { .. } => "file",
+            moe_runner::Error::Tensor { .. } => "tensor",
+            moe_runner::Error::Config { .. } => "config",
+            moe_runner::Error::Spec { .. } => "spec",
+            moe_runner::Error::NoKernel(_) => "no_kernel",
+            moe_runner::Error::Communication(_) => "communication",
+            moe_runner::Error::Interrupted => "interrupted",
+            _ => "input",
+        })
+    });
+    known.unwrap_or("input")
 }
 
 /// Names from files may hold anything; what is printed is one line that moves no cursor.

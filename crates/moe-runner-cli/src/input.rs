@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use moe_runner::checkpoint::{Checkpoint, Dtype, Tensor};
 use moe_runner::runner::Batch;
 use moe_runner::spec::{LayerSpec, Selection};
@@ -41,9 +41,12 @@ impl LayerInput {
 }
 
 impl Input {
-    /// Opens the file. `hidden_name` is the tensor with the hidden states.
+    /// Opens the file; `-` is standard input. `hidden_name` is the tensor with the hidden states.
     pub(crate) fn open(path: &Path, hidden_name: &str, many_layers: bool) -> Result<Self> {
-        let file = Checkpoint::open_safetensors(path)?;
+        let file = match path == Path::new("-") {
+            true => standard_input()?,
+            false => Checkpoint::open_safetensors(path)?,
+        };
         Ok(Self { file, hidden_name: hidden_name.to_owned(), many_layers })
     }
 
@@ -81,21 +84,22 @@ impl Input {
                 Some(floats(&tensor)?)
             }
         };
-        // only where they are used: a file for many purposes may hold those of another batch
-        let by_token_id = matches!(spec.router.selection, Selection::HashTable { .. });
-        let input_ids = match self.find("input_ids", spec.index)? {
-            Some(tensor) if by_token_id => {
-                tensor.expect_shape(&[tokens])?;
-                let ids = tensor.to_i64()?;
-                let bad = ids.iter().position(|id| u32::try_from(*id).is_err());
-                if let Some(at) = bad {
-                    bail!(tensor.error(format!("element {at} is {}, no token id", ids[at])));
-                }
-                Some(ids.into_iter().map(|id| id as u32).collect())
-            }
-            _ => None,
-        };
+        let input_ids = self.input_ids(spec, tokens)?;
         Ok(LayerInput { tokens, hidden: rows, router_logits, input_ids })
+    }
+
+    /// The file's token ids, for a layer that routes by them. Others do not look at them: a file for
+    /// many purposes may hold those of another batch.
+    pub(crate) fn input_ids(&self, spec: &LayerSpec, tokens: usize) -> Result<Option<Vec<u32>>> {
+        match (&spec.router.selection, self.find("input_ids", spec.index)?) {
+            (Selection::HashTable { .. }, Some(ids)) => token_ids(&ids, tokens).map(Some),
+            _ => Ok(None),
+        }
+    }
+
+    /// Whether the file has hidden states for a layer.
+    pub(crate) fn has_hidden(&self, spec: &LayerSpec) -> Result<bool> {
+        Ok(self.find(&self.hidden_name, spec.index)?.is_some())
     }
 
     /// A tensor by its name, or by its name with the layer's prefix; which one first depends on
@@ -113,6 +117,29 @@ impl Input {
         }
         Ok(None)
     }
+}
+
+/// What standard input brings, in a file that has lost its name: it is gone with this process.
+fn standard_input() -> Result<Checkpoint> {
+    let what = "cannot read hidden states from standard input";
+    let mut file = tempfile::Builder::new()
+        .prefix("standard-input-")
+        .suffix(".safetensors")
+        .tempfile()
+        .context(what)?;
+    std::io::copy(&mut std::io::stdin().lock(), &mut file).context(what)?;
+    // opened, it is mapped, and needs no name any more
+    Ok(Checkpoint::open_safetensors(file.path())?)
+}
+
+/// The token ids of a tensor `[tokens]`.
+pub(crate) fn token_ids(tensor: &Tensor, tokens: usize) -> Result<Vec<u32>> {
+    tensor.expect_shape(&[tokens])?;
+    let ids = tensor.to_i64()?;
+    if let Some(at) = ids.iter().position(|id| u32::try_from(*id).is_err()) {
+        bail!(tensor.error(format!("element {at} is {}, no token id", ids[at])));
+    }
+    Ok(ids.into_iter().map(|id| id as u32).collect())
 }
 
 /// The values of a tensor of activations.

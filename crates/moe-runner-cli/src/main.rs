@@ -3,6 +3,7 @@
 mod args;
 mod builtin;
 mod checkpoints;
+mod choice;
 mod commands;
 mod failure;
 mod formats;
@@ -14,6 +15,7 @@ mod nonfinite;
 mod outputs;
 mod presets;
 mod report;
+mod routing;
 mod splitting;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -24,29 +26,38 @@ use report::Report;
 
 fn main() -> ExitCode {
     failure::report_panics_as_bugs();
+    interrupt::watch();
     let args = match Args::read() {
         Ok(args) => args,
         Err(status) => return status,
     };
-    interrupt::watch();
-    let json = args.common.json;
-    match catch_unwind(AssertUnwindSafe(|| run(&args))) {
+    let json = args.json;
+    match catch_unwind(AssertUnwindSafe(|| run(&args.command, json))) {
         Ok(Ok(report)) => report.print(json),
-        Ok(Err(error)) => failure::print(&error),
+        Ok(Err(error)) => failure::print(&error, json),
         // the hook has said what happened
-        Err(_) => ExitCode::FAILURE,
+        Err(_) => failure::bug(json),
     }
 }
 
-fn run(args: &Args) -> anyhow::Result<Report> {
-    let common = Common::resolve(&args.common)?;
-    match &args.command {
-        Command::Check(args) => commands::check::run(args, &common),
-        Command::Run(args) => commands::run::run(args, &common),
+fn run(command: &Command, json: bool) -> anyhow::Result<Report> {
+    match command {
+        Command::Check(args) => {
+            let common = Common::resolve(&args.kernel, args.threads.count()?, args.seed.seed)?;
+            commands::check::run(args, &common, json)
+        }
+        Command::Run(args) => {
+            commands::run::run(args, &Common::resolve(&args.kernel, args.threads.count()?, 0)?)
+        }
         Command::Inspect(args) => commands::inspect::run(args),
-        Command::Explain(args) => commands::explain::run(args, &common),
-        Command::Bench(args) => commands::bench::run(args, &common),
-        Command::Plan(args) => commands::plan::run(args, &common),
-        Command::Quantize(args) => commands::quantize::run(args, &common),
+        Command::Explain(args) => {
+            commands::explain::run(args, &Common::resolve(&args.kernel, 1, 0)?)
+        }
+        Command::Bench(args) => {
+            let common = Common::resolve(&args.kernel, args.threads.count()?, args.seed.seed)?;
+            commands::bench::run(args, &common)
+        }
+        Command::Plan(args) => commands::plan::run(args),
+        Command::Quantize(args) => commands::quantize::run(args),
     }
 }

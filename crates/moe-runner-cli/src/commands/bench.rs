@@ -163,12 +163,12 @@ fn subject(args: &BenchArgs, common: &Common) -> Result<Subject> {
         (Some(_), None) if args.format.is_some() => {
             Err(unusable("--format is for presets; a checkpoint has its own"))
         }
-        (None, Some(_)) if args.layer.is_some() => {
+        (None, Some(_)) if args.layers.is_some() => {
             Err(unusable("--layer is for checkpoints; a preset is one layer"))
         }
         (Some(path), None) => {
             let opened = Opened::open(path)?;
-            let entry = match &args.layer {
+            let entry = match &args.layers {
                 None => &opened.layers[0],
                 Some(layer) => match opened.select(layer)?[..] {
                     [entry] => entry,
@@ -184,7 +184,7 @@ fn subject(args: &BenchArgs, common: &Common) -> Result<Subject> {
             Ok(Subject {
                 title: title(&format!("{}, {}", path.display(), entry.spec.name), &entry.spec),
                 format: formats.join(" and "),
-                dtype: opened.dtype(common, &layer),
+                dtype: opened.dtype(common.dtype, &layer),
                 distinct_bytes: matrices.map(|matrix| matrix.stored_bytes()).sum(),
                 layers: vec![layer],
             })

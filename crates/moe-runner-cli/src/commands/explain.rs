@@ -59,10 +59,12 @@ pub(crate) fn run(args: &ExplainArgs, common: &Common) -> Result<Report> {
     };
     let opened = Opened::open(&args.checkpoint)?;
     let mut layers = Vec::new();
-    for entry in opened.select(&args.layer)? {
+    for entry in opened.select(&args.layers)? {
         let layer = opened.load(entry)?;
-        let options =
-            Options { machine: machine.clone(), ..common.options(opened.dtype(common, &layer)) };
+        let options = Options {
+            machine: machine.clone(),
+            ..common.options(opened.dtype(common.dtype, &layer))
+        };
         layers.push(LayerJson { layer: entry.spec.index, answer: ask(&layer, &options) });
     }
     let ok = layers.iter().all(|layer| layer.answer.chosen.is_some());

@@ -67,7 +67,8 @@ struct LayerJson {
 pub(crate) fn run(args: &InspectArgs) -> Result<Report> {
     let opened = Opened::open(&args.checkpoint)?;
     let checkpoint = &opened.checkpoint;
-    let layers = opened.layers.iter().map(|entry| layer(&opened, entry)).collect::<Vec<_>>();
+    let chosen = opened.select(&args.layers)?;
+    let layers = chosen.iter().map(|entry| layer(&opened, entry)).collect::<Vec<_>>();
     let total = checkpoint.names().filter_map(|name| checkpoint.info(name)).map(|i| i.bytes).sum();
     let sum = |of: fn(&Bytes) -> usize| layers.iter().map(|layer| of(&layer.bytes)).sum::<usize>();
     let (experts, shared_experts, gate) =

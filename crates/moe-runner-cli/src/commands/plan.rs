@@ -18,7 +18,7 @@ use moe_runner::spec::{LayerSpec, RouterSpec};
 use moe_runner::weights::LoadedLayer;
 use serde::Serialize;
 
-use crate::args::{Common, PlanArgs};
+use crate::args::PlanArgs;
 use crate::checkpoints::Opened;
 use crate::failure::{one_line, unusable};
 use crate::report::table::{Columns, Facts, Tone, toned};
@@ -87,7 +87,7 @@ struct Planned {
 }
 
 /// Runs the command.
-pub(crate) fn run(args: &PlanArgs, common: &Common) -> Result<Report> {
+pub(crate) fn run(args: &PlanArgs) -> Result<Report> {
     let (ranks, nodes) = (args.ranks, args.nodes);
     if !(1..=MAX_RANKS).contains(&ranks) {
         return Err(unusable(format!("--ranks {ranks}: must be 1 to {MAX_RANKS}")));
@@ -99,12 +99,12 @@ pub(crate) fn run(args: &PlanArgs, common: &Common) -> Result<Report> {
         return Err(unusable("--tokens 0: there must be at least one"));
     }
     let opened = Opened::open(&args.checkpoint)?;
-    let entries = opened.select(&args.layer)?;
+    let entries = opened.select(&args.layers)?;
     let trace = args.trace.as_deref().map(Trace::load).transpose()?;
     let mut planned = Vec::new();
     let mut layers = Vec::new();
     for entry in entries {
-        let (layer, json) = plan_layer(&opened, entry, args, common, trace.as_ref())?;
+        let (layer, json) = plan_layer(&opened, entry, args, trace.as_ref())?;
         planned.push(layer);
         layers.push(json);
     }
@@ -125,7 +125,6 @@ fn plan_layer(
     opened: &Opened,
     entry: &LayerEntry,
     args: &PlanArgs,
-    common: &Common,
     trace: Option<&Trace>,
 ) -> Result<(Planned, LayerJson)> {
     let layer = opened.load(entry)?;
@@ -133,7 +132,7 @@ fn plan_layer(
     let topology = topology(spec, args)?;
     let all = match trace {
         Some(trace) => recorded(spec, trace)?,
-        None => skewed(router, args.tokens, common.seed.wrapping_add(spec.index as u64)),
+        None => skewed(router, args.tokens, args.seed.seed.wrapping_add(spec.index as u64)),
     };
     let mut load = vec![0.0; router.experts];
     all.iter().filter(|id| id.index() < router.experts).for_each(|id| load[id.index()] += 1.0);
@@ -156,7 +155,7 @@ fn plan_layer(
             .collect(),
     };
     let ids = all.into_iter().take(args.tokens.saturating_mul(router.top_k)).collect();
-    let dtype = opened.dtype(common, &layer);
+    let dtype = opened.dtype(args.dtype.named(), &layer);
     Ok((Planned { layer, dtype, ids, balanced }, json))
 }
 

@@ -5,7 +5,8 @@ use moe_runner::checkpoint::Checkpoint;
 use moe_runner::quantize::{Format, Leftover, Options, ProjectionError, quantize};
 use serde::Serialize;
 
-use crate::args::{Common, QuantizeArgs};
+use crate::args::QuantizeArgs;
+use crate::checkpoints::snapshot;
 use crate::failure::{one_line, unusable};
 use crate::interrupt;
 use crate::report::Report;
@@ -44,26 +45,21 @@ struct ErrorJson {
 }
 
 /// Runs the command.
-pub(crate) fn run(args: &QuantizeArgs, common: &Common) -> Result<Report> {
+pub(crate) fn run(args: &QuantizeArgs) -> Result<Report> {
     let options = Options {
         format: format(args)?,
         ignore: args.ignore.clone(),
         max_shard_bytes: args.max_shard_size,
         overwrite: args.overwrite,
-        threads: common.pool.threads(),
+        threads: args.threads.count()?,
     };
-    let checkpoint = Checkpoint::open(&args.checkpoint)?;
+    let checkpoint = Checkpoint::open(&snapshot(&args.checkpoint))?;
     interrupt::ends_in_order();
-    let mut bar: Option<(Progress, u64)> = None;
+    let mut bar: Option<Progress> = None;
     let summary = quantize(&checkpoint, &args.output, &options, &mut |progress| {
-        let megabytes = |bytes: u64| bytes / 1_000_000;
-        let (bar, done) =
-            bar.get_or_insert_with(|| (Progress::new(megabytes(progress.total) as usize), 0));
-        while *done < megabytes(progress.done) {
-            bar.step();
-            *done += 1;
-        }
-        bar.doing(format!("MB  {}", one_line(progress.tensor)));
+        let bar = bar.get_or_insert_with(|| Progress::of_bytes(progress.total));
+        bar.at(progress.done);
+        bar.doing(one_line(progress.tensor));
         interrupt::asked()
     })?;
     drop(bar);
@@ -148,20 +144,4 @@ fn text(json: &QuantizeJson) -> String {
     format!(
         "{facts}\n{table}\nNMSE is |w' - w|^2 / |w|^2; the largest error is a share of its module's largest weight.\n"
     )
-}
-
-/// `5GB`, `500MB`, `1000000`: bytes, with decimal units.
-pub(crate) fn size(text: &str) -> Result<u64, String> {
-    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
-    let unit = match text[digits.len()..].to_ascii_uppercase().as_str() {
-        "" | "B" => Some(1u64),
-        "KB" => Some(1_000),
-        "MB" => Some(1_000_000),
-        "GB" => Some(1_000_000_000),
-        "TB" => Some(1_000_000_000_000),
-        _ => None,
-    };
-    let bytes =
-        digits.trim().parse::<u64>().ok().zip(unit).and_then(|(n, unit)| n.checked_mul(unit));
-    bytes.filter(|bytes| *bytes > 0).ok_or_else(|| "sizes are like 5GB, 500MB or 100000".into())
 }

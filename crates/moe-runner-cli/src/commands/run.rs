@@ -1,5 +1,6 @@
 //! `run`: layers on given hidden states, to a file.
 
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
@@ -12,12 +13,13 @@ use moe_runner::comm::{At, Step};
 use moe_runner::hidden::ActivationDtype;
 use moe_runner::parallel::Parallel;
 use moe_runner::runner::{BatchOutput, Options, RankedRunner, Timeline};
-use moe_runner::spec::{LayerSpec, ScaleOn};
+use moe_runner::spec::LayerSpec;
 use moe_runner::weights::LoadedLayer;
 use serde::Serialize;
 
 use crate::args::{Common, RunArgs};
-use crate::checkpoints::{LayerChoice, Opened};
+use crate::checkpoints::Opened;
+use crate::failure::unusable;
 use crate::input::{Input, LayerInput};
 use crate::outputs::ensure_apart;
 use crate::report::progress::Progress;
@@ -25,6 +27,7 @@ use crate::report::table::Columns;
 use crate::report::trace::{self, RankSpan, Trace};
 use crate::report::units::plural;
 use crate::report::{Report, units};
+use crate::routing::weight_factor;
 use crate::splitting::Ranks;
 use crate::{interrupt, memory, nonfinite};
 
@@ -62,8 +65,11 @@ pub(crate) fn run(args: &RunArgs, common: &Common) -> Result<Report> {
     let parallel = args.splitting.parallel()?;
     let ranks = args.splitting.ranks()?;
     let opened = Opened::open(&args.checkpoint)?;
-    let entries = opened.select(&args.layer)?;
-    let single = matches!(&args.layer, LayerChoice::Some(layers) if layers.len() == 1);
+    let entries = opened.select(&args.layers)?;
+    let single = args.layers.is_single();
+    if args.input == Path::new("-") && matches!(ranks, Ranks::Mpi(..)) {
+        return Err(unusable("--input -: only one process has the standard input; name a file"));
+    }
     let input = Input::open(&args.input, &args.input_name, !single)?;
     let mut outputs = vec![("--output", args.output.as_path())];
     outputs.extend(args.trace.as_deref().map(|path| ("--trace", path)));
@@ -74,7 +80,7 @@ pub(crate) fn run(args: &RunArgs, common: &Common) -> Result<Report> {
     let mut tensors = Vec::new();
     for entry in entries {
         let layer = opened.load(entry)?;
-        let dtype = opened.dtype(common, &layer);
+        let dtype = opened.dtype(common.dtype, &layer);
         let input = input.layer(&layer.spec)?;
         let prefix = if single { String::new() } else { format!("layers.{}.", entry.spec.index) };
         let output_dtype = args.output_dtype.unwrap_or(dtype);
@@ -244,15 +250,6 @@ impl Job<'_> {
 /// What is behind the lock. A panic elsewhere, which has been reported, does not keep half a file.
 fn held(writer: &Mutex<Option<Writer>>) -> std::sync::MutexGuard<'_, Option<Writer>> {
     writer.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// What turns the router's weights into those that the experts' outputs are multiplied with: the
-/// routed scaling factor, where the runner and not the router applies it.
-pub(crate) fn weight_factor(spec: &LayerSpec) -> f32 {
-    match spec.routed_scale.on {
-        ScaleOn::Weights => 1.0,
-        ScaleOn::Output => spec.routed_scale.factor,
-    }
 }
 
 fn stored(dtype: ActivationDtype) -> Dtype {

@@ -6,6 +6,7 @@ pub(crate) mod progress;
 pub(crate) mod table;
 pub(crate) mod trace;
 pub(crate) mod units;
+pub(crate) mod width;
 
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -13,6 +14,16 @@ use std::process::ExitCode;
 use serde::Serialize;
 
 use crate::failure;
+
+/// Prints what is known so far, for people, on standard output. Where nobody reads any more, there is
+/// nothing more to do.
+pub(crate) fn say(text: &str) {
+    let mut out = io::stdout().lock();
+    let text = width::wrap_lines(text, width::width());
+    if writeln!(out, "{text}").and_then(|()| out.flush()).is_err() {
+        std::process::exit(0);
+    }
+}
 
 /// The result of a command.
 pub(crate) struct Report {
@@ -34,7 +45,14 @@ impl Report {
 
     /// Prints one of both on standard output. A reader that has gone away is no failure.
     pub(crate) fn print(&self, json: bool) -> ExitCode {
-        let text = if json { &self.json } else { self.text.trim_end() };
+        let wrapped;
+        let text = match json {
+            true => &self.json,
+            false => {
+                wrapped = width::wrap_lines(self.text.trim_end(), width::width());
+                &wrapped
+            }
+        };
         if text.is_empty() {
             return if self.ok { ExitCode::SUCCESS } else { ExitCode::FAILURE };
         }
@@ -42,7 +60,7 @@ impl Report {
         match writeln!(out, "{text}").and_then(|()| out.flush()) {
             Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
                 let error = anyhow::Error::new(error).context("cannot write to standard output");
-                failure::print(&error)
+                failure::print(&error, false)
             }
             _ if self.ok => ExitCode::SUCCESS,
             _ => ExitCode::FAILURE,

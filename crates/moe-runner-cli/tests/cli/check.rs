@@ -236,3 +236,124 @@ fn more_tokens_than_memory_are_refused() {
     ];
     assert!(refused(1, args).contains("out of memory"));
 }
+
+/// An expert of the checkpoint differs from the original's: the report names it, whatever experts its
+/// tokens share with it.
+#[test]
+fn the_worst_expert_is_the_one_that_has_the_fault() {
+    let case = case("qwen2_moe_f16");
+    for faulty in [3, 8] {
+        let folder = TempDir::new().unwrap();
+        for name in ["config.json", "model.safetensors"] {
+            std::fs::copy(case.join(name), folder.path().join(name)).unwrap();
+        }
+        let path = folder.path().join("model.safetensors");
+        let mut bytes = std::fs::read(&path).unwrap();
+        let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+        let header: Value = serde_json::from_slice(&bytes[8..8 + length]).unwrap();
+        let tensor = format!("model.layers.2.mlp.experts.{faulty}.down_proj.weight");
+        let range: Vec<usize> =
+            serde_json::from_value(header[tensor]["data_offsets"].clone()).unwrap();
+        for value in bytes[8 + length + range[0]..8 + length + range[1]].chunks_exact_mut(2) {
+            let old = half::f16::from_le_bytes([value[0], value[1]]).to_f32();
+            value.copy_from_slice(&half::f16::from_f32(old * 1.1).to_le_bytes());
+        }
+        std::fs::write(&path, bytes).unwrap();
+        let flags = ["--layers", "2", "--tokens", "24", "--no-timing", "--json", "--against"];
+        let mut args = vec!["check".as_ref(), folder.path().as_os_str()];
+        args.extend(flags.map(OsStr::new));
+        args.push(case.as_os_str());
+        let report = json(args);
+        let layer = &report["layers"][0];
+        assert_eq!(layer["original_worst_expert"]["index"], faulty, "{layer}");
+        assert_eq!(layer["inputs"], "random");
+    }
+}
+
+/// With a recording of the model, everything is measured on its hidden states.
+#[test]
+fn recorded_inputs_are_used_where_there_are_any() {
+    let case = case("qwen2_moe_f16");
+    let recorded = case.join("golden.safetensors");
+    let flags =
+        ["--against".as_ref(), case.as_os_str(), "--against".as_ref(), recorded.as_os_str()];
+    let (status, report) = check(&case, &flags);
+    assert_eq!(status, Some(0), "{report}");
+    for layer in report["layers"].as_array().unwrap() {
+        assert_eq!(layer["inputs"], "recorded as t33");
+        assert_eq!(layer["original_nmse"], 0.0);
+        assert_eq!(layer["tokens"], 8);
+        assert!(layer["recorded"].as_array().unwrap().len() >= 3);
+    }
+    let twice = ["check".as_ref(), case.as_os_str(), "--against".as_ref(), case.as_os_str()];
+    let twice = twice.iter().chain(&flags[..2]);
+    assert!(refused(2, twice).contains("not two of a kind"));
+}
+
+/// The last line speaks of the worst of all comparisons: here a recording that is near its bound.
+#[test]
+fn the_verdict_is_of_the_worst_comparison() {
+    let (case, folder) = (case("qwen2_moe_f16"), TempDir::new().unwrap());
+    let recorded = Values::read(&case.join("golden.safetensors"));
+    let f32s = |name: &str| -> Vec<f32> { recorded.get(name).iter().map(|v| *v as f32).collect() };
+    let path = folder.path().join("recorded.safetensors");
+    // 0.09 % of a length: NMSE 8.1e-7, of 1e-6
+    let out: Vec<f32> = f32s("layers.2.t7.out").iter().map(|v| v * 1.0009).collect();
+    let x = f32s("layers.2.t7.x");
+    let tensors =
+        [New::f32("layers.2.late.x", &[7, 64], &x), New::f32("layers.2.late.out", &[7, 64], &out)];
+    write(&path, &tensors);
+    let flags = ["--dtype", "f16", "--against"].map(OsStr::new);
+    let (status, report) = check(&case, &[&flags[..], &[path.as_os_str()]].concat());
+    let layer = &report["layers"][1];
+    let of_recording = &layer["recorded"][0];
+    if of_recording["bound"] == 1e-6 {
+        assert_eq!(status, Some(0), "{report}");
+        let verdict = report["verdict"].as_str().unwrap();
+        assert!(verdict.contains("worst: late of layer 2, NMSE 8."), "{verdict}");
+    } else {
+        // inputs that f16 does not hold are compared in f32
+        assert!(report["verdict"].as_str().unwrap().contains("recorded late"), "{report}");
+    }
+}
+
+/// Each layer is on standard output when it is done; interrupted, what is known is.
+#[cfg(unix)]
+#[test]
+fn layers_are_shown_as_they_are_done() {
+    use std::io::{BufRead, BufReader, Read};
+    use std::process::{Command, Stdio};
+
+    for json in [false, true] {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_moe-runner"))
+            .arg("check")
+            .arg(case("qwen2_moe_f16"))
+            // the second layer takes far longer than the test
+            .args(["--no-timing", "--tokens", "200000", "--threads", "1", "--kernel", "reference"])
+            .args(json.then_some("--json"))
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let mut out = BufReader::new(child.stdout.take().unwrap());
+        let mut line = String::new();
+        if !json {
+            out.read_line(&mut line).unwrap();
+            assert!(line.contains("checkpoint"), "{line}");
+        } else {
+            std::thread::sleep(std::time::Duration::from_millis(500));
+        }
+        Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+        let mut rest = String::new();
+        out.read_to_string(&mut rest).unwrap();
+        assert_eq!(child.wait().unwrap().code(), Some(130));
+        match json {
+            false => assert!(rest.contains("INTERRUPTED"), "{rest}"),
+            true => {
+                let report: Value = serde_json::from_str(&rest).unwrap();
+                assert_eq!(report["ok"], false);
+                assert!(report["unchecked"].as_u64().unwrap() >= 1, "{report}");
+            }
+        }
+    }
+}

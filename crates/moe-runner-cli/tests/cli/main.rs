@@ -7,6 +7,7 @@ mod bench;
 mod check;
 mod describe;
 mod files;
+mod interface;
 mod plan;
 mod quantize;
 mod run;

@@ -13,18 +13,19 @@ use moe_runner::spec::{ActivationFormat, LayerSpec, Selection};
 use moe_runner::weights::{LoadedLayer, account, scan_finite};
 use serde::Serialize;
 
-use super::recorded::{Comparison, Recorded};
+use super::compare::{Errors, Forward, Worst, nmse, within};
+use super::recorded::{Comparison, Recorded, Recording};
 use crate::args::Common;
 use crate::checkpoints::Opened;
-use crate::commands::run::weight_factor;
 use crate::input::{Input, LayerInput};
 use crate::measure::{MachineLimits, Times, times};
 use crate::memory;
 use crate::report::units::plural;
+use crate::routing::weight_factor;
 use crate::splitting::Ranks;
 
 /// Bound of the logits' NMSE: they are f32, whatever the activations.
-const LOGITS_BOUND: f64 = 1e-11;
+pub(super) const LOGITS_BOUND: f64 = 1e-11;
 
 /// Bound of a weight's difference: the float64 formula is rounded once.
 const WEIGHTS_BOUND: f64 = 1e-6;
@@ -49,12 +50,14 @@ pub(crate) struct LayerCheck {
     pub(super) kernel: Option<&'static str>,
     pub(super) why: String,
     pub(super) dtype: &'static str,
+    /// Where the hidden states come from that all but the recordings is measured on.
+    pub(super) inputs: String,
     pub(super) tokens: usize,
     /// Of the kernel's output, against the float64 reference on the same inputs and logits.
     pub(super) nmse: Option<f64>,
     pub(super) bound: Option<f64>,
     pub(super) worst_token: Option<Worst>,
-    /// The expert whose tokens have the largest error.
+    /// The expert that has the largest part in the errors of its tokens.
     pub(super) worst_expert: Option<Worst>,
     pub(super) router_logits_nmse: Option<f64>,
     pub(super) ids_equal: Option<bool>,
@@ -65,13 +68,8 @@ pub(crate) struct LayerCheck {
     pub(super) recorded: Vec<Comparison>,
     /// Of the output, against the same layer of another checkpoint, on the same hidden states.
     pub(super) original_nmse: Option<f64>,
-}
-
-/// Where the error is largest.
-#[derive(Clone, Copy, Serialize)]
-pub(crate) struct Worst {
-    pub(super) index: usize,
-    pub(super) nmse: f64,
+    /// The expert that has the largest part in that.
+    pub(super) original_worst_expert: Option<Worst>,
 }
 
 /// The time of one batch size.
@@ -137,13 +135,14 @@ impl Checker<'_> {
             check.problems.extend(unusable.iter().map(ToString::to_string));
             return Ok(check);
         }
-        let dtype = self.opened.dtype(self.common, &layer);
+        let dtype = self.opened.dtype(self.common.dtype, &layer);
         check.dtype = dtype.name();
-        let input = self.layer_input(&layer, dtype)?;
         let recordings = match self.recorded {
             Some(recorded) => recorded.of_layer(&layer, dtype, self.input)?,
             None => Vec::new(),
         };
+        let (input, inputs) = self.layer_input(&layer, dtype, &recordings)?;
+        check.inputs = inputs;
         let inputs = |exact: bool| recordings.iter().filter(move |r| r.exact == exact);
         let mut all = vec![&input];
         all.extend(inputs(false).map(|recording| &recording.input));
@@ -204,8 +203,11 @@ impl Checker<'_> {
             }
         };
         let theirs = self.execute(&layer, dtype, &[input], None)?.results;
-        let theirs = theirs.into_iter().flat_map(|theirs| theirs.output);
-        check.original_nmse = Some(nmse(ours.output.iter().copied().zip(theirs)));
+        for theirs in theirs {
+            let errors = Errors::of(spec.dims.hidden, &ours.output, &theirs.output);
+            check.original_nmse = Some(errors.nmse());
+            check.original_worst_expert = errors.worst_expert(&ours.routing, spec.router.experts);
+        }
         Ok(())
     }
 
@@ -246,13 +248,32 @@ impl Checker<'_> {
         Ok(executed)
     }
 
-    /// The given hidden states, or random ones: N(0, 1), rounded to the activations' dtype.
-    fn layer_input(&self, layer: &LoadedLayer, dtype: ActivationDtype) -> Result<LayerInput> {
+    /// The given hidden states, else recorded ones, else random ones, N(0, 1): rounded to the
+    /// activations' dtype. With them, what they are.
+    fn layer_input(
+        &self,
+        layer: &LoadedLayer,
+        dtype: ActivationDtype,
+        recordings: &[Recording],
+    ) -> Result<(LayerInput, String)> {
         let spec = &layer.spec;
-        if let Some(input) = self.input {
-            let mut input = input.layer(spec)?;
+        let round = |mut input: LayerInput| {
             input.hidden.iter_mut().for_each(|v| *v = dtype.round(*v));
-            return Ok(input);
+            input
+        };
+        if let Some(input) = self.input
+            && (recordings.is_empty() || input.has_hidden(spec)?)
+        {
+            return Ok((round(input.layer(spec)?), "given".into()));
+        }
+        if let Some(most) = recordings.iter().max_by_key(|recording| recording.input.tokens)
+            && most.input.tokens > 0
+        {
+            let tokens = self.tokens.min(most.input.tokens);
+            return Ok((
+                round(most.input.first(tokens, spec)),
+                format!("recorded as {}", most.name),
+            ));
         }
         memory::ensure(
             self.tokens.saturating_mul(spec.dims.hidden).saturating_mul(4),
@@ -274,7 +295,8 @@ impl Checker<'_> {
             ),
             _ => None,
         };
-        Ok(LayerInput { tokens: self.tokens, hidden, router_logits, input_ids })
+        let input = LayerInput { tokens: self.tokens, hidden, router_logits, input_ids };
+        Ok((input, "random".into()))
     }
 
     /// The time of `input`.
@@ -353,22 +375,12 @@ impl Checker<'_> {
         }
 
         let width = spec.dims.hidden;
-        let tokens: Vec<(f64, f64)> = result
-            .output
-            .chunks_exact(width)
-            .zip(truth.output.chunks_exact(width))
-            .map(|(y, r)| squares(y.iter().copied().zip(r.iter().copied())))
-            .collect();
-        let total = ratio(tokens.iter().fold((0.0, 0.0), |sum, t| (sum.0 + t.0, sum.1 + t.1)));
+        let errors = Errors::of(width, &result.output, &truth.output);
+        let total = errors.nmse();
         check.nmse = Some(total);
         check.bound = Some(bound);
-        check.worst_token = worst(tokens.iter().copied());
-        let of_expert = |e: usize| {
-            let taken = (0..input.tokens)
-                .filter(|t| result.routing.ids_of(*t).iter().any(|id| id.index() == e));
-            taken.fold((0.0, 0.0), |sum, t| (sum.0 + tokens[t].0, sum.1 + tokens[t].1))
-        };
-        check.worst_expert = worst((0..spec.router.experts).map(of_expert));
+        check.worst_token = errors.worst_token();
+        check.worst_expert = errors.worst_expert(&result.routing, spec.router.experts);
         if !within(total, bound) {
             let place = match (check.worst_token, check.worst_expert) {
                 (Some(token), Some(expert)) => {
@@ -380,13 +392,6 @@ impl Checker<'_> {
         }
         Ok(())
     }
-}
-
-/// What one forward pass returned: the true output, as the layer's dtype holds it.
-pub(super) struct Forward {
-    pub(super) output: Vec<f64>,
-    pub(super) logits: Vec<f32>,
-    pub(super) routing: Routing,
 }
 
 /// What running a layer yielded.
@@ -434,34 +439,4 @@ fn bound(layer: &LoadedLayer, runner: &MoeRunner) -> f64 {
     let mut matrices = layer.experts.iter().flat_map(|e| e.gate.iter().chain([&e.up, &e.down]));
     let quantised = matrices.any(|m| m.input.format() != ActivationFormat::Unquantised);
     runner.choice().kernel.bound(runner.dtype(), quantised)
-}
-
-/// `value ≤ bound`; NaN is not.
-pub(super) fn within(value: f64, bound: f64) -> bool {
-    value <= bound
-}
-
-/// `‖y−r‖²` and `‖r‖²`
-fn squares(pairs: impl Iterator<Item = (f64, f64)>) -> (f64, f64) {
-    pairs.fold((0.0, 0.0), |(error, norm), (y, r)| (error + (y - r).powi(2), norm + r * r))
-}
-
-fn ratio((error, norm): (f64, f64)) -> f64 {
-    match norm {
-        // exactly nothing, and nothing was asked for
-        0.0 if error == 0.0 => 0.0,
-        _ => error / norm,
-    }
-}
-
-/// `‖y−r‖² / ‖r‖²`
-pub(super) fn nmse(pairs: impl Iterator<Item = (f64, f64)>) -> f64 {
-    ratio(squares(pairs))
-}
-
-fn worst(squares: impl Iterator<Item = (f64, f64)>) -> Option<Worst> {
-    let all = squares.enumerate().map(|(index, pair)| Worst { index, nmse: ratio(pair) });
-    // NaN is the worst of all
-    let key = |w: &Worst| if w.nmse.is_nan() { f64::INFINITY } else { w.nmse };
-    all.max_by(|a, b| key(a).total_cmp(&key(b)).then(b.index.cmp(&a.index)))
 }

@@ -1,10 +1,12 @@
 //! `check`: is every layer right, and what does it do on this machine?
 
+mod compare;
 mod layer;
 mod recorded;
 mod text;
 
 use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::Result;
 use moe_runner::comm::Sizes;
@@ -12,12 +14,13 @@ use serde::Serialize;
 
 use crate::args::{CheckArgs, Common};
 use crate::builtin::Builtin;
-use crate::checkpoints::{LayerChoice, Opened};
+use crate::checkpoints::Opened;
 use crate::failure::unusable;
 use crate::input::Input;
+use crate::interrupt;
 use crate::measure::MachineLimits;
-use crate::report::Report;
 use crate::report::progress::Progress;
+use crate::report::{Report, say};
 use layer::LayerCheck;
 use recorded::Recorded;
 
@@ -32,17 +35,24 @@ struct CheckJson {
     split: Option<Sizes>,
     /// `None` with `--no-timing`.
     machine: Option<MachineLimits>,
+    /// Layers that were to be checked and are not, where the run was interrupted.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    unchecked: Option<usize>,
     layers: Vec<LayerCheck>,
 }
 
 /// Runs the command.
-pub(crate) fn run(args: &CheckArgs, common: &Common) -> Result<Report> {
+pub(crate) fn run(args: &CheckArgs, common: &Common, json: bool) -> Result<Report> {
     if args.tokens == 0 {
         return Err(unusable("--tokens 0: there is nothing to compare; give at least 1"));
     }
     let parallel = args.splitting.parallel()?;
     let ranks = args.splitting.ranks()?;
-    let builtin = args.checkpoint.is_none().then(Builtin::unpack).transpose()?;
+    // removed at the end of this function, or when the run is interrupted
+    let builtin = args.checkpoint.is_none().then(Builtin::unpack).transpose()?.map(Arc::new);
+    if let Some(builtin) = builtin.clone() {
+        interrupt::before_the_end(move || builtin.remove());
+    }
     let path = match (&builtin, &args.checkpoint) {
         (Some(builtin), _) => builtin.checkpoint(),
         (None, Some(path)) => path.clone(),
@@ -50,27 +60,56 @@ pub(crate) fn run(args: &CheckArgs, common: &Common) -> Result<Report> {
     };
     let opened = Opened::open(&path)?;
     let entries = opened.select(&args.layers)?;
-    let single = matches!(&args.layers, LayerChoice::Some(layers) if layers.len() == 1);
+    let single = args.layers.is_single();
     let input = match &args.input {
         Some(path) => Some(Input::open(path, &args.input_name, !single)?),
         None => None,
     };
-    let against = args.against.clone().or(builtin.as_ref().map(Builtin::recorded));
+    let mut against = args.against.clone();
+    against
+        .extend(builtin.as_ref().map(|builtin| builtin.recorded()).filter(|_| against.is_empty()));
     let (mut recorded, mut original) = (None, None);
-    match &against {
-        Some(path) if is_checkpoint(path) => original = Some(Opened::open(path)?),
-        Some(path) => recorded = Some(Recorded::open(path, single)?),
-        None => {}
+    for path in &against {
+        let twice = match is_checkpoint(path) {
+            true => original.replace(Opened::open(path)?).is_some(),
+            false => recorded.replace(Recorded::open(path, single)?).is_some(),
+        };
+        if twice {
+            let what =
+                "--against: takes one file of recordings and one checkpoint, not two of a kind";
+            return Err(unusable(what));
+        }
     }
 
-    let progress = Progress::new(entries.len() + 1);
+    let progress = Progress::new(entries.len());
     progress.doing("measuring the machine");
-    let machine = match args.no_timing {
-        true => None,
-        false => Some(ranks.measure(&common.pool)?),
-    };
-    progress.step();
-    let mut checks = Vec::with_capacity(entries.len());
+    let known = Arc::new(Mutex::new(CheckJson {
+        ok: false,
+        verdict: String::new(),
+        checkpoint: match builtin {
+            Some(_) => "the small one that comes with moe-runner".into(),
+            None => path.display().to_string(),
+        },
+        architecture: opened.description.architecture.clone(),
+        split: ranks.split(),
+        machine: match args.no_timing {
+            true => None,
+            false => Some(ranks.measure(&common.pool)?),
+        },
+        unchecked: None,
+        layers: Vec::with_capacity(entries.len()),
+    }));
+    let machine = held(&known).machine;
+    let shows = ranks.reports() && !json;
+    let live = text::Live::new(entries.len());
+    if shows {
+        let text = live.opening(&held(&known));
+        progress.aside(|| say(&text));
+    }
+    if ranks.reports() {
+        let (known, chosen) = (known.clone(), entries.len());
+        interrupt::before_the_end(move || tell_what_is_known(&known, chosen, json));
+    }
     for entry in entries {
         progress.doing(entry.spec.name.clone());
         let check = layer::Checker {
@@ -85,10 +124,17 @@ pub(crate) fn run(args: &CheckArgs, common: &Common) -> Result<Report> {
             ranks: &ranks,
             parallel: &parallel,
         };
-        checks.push(check.run()?);
+        let check = check.run()?;
         progress.step();
+        if shows {
+            let text = live.layer(&check, progress.left());
+            progress.aside(|| say(&text));
+        }
+        held(&known).layers.push(check);
     }
     drop(progress);
+    let mut known = held(&known);
+    let checks = &known.layers;
     if let Some(recorded) = &recorded
         && checks.iter().all(|check| check.recorded.is_empty() && check.problems.is_empty())
     {
@@ -98,19 +144,27 @@ pub(crate) fn run(args: &CheckArgs, common: &Common) -> Result<Report> {
     if !ranks.reports() {
         return Ok(Report::silent(ok));
     }
-    let json = CheckJson {
-        ok,
-        verdict: text::verdict(&checks),
-        checkpoint: match builtin {
-            Some(_) => "the small one that comes with moe-runner".into(),
-            None => path.display().to_string(),
-        },
-        architecture: opened.description.architecture.clone(),
-        split: ranks.split(),
-        machine,
-        layers: checks,
-    };
-    Report::new(json.ok, text::text(&json), &json)
+    (known.ok, known.verdict) = (ok, text::verdict(checks));
+    Report::new(ok, text::closing(&known), &*known)
+}
+
+/// The run is interrupted: what is known by now.
+fn tell_what_is_known(known: &Mutex<CheckJson>, chosen: usize, json: bool) {
+    let mut known = held(known);
+    let left = chosen - known.layers.len();
+    known.unchecked = Some(left);
+    known.verdict = text::interrupted(&known.layers, left);
+    let report = Report::new(false, text::closing(&known), &*known);
+    // plain data: it cannot fail to be written
+    if let Ok(report) = report {
+        eprintln!();
+        report.print(json);
+    }
+}
+
+/// What is behind the lock; a panic elsewhere has been reported, and what is known stays known.
+fn held(known: &Mutex<CheckJson>) -> MutexGuard<'_, CheckJson> {
+    known.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Whether `--against` names another checkpoint, not a file of recordings.

@@ -6,19 +6,22 @@
 //! - what `run` writes: `layers.L.output`, or `output` for a single layer, with `topk_ids` and
 //!   `topk_weights`. The hidden states come from the file itself (`hidden_states`) or from
 //!   `--input`.
+//!
+//! Layers that route by token id find those beside the hidden states, as `input_ids`, or in `--input`;
+//! layers without a gate of their own find `router_logits` there.
 
 use std::path::Path;
 
 use anyhow::{Result, anyhow, bail};
 use moe_runner::checkpoint::{Checkpoint, Tensor};
 use moe_runner::hidden::ActivationDtype;
-use moe_runner::spec::{ActivationFormat, LayerSpec};
+use moe_runner::spec::{ActivationFormat, LayerSpec, Selection};
 use moe_runner::weights::LoadedLayer;
 use serde::Serialize;
 
-use super::layer::{Forward, nmse, within};
-use crate::commands::run::weight_factor;
-use crate::input::{Input, LayerInput, floats};
+use super::compare::{Forward, nmse, within};
+use crate::input::{Input, LayerInput, floats, token_ids};
+use crate::routing::weight_factor;
 
 /// The recordings themselves are of f32 arithmetic.
 const F32_RECORDING: f64 = 1e-10;
@@ -112,7 +115,8 @@ impl Recorded {
                 Some(out) if quantised => out,
                 _ => self.file.require(&format!("{prefix}out"))?,
             };
-            recordings.push(recording(&tag, hidden_alone(&hidden, spec)?, out, &prefix)?);
+            let input = self.beside(hidden_alone(&hidden, spec)?, layer, &[&prefix], input)?;
+            recordings.push(recording(&tag, input, out, &prefix)?);
         }
         let plain = if self.single { "" } else { prefix.as_str() };
         for prefix in [prefix.as_str(), plain] {
@@ -122,7 +126,9 @@ impl Recorded {
                 None => self.file.tensor("hidden_states")?,
             };
             let mut input = match (hidden, input) {
-                (Some(hidden), _) => hidden_alone(&hidden, spec)?,
+                (Some(hidden), _) => {
+                    self.beside(hidden_alone(&hidden, spec)?, layer, &[prefix, ""], input)?
+                }
                 (None, Some(input)) => input.layer(spec)?,
                 (None, None) => bail!(
                     "{}: holds outputs without their hidden states; name those with --input",
@@ -136,11 +142,49 @@ impl Recorded {
         }
         Ok(recordings)
     }
+
+    /// `recorded` with what else its routing depends on: under one of the prefixes, or in `--input`.
+    fn beside(
+        &self,
+        mut recorded: LayerInput,
+        layer: &LoadedLayer,
+        prefixes: &[&str],
+        input: Option<&Input>,
+    ) -> Result<LayerInput> {
+        let spec = &layer.spec;
+        let find = |name: &str| {
+            let found = prefixes.iter().map(|prefix| self.file.tensor(&format!("{prefix}{name}")));
+            found.collect::<Result<Vec<_>, _>>().map(|all| all.into_iter().flatten().next())
+        };
+        if matches!(spec.router.selection, Selection::HashTable { .. }) {
+            recorded.input_ids = match (find("input_ids")?, input) {
+                (Some(ids), _) => Some(token_ids(&ids, recorded.tokens)?),
+                (None, Some(input)) => input.input_ids(spec, recorded.tokens)?,
+                (None, None) => None,
+            };
+            if recorded.input_ids.is_none() {
+                bail!(
+                    "{}: layer {} routes by token id, and there is no input_ids [{}] beside its \
+                     hidden states; add it, or name a file that has it with --input",
+                    self.file.path().display(),
+                    spec.index,
+                    recorded.tokens
+                );
+            }
+        }
+        if layer.gate.is_none()
+            && let Some(logits) = find("router_logits")?
+        {
+            logits.expect_shape(&[recorded.tokens, spec.router.logits()])?;
+            recorded.router_logits = Some(floats(&logits)?);
+        }
+        Ok(recorded)
+    }
 }
 
 /// One recorded batch.
 pub(super) struct Recording {
-    name: String,
+    pub(super) name: String,
     pub(super) input: LayerInput,
     /// The input is not exact in the dtype of the activations: to be run in f32.
     pub(super) exact: bool,

@@ -1,14 +1,19 @@
 //! What `check` prints for people.
 
+use std::time::Duration;
+
+use moe_runner::experts::KERNELS;
+
 use super::CheckJson;
-use super::layer::{LayerCheck, Speed};
+use super::layer::{LOGITS_BOUND, LayerCheck, Speed};
 use crate::failure::one_line;
 use crate::report::bars::bars;
-use crate::report::table::{Columns, Facts, Tone, toned};
+use crate::report::table::{Facts, Tone, toned};
 use crate::report::units::{self, plural};
+use crate::report::width::width;
 use crate::splitting;
 
-/// Up to so many layers are shown in full.
+/// Up to so many layers are shown in full as they are done; more have a line each.
 const IN_FULL: usize = 4;
 
 /// A layer of fewer bytes stays in the caches of any machine between two runs.
@@ -17,25 +22,123 @@ const CACHED: usize = 1 << 20;
 /// How many problems of a layer are shown.
 const SHOWN: usize = 5;
 
-pub(super) fn text(json: &CheckJson) -> String {
-    let mut facts = Facts::new();
-    facts.add("checkpoint", format!("{} ({})", one_line(&json.checkpoint), json.architecture));
-    if let Some(sizes) = &json.split {
-        facts.add("split", splitting::describe(sizes));
+/// Layers as they are done.
+pub(super) struct Live {
+    /// Few layers are shown in full.
+    in_full: bool,
+    columns: Vec<(&'static str, usize)>,
+}
+
+impl Live {
+    /// For so many layers.
+    pub(super) fn new(layers: usize) -> Self {
+        let kernels = KERNELS.iter().map(|kernel| kernel.name.len()).max().unwrap_or(0);
+        let mut columns = vec![
+            (">layer", 5),
+            ("", 4),
+            ("kernel", kernels),
+            (">NMSE", 7),
+            (">bound", 7),
+            ("routing", 7),
+            (">1 token", 8),
+            (">limit", 6),
+            (">load", 10),
+            (">of the other", 12),
+            ("", 14),
+        ];
+        // what does not fit stands in the JSON
+        let limit = width().unwrap_or(usize::MAX);
+        let mut used = 0;
+        columns.retain(|(_, width)| {
+            used += width + 2;
+            used <= limit.saturating_add(2)
+        });
+        Self { in_full: layers <= IN_FULL, columns }
     }
-    if let Some(machine) = &json.machine {
-        facts.add("machine", machine.to_string());
+
+    /// What comes before the first layer.
+    pub(super) fn opening(&self, json: &CheckJson) -> String {
+        let mut facts = Facts::new();
+        facts.add("checkpoint", format!("{} ({})", one_line(&json.checkpoint), json.architecture));
+        if let Some(sizes) = &json.split {
+            facts.add("split", splitting::describe(sizes));
+        }
+        if let Some(machine) = &json.machine {
+            facts.add("machine", machine.to_string());
+        }
+        match self.in_full {
+            true => facts.to_string(),
+            false => {
+                let titles = self.columns.iter().map(|(title, _)| title.trim_start_matches('>'));
+                format!("{facts}\n{}", self.line(titles.map(str::to_owned)))
+            }
+        }
     }
-    let mut out = format!("{facts}\n");
-    if json.layers.len() <= IN_FULL {
-        json.layers.iter().for_each(|layer| out += &full(layer));
-    } else {
-        out += &format!("{}\n", table(&json.layers));
-        json.layers.iter().filter(|layer| !layer.ok).for_each(|layer| out += &full(layer));
+
+    /// A layer that is done, and how long the others will take.
+    pub(super) fn layer(&self, layer: &LayerCheck, left: Option<Duration>) -> String {
+        if self.in_full {
+            return full(layer);
+        }
+        let number = |value: Option<f64>| value.map_or("-".into(), |v| format!("{v:.1e}"));
+        let one = layer.speed.iter().find(|speed| speed.tokens == 1).or(layer.speed.first());
+        let most = layer.load.iter().max().copied().unwrap_or(0);
+        let mean = layer.load.iter().sum::<usize>() as f64 / layer.load.len().max(1) as f64;
+        let left = left.filter(|left| left.as_secs() > 0);
+        let line = self.line([
+            layer.layer.to_string(),
+            if layer.ok { "pass".into() } else { "FAIL".into() },
+            layer.kernel.unwrap_or("-").to_owned(),
+            number(layer.nmse),
+            number(layer.bound),
+            match layer.ids_equal {
+                Some(true) => "same".into(),
+                Some(false) => "OTHER".into(),
+                None => "-".into(),
+            },
+            one.map_or("-".into(), |speed| units::seconds(speed.median_s)),
+            one.map_or("-".into(), |speed| format!("{:.0} %", 100.0 * speed.limit_share)),
+            format!("{:.1}× mean", most as f64 / mean.max(1e-9)),
+            number(layer.original_nmse),
+            left.map_or(String::new(), |left| {
+                format!("{} left", units::seconds(left.as_secs_f64()))
+            }),
+        ]);
+        match layer.ok {
+            true => line,
+            false => format!("{line}\n{}", full(layer)),
+        }
     }
+
+    fn line(&self, cells: impl IntoIterator<Item = String>) -> String {
+        let cells = self.columns.iter().zip(cells).map(|((title, width), cell)| {
+            match title.starts_with('>') {
+                true => format!("{cell:>width$}"),
+                false => format!("{cell:width$}"),
+            }
+        });
+        cells.collect::<Vec<_>>().join("  ").trim_end().to_owned()
+    }
+}
+
+/// What comes after the last layer.
+pub(super) fn closing(json: &CheckJson) -> String {
     let tone = if json.ok { Tone::Good } else { Tone::Bad };
-    out += &toned(tone, &json.verdict);
-    out + &outlook(&json.layers)
+    toned(tone, &json.verdict) + &outlook(&json.layers)
+}
+
+/// What is known when the run is interrupted, in one sentence.
+pub(super) fn interrupted(layers: &[LayerCheck], left: usize) -> String {
+    let all = layers.len() + left;
+    match layers {
+        [] => format!("INTERRUPTED: none of {} was checked", plural(all, "MoE layer")),
+        _ => format!(
+            "INTERRUPTED: {} of {} were checked. {}",
+            layers.len(),
+            plural(all, "MoE layer"),
+            verdict(layers)
+        ),
+    }
 }
 
 /// The whole in one sentence.
@@ -51,9 +154,6 @@ pub(super) fn verdict(layers: &[LayerCheck]) -> String {
             one_line(problem)
         );
     }
-    let worst = layers.iter().filter_map(|layer| Some((layer.nmse?, layer.bound?)));
-    let worst = worst.max_by(|a, b| (a.0 / a.1).total_cmp(&(b.0 / b.1)));
-    let (nmse, bound) = worst.unwrap_or((0.0, 0.0));
     let recorded: usize = layers.iter().map(|layer| layer.recorded.len()).sum();
     let recorded = match recorded {
         0 => String::new(),
@@ -61,14 +161,40 @@ pub(super) fn verdict(layers: &[LayerCheck]) -> String {
             format!(", and the {}", plural(count, "recorded output"))
         }
     };
+    let worst = layers.iter().flat_map(compared).max_by(|a, b| a.share().total_cmp(&b.share()));
+    let worst = worst.map_or(String::new(), |Compared { what, layer, nmse, bound }| {
+        format!(" (worst: {what} of layer {layer}, NMSE {nmse:.1e}, bound {bound:.0e})")
+    });
     format!(
-        "RIGHT: {} computed what the float64 reference does{recorded} (worst NMSE {nmse:.1e}, \
-         bound {bound:.0e})",
+        "RIGHT: {} computed what the float64 reference does{recorded}{worst}",
         match layers.len() {
             1 => "the MoE layer".to_owned(),
             count => format!("all {count} MoE layers"),
         }
     )
+}
+
+/// One comparison of a layer.
+struct Compared<'a> {
+    what: &'a str,
+    layer: usize,
+    nmse: f64,
+    bound: f64,
+}
+
+impl Compared<'_> {
+    fn share(&self) -> f64 {
+        self.nmse / self.bound
+    }
+}
+
+/// All comparisons of a layer that have a bound.
+fn compared(check: &LayerCheck) -> impl Iterator<Item = Compared<'_>> {
+    let output = check.nmse.zip(check.bound).map(|(nmse, bound)| ("the output", nmse, bound));
+    let logits = check.router_logits_nmse.map(|nmse| ("the router logits", nmse, LOGITS_BOUND));
+    let recorded = check.recorded.iter().map(|r| (r.name.as_str(), r.nmse, r.bound));
+    let all = output.into_iter().chain(logits).chain(recorded);
+    all.map(|(what, nmse, bound)| Compared { what, layer: check.layer, nmse, bound })
 }
 
 /// What the times of single tokens add up to.
@@ -117,6 +243,9 @@ fn full(layer: &LayerCheck) -> String {
         );
         facts.add("kernel", format!("{kernel} ({}), {} activations", layer.why, layer.dtype));
     }
+    if !layer.inputs.is_empty() {
+        facts.add("inputs", format!("{}, {}", plural(layer.tokens, "token"), layer.inputs));
+    }
     if let (Some(nmse), Some(bound)) = (layer.nmse, layer.bound) {
         let mut line = format!("NMSE {nmse:.1e} of the reference, bound {bound:.0e}");
         if let (Some(token), Some(expert)) = (layer.worst_token, layer.worst_expert) {
@@ -152,7 +281,18 @@ fn full(layer: &LayerCheck) -> String {
         facts.add("recorded", each.collect::<Vec<_>>().join(", "));
     }
     if let Some(nmse) = layer.original_nmse {
-        facts.add("original", format!("NMSE {nmse:.1e} of the other checkpoint's layer"));
+        let worst = layer.original_worst_expert.map_or(String::new(), |worst| {
+            format!("; most of it from expert {}: {:.1e}", worst.index, worst.nmse)
+        });
+        let random = match layer.inputs.as_str() {
+            "random" => {
+                "\non random hidden states, which overstate what quantisation loses 1.5 to 3 \
+                         times; --input or a recording has real ones"
+            }
+            _ => "",
+        };
+        let line = format!("NMSE {nmse:.1e} of the other checkpoint's layer{worst}{random}");
+        facts.add("original", line);
     }
     let cached = layer.bytes < CACHED;
     let speeds: Vec<String> = layer.speed.iter().map(|s| speed_line(s, cached)).collect();
@@ -181,39 +321,4 @@ fn speed_line(speed: &Speed, cached: bool) -> String {
     ) + &speed.bytes_moved_per_token.map_or(String::new(), |bytes| {
         format!("  {} moved a token", units::bytes(bytes.round() as usize))
     })
-}
-
-fn table(layers: &[LayerCheck]) -> String {
-    let mut titles = vec![
-        ">layer", "", "kernel", ">NMSE", ">bound", "routing", ">1 token", ">GB/s", ">limit",
-        ">load",
-    ];
-    let against = layers.iter().any(|layer| layer.original_nmse.is_some());
-    titles.extend(against.then_some(">of the other"));
-    let mut table = Columns::new(&titles);
-    for layer in layers {
-        let number = |value: Option<f64>| value.map_or("-".into(), |v| format!("{v:.1e}"));
-        let one = layer.speed.iter().find(|speed| speed.tokens == 1).or(layer.speed.first());
-        let most = layer.load.iter().max().copied().unwrap_or(0);
-        let mean = layer.load.iter().sum::<usize>() as f64 / layer.load.len().max(1) as f64;
-        let mut row = vec![
-            layer.layer.to_string(),
-            if layer.ok { "pass".into() } else { "FAIL".into() },
-            layer.kernel.unwrap_or("-").to_owned(),
-            number(layer.nmse),
-            number(layer.bound),
-            match layer.ids_equal {
-                Some(true) => "same".into(),
-                Some(false) => "OTHER".into(),
-                None => "-".into(),
-            },
-            one.map_or("-".into(), |speed| units::seconds(speed.median_s)),
-            one.map_or("-".into(), |speed| format!("{:.1}", speed.gbps)),
-            one.map_or("-".into(), |speed| format!("{:.0} %", 100.0 * speed.limit_share)),
-            format!("{:.1}× mean", most as f64 / mean.max(1e-9)),
-        ];
-        row.extend(against.then(|| number(layer.original_nmse)));
-        table.row(row);
-    }
-    table.to_string()
 }

@@ -1,0 +1,164 @@
+//! Flags that several commands have, each where it acts: as written, and resolved.
+
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use moe_kernels::isa::physical_cores;
+use moe_kernels::pool::Pool;
+use moe_runner::experts::{Device, KERNELS};
+use moe_runner::hidden::ActivationDtype;
+use moe_runner::oracle::Machine;
+use moe_runner::runner::Options;
+
+use crate::failure::unusable;
+
+/// More threads than any machine has.
+const MAX_THREADS: usize = 4096;
+
+/// How many threads.
+#[derive(clap::Args, Debug)]
+#[command(next_help_heading = "Common options")]
+pub(crate) struct ThreadArgs {
+    /// Threads to compute on [default: the physical cores that this process may use].
+    #[arg(long, value_name = "N")]
+    threads: Option<usize>,
+}
+
+impl ThreadArgs {
+    /// The number, checked.
+    pub(crate) fn count(&self) -> Result<usize> {
+        let threads = self.threads.unwrap_or_else(physical_cores);
+        match (1..=MAX_THREADS).contains(&threads) {
+            true => Ok(threads),
+            false => Err(unusable(format!("--threads {threads}: must be 1 to {MAX_THREADS}"))),
+        }
+    }
+}
+
+/// What is random.
+#[derive(clap::Args, Clone, Copy, Debug)]
+#[command(next_help_heading = "Common options")]
+pub(crate) struct SeedArg {
+    /// Seed of everything random.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) seed: u64,
+}
+
+/// What the activations are.
+#[derive(clap::Args, Debug)]
+#[command(next_help_heading = "Common options")]
+pub(crate) struct DtypeArg {
+    /// Dtype of the activations: auto, f32, bf16 or f16. auto: f32 for a GGUF file; else that of the
+    /// experts' weights where they are stored in one of these, else bf16.
+    #[arg(long, value_name = "DTYPE", default_value = "auto", value_parser = dtype_or_auto)]
+    dtype: DtypeChoice,
+}
+
+impl DtypeArg {
+    /// The dtype that is named; `None`: auto.
+    pub(crate) fn named(&self) -> Option<ActivationDtype> {
+        self.dtype.0
+    }
+}
+
+/// What computes.
+#[derive(clap::Args, Debug)]
+#[command(next_help_heading = "Common options")]
+pub(crate) struct KernelArgs {
+    /// The kernel: auto, or a name that `explain` lists. A named kernel is used or refused, never
+    /// replaced.
+    #[arg(long, value_name = "NAME", default_value = "auto")]
+    kernel: String,
+    /// Where to compute: auto, cpu, cuda or cuda:N.
+    #[arg(long, value_name = "DEVICE", default_value = "auto", value_parser = device)]
+    device: DeviceChoice,
+    #[command(flatten)]
+    dtype: DtypeArg,
+}
+
+/// A device as the user names it.
+#[derive(Clone, Copy, Debug)]
+struct DeviceChoice(Option<Device>);
+
+/// A dtype as the user names it; `None` is auto.
+#[derive(Clone, Copy, Debug)]
+struct DtypeChoice(Option<ActivationDtype>);
+
+fn device(text: &str) -> Result<DeviceChoice, String> {
+    let known = match text.split_once(':') {
+        None => match text {
+            "auto" => Some(None),
+            "cpu" => Some(Some(Device::Cpu)),
+            "cuda" => Some(Some(Device::Cuda)),
+            _ => None,
+        },
+        // Which of several GPUs: no kernel of this build runs on any.
+        Some(("cuda", number)) => number.parse::<u32>().ok().map(|_| Some(Device::Cuda)),
+        Some(_) => None,
+    };
+    known.map(DeviceChoice).ok_or_else(|| "devices are auto, cpu, cuda and cuda:N".into())
+}
+
+pub(super) fn dtype(text: &str) -> Result<ActivationDtype, String> {
+    [ActivationDtype::F32, ActivationDtype::Bf16, ActivationDtype::F16]
+        .into_iter()
+        .find(|dtype| dtype.name() == text)
+        .ok_or_else(|| "dtypes are f32, bf16 and f16".into())
+}
+
+fn dtype_or_auto(text: &str) -> Result<DtypeChoice, String> {
+    match text {
+        "auto" => Ok(DtypeChoice(None)),
+        _ => dtype(text)
+            .map(|dtype| DtypeChoice(Some(dtype)))
+            .map_err(|_| "dtypes are auto, f32, bf16 and f16".into()),
+    }
+}
+
+/// These flags, checked and turned into what they stand for.
+pub(crate) struct Common {
+    /// Seed of everything random.
+    pub(crate) seed: u64,
+    /// `None`: auto.
+    pub(crate) kernel: Option<String>,
+    /// `None`: auto.
+    pub(crate) device: Option<Device>,
+    /// `None`: auto.
+    pub(crate) dtype: Option<ActivationDtype>,
+    /// The threads to compute on.
+    pub(crate) pool: Arc<Pool>,
+}
+
+impl Common {
+    /// Checks the flags, and starts the threads.
+    pub(crate) fn resolve(kernel: &KernelArgs, threads: usize, seed: u64) -> Result<Self> {
+        let name = (kernel.kernel != "auto").then(|| kernel.kernel.clone());
+        if let Some(name) = &name
+            && !KERNELS.iter().any(|kernel| kernel.name == name)
+        {
+            let names: Vec<&str> = KERNELS.iter().map(|kernel| kernel.name).collect();
+            return Err(unusable(format!(
+                "--kernel {name}: no such kernel; there are {}",
+                names.join(", ")
+            )));
+        }
+        Ok(Self {
+            seed,
+            kernel: name,
+            device: kernel.device.0,
+            dtype: kernel.dtype.named(),
+            pool: Arc::new(Pool::new(threads).context("cannot start threads; try --threads 1")?),
+        })
+    }
+
+    /// The library's options, for activations in `dtype`.
+    pub(crate) fn options(&self, dtype: ActivationDtype) -> Options {
+        Options {
+            dtype,
+            kernel: self.kernel.clone(),
+            device: self.device,
+            pool: self.pool.clone(),
+            machine: Machine::detect(),
+        }
+    }
+}

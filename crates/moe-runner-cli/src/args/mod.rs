@@ -1,0 +1,270 @@
+//! The arguments, as written.
+
+mod common;
+mod help;
+
+pub(crate) use common::{Common, DtypeArg, KernelArgs, SeedArg, ThreadArgs};
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::error::ErrorKind;
+use clap::{Parser, Subcommand};
+use moe_runner::hidden::ActivationDtype;
+
+use crate::choice::{LayerChoice, size};
+use crate::failure;
+use crate::splitting::Splitting;
+
+/// The whole command line.
+#[derive(Parser, Debug)]
+#[command(name = "moe-runner", version, about = help::ABOUT, after_help = help::STATUS)]
+#[command(max_term_width = 80, arg_required_else_help = true)]
+pub(crate) struct Args {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+    /// Print one JSON object on standard output, and nothing else there.
+    #[arg(long, global = true, help_heading = "Common options")]
+    pub(crate) json: bool,
+}
+
+/// The modes.
+#[derive(Subcommand, Debug)]
+pub(crate) enum Command {
+    /// Is every layer right, and what does it do on this machine?
+    #[command(after_help = help::CHECK)]
+    Check(CheckArgs),
+    /// Run layers on given hidden states, and write their outputs.
+    #[command(after_help = help::RUN)]
+    #[command(override_usage = "moe-runner run CHECKPOINT --layers LAYERS --input IN --output OUT")]
+    Run(RunArgs),
+    /// Show what a checkpoint holds: layers, routing, formats, bytes, completeness.
+    #[command(after_help = help::INSPECT)]
+    Inspect(InspectArgs),
+    /// Show which kernel runs each layer, why, and why not the others.
+    #[command(after_help = help::EXPLAIN)]
+    Explain(ExplainArgs),
+    /// Time a layer against this machine's limits.
+    #[command(after_help = help::BENCH)]
+    Bench(BenchArgs),
+    /// Show what splitting the layers over ranks would cost, before there are ranks.
+    #[command(after_help = help::PLAN)]
+    Plan(PlanArgs),
+    /// Write a copy of a checkpoint with quantised experts.
+    #[command(after_help = help::QUANTIZE)]
+    Quantize(QuantizeArgs),
+}
+
+/// `check`
+#[derive(clap::Args, Debug)]
+pub(crate) struct CheckArgs {
+    /// Folder with config.json and *.safetensors, or a .gguf file [default: a small checkpoint that
+    /// is part of this program].
+    pub(crate) checkpoint: Option<PathBuf>,
+    /// Layers: 3, or 3,5-9, or all MoE layers.
+    #[arg(long, visible_alias = "layer", value_name = "LAYERS", default_value = "all")]
+    #[arg(allow_hyphen_values = true)]
+    pub(crate) layers: LayerChoice,
+    /// Tokens to compare the kernel with the reference on.
+    #[arg(long, value_name = "N", default_value_t = 32)]
+    pub(crate) tokens: usize,
+    /// Only the verdict: leave out what measures the machine and the layers' speed.
+    #[arg(long)]
+    pub(crate) no_timing: bool,
+    /// Compare with the outputs recorded in this safetensors file, too; or with the layers of the
+    /// checkpoint in this folder, such as the one that this was quantised from. May be given once for
+    /// each.
+    #[arg(long, value_name = "FILE|CHECKPOINT")]
+    pub(crate) against: Vec<PathBuf>,
+    /// Take the hidden states from this safetensors file (- is standard input) instead of recorded or
+    /// random ones.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) input: Option<PathBuf>,
+    /// The tensor of the input file that holds the hidden states.
+    #[arg(long, value_name = "NAME", default_value = "hidden_states")]
+    pub(crate) input_name: String,
+    #[command(flatten)]
+    pub(crate) splitting: Splitting,
+    #[command(flatten)]
+    pub(crate) kernel: KernelArgs,
+    #[command(flatten)]
+    pub(crate) threads: ThreadArgs,
+    #[command(flatten)]
+    pub(crate) seed: SeedArg,
+}
+
+/// `run`
+#[derive(clap::Args, Debug)]
+pub(crate) struct RunArgs {
+    /// Folder with config.json and *.safetensors, or a .gguf file.
+    pub(crate) checkpoint: PathBuf,
+    /// Layers: 3, or 3,5-9, or all MoE layers.
+    #[arg(long, visible_alias = "layer", value_name = "LAYERS")]
+    #[arg(allow_hyphen_values = true)]
+    pub(crate) layers: LayerChoice,
+    /// Safetensors file with the hidden states; - is standard input.
+    #[arg(long, value_name = "IN")]
+    pub(crate) input: PathBuf,
+    /// Safetensors file to write.
+    #[arg(long, value_name = "OUT")]
+    pub(crate) output: PathBuf,
+    /// The tensor of the input file that holds the hidden states.
+    #[arg(long, value_name = "NAME", default_value = "hidden_states")]
+    pub(crate) input_name: String,
+    /// Dtype of the written output [default: that of the activations].
+    #[arg(long, value_name = "DTYPE", value_parser = common::dtype)]
+    pub(crate) output_dtype: Option<ActivationDtype>,
+    /// Write outputs that hold NaN or infinity, too; else they are an error that says where they come
+    /// from.
+    #[arg(long)]
+    pub(crate) allow_non_finite: bool,
+    /// Also write a timeline of every rank, for chrome://tracing or ui.perfetto.dev.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) trace: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) splitting: Splitting,
+    #[command(flatten)]
+    pub(crate) kernel: KernelArgs,
+    #[command(flatten)]
+    pub(crate) threads: ThreadArgs,
+}
+
+/// `inspect`
+#[derive(clap::Args, Debug)]
+pub(crate) struct InspectArgs {
+    /// Folder with config.json and *.safetensors, or a .gguf file.
+    pub(crate) checkpoint: PathBuf,
+    /// Layers: 3, or 3,5-9, or all MoE layers.
+    #[arg(long, visible_alias = "layer", value_name = "LAYERS", default_value = "all")]
+    #[arg(allow_hyphen_values = true)]
+    pub(crate) layers: LayerChoice,
+}
+
+/// `explain`
+#[derive(clap::Args, Debug)]
+pub(crate) struct ExplainArgs {
+    /// Folder with config.json and *.safetensors, or a .gguf file.
+    pub(crate) checkpoint: PathBuf,
+    /// Layers: 3, or 3,5-9, or all MoE layers.
+    #[arg(long, visible_alias = "layer", value_name = "LAYERS", default_value = "all")]
+    #[arg(allow_hyphen_values = true)]
+    pub(crate) layers: LayerChoice,
+    /// Choose for another machine: portable, avx2, avx512, or smNN, such as sm90, for a host with
+    /// an NVIDIA GPU.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) machine: Option<String>,
+    #[command(flatten)]
+    pub(crate) kernel: KernelArgs,
+}
+
+/// `bench`
+#[derive(clap::Args, Debug)]
+pub(crate) struct BenchArgs {
+    /// Folder with config.json and *.safetensors, or a .gguf file.
+    #[arg(conflicts_with = "preset")]
+    pub(crate) checkpoint: Option<PathBuf>,
+    /// The layer of the checkpoint [default: its first MoE layer].
+    #[arg(long, visible_alias = "layer", value_name = "N", allow_hyphen_values = true)]
+    pub(crate) layers: Option<LayerChoice>,
+    /// Instead of a checkpoint: the shapes of a well-known model, with random weights.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) preset: Option<String>,
+    /// Number format of a preset's weights [default: the one that the model is published in].
+    #[arg(long, value_name = "FMT")]
+    pub(crate) format: Option<String>,
+    /// Tokens of the batches, one row of the report each.
+    #[arg(long, value_name = "N,N", value_delimiter = ',', default_value = "1,4,16,64,256")]
+    pub(crate) tokens: Vec<usize>,
+    #[command(flatten)]
+    pub(crate) splitting: Splitting,
+    #[command(flatten)]
+    pub(crate) kernel: KernelArgs,
+    #[command(flatten)]
+    pub(crate) threads: ThreadArgs,
+    #[command(flatten)]
+    pub(crate) seed: SeedArg,
+}
+
+/// `plan`
+#[derive(clap::Args, Debug)]
+pub(crate) struct PlanArgs {
+    /// Folder with config.json and *.safetensors, or a .gguf file.
+    pub(crate) checkpoint: PathBuf,
+    /// Ranks to split over.
+    #[arg(long, value_name = "N")]
+    pub(crate) ranks: usize,
+    /// Copies of experts beyond one each [default: as few as make them divide over the ranks].
+    #[arg(long, value_name = "R")]
+    pub(crate) redundant: Option<usize>,
+    /// Machines that the ranks are on, equally many on each.
+    #[arg(long, value_name = "M", default_value_t = 1)]
+    pub(crate) nodes: usize,
+    /// A recorded routing, to take the load of the experts from.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) trace: Option<PathBuf>,
+    /// Tokens of the batch whose traffic is counted.
+    #[arg(long, value_name = "N", default_value_t = 1024)]
+    pub(crate) tokens: usize,
+    /// Layers: 3, or 3,5-9, or all MoE layers.
+    #[arg(long, visible_alias = "layer", value_name = "LAYERS", default_value = "all")]
+    #[arg(allow_hyphen_values = true)]
+    pub(crate) layers: LayerChoice,
+    #[command(flatten)]
+    pub(crate) dtype: DtypeArg,
+    #[command(flatten)]
+    pub(crate) seed: SeedArg,
+}
+
+/// `quantize`
+#[derive(clap::Args, Debug)]
+pub(crate) struct QuantizeArgs {
+    /// Folder with config.json and *.safetensors, in F32, F16 or BF16.
+    pub(crate) checkpoint: PathBuf,
+    /// Number format of the experts: fp8, fp8-block, int8, w4a16, nvfp4a16 or mxfp4.
+    #[arg(long, value_name = "FORMAT")]
+    pub(crate) format: String,
+    /// Weights that share a scale, for w4a16 [default: 128].
+    #[arg(long, value_name = "N")]
+    pub(crate) group_size: Option<usize>,
+    /// The folder to write.
+    #[arg(long, value_name = "FOLDER")]
+    pub(crate) output: PathBuf,
+    /// Most bytes of tensors in a file.
+    #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = size)]
+    pub(crate) max_shard_size: u64,
+    /// Experts to leave as they are: the full names of their modules, or re: and an expression.
+    #[arg(long, value_name = "PATTERN")]
+    pub(crate) ignore: Vec<String>,
+    /// Replace the checkpoint in the output folder: its weights, index and config.json, and what the
+    /// copy has too. Other files stay.
+    #[arg(long)]
+    pub(crate) overwrite: bool,
+    #[command(flatten)]
+    pub(crate) threads: ThreadArgs,
+}
+
+impl Args {
+    /// Parses the command line; otherwise the exit status, after help or one line of what is wrong.
+    pub(crate) fn read() -> Result<Self, ExitCode> {
+        Self::try_parse().map_err(|error| {
+            if !error.use_stderr() {
+                // a closed pipe is no failure
+                let _ = error.print();
+                return ExitCode::SUCCESS;
+            }
+            // nothing at all was asked for: what can be
+            if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
+                let _ = error.print();
+                return ExitCode::from(failure::UNUSABLE);
+            }
+            let text = error.render().to_string();
+            let message = text.split("\n\nUsage").next().unwrap_or_default();
+            let message = message.split("\n\nFor more").next().unwrap_or_default();
+            let message = message.strip_prefix("error: ").unwrap_or(message);
+            let words: Vec<&str> = message.split_whitespace().collect();
+            let message = format!("{} (moe-runner --help tells more)", words.join(" "));
+            let json = std::env::args_os().any(|arg| arg == "--json");
+            failure::print(&failure::unusable(message), json)
+        })
+    }
+}

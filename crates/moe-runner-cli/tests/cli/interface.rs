@@ -1,0 +1,209 @@
+//! What all commands have in common: help, choices, errors, and lines that fit.
+
+use std::ffi::OsStr;
+use std::io::Write;
+use std::process::{Command, Stdio};
+
+use crate::files::{New, Values, write};
+use crate::{case, json, moe_runner, refused};
+
+const COMMANDS: [&str; 7] = ["check", "run", "inspect", "explain", "bench", "plan", "quantize"];
+
+#[test]
+fn without_arguments_the_commands_are_listed() {
+    let output = moe_runner::<&str>([]);
+    assert_eq!(output.status.code(), Some(2));
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    for command in COMMANDS {
+        assert!(text.contains(&format!("\n  {command} ")), "{command}: {text}");
+    }
+}
+
+#[test]
+fn help_fits_eighty_columns() {
+    for command in ["", "check", "run", "inspect", "explain", "bench", "plan", "quantize"] {
+        let args = [command, "--help"].into_iter().filter(|arg| !arg.is_empty());
+        let output = moe_runner(args);
+        assert!(output.status.success());
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        for line in text.lines() {
+            assert!(
+                line.chars().count() <= 80,
+                "{command}: {} columns: {line}",
+                line.chars().count()
+            );
+        }
+        assert!(text.contains("Options:") || text.contains("options:"), "{text}");
+    }
+}
+
+/// `--seed` of something that has nothing random would be a promise that nobody keeps.
+#[test]
+fn options_stand_where_they_act() {
+    let case = case("qwen2_moe_f16");
+    for (command, flag) in [
+        ("inspect", "--threads"),
+        ("inspect", "--kernel"),
+        ("explain", "--seed"),
+        ("run", "--seed"),
+        ("plan", "--kernel"),
+        ("quantize", "--dtype"),
+    ] {
+        let stderr = refused(2, [command.as_ref(), case.as_os_str(), flag.as_ref(), "1".as_ref()]);
+        assert!(stderr.contains(flag), "{stderr}");
+    }
+}
+
+/// One language: single layers, lists, ranges of what is there, all; under both names.
+#[test]
+fn layers_are_chosen_alike_everywhere() {
+    let case = case("qwen2_moe_f16");
+    let layers = |args: &[&str], key: &str| -> Vec<u64> {
+        let mut all = vec![args[0].as_ref(), case.as_os_str(), "--json".as_ref()];
+        all.extend(args[1..].iter().map(OsStr::new));
+        let report = json(all);
+        let layers = report["layers"].as_array().unwrap();
+        layers.iter().map(|layer| layer[key].as_u64().unwrap()).collect()
+    };
+    // layer 1 is dense: a range passes over it
+    for (choice, expected) in
+        [("all", &[0, 2][..]), ("2", &[2]), ("0-2", &[0, 2]), ("1-9", &[2]), ("0,2", &[0, 2])]
+    {
+        for flag in ["--layers", "--layer"] {
+            for command in [&["inspect"][..], &["explain"], &["plan", "--ranks", "2"]] {
+                let args = [command, &[flag, choice]].concat();
+                assert_eq!(layers(&args, "layer"), expected, "{args:?}");
+            }
+            let args = ["check", "--no-timing", "--tokens", "2", flag, choice];
+            assert_eq!(layers(&args, "layer"), expected, "{args:?}");
+        }
+    }
+    for command in ["inspect", "explain", "check"] {
+        let args = [command.as_ref(), case.as_os_str(), "--layers".as_ref(), "5-9".as_ref()];
+        assert!(refused(2, args).contains("layers 5-9: none is an MoE layer of"));
+    }
+}
+
+/// A program that reads JSON reads it when something is wrong, too.
+#[test]
+fn errors_are_objects_too() {
+    let case = case("qwen2_moe_f16");
+    let error = |args: &[&OsStr], status: i32| {
+        let mut args = args.to_vec();
+        args.push("--json".as_ref());
+        let output = moe_runner(args);
+        assert_eq!(output.status.code(), Some(status));
+        let object: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        let error = object["error"].clone();
+        // the same words as on standard error
+        let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(stderr.contains(error["message"].as_str().unwrap()), "{stderr}");
+        for cause in error["causes"].as_array().unwrap() {
+            assert!(stderr.contains(cause.as_str().unwrap()), "{stderr}");
+        }
+        (error["kind"].as_str().unwrap().to_owned(), error["message"].as_str().unwrap().to_owned())
+    };
+    let path = case.as_os_str();
+    let (kind, message) = error(&["inspect".as_ref(), "/no/such".as_ref()], 1);
+    assert!(["io", "file"].contains(&&*kind) && message.contains("/no/such"), "{kind}: {message}");
+    let (kind, message) = error(&["inspect".as_ref(), path, "--layers".as_ref(), "1".as_ref()], 2);
+    assert_eq!(kind, "arguments");
+    assert!(message.starts_with("layer 1 is no MoE layer"), "{message}");
+    let (kind, message) = error(&["inspect".as_ref(), path, "--frobnicate".as_ref()], 2);
+    assert_eq!(kind, "arguments");
+    assert!(message.contains("--frobnicate") && !message.starts_with("error"), "{message}");
+}
+
+/// Reports for people, at every width: no line is longer than the terminal but for a single word,
+/// and no word is broken.
+#[test]
+fn lines_fit_and_words_stay_whole() {
+    let case = case("deepseek_v3_bf16");
+    let at = |command: &[&str], columns: Option<usize>| {
+        let mut run = Command::new(env!("CARGO_BIN_EXE_moe-runner"));
+        run.arg(command[0]).arg(&case).args(&command[1..]).env_remove("COLUMNS");
+        if let Some(columns) = columns {
+            run.env("COLUMNS", columns.to_string());
+        }
+        let output = run.output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let words = |text: &str| {
+        let mut words: Vec<String> = text.split_whitespace().map(str::to_owned).collect();
+        words.sort();
+        words.dedup();
+        words
+    };
+    for command in [
+        &["inspect"][..],
+        &["explain"],
+        &["plan", "--ranks", "4", "--redundant", "8"],
+        &["check", "--no-timing", "--tokens", "2", "--threads", "1"],
+    ] {
+        let free = words(&at(command, None));
+        for columns in [40, 60, 80, 120, 200] {
+            let text = at(command, Some(columns));
+            for line in text.lines() {
+                let single = line.split_whitespace().count() == 1;
+                let length = line.chars().count();
+                assert!(
+                    length <= columns || single,
+                    "{command:?} {columns}: {length}: {line}\n{text}"
+                );
+            }
+            assert_eq!(words(&text), free, "{command:?} at {columns}");
+        }
+    }
+}
+
+#[test]
+fn hidden_states_come_from_standard_input() {
+    let folder = tempfile::tempdir().unwrap();
+    let (input, out) = (folder.path().join("in.safetensors"), folder.path().join("out"));
+    let x: Vec<f32> = (0..3 * 64).map(|i| (i as f32 * 0.37).sin()).collect();
+    write(&input, &[New::f32("hidden_states", &[3, 64], &x)]);
+    let mut child = Command::new(env!("CARGO_BIN_EXE_moe-runner"))
+        .arg("run")
+        .arg(case("qwen2_moe_f16"))
+        .args(["--layers", "0", "--input", "-", "--output"])
+        .arg(&out)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    child.stdin.take().unwrap().write_all(&std::fs::read(&input).unwrap()).unwrap();
+    assert!(child.wait().unwrap().success());
+    assert_eq!(Values::read(&out).shape("output"), [3, 64]);
+
+    let nothing = Command::new(env!("CARGO_BIN_EXE_moe-runner"))
+        .arg("run")
+        .arg(case("qwen2_moe_f16"))
+        .args(["--layers", "0", "--input", "-", "--output"])
+        .arg(&out)
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    assert_eq!(nothing.status.code(), Some(1));
+}
+
+/// The layout of a Hugging Face cache: a snapshot of links, named by the main branch.
+#[cfg(unix)]
+#[test]
+fn a_repository_of_a_hub_cache_is_a_checkpoint() {
+    let folder = tempfile::tempdir().unwrap();
+    let repository = folder.path().join("models--qwen--tiny");
+    let snapshot = repository.join("snapshots/0123abcd");
+    let other = repository.join("snapshots/ffff");
+    for path in [&snapshot, &other, &repository.join("blobs"), &repository.join("refs")] {
+        std::fs::create_dir_all(path).unwrap();
+    }
+    for name in ["config.json", "model.safetensors"] {
+        let blob = repository.join("blobs").join(name);
+        std::fs::copy(case("qwen2_moe_f16").join(name), &blob).unwrap();
+        std::os::unix::fs::symlink(format!("../../blobs/{name}"), snapshot.join(name)).unwrap();
+    }
+    std::fs::write(repository.join("refs/main"), "0123abcd\n").unwrap();
+    let report = json(["inspect".as_ref(), repository.as_os_str(), "--json".as_ref()]);
+    assert_eq!(report["architecture"], "qwen2_moe");
+}

@@ -52,6 +52,7 @@ pub(crate) enum Command {
     Plan(PlanArgs),
     /// Write a copy of a checkpoint with quantised experts.
     #[command(after_help = help::QUANTIZE)]
+    #[command(override_usage = "moe-runner quantize CHECKPOINT --format FORMAT --output FOLDER")]
     Quantize(QuantizeArgs),
 }
 

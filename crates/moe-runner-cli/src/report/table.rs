@@ -112,6 +112,11 @@ impl Facts {
     }
 }
 
+/// A line of a value, in lines of at most `room` columns.
+fn lines(line: &str, room: Option<usize>) -> Vec<String> {
+    wrap(line, room, "").lines().map(str::to_owned).collect()
+}
+
 impl fmt::Display for Facts {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let names = self.rows.iter().map(|(name, _)| name.chars().count()).max().unwrap_or(0);
@@ -120,19 +125,15 @@ impl fmt::Display for Facts {
         for (name, value) in &self.rows {
             if below {
                 writeln!(f, "  {name}")?;
-                for line in value.lines() {
-                    writeln!(
-                        f,
-                        "    {}",
-                        wrap(line, width().map(|w| w.saturating_sub(4)), "    ")
-                    )?;
+                let room = width().map(|width| width.saturating_sub(4));
+                for line in value.lines().flat_map(|line| lines(line, room)) {
+                    writeln!(f, "    {line}")?;
                 }
                 continue;
             }
-            let indent = " ".repeat(4 + names);
-            for (i, line) in value.lines().enumerate() {
+            for (i, line) in value.lines().flat_map(|line| lines(line, room)).enumerate() {
                 let name = if i == 0 { name } else { "" };
-                writeln!(f, "  {name:names$}  {}", wrap(line, room, &indent))?;
+                writeln!(f, "  {name:names$}  {line}")?;
             }
         }
         Ok(())

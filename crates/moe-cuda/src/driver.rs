@@ -79,6 +79,10 @@ functions! {
     cuLaunchCooperativeKernel(
         Handle, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, Handle, *mut *mut c_void
     );
+    cuTensorMapEncodeTiled(
+        *mut c_void, c_int, c_uint, u64, *const u64, *const u64, *const u32, *const u32,
+        c_int, c_int, c_int, c_int
+    );
 }
 
 /// The function of that name; the error is the name.

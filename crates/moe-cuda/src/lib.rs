@@ -10,6 +10,8 @@
 //! Verbs                         convert (widen, write), norm, linear (gate), plan, combine, scale-add
 //! Router                        route
 //! GroupedExperts                experts, of any stored format
+//! FewExperts                    experts for few tokens, in one launch: bf16, FP8, INT4, MXFP4
+//! ManyExperts                   experts for many tokens, on tensor cores: bf16, FP8
 //! FaultWord                     what kernels found wrong with the data, read when asked for
 //! ```
 //!
@@ -22,9 +24,11 @@
 
 mod driver;
 mod error;
-pub mod experts;
 pub mod fault;
+mod few;
 mod gpu;
+mod grouped;
+mod many;
 mod memory;
 mod module;
 mod nvrtc;
@@ -33,14 +37,18 @@ pub mod router;
 mod rows;
 mod sources;
 mod stream;
+mod tensor_map;
 mod verbs;
+pub mod weights;
 
 pub use error::{Error, Result};
-pub use experts::{ExpertWeights, GroupedExperts};
 pub use fault::{Fault, FaultWord};
+pub use few::{FewExperts, FewFormat, FewShape, FewWorkspace};
 pub use gpu::{Gpu, Properties};
+pub use grouped::GroupedExperts;
+pub use many::{ManyExperts, ManyWorkspace};
 pub use memory::{Buffer, Pinned, Pod, View, ViewMut};
-pub use module::Modules;
+pub use module::{Argument, Function, Launch, Modules};
 pub use nvrtc::{Compiled, Compiler, Resources, Source, resources};
 pub use plan::Plan;
 pub use router::{Router, RouterOptions, RouterTensors};
@@ -48,3 +56,4 @@ pub use rows::{Float, Rows, RowsMut};
 pub use sources::{Build, builds};
 pub use stream::{Event, Graph, Stream};
 pub use verbs::{Norm, RowQuantiser, Verbs};
+pub use weights::ExpertWeights;

@@ -201,6 +201,13 @@ pub struct Launch {
     pub cooperative: bool,
 }
 
+impl Launch {
+    /// Blocks in a row that do not wait for each other, without dynamic shared memory.
+    pub fn plain(blocks: u32, threads: u32) -> Self {
+        Self { grid: (blocks, 1), block: threads, shared: 0, cooperative: false }
+    }
+}
+
 /// What can be handed to a kernel: numbers, and structures of them laid out as in C.
 ///
 /// # Safety

@@ -1,6 +1,9 @@
 //! The kernels' sources, and every way in which they are built.
 
+use crate::few::FewFormat;
 use crate::nvrtc::Source;
+use crate::weights::{Activation, Element};
+use crate::{few, many};
 
 macro_rules! source {
     ($name:literal) => {
@@ -15,6 +18,7 @@ macro_rules! source {
 const HEADERS: &[(&str, &str)] = &[
     ("common.cuh", include_str!("kernels/common.cuh")),
     ("stored.cuh", include_str!("kernels/stored.cuh")),
+    ("ptx.cuh", include_str!("kernels/ptx.cuh")),
 ];
 
 /// Conversion, norms, quantisation, gate product, sums.
@@ -25,6 +29,12 @@ pub(crate) static ROUTE: Source = source!("route");
 pub(crate) static PLAN: Source = source!("plan");
 /// Products of any stored format.
 pub(crate) static GROUPED: Source = source!("grouped");
+/// Packs 4-bit weights for few tokens.
+pub(crate) static PACK: Source = source!("pack");
+/// Experts for few tokens.
+pub(crate) static FEW: Source = source!("few");
+/// Experts for many tokens.
+pub(crate) static MANY: Source = source!("many");
 
 /// One way to build a source.
 #[derive(Clone, Debug)]
@@ -35,19 +45,33 @@ pub struct Build {
     pub options: Vec<String>,
     /// Its kernels must not spill registers.
     pub hot: bool,
-    /// It uses instructions of one chip only, `sm_90a`; else it is for every chip from `sm_80` on.
-    pub hopper: bool,
+    /// For which architectures.
+    pub archs: &'static [&'static str],
 }
 
 /// Everything that this crate compiles at run time. Continuous integration compiles it all for each
 /// architecture.
 pub fn builds() -> Vec<Build> {
-    let plain = |source| Build { source, options: Vec::new(), hot: false, hopper: false };
-    let mut all = vec![plain(&ROWS), plain(&ROUTE), plain(&PLAN)];
-    all.extend(
-        crate::experts::Element::ALL
-            .iter()
-            .map(|element| Build { options: element.options(), ..plain(&GROUPED) }),
-    );
-    all
+    let silu = Activation::Silu;
+    let build = |source, options, archs| Build { source, options, hot: false, archs };
+    let all = |source, options| build(source, options, &["sm_80", "sm_90a", "sm_100a"]);
+    let from_hopper = |source, options| build(source, options, &["sm_90a", "sm_100a"]);
+    let mut builds: Vec<Build> = [&ROWS, &PLAN].map(|source| all(source, Vec::new())).into();
+    builds.push(all(&ROUTE, vec!["--fmad=false".into()]));
+    builds.extend(Element::ALL.iter().map(|element| all(&GROUPED, element.options())));
+    for (format, shape) in few::shapes() {
+        if format.packed() {
+            builds.push(all(&PACK, format.options()));
+        }
+        let options = shape.options(format, silu);
+        builds.push(Build { hot: true, ..from_hopper(&FEW, options) });
+    }
+    for format in [FewFormat::Bf16, FewFormat::Fp8Block] {
+        for second in [0, 1] {
+            let options =
+                many::options(format, second, format!("-DACTIVATION={}", silu.raw(true).kind));
+            builds.push(Build { hot: true, ..build(&MANY, options, &["sm_90a"]) });
+        }
+    }
+    builds
 }

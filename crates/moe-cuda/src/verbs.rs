@@ -116,7 +116,7 @@ impl Verbs {
         }
         let weight = weight.map_or(0, |weight| weight.pointer);
         let (offset, first) = (u32::from(norm.unit_offset), u32::from(norm.scale_first));
-        let launch = Launch { grid: (from.raw.rows, 1), block: 256, shared: 0, cooperative: false };
+        let launch = Launch::plain(from.raw.rows, 256);
         // SAFETY: the parameters of `rms_norm`; the lengths were checked.
         unsafe {
             self.rms_norm.launch(
@@ -156,7 +156,7 @@ impl Verbs {
             return Ok(());
         }
         let blocks = groups.div_ceil(8);
-        let launch = Launch { grid: (blocks as u32, 1), block: 256, shared: 0, cooperative: false };
+        let launch = Launch::plain(blocks as u32, 256);
         // SAFETY: the parameters of `quantise_rows`.
         unsafe { self.quantise.launch(stream, launch, &[&rows.raw, &kind, &group, &given]) }
     }
@@ -319,5 +319,5 @@ impl Verbs {
 /// One thread an element, in blocks of 256; kernels stride where there are very many.
 fn over(elements: usize) -> Option<Launch> {
     let blocks = elements.div_ceil(256).min(1 << 20) as u32;
-    (blocks > 0).then_some(Launch { grid: (blocks, 1), block: 256, shared: 0, cooperative: false })
+    (blocks > 0).then_some(Launch::plain(blocks, 256))
 }

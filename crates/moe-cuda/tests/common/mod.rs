@@ -1,6 +1,8 @@
 //! What the tests of kernels share: a GPU, or the reason why there is none; numbers; the error.
 #![allow(dead_code, unreachable_pub, reason = "each test file uses a part")]
 
+pub mod experts;
+
 use std::path::PathBuf;
 
 use moe_cuda::{Buffer, Compiler, Gpu, Modules, Pod, Stream, Verbs, View};

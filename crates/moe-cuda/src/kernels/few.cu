@@ -1,0 +1,502 @@
+// The whole of the routed experts for few tokens, in one persistent launch: every weight byte is read once.
+//
+// Blocks of WARPS warps walk units of 16 gate and 16 up rows (phase 1) or 32 down rows a warp group
+// (phase 2) of one entry: an expert with at most 8 of its rows. The weights are the 16-row side of
+// mma.sync, the rows the 8-column side. A unit's K is split over the block's warps; each warp fills a ring
+// of its own by the copy engine, and goes on into the down weights before the phase changes. A counter
+// of finished units for each entry stands in for a barrier of the grid: down units wait for their own
+// expert only. The slots of a token are added in slot order, in f32. Sums have one order, given by the shape.
+//
+// FORMAT 0 bf16 and 1 FP8 (128 x 128 scales): read where the checkpoint has them, by tensor maps.
+// FORMAT 2 INT4 (groups of 128, zero 8) and 3 MXFP4: packed streams of pack.cu.
+#include "ptx.cuh"
+
+enum { F_BF16 = 0, F_FP8, F_INT4, F_MXFP4 };
+#define MAX_SLOTS 512
+#define NATURAL (FORMAT == F_BF16 || FORMAT == F_FP8)
+// Weights become bf16 that are too small by a power of two; rows are made too large by 2^100, exactly.
+#define SCALED (FORMAT == F_FP8 || FORMAT == F_MXFP4)
+#define UNSCALE (FORMAT == F_MXFP4 ? 67108864.f : FORMAT == F_FP8 ? 1048576.f : 1.f)
+
+#define RK (FORMAT == F_BF16 || FORMAT == F_MXFP4 ? 64 : 128)                 // columns of a record
+#define TILE (NATURAL ? 2048 : FORMAT == F_INT4 ? 1056 : 544)                 // bytes of 16 rows x RK
+#define STAGE (RECORDS * 2 * TILE)
+#define STEPS (RECORDS * RK / 64)
+#define THREADS (WARPS * 32)
+
+struct Few {
+  const u16* x;  // bf16
+  u64 x_stride;
+  const u32* ids;
+  const float* weights;
+  const u8 *first, *second;                                   // packed streams
+  const float *gate_scales, *up_scales, *down_scales;         // FP8: [experts, rows / 128, K / 128]
+  const float *gate_bias, *up_bias, *down_bias;               // or null
+  u16* h;    // [slots, inner], bf16
+  float* y;  // [slots, hidden]
+  u16* out;  // bf16
+  u64 out_stride;
+  u32* counters;  // [MAX_SLOTS + 2], zero
+  u32* fault;
+  const u32 *offsets, *order;  // a plan in tiles of 8, for more than 32 slots
+  const uint2* tiles;
+  const u32* tile_count;
+  u32 slots, top_k, experts, hidden, inner;
+  u32 split;                             // warps that share a unit's K in phase 2
+  u32 gate_rows, up_rows, down_rows;     // rows from one expert to the next in the tensor maps
+  u32 gate_scale_step, down_scale_step;  // scales from one expert to the next
+  Activation activation;
+};
+
+__device__ __forceinline__ u32 and_or(u32 a, u32 mask, u32 c) {
+  u32 r;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(r) : "r"(a), "r"(mask), "r"(c));
+  return r;
+}
+__device__ __forceinline__ u32 times_bf16x2(u32 a, u32 b) {
+  u32 r;
+  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
+
+// Lane 4g + t reads row(g) of 8. In the tensor maps' layout, rows g and g ^ 4 of a pair lie in different
+// banks, rows g and g ^ 1 do not.
+__device__ __forceinline__ u32 row_of(u32 g) { return NATURAL ? (g & 1) << 2 | g >> 1 : g; }
+__device__ __forceinline__ u32 lane_row_of(u32 row) { return NATURAL ? (row & 3) << 1 | row >> 2 : row; }
+
+// What a thread carries along of rows and scales for one stage.
+struct Fragment {
+  u32 x[STEPS][8];
+#if FORMAT == 1
+  float scale[RECORDS][2];
+#endif
+};
+
+// One record (two tiles of 16 rows x RK columns) times 8 rows. Products are in such an order that one
+// never waits for the one before it.
+__device__ __forceinline__ void record(u32 at, const u32 (*x)[8], const float* scale, float (&acc)[2][4], u32 lane, u32 low, u32 magic) {
+  u32 g = lane >> 2, t = lane & 3;
+  if constexpr (FORMAT == F_BF16) {
+    float sum[2][2][4] = {};
+    uint4 w[2][2][2];  // tile, step of 32 columns, row g and g + 8
+    u32 row = at + row_of(g) * 128, swizzle = row_of(g);
+#pragma unroll
+    for (int s = 0; s < 2; s++)
+#pragma unroll
+      for (int m = 0; m < 2; m++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) w[m][s][half] = load_shared16(row + m * TILE + half * 1024 + ((4 * s + t) ^ swizzle) * 16);
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+#pragma unroll
+      for (int s = 0; s < 2; s++)
+#pragma unroll
+        for (int m = 0; m < 2; m++) {
+          uint4 a = w[m][s][0], b = w[m][s][1];
+          mma(sum[s][m], i ? a.z : a.x, i ? b.z : b.x, i ? a.w : a.y, i ? b.w : b.y, x[0][4 * s + 2 * i], x[0][4 * s + 2 * i + 1]);
+        }
+#pragma unroll
+    for (int m = 0; m < 2; m++)
+#pragma unroll
+      for (int c = 0; c < 4; c++) acc[m][c] += sum[0][m][c] + sum[1][m][c];
+  }
+  if constexpr (FORMAT == F_FP8) {
+    float sum[2][2][4] = {};
+    uint4 w[2][2][2];  // tile, step of 64 columns, row g and g + 8
+    u32 row = at + row_of(g) * 128, swizzle = row_of(g);
+#pragma unroll
+    for (int s = 0; s < 2; s++)
+#pragma unroll
+      for (int m = 0; m < 2; m++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) w[m][s][half] = load_shared16(row + m * TILE + half * 1024 + ((4 * s + t) ^ swizzle) * 16);
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+#pragma unroll
+      for (int s = 0; s < 2; s++) {
+        // four columns: bytes 0 and 2 are one pair, 1 and 3 the other
+        u32 b0 = __byte_perm(x[s][2 * i], x[s][2 * i + 1], 0x5410), b1 = __byte_perm(x[s][2 * i], x[s][2 * i + 1], 0x7632);
+#pragma unroll
+        for (int m = 0; m < 2; m++) {
+          u32 a[4];
+#pragma unroll
+          for (int half = 0; half < 2; half++) {
+            uint4 q = w[m][s][half];
+            u32 v = i == 0 ? q.x : i == 1 ? q.y : i == 2 ? q.z : q.w, v8 = v << 8;
+            a[half] = (v8 & 0x80008000u) | ((v8 >> 4) & 0x07F007F0u);
+            a[2 + half] = (v & 0x80008000u) | ((v >> 4) & 0x07F007F0u);
+          }
+          mma(sum[s][m], a[0], a[1], a[2], a[3], b0, b1);
+        }
+      }
+#pragma unroll
+    for (int m = 0; m < 2; m++)
+#pragma unroll
+      for (int c = 0; c < 4; c++) acc[m][c] += scale[m] * (sum[0][m][c] + sum[1][m][c]);
+  }
+  if constexpr (FORMAT == F_INT4) {
+    float sum[2][2][4] = {}, offset[2][4] = {};
+    uint4 w[2][2];
+    u32 scales[2];
+#pragma unroll
+    for (int s = 0; s < 2; s++)
+#pragma unroll
+      for (int m = 0; m < 2; m++) w[m][s] = load_shared16(at + m * TILE + s * 512 + lane * 16);
+#pragma unroll
+    for (int m = 0; m < 2; m++) scales[m] = load_shared4(at + m * TILE + 1024 + g * 4);
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+#pragma unroll
+      for (int s = 0; s < 2; s++) {
+#pragma unroll
+        for (int m = 0; m < 2; m++) {
+          uint4 v = w[m][s];
+          u32 q = j == 0 ? v.x : j == 1 ? v.y : j == 2 ? v.z : v.w;
+          // 128 + code, as bf16
+          mma(sum[s][m], and_or(q, low, magic), and_or(q >> 4, low, magic), and_or(q >> 8, low, magic), and_or(q >> 12, low, magic), x[s][2 * j], x[s][2 * j + 1]);
+        }
+        // 136 times the sum of x: what 128 and the zero point have added
+        mma(offset[s], 0x43084308u, 0x43084308u, 0x43084308u, 0x43084308u, x[s][2 * j], x[s][2 * j + 1]);
+      }
+#pragma unroll
+    for (int m = 0; m < 2; m++) {
+      float s0 = __uint_as_float(scales[m] << 16), s1 = __uint_as_float(scales[m] & 0xffff0000u);
+#pragma unroll
+      for (int c = 0; c < 4; c++) acc[m][c] += (c < 2 ? s0 : s1) * ((sum[0][m][c] - offset[0][c]) + (sum[1][m][c] - offset[1][c]));
+    }
+  }
+  if constexpr (FORMAT == F_MXFP4) {
+    float sum[2][2][4] = {};
+    uint4 w[2];
+    u32 scales[2];
+#pragma unroll
+    for (int m = 0; m < 2; m++) w[m] = load_shared16(at + m * TILE + lane * 16);
+#pragma unroll
+    for (int m = 0; m < 2; m++) scales[m] = load_shared4(at + m * TILE + 512 + g * 4);
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+#pragma unroll
+      for (int s = 0; s < 2; s++)
+#pragma unroll
+        for (int m = 0; m < 2; m++) {
+          int j = 2 * s + i;
+          u32 v = j == 0 ? w[m].x : j == 1 ? w[m].y : j == 2 ? w[m].z : w[m].w;
+          u32 a3 = ((v << 1) & 0x80008000u) | ((v >> 5) & 0x01000100u) | ((v >> 4) & 0x00C000C0u);
+          mma(sum[s][m], v & 0x81C081C0u, (v << 3) & 0x81C081C0u, (v << 6) & 0x81C081C0u, a3, x[0][2 * j], x[0][2 * j + 1]);
+        }
+#pragma unroll
+    for (int m = 0; m < 2; m++)
+#pragma unroll
+      for (int s = 0; s < 2; s++) {
+        float s0 = __uint_as_float((s ? scales[m] << 15 : scales[m] << 23) & 0x7f800000u);
+        float s1 = __uint_as_float((s ? scales[m] >> 1 : scales[m] << 7) & 0x7f800000u);
+#pragma unroll
+        for (int c = 0; c < 4; c++) acc[m][c] += (c < 2 ? s0 : s1) * sum[s][m][c];
+      }
+  }
+}
+
+// A block's plan: entries {expert, first of its rows in `order`, rows}; `order` holds slots.
+struct Entries {
+  u16 expert[MAX_SLOTS], first[MAX_SLOTS], order[MAX_SLOTS];
+  u8 rows[MAX_SLOTS];
+};
+
+// At most 32 slots: every warp makes the whole plan by itself, all write the same. Returns the entries.
+__device__ __forceinline__ u32 plan_warp(const Few& p, Entries& e, u32 lane) {
+  u32 id = lane < p.slots ? p.ids[lane] : NO_EXPERT;
+  bool valid = id < p.experts;
+  u32 same = __match_any_sync(~0u, valid ? id : 0x80000000u | lane), leader = __ffs(same) - 1, rows = __popc(same);
+  bool leads = valid && lane == leader;
+  u32 tiles = leads ? (rows + 7) / 8 : 0, own = leads ? rows : 0, tile = tiles, row = own;
+#pragma unroll
+  for (u32 d = 1; d < 32; d <<= 1) {
+    u32 a = __shfl_up_sync(~0u, tile, d), b = __shfl_up_sync(~0u, row, d);
+    if (lane >= d) tile += a, row += b;
+  }
+  u32 total = __shfl_sync(~0u, tile, 31);
+  tile -= tiles, row -= own;
+  if (leads)
+    for (u32 i = 0; i < tiles; i++) {
+      e.expert[tile + i] = (u16)id;
+      e.first[tile + i] = (u16)(row + 8 * i);
+      e.rows[tile + i] = (u8)(rows - 8 * i < 8 ? rows - 8 * i : 8);
+    }
+  u32 base = __shfl_sync(~0u, row, leader);
+  if (valid) e.order[base + __popc(same & ((1u << lane) - 1))] = (u16)lane;
+  __syncwarp();
+  return total;
+}
+
+// More slots: from the plan's kernel.
+__device__ __forceinline__ u32 plan_block(const Few& p, Entries& e) {
+  u32 total = *p.tile_count, planned = p.offsets[p.experts];
+  for (u32 i = threadIdx.x; i < total; i += THREADS) {
+    uint2 tile = p.tiles[i];
+    u32 rows = p.offsets[tile.x + 1] - tile.y;
+    e.expert[i] = (u16)tile.x;
+    e.first[i] = (u16)tile.y;
+    e.rows[i] = (u8)(rows < 8 ? rows : 8);
+  }
+  for (u32 i = threadIdx.x; i < planned; i += THREADS) e.order[i] = (u16)p.order[i];
+  __syncthreads();
+  return total;
+}
+
+// A walk over the units of both phases, the same for the filling and the emptying side of a ring.
+struct Walk {
+  u32 units[2], count[2], step_entry[2], step_group[2], start[2], grid;
+  u32 phase, unit, entry, group;  // phase 2: done
+
+  __device__ __forceinline__ void enter(u32 to) {
+    phase = to;
+    if (phase == 0 && start[0] >= count[0]) phase = 1;
+    if (phase == 1 && start[1] >= count[1]) phase = 2;
+    if (phase == 2) return;
+    u32 i = phase;
+    unit = start[i];
+    entry = unit / units[i];
+    group = unit - entry * units[i];
+  }
+  __device__ __forceinline__ void next() {
+    bool one = phase == 0;
+    unit += grid;
+    group += one ? step_group[0] : step_group[1];
+    entry += one ? step_entry[0] : step_entry[1];
+    u32 n = one ? units[0] : units[1];
+    if (group >= n) group -= n, entry++;
+    if (unit >= (one ? count[0] : count[1])) enter(phase + 1);
+  }
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+    few(const __grid_constant__ Few p, const __grid_constant__ TensorMap gate, const __grid_constant__ TensorMap up, const __grid_constant__ TensorMap down) {
+  extern __shared__ __align__(1024) u8 memory[];
+  float* partial = (float*)(memory + WARPS * STAGES * STAGE);  // [2][WARPS][2 tiles][128]
+  u64* barriers = (u64*)(partial + 2 * WARPS * 256);
+  Entries& entries = *(Entries*)(barriers + WARPS * STAGES);
+  const u32 tid = threadIdx.x, warp = tid >> 5, lane = tid & 31;
+  const u32 ring = shared_address(memory) + warp * STAGES * STAGE, full = shared_address(barriers) + 8 * STAGES * warp;
+  if (lane == 0) {
+    for (int i = 0; i < STAGES; i++) barrier_init(full + 8 * i, 1);
+    barrier_init_done();
+    if (NATURAL) prefetch_map(&gate), prefetch_map(&up), prefetch_map(&down);
+  }
+  __syncwarp();
+  const u32 total = p.slots <= 32 ? plan_warp(p, entries, lane) : plan_block(p, entries);
+
+  // this warp's records: of all in phase 1, of those of its group in phase 2
+  const u32 records1 = p.hidden / RK, records2 = p.inner / RK, teams = WARPS / p.split;
+  const u32 part = warp % p.split, team = warp / p.split, groups2 = p.hidden / 32;
+  // Streams are cut into runs, one a warp. Of rows that lie where the checkpoint has them, warps take
+  // every WARPS-th record: what they read at one time lies together.
+  const u32 begin1 = NATURAL ? 0 : records1 * warp / WARPS, begin2 = NATURAL ? 0 : records2 * part / p.split;
+  const u32 end1 = NATURAL ? (records1 + WARPS - 1 - warp) / WARPS : records1 * (warp + 1) / WARPS;
+  const u32 end2 = NATURAL ? (records2 + p.split - 1 - part) / p.split : records2 * (part + 1) / p.split;
+  auto record_at = [&](u32 r, bool one) { return !NATURAL ? r : one ? r * WARPS + warp : r * p.split + part; };
+  Walk to;  // the emptying side
+  to.grid = gridDim.x;
+  to.units[0] = p.inner / 16, to.units[1] = groups2 / teams;
+  for (int i = 0; i < 2; i++) {
+    to.count[i] = to.units[i] * total;
+    to.step_entry[i] = to.grid / to.units[i];
+    to.step_group[i] = to.grid - to.step_entry[i] * to.units[i];
+  }
+  to.start[0] = blockIdx.x;
+  // blocks that had one unit less in phase 1 begin phase 2
+  to.start[1] = (blockIdx.x + to.grid - to.count[0] % to.grid) % to.grid;
+  to.enter(0);
+  Walk from = to;  // the filling side
+  u32 filled = 0, slot_in = 0;
+  auto fill = [&]() {
+    if (from.phase > 1) return;
+    bool one = from.phase == 0;
+    u32 r = (one ? begin1 : begin2) + filled, end = one ? end1 : end2, n = end > r ? end - r : 0;
+    n = n < RECORDS ? n : RECORDS;
+    if (lane == 0) {
+      u32 barrier = full + 8 * slot_in, at = ring + slot_in * STAGE, expert = entries.expert[from.entry];
+      barrier_expect(barrier, n * 2 * TILE);
+      if constexpr (NATURAL) {
+        for (u32 i = 0; i < n; i++) {
+          u32 k = record_at(r + i, one) * RK;
+          if (one) {
+            copy_tile(at + i * 2 * TILE, &gate, barrier, k, expert * p.gate_rows + from.group * 16);
+            copy_tile(at + i * 2 * TILE + TILE, &up, barrier, k, expert * p.up_rows + from.group * 16);
+          } else copy_tile(at + i * 2 * TILE, &down, barrier, k, expert * p.down_rows + (from.group * teams + team) * 32);
+        }
+      } else {
+        u32 groups = one ? to.units[0] : groups2, group = one ? from.group : from.group * teams + team;
+        const u8* source = (one ? p.first : p.second) + (((u64)expert * groups + group) * (one ? records1 : records2) + r) * (2 * TILE);
+        if (n) copy_bytes(at, source, n * 2 * TILE, barrier);
+      }
+    }
+    if (++slot_in == STAGES) slot_in = 0;
+    filled += RECORDS;
+    if (r + RECORDS >= end) filled = 0, from.next();
+  };
+#pragma unroll 1
+  for (int i = 0; i < STAGES; i++) fill();
+
+  u32 low, magic;  // kept in registers: with immediates every use becomes two instructions
+  asm volatile("mov.u32 %0, 0x000f000f; mov.u32 %1, 0x43004300;" : "=r"(low), "=r"(magic));
+  u32* done = p.counters;
+  u32 turn = 0, buffer = 0, slot_out = 0, parity = 0, ready = NO_EXPERT;
+  if (to.phase < 2) {
+    Fragment a, b;
+    u32 rows = entries.rows[to.entry], r = to.phase ? begin2 : begin1, end = to.phase ? end2 : end1;
+    const u16* row = 0;
+    const float* scales[2] = {};
+    // where this lane's row is read in the unit that `w` stands at; waits for the first product
+    auto enter_unit = [&](const Walk& w) {
+      rows = entries.rows[w.entry];
+      if (w.phase == 1 && ready != w.entry) {
+        if (lane == 0)
+          while (load_acquire(done + w.entry) < w.units[0]) {}
+        __syncwarp();
+        ready = w.entry;
+      }
+      u32 c = lane >> 2, s = entries.order[entries.first[w.entry] + (c < rows ? c : rows - 1)];
+      row = w.phase == 0 ? p.x + (u64)(s / p.top_k) * p.x_stride : p.h + (u64)s * p.inner;
+      if constexpr (FORMAT == F_FP8) {
+        u32 expert = entries.expert[w.entry];
+        if (w.phase == 0) {
+          u64 at = (u64)expert * p.gate_scale_step + w.group * 16 / 128 * records1;
+          scales[0] = p.gate_scales + at, scales[1] = p.up_scales + at;
+        } else scales[0] = scales[1] = p.down_scales + (u64)expert * p.down_scale_step + (w.group * teams + team) * 32 / 128 * records2;
+      }
+    };
+    auto load_rows = [&](Fragment& f, u32 r, u32 end) {
+      u32 t = lane & 3;
+      bool one = to.phase == 0;
+#pragma unroll
+      for (int i = 0; i < STEPS; i++)
+        if (r + i / (RK / 64) < end) {
+          const u16* q = row + record_at(r + i / (RK / 64), one) * RK + i % (RK / 64) * 64 + (FORMAT == F_FP8 ? 16 : 8) * t;
+          uint4 v0 = load_global16(q), v1 = load_global16(q + (FORMAT == F_FP8 ? 8 : 32));
+          f.x[i][0] = v0.x, f.x[i][1] = v0.y, f.x[i][2] = v0.z, f.x[i][3] = v0.w;
+          f.x[i][4] = v1.x, f.x[i][5] = v1.y, f.x[i][6] = v1.z, f.x[i][7] = v1.w;
+        }
+#if FORMAT == 1
+#pragma unroll
+      for (int i = 0; i < RECORDS; i++)
+        if (r + i < end) f.scale[i][0] = __ldg(scales[0] + record_at(r + i, one)), f.scale[i][1] = __ldg(scales[1] + record_at(r + i, one));
+#endif
+    };
+    enter_unit(to);
+    load_rows(a, r, end);
+    float acc[2][4] = {};
+    // One stage with the rows in `now`; those of the next stage are loaded ahead into `ahead`.
+    auto step = [&](Fragment& now, Fragment& ahead) -> bool {
+      const bool last = r + RECORDS >= end;
+      const u32 phase = to.phase, entry = to.entry, group = to.group, rows_now = rows;
+      u32 r_next = r + RECORDS, end_next = end;
+      if (last) {
+        to.next();
+        r_next = to.phase ? begin2 : begin1, end_next = to.phase ? end2 : end1;
+        // A block publishes its own last unit before it waits for others: no look ahead over the change.
+        if (to.phase == phase) {
+          enter_unit(to);
+          load_rows(ahead, r_next, end_next);
+        }
+      } else load_rows(ahead, r_next, end_next);
+      barrier_wait(full + 8 * slot_out, parity);
+      if (SCALED && phase == 0) {
+#pragma unroll
+        for (int i = 0; i < STEPS; i++)
+#pragma unroll
+          for (int q = 0; q < 8; q++) now.x[i][q] = times_bf16x2(now.x[i][q], 0x71807180u);
+      }
+#pragma unroll
+      for (int i = 0; i < RECORDS; i++)
+        if (r + i < end) {
+#if FORMAT == 1
+          const float* scale = now.scale[i];
+#else
+          const float* scale = 0;
+#endif
+          record(ring + slot_out * STAGE + i * 2 * TILE, &now.x[i * (RK / 64)], scale, acc, lane, low, magic);
+        }
+      if (++slot_out == STAGES) slot_out = 0, parity ^= 1;
+      __syncwarp();
+      fill();
+      if (last) {
+        float* mine = partial + (buffer * WARPS + warp) * 256;
+#pragma unroll
+        for (int m = 0; m < 2; m++) {
+          *(float4*)(mine + m * 128 + lane * 4) = make_float4(acc[m][0], acc[m][1], acc[m][2], acc[m][3]);
+          acc[m][0] = acc[m][1] = acc[m][2] = acc[m][3] = 0.f;
+        }
+        __syncthreads();
+        const float* all = partial + buffer * WARPS * 256;
+        buffer ^= 1;
+        if (turn == warp) {  // one warp finishes the unit, in turn; the others go on
+          u32 expert = entries.expert[entry], first = entries.first[entry];
+          // where row and column of a tile lie in a warp's accumulators
+          auto place = [&](u32 row, u32 column) { return lane_row_of(row & 7) * 16 + (column >> 1) * 4 + (row >> 3) * 2 + (column & 1); };
+          if (phase == 0) {
+            Activation activation = p.activation;
+            activation.kind = ACTIVATION, activation.gated = 1;
+            for (u32 i = lane; i < 16 * rows_now; i += 32) {
+              u32 column = i >> 4, feature = group * 16 + (i & 15), at = place(i & 15, column);
+              float g = 0, u = 0;
+#pragma unroll
+              for (int w = 0; w < WARPS; w++) g += all[w * 256 + at], u += all[w * 256 + 128 + at];
+              g *= UNSCALE, u *= UNSCALE;
+              if (p.gate_bias) g += p.gate_bias[(u64)expert * p.inner + feature];
+              if (p.up_bias) u += p.up_bias[(u64)expert * p.inner + feature];
+              float v = activate_16(activation, g, u);
+              if (SCALED) v *= 1.2676506002282294e30f;  // 2^100
+              p.h[(u64)entries.order[first + column] * p.inner + feature] = f32_to_bf16(v);
+            }
+            __syncwarp();
+            if (lane == 0) add_release(done + entry);
+          } else {
+            u32 features = teams * 32;
+            for (u32 column = 0; column < rows_now; column++)
+              for (u32 i = lane; i < features; i += 32) {
+                u32 feature = group * features + i, at = (i >> 4 & 1) * 128 + place(i & 15, column);
+                float sum = 0;
+                for (u32 w = 0; w < p.split; w++) sum += all[((i >> 5) * p.split + w) * 256 + at];
+                sum *= UNSCALE;
+                if (p.down_bias) sum += p.down_bias[(u64)expert * p.hidden + feature];
+                p.y[(u64)entries.order[first + column] * p.hidden + feature] = sum;
+              }
+            __syncwarp();
+            if (lane == 0) add_release(done + MAX_SLOTS);
+          }
+        }
+        if (++turn == WARPS) turn = 0;
+        if (to.phase == 2) return false;
+        if (to.phase != phase) {
+          enter_unit(to);
+          load_rows(ahead, r_next, end_next);
+        }
+      }
+      r = r_next, end = end_next;
+      return true;
+    };
+    while (step(a, b) && step(b, a)) {}
+  }
+  // Combine, once every down unit is there.
+  if (lane == 0)
+    while (load_acquire(done + MAX_SLOTS) < to.count[1]) {}
+  __syncwarp();
+  u32 tokens = p.slots / p.top_k;
+  for (u32 i = blockIdx.x * THREADS + tid; i < tokens * p.hidden; i += gridDim.x * THREADS) {
+    u32 t = i / p.hidden, c = i - t * p.hidden;
+    float sum = 0;
+#pragma unroll 8
+    for (u32 j = 0; j < p.top_k; j++) {
+      u64 s = (u64)t * p.top_k + j;
+      if (p.ids[s] < p.experts) sum = __fadd_rn(sum, __fmul_rn(p.weights[s], __ldcg(p.y + s * p.hidden + c)));
+    }
+    if (!finite(sum)) raise_fault(p.fault, FAULT_OUTPUT, t, c, __float_as_uint(sum));
+    p.out[t * p.out_stride + c] = f32_to_bf16(sum);
+  }
+  // The last block to come here leaves the counters as it found them.
+  __syncthreads();
+  if (tid == 0 && atomicAdd(done + MAX_SLOTS + 1, 1u) == gridDim.x - 1) {
+    for (u32 i = 0; i < total; i++) done[i] = 0;
+    done[MAX_SLOTS] = 0, done[MAX_SLOTS + 1] = 0;
+  }
+}

@@ -1,0 +1,318 @@
+// Both products of the routed experts for many tokens: grouped, persistent, on Hopper's warp-group tensor
+// cores. One warp group fills a ring of tiles by the copy engine, two multiply 64 rows each.
+//
+// Rows come sorted by expert (gather), so a tile's rows stand beside each other; what a tile reads beyond
+// its expert's last row belongs to another expert and is not stored. The first product has gate and up rows
+// in one tile, so that the activation is local to a thread. K ascends in one order for every element.
+//
+// FORMAT 0: bf16. FORMAT 1: E4M3 by E4M3; every 128 columns the sums are multiplied by the scales of rows
+// (one a row and 128 columns) and weights (128 x 128), and added up in f32.
+#include "ptx.cuh"
+
+#define BM 128
+#if FORMAT == 0
+#define BN 256   // features of a tile
+#define BK 64    // columns of a stage: 128 bytes
+#define STAGES 4
+#else
+#define BN 128
+#define BK 128
+#define STAGES 6
+#endif
+#define HALF (BN / 2)
+#define A_BYTES (BM * 128)
+#define B_BYTES (BN * 128)
+#define GROUP 16  // row tiles that share weights while those are in the cache
+
+struct Many {
+  const u32 *offsets, *order;
+  const uint2* tiles;
+  const u32* tile_count;
+  const float* row_scales;           // FP8: [sorted rows, k / 128]
+  const float *scales_a, *scales_b;  // FP8: [experts, features / 128, k / 128] of gate and up, or down
+  const float *bias_a, *bias_b;      // or null
+  u16* out;           // first: [sorted rows, features], bf16; second: [slots, features], of out_scales
+  float* out_scales;  // second: [slots, features / BN]
+  u32 features, k;        // features: of gate alone in the first product
+  u32 rows_a, rows_b;     // rows from one expert to the next in the tensor maps
+  u32 scale_step;         // scales from one expert to the next
+  Activation activation;
+};
+
+#if FORMAT == 0
+__device__ __forceinline__ void wgmma(float (&d)[128], u64 a, u64 b, u32 add) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %130, 0; wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {"
+      "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+      "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
+      "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
+      "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,"
+      "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,"
+      "%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,"
+      "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,"
+      "%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
+      "}, %128, %129, p, 1, 1, 0, 0; }"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+        "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
+        "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
+        "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]),
+        "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]),
+        "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]),
+        "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),
+        "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63]),
+        "+f"(d[64]), "+f"(d[65]), "+f"(d[66]), "+f"(d[67]), "+f"(d[68]), "+f"(d[69]), "+f"(d[70]), "+f"(d[71]),
+        "+f"(d[72]), "+f"(d[73]), "+f"(d[74]), "+f"(d[75]), "+f"(d[76]), "+f"(d[77]), "+f"(d[78]), "+f"(d[79]),
+        "+f"(d[80]), "+f"(d[81]), "+f"(d[82]), "+f"(d[83]), "+f"(d[84]), "+f"(d[85]), "+f"(d[86]), "+f"(d[87]),
+        "+f"(d[88]), "+f"(d[89]), "+f"(d[90]), "+f"(d[91]), "+f"(d[92]), "+f"(d[93]), "+f"(d[94]), "+f"(d[95]),
+        "+f"(d[96]), "+f"(d[97]), "+f"(d[98]), "+f"(d[99]), "+f"(d[100]), "+f"(d[101]), "+f"(d[102]), "+f"(d[103]),
+        "+f"(d[104]), "+f"(d[105]), "+f"(d[106]), "+f"(d[107]), "+f"(d[108]), "+f"(d[109]), "+f"(d[110]), "+f"(d[111]),
+        "+f"(d[112]), "+f"(d[113]), "+f"(d[114]), "+f"(d[115]), "+f"(d[116]), "+f"(d[117]), "+f"(d[118]), "+f"(d[119]),
+        "+f"(d[120]), "+f"(d[121]), "+f"(d[122]), "+f"(d[123]), "+f"(d[124]), "+f"(d[125]), "+f"(d[126]), "+f"(d[127])
+      : "l"(a), "l"(b), "r"(add));
+}
+#else
+__device__ __forceinline__ void wgmma(float (&d)[64], u64 a, u64 b, u32 add) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %66, 0; wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {"
+      "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+      "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
+      "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
+      "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+      "}, %64, %65, p, 1, 1; }"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+        "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
+        "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
+        "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]),
+        "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]),
+        "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]),
+        "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),
+        "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
+      : "l"(a), "l"(b), "r"(add));
+}
+#endif
+
+// Rows of 128 bytes, swizzled, eight rows to 1024 bytes.
+__device__ __forceinline__ u64 descriptor(u32 address) { return (u64)((address & 0x3FFFF) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62; }
+__device__ __forceinline__ void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int N> __device__ __forceinline__ void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory"); }
+// Nothing that uses the sums is moved across this.
+template <int N> __device__ __forceinline__ void pin(float (&d)[N]) {
+#pragma unroll
+  for (int j = 0; j < N; j++) asm volatile("" : "+f"(d[j])::"memory");
+}
+
+// The row tile and the feature tile of piece `i` of the work.
+struct Piece {
+  u32 expert, first, rows, feature;
+};
+__device__ __forceinline__ Piece piece(const Many& p, u32 i, u32 row_tiles, u32 feature_tiles) {
+  u32 in_group = GROUP * feature_tiles, g = i / in_group, first = g * GROUP;
+  u32 size = row_tiles - first < GROUP ? row_tiles - first : GROUP, rest = i - g * in_group;
+  uint2 tile = p.tiles[first + rest % size];
+  u32 rows = p.offsets[tile.x + 1] - tile.y;
+  return {tile.x, tile.y, rows < BM ? rows : BM, rest / size * (SECOND ? BN : HALF)};
+}
+
+extern "C" __global__ void __launch_bounds__(384, 1)
+    many(const __grid_constant__ Many p, const __grid_constant__ TensorMap rows, const __grid_constant__ TensorMap first, const __grid_constant__ TensorMap second) {
+  extern __shared__ __align__(1024) u8 memory[];
+  u32 a_tiles = shared_address(memory), b_tiles = a_tiles + STAGES * A_BYTES, full = b_tiles + STAGES * B_BYTES, empty = full + 8 * STAGES;
+  u32 team = threadIdx.x / 128, tid = threadIdx.x % 128;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < STAGES; i++) barrier_init(full + 8 * i, 1), barrier_init(empty + 8 * i, 2);
+    barrier_init_done();
+  }
+  __syncthreads();
+  const u32 row_tiles = *p.tile_count, step = SECOND ? BN : HALF, feature_tiles = (p.features + step - 1) / step;
+  const u32 pieces = row_tiles * feature_tiles, stages = (p.k + BK - 1) / BK;
+  if (team == 0) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    if (tid == 0) {
+      u32 stage = 0, phase = 0;
+      for (u32 i = blockIdx.x; i < pieces; i += gridDim.x) {
+        Piece t = piece(p, i, row_tiles, feature_tiles);
+        u32 a = t.expert * p.rows_a + t.feature, b = SECOND ? a + HALF : t.expert * p.rows_b + t.feature;
+        for (u32 k = 0; k < stages; k++) {
+          barrier_wait(empty + 8 * stage, phase ^ 1);
+          u32 barrier = full + 8 * stage, to = b_tiles + stage * B_BYTES;
+          barrier_expect(barrier, A_BYTES + B_BYTES);
+          copy_tile(a_tiles + stage * A_BYTES, &rows, barrier, k * BK, t.first);
+          copy_tile(to, &first, barrier, k * BK, a);
+          copy_tile(to + B_BYTES / 2, &second, barrier, k * BK, b);
+          if (++stage == STAGES) stage = 0, phase ^= 1;
+        }
+      }
+    }
+  } else {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    u32 half = team - 1, lane = tid % 32, row = half * 64 + tid / 32 * 16 + lane / 4, stage = 0, phase = 0;
+    float d[BN / 2];
+    for (u32 i = blockIdx.x; i < pieces; i += gridDim.x) {
+      Piece t = piece(p, i, row_tiles, feature_tiles);
+      // sums begin with the biases. d[4 j + c]: feature 8 j + lane % 4 * 2 + c % 2, row + c / 2 * 8
+#pragma unroll
+      for (int j = 0; j < BN / 8; j++)
+#pragma unroll
+        for (int c = 0; c < 2; c++) {
+          const float* bias = !SECOND && j >= BN / 16 ? p.bias_b : p.bias_a;
+          u32 f = t.feature + 8 * (SECOND ? j : j % (BN / 16)) + lane % 4 * 2 + c;
+          d[4 * j + c] = d[4 * j + 2 + c] = load_if(bias + (u64)t.expert * p.features + f, bias && f < p.features);
+        }
+      pin(d);
+#if FORMAT == 0
+      u32 before = STAGES;
+      for (u32 k = 0; k < stages; k++) {
+        barrier_wait(full + 8 * stage, phase);
+        u32 a = a_tiles + stage * A_BYTES + half * 64 * 128, b = b_tiles + stage * B_BYTES;
+        wgmma_begin();
+#pragma unroll
+        for (int j = 0; j < 4; j++) wgmma(d, descriptor(a + j * 32), descriptor(b + j * 32), 1);
+        wgmma_commit();
+        wgmma_wait<1>();
+        if (before < STAGES && tid == 0) barrier_arrive(empty + 8 * before);
+        before = stage;
+        if (++stage == STAGES) stage = 0, phase ^= 1;
+      }
+      wgmma_wait<0>();
+      pin(d);
+      if (tid == 0) barrier_arrive(empty + 8 * before);
+#else
+      float part[BN / 2];
+      // rows beyond the tile's have scales of others, or none
+      u32 last = t.rows - 1, r0 = row < last ? row : last, r1 = row + 8 < last ? row + 8 : last;
+      const float *s0 = p.row_scales + (u64)(t.first + r0) * stages, *s1 = p.row_scales + (u64)(t.first + r1) * stages;
+      const float* wa = p.scales_a + (u64)t.expert * p.scale_step + t.feature / 128 * stages;
+      const float* wb = SECOND ? wa : p.scales_b + (u64)t.expert * p.scale_step + t.feature / 128 * stages;
+      float v0 = s0[0], v1 = s1[0], va = wa[0], vb = wb[0];
+      for (u32 k = 0; k < stages; k++) {
+        barrier_wait(full + 8 * stage, phase);
+        u32 a = a_tiles + stage * A_BYTES + half * 64 * 128, b = b_tiles + stage * B_BYTES;
+        wgmma_begin();
+#pragma unroll
+        for (int j = 0; j < 4; j++) wgmma(part, descriptor(a + j * 32), descriptor(b + j * 32), j != 0);
+        wgmma_commit();
+        float a0 = v0 * va, a1 = v1 * va, b0 = v0 * vb, b1 = v1 * vb;
+        if (k + 1 < stages) v0 = s0[k + 1], v1 = s1[k + 1], va = wa[k + 1], vb = wb[k + 1];
+        wgmma_wait<0>();
+        pin(part);
+        if (tid == 0) barrier_arrive(empty + 8 * stage);
+#pragma unroll
+        for (int j = 0; j < BN / 2; j++) d[j] = fmaf(part[j], j < BN / 4 ? (j & 2 ? a1 : a0) : (j & 2 ? b1 : b0), d[j]);
+        if (++stage == STAGES) stage = 0, phase ^= 1;
+      }
+#endif
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        if (SECOND) pin(d);  // or registers run out
+        u32 r = row + h * 8, position = t.first + r;
+        bool valid = r < t.rows;
+        u64 target = SECOND && valid ? p.order[position] : position;
+        u16* out = p.out + target * p.features;
+        if constexpr (SECOND) {
+          u32 most = 0;  // magnitudes order as their bits do, NaN above all
+#pragma unroll
+          for (int j = 0; j < BN / 8; j++)
+#pragma unroll
+            for (int c = 0; c < 2; c++) {
+              // what lies beyond the features is another expert's, and counts for nothing
+              u32 bits = t.feature + 8 * j < p.features ? __float_as_uint(d[4 * j + 2 * h + c]) & 0x7fffffffu : 0;
+              most = bits > most ? bits : most;
+            }
+          u32 other = __shfl_xor_sync(~0u, most, 1);
+          most = other > most ? other : most;
+          other = __shfl_xor_sync(~0u, most, 2);
+          most = other > most ? other : most;
+          float scale = most >= 0x7f800000u ? __uint_as_float(0x7fc00000u) : __uint_as_float(most) * (1.f / 32767.f);
+          float inverse = scale > 0.f ? __fdiv_rn(32767.f, __uint_as_float(most)) : 0.f;
+          if (valid && lane % 4 == 0) p.out_scales[target * feature_tiles + t.feature / BN] = scale;
+#pragma unroll
+          for (int j = 0; j < BN / 8; j++) {
+            u32 f = t.feature + 8 * j + lane % 4 * 2;
+            int q0 = __float2int_rn(d[4 * j + 2 * h] * inverse), q1 = __float2int_rn(d[4 * j + 2 * h + 1] * inverse);
+            if (valid && f < p.features) *(u32*)(out + f) = (u32)q0 & 0xffff | (u32)q1 << 16;
+          }
+        } else {
+          Activation activation = p.activation;
+          activation.kind = ACTIVATION, activation.gated = 1;
+#pragma unroll
+          for (int j = 0; j < BN / 16; j++) {
+            u32 f = t.feature + 8 * j + lane % 4 * 2;
+            if (!valid || f >= p.features) break;
+            float v[2];
+#pragma unroll
+            for (int c = 0; c < 2; c++) {
+              float g = d[4 * j + 2 * h + c], u = d[BN / 4 + 4 * j + 2 * h + c];
+              v[c] = activate_16(activation, g, u);
+            }
+            *(u32*)(out + f) = f32x2_to_bf16x2(v[0], v[1]);
+          }
+        }
+      }
+    }
+  }
+}
+
+// Rows by sorted position: to[i] = x[order[i] / top_k], of `pieces` times 16 bytes.
+extern "C" __global__ void gather(const uint4* x, u64 stride, const u32* order, const u32* offsets, u32 experts, u32 top_k, u32 pieces, uint4* to) {
+  u32 i = blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5), lane = threadIdx.x & 31;
+  if (i >= offsets[experts]) return;
+  const uint4* from = x + (u64)(order[i] / top_k) * stride;
+  for (u32 c = lane; c < pieces; c += 32) to[(u64)i * pieces + c] = from[c];
+}
+
+// As gather, or in place order where `order` is null, quantised to E4M3 with one scale for 128 columns.
+// One warp a row; four columns a lane and turn.
+extern "C" __global__ void gather_fp8(const u16* x, u64 stride, const u32* order, const u32* offsets, u32 experts, u32 top_k, u32 cols, u32* codes, float* scales) {
+  u32 i = blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5), lane = threadIdx.x & 31;
+  if (i >= offsets[experts]) return;
+  const uint2* from = (const uint2*)(x + (u64)(order ? order[i] / top_k : i) * stride);
+#pragma unroll 4
+  for (u32 g = 0; g < cols / 128; g++) {
+    uint2 v = from[g * 32 + lane];
+    float f[4] = {bf16_to_f32(v.x & 0xffff), bf16_to_f32(v.x >> 16), bf16_to_f32(v.y & 0xffff), bf16_to_f32(v.y >> 16)};
+    u32 most = 0;
+#pragma unroll
+    for (int c = 0; c < 4; c++) {
+      u32 bits = __float_as_uint(f[c]) & 0x7fffffffu;
+      most = bits > most ? bits : most;
+    }
+    most = __reduce_max_sync(~0u, most);
+    // NaN and infinities take their group along
+    float scale = most >= 0x7f800000u ? __uint_as_float(0x7fc00000u) : __fdiv_rn(fmaxf(__uint_as_float(most), 1e-10f), 448.f);
+    u16 low, high;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(low) : "f"(__fdiv_rn(f[1], scale)), "f"(__fdiv_rn(f[0], scale)));
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(high) : "f"(__fdiv_rn(f[3], scale)), "f"(__fdiv_rn(f[2], scale)));
+    codes[((u64)i * cols + g * 128) / 4 + lane] = low | (u32)high << 16;
+    if (lane == 0) scales[(u64)i * (cols / 128) + g] = scale;
+  }
+}
+
+// out[t] = sum over j of w[t, j] * y[t k + j], in slot order and f32, of the rows that the second product left.
+// Slots whose id is no expert are left out; a sum that is not finite raises the fault. Eight columns a thread.
+extern "C" __global__ void combine_slots(const uint4* y, const float* scales, const u32* ids, const float* weights, u32 experts, u32 top_k, Rows out, u32* fault) {
+  u32 pieces = out.cols / 8, tiles = (out.cols + BN - 1) / BN;
+  u64 n = (u64)out.rows * pieces;
+  for (u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += (u64)gridDim.x * blockDim.x) {
+    u32 t = (u32)(i / pieces), piece = (u32)(i - (u64)t * pieces), tile = piece * 8 / BN;
+    float sum[8] = {};
+#pragma unroll 4
+    for (u32 j = 0; j < top_k; j++) {
+      u64 slot = (u64)t * top_k + j;
+      if (ids[slot] >= experts) continue;
+      float w = weights[slot], scale = scales[slot * tiles + tile];
+      uint4 v = y[slot * pieces + piece];
+      u32 words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+      for (int k = 0; k < 4; k++) {
+        sum[2 * k] = __fadd_rn(sum[2 * k], __fmul_rn(w, __fmul_rn(scale, (float)(short)(words[k] & 0xffff))));
+        sum[2 * k + 1] = __fadd_rn(sum[2 * k + 1], __fmul_rn(w, __fmul_rn(scale, (float)(short)(words[k] >> 16))));
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < 8; k++)
+      if (!finite(sum[k])) raise_fault(fault, FAULT_OUTPUT, t, piece * 8 + k, __float_as_uint(sum[k]));
+    uint4 r = make_uint4(f32x2_to_bf16x2(sum[0], sum[1]), f32x2_to_bf16x2(sum[2], sum[3]), f32x2_to_bf16x2(sum[4], sum[5]), f32x2_to_bf16x2(sum[6], sum[7]));
+    *(uint4*)((u16*)out.data + t * out.stride + piece * 8) = r;
+  }
+}

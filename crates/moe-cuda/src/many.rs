@@ -1,0 +1,338 @@
+//! Experts for many tokens: both products as grouped products on Hopper's tensor cores.
+
+use crate::few::FewFormat;
+use crate::module::{Argument, Function, Launch, Modules};
+use crate::plan::Plan;
+use crate::rows::Float;
+use crate::sources::MANY;
+use crate::tensor_map::{Matrix, TensorMap};
+use crate::weights::{ExpertWeights, RawActivation, Stored};
+use crate::{Buffer, Error, FaultWord, Result, Rows, RowsMut, Stream, View};
+
+/// Routed experts for batches of any size, best where experts have many rows each. Weights are read
+/// where they lie: bf16, or E4M3 with scales of 128 × 128 and rows quantised to E4M3 in groups of 128,
+/// before either product. `sm_90` only.
+pub struct ManyExperts {
+    format: FewFormat,
+    weights: ExpertWeights,
+    maps: [TensorMap; 3],
+    gather: Function,
+    first: Function,
+    second: Function,
+    combine: Function,
+    launch: Launch,
+}
+
+/// Memory that a pass lends to [`ManyExperts`]; one pass at a time uses it.
+pub struct ManyWorkspace {
+    slots: usize,
+    /// Sorted rows, bf16 or codes, and the rows between the products; scales of codes.
+    rows: Buffer<u8>,
+    row_scales: Buffer<f32>,
+    inner: Buffer<u16>,
+    inner_codes: Buffer<u8>,
+    /// Rows of the slots before their sum, with their scales: see many.cu.
+    y: Buffer<u16>,
+    y_scales: Buffer<f32>,
+    rows_map: TensorMap,
+    inner_map: TensorMap,
+}
+
+impl ManyExperts {
+    /// Rows of a tile of the plan for these products.
+    pub const TILE: usize = 128;
+
+    /// Experts of these weights.
+    ///
+    /// # Errors
+    /// If the GPU is not a Hopper, or the format or the shape has no such kernel.
+    pub fn new(modules: &Modules, weights: ExpertWeights) -> Result<Self> {
+        let refuse = |reason: String| Err(Error::input("experts for many tokens", reason));
+        let gpu = modules.gpu();
+        weights.check()?;
+        let Some(gate) = &weights.gate else {
+            return refuse("there is no kernel for experts without a gate projection".into());
+        };
+        let format = FewFormat::of(&weights.up)?;
+        for other in [gate, &weights.down] {
+            if FewFormat::of(other)? != format {
+                return refuse("the projections have several formats".into());
+            }
+        }
+        if format.packed() {
+            return refuse(format!("there is no kernel for {format:?}"));
+        }
+        if gpu.properties().capability != (9, 0) {
+            return refuse(format!("{} is no Hopper", gpu.properties().name));
+        }
+        // FP8 rows are quantised in whole groups of 128; bf16 rows are aligned for the copy engine.
+        let multiple = if format == FewFormat::Fp8Block { 128 } else { 8 };
+        let (hidden, inner) = (weights.hidden(), weights.intermediate());
+        if !hidden.is_multiple_of(multiple) || !inner.is_multiple_of(multiple) {
+            return refuse(format!("{hidden} or {inner} columns are no multiple of {multiple}"));
+        }
+        let step = |m: &Stored| m.scales.as_ref().map(|s| s.expert_bytes);
+        if step(gate) != step(&weights.up) {
+            return refuse("gate and up have their scales at different distances".into());
+        }
+        let activation = format!("-DACTIVATION={}", weights.activation.raw(true).kind);
+        let get = |second: usize, name| {
+            modules.function(&MANY, &options(format, second, activation.clone()), name)
+        };
+        let gather = if format == FewFormat::Fp8Block { "gather_fp8" } else { "gather" };
+        let (first, second) = (get(0, "many")?, get(1, "many")?);
+        let (gather, combine) = (get(0, gather)?, get(1, "combine_slots")?);
+        let shared = shared_bytes(format) as u32;
+        first.allow_shared(shared)?;
+        second.allow_shared(shared)?;
+        let blocks = gpu.properties().multiprocessors as u32;
+        let launch = Launch { grid: (blocks, 1), block: 384, shared, cooperative: false };
+        let rows = if format == FewFormat::Fp8Block { 64 } else { 128 };
+        let map = |m| crate::few::map(gpu, m, rows);
+        let maps = [map(gate)?, map(&weights.up)?, map(&weights.down)?];
+        Ok(Self { format, weights, maps, gather, first, second, combine, launch })
+    }
+
+    /// Memory for batches of up to `slots` slots.
+    ///
+    /// # Errors
+    /// If the GPU has not enough.
+    pub fn workspace(&self, stream: &Stream, slots: usize) -> Result<ManyWorkspace> {
+        let gpu = stream.gpu();
+        let (hidden, inner) = (self.weights.hidden(), self.weights.intermediate());
+        let fp8 = self.format == FewFormat::Fp8Block;
+        let bytes = if fp8 { 1 } else { 2 };
+        let purpose = "the sorted rows";
+        let scales = if fp8 { slots * hidden.max(inner) / 128 } else { 0 };
+        let rows = Buffer::new(gpu, slots * hidden * bytes, purpose)?;
+        let inner_rows = Buffer::new(gpu, slots * inner, purpose)?;
+        let inner_codes = Buffer::new(gpu, if fp8 { slots * inner } else { 0 }, purpose)?;
+        let map = |address, cols| {
+            TensorMap::new(gpu, &Matrix { address, bytes, rows: slots, cols }, Self::TILE)
+        };
+        let inner_address =
+            if fp8 { inner_codes.view().address() } else { inner_rows.view().address() };
+        Ok(ManyWorkspace {
+            slots,
+            rows_map: map(rows.view().address(), hidden)?,
+            inner_map: map(inner_address, inner)?,
+            y: Buffer::new(gpu, slots * hidden, purpose)?,
+            y_scales: Buffer::new(
+                gpu,
+                slots * hidden.div_ceil(tile_features(self.format)),
+                purpose,
+            )?,
+            rows,
+            row_scales: Buffer::new(gpu, scales, purpose)?,
+            inner: inner_rows,
+            inner_codes,
+        })
+    }
+
+    /// `out[t] = Σ_j weights[t, j] · expert(ids[t, j])(x[t])`, in slot order. `x` and `out` are bf16
+    /// `[T, H]`; `plan` is the plan of `ids` in tiles of [`Self::TILE`]; ids that are no expert here are
+    /// left out. An output that is not finite raises the fault.
+    ///
+    /// # Errors
+    /// If a shape does not fit, or an earlier step failed.
+    #[allow(clippy::too_many_arguments, reason = "all that a pass has of its own")]
+    pub fn forward(
+        &self,
+        stream: &Stream,
+        x: Rows<'_>,
+        ids: View<'_, u32>,
+        weights: View<'_, f32>,
+        plan: &Plan,
+        work: &mut ManyWorkspace,
+        out: &mut RowsMut<'_>,
+        fault: &FaultWord,
+    ) -> Result<()> {
+        let refuse = |reason: String| Err(Error::input("experts for many tokens", reason));
+        let w = &self.weights;
+        let (hidden, inner, slots) = (w.hidden(), w.intermediate(), ids.len());
+        x.expect("rows of the experts", slots / plan.top_k, hidden)?;
+        out.expect("output of the experts", slots / plan.top_k, hidden)?;
+        let aligned =
+            |address: u64, stride: u64| address.is_multiple_of(16) && stride.is_multiple_of(8);
+        if x.float() != Float::Bf16
+            || out.float() != Float::Bf16
+            || !aligned(x.raw.data, x.raw.stride)
+            || !aligned(out.raw.data, out.raw.stride)
+        {
+            return refuse("rows are bf16, aligned to 16 bytes".into());
+        }
+        if (plan.slots_used, weights.len()) != (slots, slots) {
+            return refuse(format!(
+                "{slots} ids, {} planned, {} weights",
+                plan.slots_used,
+                weights.len()
+            ));
+        }
+        if (plan.experts(), plan.tile()) != (w.up.experts, Self::TILE) || slots > work.slots {
+            return refuse(format!(
+                "{slots} slots in tiles of {} over {}",
+                plan.tile(),
+                plan.experts()
+            ));
+        }
+        if slots == 0 {
+            return Ok(());
+        }
+        let gate = w.gate.as_ref().unwrap_or(&w.up);
+        self.gather(
+            stream,
+            x.raw.data,
+            x.raw.stride,
+            Some(plan.order().address()),
+            hidden,
+            plan,
+            work,
+        )?;
+        let [gate_map, up_map, down_map] = &self.maps;
+        let h = (work.inner.view_mut().address(), inner as u64);
+        let raw = self.raw(plan, work, [gate, &w.up], h.0);
+        // SAFETY: the parameters of `many`; shapes and sizes were checked.
+        unsafe {
+            self.first.launch(stream, self.launch, &[&raw, &work.rows_map, gate_map, up_map])?;
+        }
+        if self.format == FewFormat::Fp8Block {
+            self.gather(stream, h.0, h.1, None, inner, plan, work)?;
+        }
+        let y = work.y.view_mut().address();
+        let raw = self.raw(plan, work, [&w.down, &w.down], y);
+        let y_scales = work.y_scales.view().address();
+        let (experts, top_k) = (plan.experts() as u32, plan.top_k as u32);
+        let blocks = (out.rows() * hidden / 8).div_ceil(256).min(1 << 20) as u32;
+        let arguments: [&dyn Argument; 8] = [
+            &y,
+            &y_scales,
+            &ids.address(),
+            &weights.address(),
+            &experts,
+            &top_k,
+            &out.raw,
+            &fault.view().address(),
+        ];
+        // SAFETY: the parameters of `many` and `combine_slots`; shapes and sizes were checked.
+        unsafe {
+            let maps = [&work.inner_map, down_map, down_map];
+            self.second.launch(stream, self.launch, &[&raw, maps[0], maps[1], maps[2]])?;
+            self.combine.launch(stream, Launch::plain(blocks, 256), &arguments)
+        }
+    }
+
+    /// Rows by sorted position; codes and scales of them for FP8. Without an order, of the rows
+    /// between the products, which are sorted already.
+    #[allow(clippy::too_many_arguments, reason = "source and target of a copy")]
+    fn gather(
+        &self,
+        stream: &Stream,
+        from: u64,
+        stride: u64,
+        order: Option<u64>,
+        cols: usize,
+        plan: &Plan,
+        work: &mut ManyWorkspace,
+    ) -> Result<()> {
+        let launch = Launch::plain(plan.slots_used.div_ceil(8) as u32, 256);
+        let (experts, top_k) = (plan.experts() as u32, plan.top_k as u32);
+        let offsets = plan.offsets().address();
+        let sorted = order.is_some();
+        let order = order.unwrap_or(0);
+        // SAFETY: the parameters of `gather_fp8` or `gather`; the workspace holds all slots.
+        unsafe {
+            if self.format == FewFormat::Fp8Block {
+                let codes = if sorted { &mut work.rows } else { &mut work.inner_codes };
+                let (codes, scales) =
+                    (codes.view_mut().address(), work.row_scales.view_mut().address());
+                let cols = cols as u32;
+                self.gather.launch(
+                    stream,
+                    launch,
+                    &[&from, &stride, &order, &offsets, &experts, &top_k, &cols, &codes, &scales],
+                )
+            } else {
+                // In pieces of 16 bytes.
+                let (stride, pieces) = (stride / 8, (cols / 8) as u32);
+                let to = work.rows.view_mut().address();
+                self.gather.launch(
+                    stream,
+                    launch,
+                    &[&from, &stride, &order, &offsets, &experts, &top_k, &pieces, &to],
+                )
+            }
+        }
+    }
+
+    fn raw(
+        &self,
+        plan: &Plan,
+        work: &mut ManyWorkspace,
+        matrices: [&Stored; 2],
+        out: u64,
+    ) -> RawMany {
+        let scales = |m: &Stored| match (&m.scales, self.format) {
+            (Some(scales), FewFormat::Fp8Block) => scales.bytes.pointer(),
+            _ => 0,
+        };
+        let step = |m: &Stored| m.scales.as_ref().map_or(0, |s| s.expert_bytes / s.scale.bytes());
+        let [a, b] = matrices;
+        RawMany {
+            offsets: plan.offsets().address(),
+            order: plan.order().address(),
+            tiles: plan.tiles().address(),
+            tile_count: plan.tile_count().address(),
+            row_scales: work.row_scales.view_mut().address(),
+            scales: matrices.map(scales),
+            biases: matrices.map(|m| m.bias.as_ref().map_or(0, |b| b.view().address())),
+            out,
+            out_scales: work.y_scales.view_mut().address(),
+            features: a.rows as u32,
+            k: a.cols as u32,
+            rows: [a, b].map(|m| (m.expert_bytes / m.row_bytes()) as u32),
+            scale_step: step(a) as u32,
+            activation: self.weights.activation.raw(true),
+        }
+    }
+}
+
+/// How a product is compiled.
+pub(crate) fn options(format: FewFormat, second: usize, activation: String) -> Vec<String> {
+    let mut options = format.options();
+    options.extend([format!("-DSECOND={second}"), activation]);
+    options
+}
+
+/// Features of a tile of the second product: BN of many.cu.
+fn tile_features(format: FewFormat) -> usize {
+    if format == FewFormat::Fp8Block { 128 } else { 256 }
+}
+
+/// Stages of a ring and its barriers, as many.cu lays them out.
+fn shared_bytes(format: FewFormat) -> usize {
+    match format {
+        FewFormat::Fp8Block => 6 * (128 + 128) * 128 + 16 * 6,
+        _ => 4 * (128 + 256) * 128 + 16 * 4,
+    }
+}
+
+#[repr(C)]
+struct RawMany {
+    offsets: u64,
+    order: u64,
+    tiles: u64,
+    tile_count: u64,
+    row_scales: u64,
+    scales: [u64; 2],
+    biases: [u64; 2],
+    out: u64,
+    out_scales: u64,
+    features: u32,
+    k: u32,
+    rows: [u32; 2],
+    scale_step: u32,
+    activation: RawActivation,
+}
+
+// SAFETY: `struct Many` of many.cu.
+unsafe impl Argument for RawMany {}

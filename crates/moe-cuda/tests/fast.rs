@@ -1,0 +1,249 @@
+//! The fast experts against float64: few tokens in one launch, many tokens on tensor cores. Rows are
+//! bf16. Every batch is run twice, and once as a graph: the counters come back to where they were.
+
+mod common;
+
+use common::experts::{Experts, Format, batch, plain, scaled};
+use common::{Numbers, Setup, bf16, from_bf16, nmse, setup};
+use moe_cuda::weights::{Activation, Element, ScaleType};
+use moe_cuda::{
+    Buffer, Error, ExpertWeights, FaultWord, FewExperts, FewWorkspace, Float, ManyExperts,
+    ManyWorkspace, Plan, Rows, RowsMut,
+};
+use moe_kernels::numerics::quantise::{GroupScale, Qdq};
+
+const BF16: Format = plain(Element::Bf16);
+const FP8: Format = scaled(Element::E4m3, ScaleType::F32, (128, 128));
+const INT4: Format = scaled(Element::Uint4, ScaleType::Bf16, (1, 128));
+const MXFP4: Format = scaled(Element::E2m1, ScaleType::E8m0, (1, 32));
+
+/// Which kernel, with its workspace.
+enum Kernel {
+    Few(Box<FewExperts>, FewWorkspace),
+    Many(Box<ManyExperts>, Box<ManyWorkspace>),
+}
+
+struct Pass {
+    kernel: Kernel,
+    x: Buffer<u16>,
+    ids: Buffer<u32>,
+    weights: Buffer<f32>,
+    out: Buffer<u16>,
+    plan: Plan,
+    fault: FaultWord,
+    hidden: usize,
+    experts: usize,
+}
+
+impl Pass {
+    fn new(s: &Setup, weights: ExpertWeights, slots: usize, many: bool) -> moe_cuda::Result<Self> {
+        let (hidden, inner) = (weights.hidden(), weights.intermediate());
+        let experts = weights.up.experts;
+        let tile = if many { ManyExperts::TILE } else { FewExperts::TILE };
+        let kernel = if many {
+            let kernel = ManyExperts::new(&s.modules, weights)?;
+            let work = kernel.workspace(&s.stream, slots)?;
+            Kernel::Many(Box::new(kernel), Box::new(work))
+        } else {
+            let kernel = FewExperts::new(&s.modules, &s.stream, weights)?;
+            Kernel::Few(Box::new(kernel), FewWorkspace::new(&s.stream, slots, hidden, inner)?)
+        };
+        Ok(Self {
+            kernel,
+            x: s.buffer(slots * hidden),
+            ids: s.buffer(slots),
+            weights: s.buffer(slots),
+            out: s.buffer(slots * hidden),
+            plan: Plan::new(s.gpu(), slots, experts, tile)?,
+            fault: FaultWord::new(s.gpu(), &s.stream)?,
+            hidden,
+            experts,
+        })
+    }
+
+    fn load(&mut self, s: &Setup, x: &[u16], ids: &[u32], weights: &[f32]) {
+        s.stream.copy_in(x, self.x.view_mut().part(0..x.len())).unwrap();
+        s.stream.copy_in(ids, self.ids.view_mut().part(0..ids.len())).unwrap();
+        s.stream.copy_in(weights, self.weights.view_mut().part(0..ids.len())).unwrap();
+        s.stream.fill(self.out.view_mut(), 0xff).unwrap();
+    }
+
+    fn run(&mut self, s: &Setup, tokens: usize, top_k: usize) -> moe_cuda::Result<()> {
+        let (hidden, slots) = (self.hidden, tokens * top_k);
+        let ids = self.ids.view().part(0..slots);
+        let weights = self.weights.view().part(0..slots);
+        let x = self.x.view().part(0..tokens * hidden);
+        let x = Rows::new(x, Float::Bf16, tokens, hidden)?;
+        let out = self.out.view_mut().part(0..tokens * hidden);
+        let mut out = RowsMut::new(out, Float::Bf16, tokens, hidden)?;
+        let (plan, fault) = (&mut self.plan, &self.fault);
+        match &mut self.kernel {
+            Kernel::Few(kernel, work) => {
+                if slots > FewExperts::OWN_PLAN {
+                    s.verbs.plan(&s.stream, ids, top_k, plan)?;
+                }
+                kernel.forward(&s.stream, x, ids, weights, Some(plan), work, &mut out, fault)
+            }
+            Kernel::Many(kernel, work) => {
+                s.verbs.plan(&s.stream, ids, top_k, plan)?;
+                kernel.forward(&s.stream, x, ids, weights, plan, work, &mut out, fault)
+            }
+        }
+    }
+
+    fn output(&mut self, s: &Setup, tokens: usize) -> Vec<u16> {
+        self.fault.check(&s.stream).unwrap();
+        s.download(self.out.view().part(0..tokens * self.hidden))
+    }
+}
+
+/// Runs batches of several sizes; one token of each alone too.
+fn check(
+    s: &Setup,
+    host: &Experts,
+    pass: &mut Pass,
+    batches: &[(usize, usize)],
+    bound: f64,
+    rows: &dyn Fn(Vec<f64>) -> Vec<f64>,
+    n: &mut Numbers,
+) {
+    let (hidden, experts) = (pass.hidden, pass.experts);
+    for &(tokens, top_k) in batches {
+        let (x, mut ids, weights) = batch(n, tokens, hidden, experts, top_k);
+        if tokens % 4 == 0 {
+            // one expert has a row of every token
+            ids.chunks_mut(top_k).filter(|ids| !ids.contains(&1)).for_each(|ids| ids[0] = 1);
+        }
+        let x = bf16(&x);
+        pass.load(s, &x, &ids, &weights);
+        pass.run(s, tokens, top_k).unwrap();
+        let got = pass.output(s, tokens);
+        let wide = from_bf16(&x);
+        let sampled: Vec<usize> = (0..tokens).step_by(tokens.div_ceil(16)).collect();
+        let want: Vec<f64> = sampled
+            .iter()
+            .flat_map(|&t| {
+                let slots = t * top_k..(t + 1) * top_k;
+                let x = &wide[t * hidden..][..hidden];
+                host.token_with(x, &ids[slots.clone()], &weights[slots], false, rows)
+            })
+            .collect();
+        let of_sampled: Vec<u16> =
+            sampled.iter().flat_map(|&t| got[t * hidden..][..hidden].iter().copied()).collect();
+        let error = nmse(&from_bf16(&of_sampled), &want);
+        assert!(error < bound, "{tokens} tokens, top {top_k}: {error:e}");
+        // again, and as a graph
+        let graph = s.stream.capture(|| pass.run(s, tokens, top_k)).unwrap();
+        for _ in 0..2 {
+            pass.load(s, &x, &ids, &weights);
+            // SAFETY: the buffers of the pass live.
+            unsafe { s.stream.replay(&graph) }.unwrap();
+            assert_eq!(pass.output(s, tokens), got, "{tokens} tokens, top {top_k}");
+        }
+        let t = tokens - 1;
+        pass.load(s, &x[t * hidden..], &ids[t * top_k..], &weights[t * top_k..]);
+        pass.run(s, 1, top_k).unwrap();
+        assert_eq!(pass.output(s, 1), got[t * hidden..], "token {t} of {tokens} alone");
+    }
+}
+
+const GPT_OSS: Activation = Activation::ClampedSwiglu { alpha: 1.702, beta: 1.0, limit: 7.0 };
+
+#[test]
+fn few_tokens_are_within_the_bound_of_bf16() {
+    let Some(s) = setup() else { return };
+    let mut n = Numbers(30);
+    let batches = [(1, 1), (1, 8), (4, 8), (16, 2), (5, 6), (17, 8), (64, 8)];
+    for (format, hidden, inner) in [
+        (BF16, 512, 384),
+        (BF16, 320, 64),
+        (FP8, 512, 384),
+        (FP8, 256, 640),
+        (INT4, 512, 384),
+        (INT4, 256, 2048),
+        (MXFP4, 512, 384),
+        (MXFP4, 320, 320),
+    ] {
+        for (activation, bias) in [(Activation::Silu, false), (GPT_OSS, true)] {
+            let dims = [9, hidden, inner];
+            let host = Experts::new(&s, &mut n, format, dims, true, activation, bias);
+            let mut pass = Pass::new(&s, host.weights(), 512, false).unwrap();
+            println!("{format:?} {dims:?} {activation:?}");
+            check(&s, &host, &mut pass, &batches, 1e-5, &|row| row, &mut n);
+        }
+    }
+}
+
+#[test]
+fn many_tokens_are_within_the_bound_of_bf16() {
+    let Some(s) = setup() else { return };
+    let mut n = Numbers(31);
+    let batches = [(1, 3), (40, 2), (130, 3), (1000, 2)];
+    for (hidden, inner) in [(256, 384), (200, 136)] {
+        for (activation, bias) in [(Activation::Silu, false), (GPT_OSS, true)] {
+            let dims = [7, hidden, inner];
+            let host = Experts::new(&s, &mut n, BF16, dims, true, activation, bias);
+            let mut pass = Pass::new(&s, host.weights(), 2000, true).unwrap();
+            check(&s, &host, &mut pass, &batches, 1e-5, &|row| row, &mut n);
+        }
+    }
+}
+
+#[test]
+fn many_tokens_quantise_rows_as_fp8_checkpoints_do() {
+    let Some(s) = setup() else { return };
+    let mut n = Numbers(32);
+    let rows = |row: Vec<f64>| {
+        // rows are rounded to bf16, then quantised
+        let row: Vec<f32> = row.iter().map(|&x| x as f32).collect();
+        let mut row = from_bf16(&bf16(&row));
+        let cols = row.len();
+        Qdq::Fp8Group { size: 128, scale: GroupScale::F32 }.apply(&mut row, cols);
+        row.iter().map(|&x| x.into()).collect()
+    };
+    for (hidden, inner) in [(256, 384), (640, 128)] {
+        let dims = [7, hidden, inner];
+        let host = Experts::new(&s, &mut n, FP8, dims, true, Activation::Silu, false);
+        let mut pass = Pass::new(&s, host.weights(), 2000, true).unwrap();
+        let batches = [(1, 3), (40, 2), (130, 3), (1000, 2)];
+        check(&s, &host, &mut pass, &batches, 1e-4, &rows, &mut n);
+    }
+}
+
+#[test]
+fn what_has_no_kernel_is_refused_with_the_reason() {
+    let Some(s) = setup() else { return };
+    let mut n = Numbers(33);
+    let mut refused = |format, dims, gated, many| {
+        let host = Experts::new(&s, &mut n, format, dims, gated, Activation::Silu, false);
+        match Pass::new(&s, host.weights(), 8, many).err() {
+            Some(Error::Input { reason, .. }) => reason,
+            other => panic!("{other:?}"),
+        }
+    };
+    let f32 = plain(Element::F32);
+    assert!(refused(f32, [2, 64, 64], true, false).contains("no kernel for F32"));
+    assert!(refused(BF16, [2, 64, 64], false, false).contains("without a gate"));
+    assert!(refused(BF16, [2, 96, 64], true, false).contains("not multiples of 64"));
+    assert!(refused(INT4, [2, 128, 128], true, true).contains("no kernel for Int4"));
+    assert!(refused(FP8, [2, 192, 128], true, true).contains("no multiple of 128"));
+}
+
+#[test]
+fn an_output_that_overflows_is_a_fault() {
+    let Some(s) = setup() else { return };
+    let mut n = Numbers(34);
+    for many in [false, true] {
+        let host = Experts::new(&s, &mut n, BF16, [2, 64, 64], true, Activation::Silu, false);
+        let mut pass = Pass::new(&s, host.weights(), 8, many).unwrap();
+        let mut x = bf16(&n.units(3 * 64));
+        x[64] = half::bf16::MAX.to_bits();
+        x[65] = half::bf16::INFINITY.to_bits();
+        pass.load(&s, &x, &[0, 1, 0], &[1.0; 3]);
+        pass.run(&s, 3, 1).unwrap();
+        match pass.fault.check(&s.stream) {
+            Err(Error::Fault(fault)) => assert_eq!(fault.row(), 1),
+            other => panic!("{other:?}"),
+        }
+    }
+}

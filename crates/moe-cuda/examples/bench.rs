@@ -405,7 +405,7 @@ fn routing(rows: usize, top_k: usize, experts: usize, tokens: usize) -> (Vec<u32
     let mut order: Vec<u32> = (0..experts as u32).collect();
     let mut ids = Vec::with_capacity(rows * top_k);
     for row in 0..rows {
-        let walks = tokens == 1 && row * top_k % experts != 0;
+        let walks = tokens == 1 && !(row * top_k).is_multiple_of(experts);
         if !walks {
             for i in 0..experts {
                 order.swap(i, i + below(experts - i));

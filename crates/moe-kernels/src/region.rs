@@ -15,7 +15,7 @@ use crate::pool::ThreadPool;
 /// With the panic of `work`, if it panics.
 pub fn for_each<T: Send>(
     pool: &dyn ThreadPool,
-    items: impl ExactSizeIterator<Item = T> + Send,
+    items: impl Iterator<Item = T> + Send,
     work: impl Fn(T) + Sync,
 ) {
     for_each_with(pool, std::iter::repeat(()), items, |(), item| work(item));
@@ -29,10 +29,10 @@ pub fn for_each<T: Send>(
 pub fn for_each_with<S, T: Send>(
     pool: &dyn ThreadPool,
     scratch: impl Iterator<Item = S> + Send,
-    items: impl ExactSizeIterator<Item = T> + Send,
+    items: impl Iterator<Item = T> + Send,
     work: impl Fn(&mut S, T) + Sync,
 ) {
-    let workers = items.len().min(pool.threads());
+    let workers = items.size_hint().1.unwrap_or(usize::MAX).min(pool.threads());
     if workers == 0 {
         return;
     }
@@ -50,6 +50,17 @@ pub fn for_each_with<S, T: Send>(
         }
     });
     assert!(next(&items).is_none(), "the thread pool did not run all items");
+}
+
+/// How many rows of `row_bytes` bytes a part of a region should have, so that `rows` of them keep
+/// `threads` threads busy, and each part is worth the handing out.
+pub fn rows_together(rows: usize, row_bytes: usize, threads: usize) -> usize {
+    /// Some microseconds of copying.
+    const WORTHWHILE: usize = 32 << 10;
+    match threads {
+        0 | 1 => rows.max(1),
+        _ => rows.div_ceil(4 * threads).min(WORTHWHILE.div_ceil(row_bytes.max(1))).max(1),
+    }
 }
 
 /// The iterators run no code of others under their locks but `next`; one that panicked there yields

@@ -261,16 +261,34 @@ impl<'a> RowsMut<'a> {
     /// # Panics
     /// If `blocks` are not ascending, disjoint and inside the rows, or `tile_cols` is zero.
     pub fn tiles<'b>(&'b mut self, blocks: &'b [Range<usize>], tile_cols: usize) -> Tiles<'b> {
-        assert!(tile_cols > 0, "tiles of no columns");
         let mut last = 0;
         for rows in blocks {
             assert_within(rows, self.rows, "rows");
             assert!(last <= rows.start, "rows {rows:?} come after row {last}");
             last = rows.end;
         }
-        let across = self.cols.div_ceil(tile_cols);
-        let end = blocks.len() * across;
-        Tiles { whole: self.window(0..self.rows, 0..self.cols), blocks, tile_cols, next: 0, end }
+        self.tiles_of(Blocks::Given(blocks), blocks.len(), tile_cols)
+    }
+
+    /// The same for all rows, `block_rows` at a time.
+    ///
+    /// # Panics
+    /// If a size is zero.
+    pub fn even_tiles(&mut self, block_rows: usize, tile_cols: usize) -> Tiles<'_> {
+        let blocks = self.rows.div_ceil(block_rows);
+        self.tiles_of(Blocks::Even(block_rows), blocks, tile_cols)
+    }
+
+    fn tiles_of<'b>(&'b mut self, of: Blocks<'b>, blocks: usize, tile_cols: usize) -> Tiles<'b> {
+        assert!(tile_cols > 0, "tiles of no columns");
+        let end = blocks * self.cols.div_ceil(tile_cols);
+        Tiles {
+            whole: self.window(0..self.rows, 0..self.cols),
+            blocks: of,
+            tile_cols,
+            next: 0,
+            end,
+        }
     }
 }
 
@@ -279,6 +297,8 @@ impl<'a> RowsMut<'a> {
 pub struct Tile<'a> {
     /// The number of its block.
     pub block: usize,
+    /// Its rows: the block's.
+    pub rows: Range<usize>,
     /// Its columns.
     pub cols: Range<usize>,
     /// The window.
@@ -289,10 +309,17 @@ pub struct Tile<'a> {
 #[derive(Debug)]
 pub struct Tiles<'a> {
     whole: RowsMut<'a>,
-    blocks: &'a [Range<usize>],
+    blocks: Blocks<'a>,
     tile_cols: usize,
     next: usize,
     end: usize,
+}
+
+/// Which rows make a block. Blocks are disjoint and inside the rows.
+#[derive(Clone, Copy, Debug)]
+enum Blocks<'a> {
+    Given(&'a [Range<usize>]),
+    Even(usize),
 }
 
 impl<'a> Iterator for Tiles<'a> {
@@ -305,12 +332,16 @@ impl<'a> Iterator for Tiles<'a> {
         let across = self.whole.cols.div_ceil(self.tile_cols);
         let (block, column) = (self.next / across, self.next % across);
         self.next += 1;
+        let rows = match self.blocks {
+            Blocks::Given(blocks) => blocks[block].clone(),
+            Blocks::Even(rows) => block * rows..self.whole.rows.min((block + 1) * rows),
+        };
         let start = column * self.tile_cols;
         let cols = start..self.whole.cols.min(start + self.tile_cols);
-        // SAFETY: the blocks were checked to be disjoint and inside, the columns of different tiles
-        // do not overlap, each tile is made once, and the rows stay borrowed for 'a.
-        let out = unsafe { self.whole.window_unchecked(self.blocks[block].clone(), cols.clone()) };
-        Some(Tile { block, cols, out })
+        // SAFETY: blocks are disjoint and inside, the columns of different tiles do not overlap,
+        // each tile is made once, and the rows stay borrowed for 'a.
+        let out = unsafe { self.whole.window_unchecked(rows.clone(), cols.clone()) };
+        Some(Tile { block, rows, cols, out })
     }
 
     fn size_hint(&self) -> (usize, Option<usize>) {

@@ -111,7 +111,9 @@ mod tests {
 
     use moe_runner::hidden::{Rows, RowsMut};
     use moe_runner::random::Random;
-    use moe_runner::runner::{ForwardInput, MoeRunner, MoeRunnerInterface, Options, reference};
+    use moe_runner::runner::{
+        ForwardInput, MoeRunner, MoeRunnerInterface, Options, Report, reference,
+    };
     use moe_runner::spec::Dims;
     use moe_runner::weights::random_layer;
 
@@ -188,9 +190,10 @@ mod tests {
             let mut runner = MoeRunner::new(ready);
             assert!(runner.choice().kernel.name.starts_with("cpu_"), "{name}");
             let mut y = vec![0.0; x.len()];
-            let done =
-                runner.forward(&ForwardInput::new(Rows::F32(&x)), RowsMut::F32(&mut y)).unwrap();
-            let logits = done.router_logits.to_vec();
+            let (input, mut report) = (ForwardInput::new(Rows::F32(&x)), Report::default());
+            let rows = RowsMut::F32(&mut y);
+            let done = runner.forward_reporting(&input, rows, Some(&mut report)).unwrap();
+            let logits = report.router_logits;
             let scale = done.output_scale;
             y.iter_mut().for_each(|v| *v *= scale);
             let truth = reference::layer(&layer, &x, Some(&logits), None).unwrap();

@@ -23,14 +23,15 @@ mod plain;
 use std::hint::black_box;
 use std::sync::Arc;
 
+use moe_kernels::pool::Inline;
 use moe_runner::comm::{At, Communicator, Kind, Step, mpi, run_ranks};
 use moe_runner::exchange::{
     AllToAllExchange, Completeness, Exchange, ExpertMap, GatherExchange, LocalRows, SlotRows, Wire,
 };
 use moe_runner::hidden::ActivationDtype;
-use moe_runner::plan::NO_EXPERT;
+use moe_runner::plan::{NO_EXPERT, NO_PLACE};
 use moe_runner::random::Random;
-use moe_runner::router::{LogicalId, Routing};
+use moe_runner::router::{LocalId, LogicalId, Routing};
 use moe_runner::{Error, Result};
 use plain::{Plain, PlainMpi, Times};
 use serde::Serialize;
@@ -268,26 +269,33 @@ impl<'a> Case<'a> {
     /// Runs the steps once; `check` compares what arrived and fills the experts' rows.
     fn pass(
         &mut self,
-        slots: &mut Vec<f32>,
+        (slots, places): (&mut Vec<f32>, &mut Vec<u32>),
         out: &mut [f32],
         [dispatch, combine]: &mut [Times; 2],
         check: bool,
     ) -> Result<()> {
         let me = self.comm.rank();
         let routing = &self.routings[me];
-        let rows = LocalRows::new(&self.hidden, HIDDEN, HIDDEN, routing);
+        let rows = LocalRows::new(&self.hidden, HIDDEN, routing);
         let exchange = &mut self.exchange;
         let dispatched = dispatch.measure(&**self.comm, || {
-            exchange.start_dispatch(0, rows)?;
-            exchange.finish_dispatch(0, rows)
+            exchange.start_dispatch(0, rows, &Inline)?;
+            exchange.finish_dispatch(0, rows, &Inline)
         })?;
         if check {
             let arrived: Vec<(usize, usize)> = (0..self.comm.size())
                 .flat_map(|rank| (0..self.tokens).map(move |t| (rank, t)))
                 .collect();
             let held = self.map.held_by(me);
+            // every slot's row has a place, those without an expert none
             slots.clear();
             slots.resize(dispatched.ids.len() * HIDDEN, f32::NAN);
+            places.clear();
+            let place = |(slot, id): (usize, &LocalId)| match *id {
+                NO_EXPERT => NO_PLACE,
+                _ => slot as u32,
+            };
+            places.extend(dispatched.ids.iter().enumerate().map(place));
             let mut rows = dispatched.hidden.chunks_exact(HIDDEN).enumerate();
             for (rank, t) in arrived {
                 let routing = &self.routings[rank];
@@ -316,10 +324,10 @@ impl<'a> Case<'a> {
             }
             assert!(rows.next().is_none(), "a row too many");
         }
-        let done = SlotRows { values: slots, weighted: false };
+        let done = SlotRows { values: slots, width: HIDDEN, places, weighted: false };
         combine.measure(&**self.comm, || {
-            self.exchange.start_combine(0, done)?;
-            self.exchange.finish_combine(0, rows, done, out)
+            self.exchange.start_combine(0, done, &Inline)?;
+            self.exchange.finish_combine(0, rows, done, out, &Inline)
         })?;
         if check {
             self.check_sums(out);
@@ -345,9 +353,10 @@ impl<'a> Case<'a> {
 
     fn line(mut self, plain: &Plain, wire: &'static str, repeats: usize) -> Result<Line> {
         let (n, me) = (self.comm.size(), self.comm.rank());
-        let (mut slots, mut out) = (Vec::new(), vec![0.0; self.tokens * HIDDEN]);
+        let (mut slots, mut places) = (Vec::new(), Vec::new());
+        let mut out = vec![0.0; self.tokens * HIDDEN];
         let before = self.comm.traffic().read();
-        self.pass(&mut slots, &mut out, &mut Default::default(), true)?;
+        self.pass((&mut slots, &mut places), &mut out, &mut Default::default(), true)?;
         let traffic = self.comm.traffic().read().since(&before);
         let sent = match self.gather {
             true => [Kind::AllGatherV, Kind::ReduceScatterV].map(|kind| traffic.of(kind).sent),
@@ -380,7 +389,7 @@ impl<'a> Case<'a> {
         let (mut ours, mut plains): ([Times; 2], [Times; 2]) = Default::default();
         let matrices = self.matrices();
         for _ in 0..repeats + WARM_UP {
-            self.pass(&mut slots, &mut out, &mut ours, false)?;
+            self.pass((&mut slots, &mut places), &mut out, &mut ours, false)?;
             for (times, matrix) in plains.iter_mut().zip(&matrices) {
                 self.plain(plain, matrix, times)?;
             }

@@ -3,7 +3,10 @@
 //! Inside the layer rows are f32; values are rounded to the activation dtype only where this crate
 //! says so. No tensor framework: plain slices with a width.
 
+use std::ops::Range;
+
 use half::{bf16, f16};
+use moe_kernels::numerics::float16;
 use serde::{Deserialize, Serialize};
 
 use crate::{Error, Result};
@@ -35,6 +38,26 @@ impl ActivationDtype {
         match self {
             Self::F32 => 4,
             Self::Bf16 | Self::F16 => 2,
+        }
+    }
+
+    /// Rounds all of `values` to this dtype, ties to even.
+    pub(crate) fn round_all(self, values: &mut [f32]) {
+        /// Values that are converted and back at a time, so that they stay in registers' reach.
+        const CHUNK: usize = 64;
+        let chunks = values.chunks_mut(CHUNK);
+        match self {
+            Self::F32 => {}
+            Self::Bf16 => chunks.for_each(|values| {
+                let narrow = &mut [bf16::ZERO; CHUNK][..values.len()];
+                float16::f32_to_bf16(values, narrow);
+                float16::bf16_to_f32(narrow, values);
+            }),
+            Self::F16 => chunks.for_each(|values| {
+                let narrow = &mut [f16::ZERO; CHUNK][..values.len()];
+                float16::f32_to_f16(values, narrow);
+                float16::f16_to_f32(narrow, values);
+            }),
         }
     }
 
@@ -94,13 +117,12 @@ impl Rows<'_> {
         Ok(self.len() / width)
     }
 
-    /// Replaces the content of `out` by these rows, widened to f32 (exactly).
-    pub fn widen_into(&self, out: &mut Vec<f32>) {
-        out.clear();
+    /// Writes the elements of `range`, widened to f32 (exactly).
+    pub(crate) fn widen(&self, range: Range<usize>, out: &mut [f32]) {
         match self {
-            Self::F32(data) => out.extend_from_slice(data),
-            Self::F16(data) => out.extend(data.iter().map(|v| v.to_f32())),
-            Self::Bf16(data) => out.extend(data.iter().map(|v| v.to_f32())),
+            Self::F32(data) => out.copy_from_slice(&data[range]),
+            Self::F16(data) => float16::f16_to_f32(&data[range], out),
+            Self::Bf16(data) => float16::bf16_to_f32(&data[range], out),
         }
     }
 }
@@ -145,16 +167,32 @@ impl RowsMut<'_> {
         debug_assert_eq!(self.len(), values.len());
         match self {
             Self::F32(out) => out.copy_from_slice(values),
-            Self::F16(out) => {
-                for (o, v) in out.iter_mut().zip(values) {
-                    *o = f16::from_f32(*v);
-                }
-            }
-            Self::Bf16(out) => {
-                for (o, v) in out.iter_mut().zip(values) {
-                    *o = bf16::from_f32(*v);
-                }
-            }
+            Self::F16(out) => float16::f32_to_f16(values, out),
+            Self::Bf16(out) => float16::f32_to_bf16(values, out),
+        }
+    }
+}
+
+impl<'a> RowsMut<'a> {
+    /// Parts of `len` elements, the last one shorter.
+    pub(crate) fn chunks(self, len: usize) -> impl ExactSizeIterator<Item = RowsMut<'a>> + Send {
+        let parts = self.len().div_ceil(len);
+        let mut rest = self;
+        (0..parts).map(move |_| rest.take(len))
+    }
+
+    /// Takes the first `len` elements off, or what there is.
+    fn take(&mut self, len: usize) -> RowsMut<'a> {
+        fn split<'a, T>(data: &mut &'a mut [T], len: usize) -> &'a mut [T] {
+            let len = len.min(data.len());
+            let (taken, rest) = std::mem::take(data).split_at_mut(len);
+            *data = rest;
+            taken
+        }
+        match self {
+            Self::F32(data) => RowsMut::F32(split(data, len)),
+            Self::F16(data) => RowsMut::F16(split(data, len)),
+            Self::Bf16(data) => RowsMut::Bf16(split(data, len)),
         }
     }
 }

@@ -1,9 +1,12 @@
 //! The dense branch that every token takes beside the routed experts: its experts, its gate, its
 //! norms, and when it runs.
 
+use moe_kernels::arena::{Arena, room};
+use moe_kernels::pool::ThreadPool;
+use moe_kernels::region::{for_each, rows_together};
+
 use crate::experts::{ExpertCall, Experts, RowMax, dot_f64, rms_norm};
 use crate::plan::Plan;
-use crate::router::LocalId;
 use crate::spec::{RmsNorm, SharedCombine, SharedSpec, sigmoid};
 use crate::weights::SharedWeights;
 use crate::{Error, Result};
@@ -50,11 +53,33 @@ pub struct SharedExperts {
     input_norm: Option<(RmsNorm, Vec<f32>)>,
     output_norm: Option<(RmsNorm, Vec<f32>)>,
     hidden: usize,
+}
+
+/// Working memory of the branch, kept from pass to pass.
+#[derive(Debug, Default)]
+pub struct SharedWork {
     plan: Plan,
-    ids: Vec<LocalId>,
-    weights: Vec<f32>,
-    rows: Vec<f32>,
-    slots: Vec<f32>,
+    rows: Arena,
+    scratch: Arena,
+}
+
+impl SharedWork {
+    /// Bytes that the arenas hold.
+    pub(crate) fn bytes(&self) -> usize {
+        self.rows.bytes() + self.scratch.bytes()
+    }
+}
+
+/// What the branch computes, of the rows `[T, H]`.
+pub struct SharedRows<'a> {
+    /// `[T, H]`.
+    pub rows: &'a [f32],
+    /// `[T, S]`: weights of the shared experts, where the router gives them some.
+    pub router_weights: &'a [f32],
+    /// `[T, H]`, overwritten.
+    pub out: &'a mut [f32],
+    /// See [`ExpertCall`].
+    pub row_max: Option<RowMax<'a>>,
 }
 
 impl SharedExperts {
@@ -68,11 +93,6 @@ impl SharedExperts {
             hidden: weights.experts.first().map_or(0, |expert| expert.up.cols()),
             spec,
             experts,
-            plan: Plan::default(),
-            ids: Vec::new(),
-            weights: Vec::new(),
-            rows: Vec::new(),
-            slots: Vec::new(),
         }
     }
 
@@ -83,29 +103,41 @@ impl SharedExperts {
 
     /// Bytes of weights read for any number of tokens but zero.
     pub fn weight_bytes(&self) -> usize {
-        self.experts.weight_bytes(&self.plan)
+        let mut plan = Plan::default();
+        // one row has a slot at each
+        match plan.build_dense(1, self.spec.count) {
+            Ok(()) => self.experts.weight_bytes(&plan),
+            Err(_) => 0,
+        }
     }
 
-    /// Bytes of scratch memory for `tokens` tokens.
-    pub fn workspace_bytes(&self, tokens: usize) -> usize {
+    /// Bytes of working memory for `tokens` tokens on `threads` threads.
+    pub fn workspace_bytes(&self, tokens: usize, threads: usize) -> usize {
         let slots = tokens * self.spec.count;
-        let row = self.experts.padded_width(self.hidden) * size_of::<f32>();
-        self.experts.workspace_bytes(slots) + (slots + tokens) * row
+        self.rows_bytes(tokens)
+            + self.experts.scratch_bytes(slots, threads)
+            + Plan::bytes(slots, self.spec.count)
     }
 
-    /// Writes the branch's output for `rows` `[T, H]` to `out` `[T, H]`: with its gate, but without
-    /// its output norm, which needs the complete sum ([`Self::finish`]). `router_weights` `[T, S]`
-    /// weigh the shared experts where the router does so. `row_max`: see [`ExpertCall`].
+    /// Rows after the input norm, weights, and the experts' rows.
+    fn rows_bytes(&self, tokens: usize) -> usize {
+        let slots = tokens * self.spec.count;
+        let normed = if self.input_norm.is_some() { tokens * self.hidden } else { 0 };
+        room::<f32>(normed) + room::<f32>(slots) + room::<f32>(slots * self.hidden)
+    }
+
+    /// Writes the branch's output: with its gate, but without its output norm, which needs the
+    /// complete sum ([`Self::finish`]).
     ///
     /// # Errors
     /// As the kernel's; missing router weights are refused.
     pub fn forward(
-        &mut self,
-        rows: &[f32],
-        router_weights: &[f32],
-        out: &mut [f32],
-        row_max: Option<RowMax<'_>>,
+        &self,
+        call: SharedRows<'_>,
+        pool: &dyn ThreadPool,
+        work: &mut SharedWork,
     ) -> Result<()> {
+        let SharedRows { rows, router_weights, out, row_max } = call;
         let (hidden, count) = (self.hidden, self.spec.count);
         let tokens = rows.len() / hidden.max(1);
         let weighted = self.spec.combine == SharedCombine::RouterWeighted;
@@ -115,45 +147,55 @@ impl SharedExperts {
                 format!("{} weights for {tokens} tokens of {count}", router_weights.len()),
             ));
         }
-        let stride = self.experts.padded_width(hidden);
-        self.rows.clear();
-        self.rows.resize(tokens * stride, 0.0);
-        for (to, from) in self.rows.chunks_exact_mut(stride).zip(rows.chunks_exact(hidden)) {
-            to[..hidden].copy_from_slice(from);
-            if let Some((norm, weight)) = &self.input_norm {
-                rms_norm(*norm, weight, &mut to[..hidden]);
+        let SharedWork { plan, rows: arena, scratch } = work;
+        plan.build_dense(tokens, count)?;
+        arena.reserve(self.rows_bytes(tokens));
+        let mut cut = arena.cut();
+        let together = rows_together(tokens, hidden * size_of::<f32>(), pool.threads());
+        let input = match &self.input_norm {
+            None => rows,
+            Some((norm, weight)) => {
+                let normed = cut.floats(tokens * hidden);
+                let parts = normed.chunks_mut(together * hidden);
+                for_each(pool, parts.zip(rows.chunks(together * hidden)), |(to, from)| {
+                    to.copy_from_slice(from);
+                    to.chunks_exact_mut(hidden).for_each(|row| rms_norm(*norm, weight, row));
+                });
+                normed
             }
-        }
-        self.ids.clear();
-        self.ids.extend((0..tokens).flat_map(|_| (0..count as u32).map(LocalId)));
-        self.weights.clear();
-        self.weights.resize(tokens * count, 1.0);
-        self.plan.build(&self.ids, count, count);
-        self.slots.resize(tokens * count * stride, 0.0);
+        };
+        let ones = cut.floats(tokens * count);
+        ones.fill(1.0);
+        let slots = cut.floats(tokens * count * hidden);
         self.experts.forward(ExpertCall {
-            rows: &self.rows,
-            stride,
-            plan: &self.plan,
-            weights: &self.weights,
-            out: &mut self.slots,
+            rows: input,
+            plan,
+            weights: ones,
+            out: slots,
             quantised: false,
             row_max,
+            pool,
+            arena: scratch,
         })?;
-        for (t, out) in out.chunks_exact_mut(hidden).enumerate() {
-            out.fill(0.0);
-            let slots = self.slots.chunks_exact(stride).enumerate().skip(t * count).take(count);
-            for (slot, values) in slots {
-                let weight = if weighted { router_weights[slot] } else { 1.0 };
-                for (out, v) in out.iter_mut().zip(values) {
-                    *out += weight * v;
+        let slots = &*slots;
+        for_each(pool, out.chunks_mut(together * hidden).enumerate(), |(part, outs)| {
+            for (t, out) in (part * together..).zip(outs.chunks_exact_mut(hidden)) {
+                out.fill(0.0);
+                let of_row = t * count..(t + 1) * count;
+                for (j, place) in plan.places()[of_row.clone()].iter().enumerate() {
+                    let weight = if weighted { router_weights[of_row.start + j] } else { 1.0 };
+                    let place = *place as usize;
+                    for (out, v) in out.iter_mut().zip(&slots[place * hidden..][..hidden]) {
+                        *out += weight * v;
+                    }
+                }
+                if let Some(gate) = &self.gate {
+                    let logit = dot_f64(gate, &rows[t * hidden..][..hidden]);
+                    let factor = sigmoid(logit) as f32;
+                    out.iter_mut().for_each(|v| *v *= factor);
                 }
             }
-            if let Some(gate) = &self.gate {
-                let logit = dot_f64(gate, &rows[t * hidden..(t + 1) * hidden]);
-                let factor = sigmoid(logit) as f32;
-                out.iter_mut().for_each(|v| *v *= factor);
-            }
-        }
+        });
         Ok(())
     }
 
@@ -163,9 +205,14 @@ impl SharedExperts {
     }
 
     /// Applies the output norm to complete rows `[T, H]`, where there is one.
-    pub fn finish(&self, out: &mut [f32]) {
+    pub fn finish(&self, out: &mut [f32], pool: &dyn ThreadPool) {
+        let hidden = self.hidden;
         if let Some((norm, weight)) = &self.output_norm {
-            out.chunks_exact_mut(self.hidden).for_each(|row| rms_norm(*norm, weight, row));
+            let row_bytes = hidden * size_of::<f32>();
+            let together = rows_together(out.len() / hidden, row_bytes, pool.threads());
+            for_each(pool, out.chunks_mut(together * hidden), |rows| {
+                rows.chunks_exact_mut(hidden).for_each(|row| rms_norm(*norm, weight, row));
+            });
         }
     }
 }

@@ -16,7 +16,7 @@ use moe_runner::parallel::rebalance::{move_experts, transfers};
 use moe_runner::parallel::{ExchangeKind, Parallel, deal_rows, shard};
 use moe_runner::random::Random;
 use moe_runner::router::{LogicalId, Routing};
-use moe_runner::runner::{ForwardInput, MoeRunner, MoeRunnerInterface};
+use moe_runner::runner::{ForwardInput, MoeRunner, MoeRunnerInterface, Report};
 use moe_runner::spec::{
     Correction, Dims, Granularity, GroupFill, GroupScore, Groups as RouterGroups, LayerSpec,
     RouterSpec, Score,
@@ -58,8 +58,9 @@ fn run(
         ..ForwardInput::new(Rows::F32(hidden))
     };
     let mut out = vec![f32::NAN; hidden.len()];
-    let result = runner.forward(&input, RowsMut::F32(&mut out))?;
-    let (scale, routing) = (result.output_scale, result.routing.clone());
+    let mut report = Report::default();
+    let done = runner.forward_reporting(&input, RowsMut::F32(&mut out), Some(&mut report))?;
+    let (scale, routing) = (done.output_scale, report.routing);
     out.iter_mut().for_each(|v| *v *= scale);
     Ok((out, routing))
 }

@@ -14,7 +14,7 @@ use moe_runner::parallel::balance::{Topology, initial};
 use moe_runner::parallel::cost::{Pass, bytes_of, weight_bytes};
 use moe_runner::parallel::{ExchangeKind, Parallel, deal_rows};
 use moe_runner::router::LogicalId;
-use moe_runner::runner::{ForwardInput, MoeRunner, MoeRunnerInterface};
+use moe_runner::runner::{ForwardInput, MoeRunner, MoeRunnerInterface, Report};
 use moe_runner::weights::{ActivationQuant, FloatType, LoadedLayer, random_layer};
 
 const WIDTH: usize = 48;
@@ -43,8 +43,9 @@ fn counted(
         let mut runner = MoeRunner::on_rank_with(layer, &options, &groups, parallel, map.clone())?;
         let before = read();
         let input = ForwardInput::new(Rows::F32(hidden));
-        let ids = runner.forward(&input, RowsMut::F32(&mut out))?.routing.ids.clone();
-        Ok((read().since(&before), ids))
+        let mut report = Report::default();
+        runner.forward_reporting(&input, RowsMut::F32(&mut out), Some(&mut report))?;
+        Ok((read().since(&before), report.routing.ids))
     })?;
     let mut ids = vec![LogicalId(0); hidden.len() / WIDTH * k];
     let mut traffic = Vec::new();

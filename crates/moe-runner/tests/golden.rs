@@ -11,7 +11,7 @@ use cases::{Case, Recorded, all_cases};
 use layers::{nmse, options, split, splits};
 use moe_runner::experts::KERNELS;
 use moe_runner::hidden::{ActivationDtype, Rows, RowsMut};
-use moe_runner::runner::{ForwardInput, MoeRunner, MoeRunnerInterface};
+use moe_runner::runner::{ForwardInput, MoeRunner, MoeRunnerInterface, Report};
 use moe_runner::{Error, oracle};
 
 const TOKENS: [usize; 3] = [1, 7, 33];
@@ -37,13 +37,15 @@ fn every_recorded_layer_is_reproduced_by_every_kernel() {
                 for tokens in TOKENS {
                     let recorded = case.recorded(entry.spec.index, tokens);
                     let mut y = vec![f32::NAN; recorded.x.len()];
+                    let mut report = Report::default();
+                    let input = ForwardInput::new(Rows::F32(&recorded.x));
                     let out = runner
-                        .forward(&ForwardInput::new(Rows::F32(&recorded.x)), RowsMut::F32(&mut y))
+                        .forward_reporting(&input, RowsMut::F32(&mut y), Some(&mut report))
                         .unwrap_or_else(|error| panic!("{}: {error}", case.name));
                     let place =
                         format!("{} {} {} T={tokens}", case.name, entry.spec.name, kernel.name);
-                    recorded.expect_routing(&place, out.routing);
-                    if let (Some(shared), Some(want)) = (out.shared, &recorded.shared_out)
+                    recorded.expect_routing(&place, &report.routing);
+                    if let (Some(shared), Some(want)) = (&report.shared, &recorded.shared_out)
                         && !recorded.fake_quantised
                     {
                         let error = nmse(shared, want);

@@ -4,6 +4,7 @@ mod layers;
 
 use layers::{forward, nmse, options, rows, runner, sizes, split, splits, truth, variants};
 use moe_kernels::numerics::quantise::Qdq;
+use moe_kernels::pool::Inline;
 use moe_runner::Error;
 use moe_runner::comm::{Kind, Sizes};
 use moe_runner::hidden::ActivationDtype::F32;
@@ -94,17 +95,17 @@ fn a_batch_beyond_its_capacity_is_refused() {
     let ids = [0, 1, 0, 1, 0, 2].map(LogicalId).to_vec();
     let routing = Routing::from_parts(2, ids, vec![0.5; 6]).unwrap();
     let hidden: Vec<f32> = (0..12).map(|v| v as f32).collect();
-    let rows = LocalRows::new(&hidden, 4, 4, &routing);
+    let rows = LocalRows::new(&hidden, 4, &routing);
     let mut exchange = BatchedExchange::new(Box::new(LocalExchange::new(3)), Some(3));
-    exchange.start_dispatch(0, rows).unwrap();
-    let batched = exchange.finish_dispatch(0, rows).unwrap();
+    exchange.start_dispatch(0, rows, &Inline).unwrap();
+    let batched = exchange.finish_dispatch(0, rows, &Inline).unwrap();
     // expert 0 has rows 0, 1, 2; expert 1 rows 0, 1; expert 2 row 2; three places each
     let copies: Vec<f32> = batched.hidden.chunks_exact(4).map(|row| row[0]).collect();
     assert_eq!(copies, [0.0, 4.0, 8.0, 0.0, 4.0, 0.0, 8.0, 0.0, 0.0]);
     assert_eq!((batched.top_k, batched.ids.len()), (1, 9));
     let mut exchange = BatchedExchange::new(Box::new(LocalExchange::new(3)), Some(2));
-    exchange.start_dispatch(0, rows).unwrap();
-    let error = exchange.finish_dispatch(0, rows).unwrap_err().to_string();
+    exchange.start_dispatch(0, rows, &Inline).unwrap();
+    let error = exchange.finish_dispatch(0, rows, &Inline).unwrap_err().to_string();
     assert!(error.contains("an expert has 3 rows; its capacity is 2"), "{error}");
 }
 

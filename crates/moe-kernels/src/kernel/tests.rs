@@ -153,8 +153,15 @@ proptest! {
             let blocks = [0..first, first..m];
             let mut tiled = vec![0.0; m * n];
             let mut rows = RowsMut::new(&mut tiled, m, n, n);
-            for_each(&pool, rows.tiles(&blocks, tile_cols), |Tile { block, cols, mut out }| {
+            for_each(&pool, rows.tiles(&blocks, tile_cols), |Tile { block, cols, mut out, .. }| {
                 kernel.dot(x.slice(blocks[block].clone()), w.slice(cols), &mut out);
+            });
+            prop_assert_eq!(bits(&whole), bits(&tiled), "{}", kernel.isa());
+            // In blocks of equal size.
+            let mut tiled = vec![0.0; m * n];
+            let mut rows = RowsMut::new(&mut tiled, m, n, n);
+            for_each(&pool, rows.even_tiles(first.max(1), tile_cols), |mut tile| {
+                kernel.dot(x.slice(tile.rows), w.slice(tile.cols), &mut tile.out);
             });
             prop_assert_eq!(bits(&whole), bits(&tiled), "{}", kernel.isa());
         }
@@ -238,7 +245,7 @@ fn tiles_cover_their_blocks_once_even_with_a_pool_that_repeats_items() {
     let mut data = vec![0.0; 6 * 5];
     let blocks = [0..2, 3..3, 4..5];
     let mut rows = RowsMut::new(&mut data, 6, 5, 5);
-    for_each(&Twice, rows.tiles(&blocks, 2), |Tile { block, cols, mut out }| {
+    for_each(&Twice, rows.tiles(&blocks, 2), |Tile { block, cols, mut out, .. }| {
         assert_eq!((out.rows(), out.cols()), (blocks[block].len(), cols.len()));
         for i in 0..out.rows() {
             for (value, col) in out.row_mut(i).iter_mut().zip(cols.clone()) {

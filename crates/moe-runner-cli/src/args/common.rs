@@ -8,7 +8,7 @@ use moe_kernels::pool::Pool;
 use moe_runner::experts::{Device, KERNELS};
 use moe_runner::hidden::ActivationDtype;
 use moe_runner::oracle::Machine;
-use moe_runner::runner::Options;
+use moe_runner::runner::{NonFinite, Options, Workspaces};
 
 use crate::failure::unusable;
 
@@ -158,6 +158,8 @@ impl Common {
             kernel: self.kernel.clone(),
             device: self.device,
             pool: self.pool.clone(),
+            workspaces: Workspaces::of_process(),
+            non_finite: NonFinite::Refuse,
             machine: Machine::detect(),
         }
     }

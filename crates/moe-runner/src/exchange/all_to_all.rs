@@ -10,7 +10,9 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::wire::{Arrivals, Wire, is_here};
+use moe_kernels::pool::ThreadPool;
+
+use super::wire::{Arrivals, Wire};
 use super::{Completeness, DispatchedRows, Exchange, ExpertMap, LocalRows, SlotRows, weighted_sum};
 use crate::comm::{At, Communicator, Parts, Pending, Step};
 use crate::{Error, Result};
@@ -30,7 +32,6 @@ pub struct AllToAllExchange {
 struct Lane {
     top_k: usize,
     width: usize,
-    stride: usize,
     /// This rank's share of its rows.
     own: Range<usize>,
     /// For each slot of those rows, the rank that has its expert, and how many slots before this
@@ -124,7 +125,12 @@ impl Exchange for AllToAllExchange {
         true
     }
 
-    fn start_dispatch(&mut self, lane: usize, rows: LocalRows<'_>) -> Result<()> {
+    fn start_dispatch(
+        &mut self,
+        lane: usize,
+        rows: LocalRows<'_>,
+        _pool: &dyn ThreadPool,
+    ) -> Result<()> {
         self.lanes.resize_with(self.lanes.len().max(lane + 1), Lane::default);
         let (tokens, k) = (rows.tokens(), rows.top_k);
         let own = match &self.same_rows {
@@ -133,7 +139,7 @@ impl Exchange for AllToAllExchange {
         };
         let row_bytes = self.wire.row_bytes(k, rows.width);
         let entry = &mut self.lanes[lane];
-        (entry.top_k, entry.width, entry.stride) = (k, rows.width, rows.stride);
+        (entry.top_k, entry.width) = (k, rows.width);
         entry.own = own;
         entry.plan(rows, &self.map);
 
@@ -157,35 +163,40 @@ impl Exchange for AllToAllExchange {
         &'a mut self,
         lane: usize,
         _rows: LocalRows<'a>,
+        _pool: &dyn ThreadPool,
     ) -> Result<DispatchedRows<'a>> {
         let pending = self.lanes.get_mut(lane).and_then(|lane| lane.dispatch.take());
         let received = match pending {
             Some(pending) => pending.wait_in_place(&*self.group)?,
             None => return Err(self.broken("a dispatch is finished that was not started")),
         };
-        let Lane { top_k, width, stride, counts, arrivals, .. } = &mut self.lanes[lane];
+        let Lane { top_k, width, counts, arrivals, .. } = &mut self.lanes[lane];
         let row_bytes = self.wire.row_bytes(*top_k, *width);
         counts.clear();
         counts.extend(received.iter().map(|part| part.len() / row_bytes));
-        arrivals.reset(counts.iter().sum(), *stride, *top_k);
-        received.iter().for_each(|part| self.wire.read(part, *width, arrivals));
+        arrivals.reset(counts.iter().sum(), *width, *top_k);
+        received.iter().for_each(|part| self.wire.read(part, arrivals));
         Ok(arrivals.dispatched())
     }
 
-    fn start_combine(&mut self, lane: usize, slots: SlotRows<'_>) -> Result<()> {
-        let Lane { top_k, width, stride, counts, arrivals, .. } = &self.lanes[lane];
-        let ids = &arrivals.ids;
+    fn start_combine(
+        &mut self,
+        lane: usize,
+        slots: SlotRows<'_>,
+        _pool: &dyn ThreadPool,
+    ) -> Result<()> {
+        let Lane { top_k, width, counts, .. } = &self.lanes[lane];
         let mut first = 0;
         let here = counts.iter().map(|count| {
-            let slots = first..first + count * top_k;
-            first = slots.end;
-            ids[slots].iter().filter(|id| is_here(id)).count() * width
+            let of_rank = first..first + count * top_k;
+            first = of_rank.end;
+            of_rank.filter(|slot| slots.row(*slot).is_some()).count() * width
         });
         let send_counts: Vec<usize> = here.collect();
         let mut send = self.group.buffer(send_counts.iter().sum());
-        let here = (0..ids.len()).filter(|slot| is_here(&ids[*slot]));
-        for (to, slot) in send.chunks_exact_mut(*width).zip(here) {
-            to.copy_from_slice(slots.row(slot, *stride, *width));
+        let here = (0..slots.places.len()).filter_map(|slot| slots.row(slot));
+        for (to, row) in send.chunks_exact_mut(*width).zip(here) {
+            to.copy_from_slice(row);
         }
         let parts = Parts::new(send, send_counts)?;
         let pending = self.group.start_all_to_all_v(self.at(Step::Combine), parts)?;
@@ -199,6 +210,7 @@ impl Exchange for AllToAllExchange {
         rows: LocalRows<'_>,
         slots: SlotRows<'_>,
         out: &mut [f32],
+        pool: &dyn ThreadPool,
     ) -> Result<Completeness> {
         let received = match self.lanes[lane].combine.take() {
             Some(pending) => pending.wait_in_place(&*self.group)?,
@@ -221,7 +233,7 @@ impl Exchange for AllToAllExchange {
         };
         let mine = &mut out[own.start * width..own.end * width];
         let weights = rows.slice(own.clone()).weights;
-        weighted_sum((weights, slots.weighted), *top_k, slot, (mine, width));
+        weighted_sum((weights, slots.weighted), *top_k, slot, (mine, width), pool);
         if let Some(group) = &self.same_rows {
             let mine = out[own.start * width..own.end * width].to_vec();
             let at = At::new(&self.layer, Step::Combine);

@@ -4,9 +4,11 @@
 //! Wraps any exchange: the rows that it delivers are laid out expert by expert after dispatch, and
 //! put back into its own slots before combine. A row with several experts here has a copy at each.
 
+use moe_kernels::pool::ThreadPool;
+
 use super::{Completeness, DispatchedRows, Exchange, LocalRows, SlotRows};
 use crate::experts::RowFormat;
-use crate::plan::NO_EXPERT;
+use crate::plan::{NO_EXPERT, NO_PLACE};
 use crate::router::LocalId;
 use crate::{Error, Result};
 
@@ -21,7 +23,6 @@ pub struct BatchedExchange {
 
 #[derive(Clone, Debug, Default)]
 struct Lane {
-    stride: usize,
     /// Rows of each expert that are taken.
     counts: Vec<usize>,
     /// For each slot of the inner exchange, its place `expert · capacity + row`, where it has one.
@@ -29,8 +30,8 @@ struct Lane {
     hidden: Vec<f32>,
     ids: Vec<LocalId>,
     weights: Vec<f32>,
-    /// The inner exchange's slots.
-    slots: Vec<f32>,
+    /// For each slot of the inner exchange, where the experts' row for it stands.
+    rows: Vec<u32>,
 }
 
 impl BatchedExchange {
@@ -61,22 +62,27 @@ impl Exchange for BatchedExchange {
         self.inner.moves_rows()
     }
 
-    fn start_dispatch(&mut self, lane: usize, rows: LocalRows<'_>) -> Result<()> {
+    fn start_dispatch(
+        &mut self,
+        lane: usize,
+        rows: LocalRows<'_>,
+        pool: &dyn ThreadPool,
+    ) -> Result<()> {
         self.lanes.resize(self.lanes.len().max(lane + 1), Lane::default());
-        self.inner.start_dispatch(lane, rows)
+        self.inner.start_dispatch(lane, rows, pool)
     }
 
     fn finish_dispatch<'a>(
         &'a mut self,
         lane: usize,
         rows: LocalRows<'a>,
+        pool: &dyn ThreadPool,
     ) -> Result<DispatchedRows<'a>> {
         let experts = self.inner.local_experts();
-        let stride = rows.stride;
-        let standard = self.inner.finish_dispatch(lane, rows)?;
+        let width = rows.width;
+        let standard = self.inner.finish_dispatch(lane, rows, pool)?;
         let quantised = standard.quantised;
         let lane = &mut self.lanes[lane];
-        lane.stride = stride;
         lane.counts.clear();
         lane.counts.resize(experts, 0);
         for id in standard.ids.iter().filter(|id| id.index() < experts) {
@@ -92,7 +98,7 @@ impl Exchange for BatchedExchange {
         }
         let places = experts * capacity;
         lane.hidden.clear();
-        lane.hidden.resize(places * stride, 0.0);
+        lane.hidden.resize(places * width, 0.0);
         lane.ids.clear();
         lane.ids.resize(places, NO_EXPERT);
         lane.weights.clear();
@@ -107,9 +113,9 @@ impl Exchange for BatchedExchange {
             });
             lane.places.push(place);
             if let Some(place) = place {
-                let from = slot / standard.top_k * stride;
-                lane.hidden[place * stride..][..stride]
-                    .copy_from_slice(&standard.hidden[from..from + stride]);
+                let from = slot / standard.top_k * width;
+                lane.hidden[place * width..][..width]
+                    .copy_from_slice(&standard.hidden[from..from + width]);
                 lane.ids[place] = *id;
                 lane.weights[place] = standard.weights[slot];
             }
@@ -123,15 +129,16 @@ impl Exchange for BatchedExchange {
         })
     }
 
-    fn start_combine(&mut self, lane: usize, slots: SlotRows<'_>) -> Result<()> {
-        let Lane { stride, places, slots: inner, .. } = &mut self.lanes[lane];
-        inner.resize(places.len() * *stride, 0.0);
-        for (to, place) in inner.chunks_exact_mut((*stride).max(1)).zip(places.iter()) {
-            if let Some(place) = place {
-                to.copy_from_slice(&slots.values[place * *stride..][..*stride]);
-            }
-        }
-        self.inner.start_combine(lane, SlotRows { values: inner, ..slots })
+    fn start_combine(
+        &mut self,
+        lane: usize,
+        slots: SlotRows<'_>,
+        pool: &dyn ThreadPool,
+    ) -> Result<()> {
+        let Lane { places, rows, .. } = &mut self.lanes[lane];
+        rows.clear();
+        rows.extend(places.iter().map(|place| place.map_or(NO_PLACE, |place| slots.places[place])));
+        self.inner.start_combine(lane, SlotRows { places: rows, ..slots }, pool)
     }
 
     fn finish_combine(
@@ -140,8 +147,9 @@ impl Exchange for BatchedExchange {
         rows: LocalRows<'_>,
         slots: SlotRows<'_>,
         out: &mut [f32],
+        pool: &dyn ThreadPool,
     ) -> Result<Completeness> {
-        let inner = SlotRows { values: &self.lanes[lane].slots, ..slots };
-        self.inner.finish_combine(lane, rows, inner, out)
+        let inner = SlotRows { places: &self.lanes[lane].rows, ..slots };
+        self.inner.finish_combine(lane, rows, inner, out, pool)
     }
 }

@@ -3,7 +3,9 @@
 
 use std::sync::Arc;
 
-use super::wire::{Arrivals, Wire, is_here};
+use moe_kernels::pool::ThreadPool;
+
+use super::wire::{Arrivals, Wire};
 use super::{Completeness, DispatchedRows, Exchange, ExpertMap, LocalRows, SlotRows, weighted_sum};
 use crate::comm::{At, Communicator, Step};
 use crate::router::{LocalId, LogicalId};
@@ -66,7 +68,12 @@ impl Exchange for GatherExchange {
         true
     }
 
-    fn start_dispatch(&mut self, lane: usize, rows: LocalRows<'_>) -> Result<()> {
+    fn start_dispatch(
+        &mut self,
+        lane: usize,
+        rows: LocalRows<'_>,
+        _pool: &dyn ThreadPool,
+    ) -> Result<()> {
         self.lanes.resize_with(self.lanes.len().max(lane + 1), Lane::default);
         let k = rows.top_k;
         let row_bytes = self.wire.row_bytes(k, rows.width);
@@ -81,10 +88,10 @@ impl Exchange for GatherExchange {
         let Lane { counts, arrivals } = &mut self.lanes[lane];
         counts.clear();
         counts.extend(gathered.iter().map(|part| part.len() / row_bytes));
-        arrivals.reset(counts.iter().sum(), rows.stride, k);
+        arrivals.reset(counts.iter().sum(), rows.width, k);
         let mut first = 0;
         for part in gathered.iter() {
-            self.wire.read(part, rows.width, arrivals);
+            self.wire.read(part, arrivals);
             // a replica is chosen by the row's number on its own rank
             for (slot, id) in arrivals.ids[first..].iter_mut().enumerate() {
                 *id = self.map.local(LogicalId(id.0), slot / k, self.rank);
@@ -98,11 +105,17 @@ impl Exchange for GatherExchange {
         &'a mut self,
         lane: usize,
         _rows: LocalRows<'a>,
+        _pool: &dyn ThreadPool,
     ) -> Result<DispatchedRows<'a>> {
         Ok(self.lanes[lane].arrivals.dispatched())
     }
 
-    fn start_combine(&mut self, _lane: usize, _slots: SlotRows<'_>) -> Result<()> {
+    fn start_combine(
+        &mut self,
+        _lane: usize,
+        _slots: SlotRows<'_>,
+        _pool: &dyn ThreadPool,
+    ) -> Result<()> {
         Ok(())
     }
 
@@ -112,13 +125,14 @@ impl Exchange for GatherExchange {
         rows: LocalRows<'_>,
         slots: SlotRows<'_>,
         out: &mut [f32],
+        pool: &dyn ThreadPool,
     ) -> Result<Completeness> {
         let Lane { counts, arrivals } = &self.lanes[lane];
-        let LocalRows { top_k, stride, width, .. } = rows;
+        let LocalRows { top_k, width, .. } = rows;
         let mut sums = self.group.buffer(counts.iter().sum::<usize>() * width);
-        let ids = &arrivals.ids;
-        let slot = |slot: usize| is_here(&ids[slot]).then(|| slots.row(slot, stride, width));
-        weighted_sum((arrivals.weights(), slots.weighted), top_k, slot, (&mut sums, width));
+        let slot = |slot| slots.row(slot);
+        let weights = (arrivals.weights(), slots.weighted);
+        weighted_sum(weights, top_k, slot, (&mut sums, width), pool);
         let elements: Vec<usize> = counts.iter().map(|count| count * width).collect();
         let at = At::new(&self.layer, Step::Combine);
         let mine = self.group.reduce_scatter_v(at, sums, &elements)?;

@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use super::wire::is_here;
+use moe_kernels::pool::ThreadPool;
+
 use super::{
     Completeness, DispatchedRows, Exchange, ExpertMap, LocalRows, SlotRows, local_ids, weighted_sum,
 };
@@ -48,7 +49,12 @@ impl Exchange for LocalExchange {
         false
     }
 
-    fn start_dispatch(&mut self, lane: usize, rows: LocalRows<'_>) -> Result<()> {
+    fn start_dispatch(
+        &mut self,
+        lane: usize,
+        rows: LocalRows<'_>,
+        _pool: &dyn ThreadPool,
+    ) -> Result<()> {
         if self.lanes.len() <= lane {
             self.lanes.resize(lane + 1, Vec::new());
         }
@@ -62,26 +68,32 @@ impl Exchange for LocalExchange {
         &'a mut self,
         lane: usize,
         rows: LocalRows<'a>,
+        _pool: &dyn ThreadPool,
     ) -> Result<DispatchedRows<'a>> {
         let LocalRows { hidden, top_k, weights, .. } = rows;
         Ok(DispatchedRows { hidden, top_k, ids: &self.lanes[lane], weights, quantised: false })
     }
 
-    fn start_combine(&mut self, _lane: usize, _slots: SlotRows<'_>) -> Result<()> {
+    fn start_combine(
+        &mut self,
+        _lane: usize,
+        _slots: SlotRows<'_>,
+        _pool: &dyn ThreadPool,
+    ) -> Result<()> {
         Ok(())
     }
 
     fn finish_combine(
         &mut self,
-        lane: usize,
+        _lane: usize,
         rows: LocalRows<'_>,
         slots: SlotRows<'_>,
         out: &mut [f32],
+        pool: &dyn ThreadPool,
     ) -> Result<Completeness> {
-        let ids = &self.lanes[lane];
-        let LocalRows { weights, top_k, stride, width, .. } = rows;
-        let slot = |slot: usize| is_here(&ids[slot]).then(|| slots.row(slot, stride, width));
-        weighted_sum((weights, slots.weighted), top_k, slot, (out, width));
+        let LocalRows { weights, top_k, width, .. } = rows;
+        let slot = |slot| slots.row(slot);
+        weighted_sum((weights, slots.weighted), top_k, slot, (out, width), pool);
         Ok(self.completeness)
     }
 }

@@ -33,18 +33,20 @@ pub use wire::Wire;
 
 use std::ops::Range;
 
+use moe_kernels::pool::ThreadPool;
+use moe_kernels::region::{for_each, rows_together};
+
 use crate::Result;
 use crate::experts::RowFormat;
+use crate::plan::NO_PLACE;
 use crate::router::{LocalId, LogicalId, Routing};
 
 /// The rows of this rank, with everything that belongs to them.
 #[derive(Clone, Copy, Debug)]
 pub struct LocalRows<'a> {
-    /// `[T, stride]`.
+    /// `[T, width]`.
     pub hidden: &'a [f32],
-    /// Elements from one row to the next; those beyond the width are zero.
-    pub stride: usize,
-    /// Columns that carry values.
+    /// Columns of a row.
     pub width: usize,
     /// k.
     pub top_k: usize,
@@ -55,10 +57,10 @@ pub struct LocalRows<'a> {
 }
 
 impl<'a> LocalRows<'a> {
-    /// `hidden` `[T, stride]`, routed.
-    pub fn new(hidden: &'a [f32], stride: usize, width: usize, routing: &'a Routing) -> Self {
+    /// `hidden` `[T, width]`, routed.
+    pub fn new(hidden: &'a [f32], width: usize, routing: &'a Routing) -> Self {
         let Routing { top_k, ids, weights, .. } = routing;
-        Self { hidden, stride, width, top_k: *top_k, ids, weights }
+        Self { hidden, width, top_k: *top_k, ids, weights }
     }
 
     /// T.
@@ -70,7 +72,7 @@ impl<'a> LocalRows<'a> {
     pub fn slice(&self, range: Range<usize>) -> Self {
         let slots = range.start * self.top_k..range.end * self.top_k;
         Self {
-            hidden: &self.hidden[range.start * self.stride..range.end * self.stride],
+            hidden: &self.hidden[range.start * self.width..range.end * self.width],
             ids: &self.ids[slots.clone()],
             weights: &self.weights[slots],
             ..*self
@@ -78,7 +80,7 @@ impl<'a> LocalRows<'a> {
     }
 
     fn row(&self, t: usize) -> &'a [f32] {
-        &self.hidden[t * self.stride..][..self.width]
+        &self.hidden[t * self.width..][..self.width]
     }
 
     fn ids_of(&self, t: usize) -> &'a [LogicalId] {
@@ -93,7 +95,7 @@ impl<'a> LocalRows<'a> {
 /// The rows that this rank's experts get: after dispatch.
 #[derive(Clone, Copy, Debug)]
 pub struct DispatchedRows<'a> {
-    /// `[rows, stride]`.
+    /// `[rows, width]`.
     pub hidden: &'a [f32],
     /// Slots of each row, k: the router's, or 1 where every row has a copy at each of its experts.
     pub top_k: usize,
@@ -108,21 +110,27 @@ pub struct DispatchedRows<'a> {
 /// What the experts made of the dispatched rows.
 #[derive(Clone, Copy, Debug)]
 pub struct SlotRows<'a> {
-    /// `[rows · k, stride]`, by slot; rows of slots without an expert here hold anything.
+    /// `[places, width]`, in the order of the plan.
     pub values: &'a [f32],
+    /// Columns of a row.
+    pub width: usize,
+    /// `[rows · k]`: the place of each slot; [`NO_PLACE`] without an expert here.
+    pub places: &'a [u32],
     /// Weights have been applied: to the experts' input, or by a kernel that rounds after it.
     pub weighted: bool,
 }
 
 impl<'a> SlotRows<'a> {
-    /// The row of a slot; rows are `stride` apart.
-    fn row(&self, slot: usize, stride: usize, width: usize) -> &'a [f32] {
-        &self.values[slot * stride..][..width]
+    /// The row of a slot, if it has an expert here.
+    fn row(&self, slot: usize) -> Option<&'a [f32]> {
+        let place = self.places[slot];
+        (place != NO_PLACE).then(|| &self.values[place as usize * self.width..][..self.width])
     }
 }
 
 /// Brings rows to experts and results back. For each lane the four steps come in order; lanes may
-/// interleave. All ranks of a group take the same steps in the same order.
+/// interleave. All ranks of a group take the same steps in the same order. Work on rows is spread
+/// over the threads of `pool`.
 pub trait Exchange: Send + std::fmt::Debug {
     /// For messages and reports.
     fn name(&self) -> &'static str;
@@ -146,7 +154,12 @@ pub trait Exchange: Send + std::fmt::Debug {
     ///
     /// # Errors
     /// As [`Self::finish_dispatch`].
-    fn start_dispatch(&mut self, lane: usize, rows: LocalRows<'_>) -> Result<()>;
+    fn start_dispatch(
+        &mut self,
+        lane: usize,
+        rows: LocalRows<'_>,
+        pool: &dyn ThreadPool,
+    ) -> Result<()>;
 
     /// The rows that have arrived for this rank's experts. `rows` as given to the start.
     ///
@@ -156,13 +169,19 @@ pub trait Exchange: Send + std::fmt::Debug {
         &'a mut self,
         lane: usize,
         rows: LocalRows<'a>,
+        pool: &dyn ThreadPool,
     ) -> Result<DispatchedRows<'a>>;
 
     /// Sends back what the experts made of the dispatched rows. Does not wait.
     ///
     /// # Errors
     /// As [`Self::finish_combine`].
-    fn start_combine(&mut self, lane: usize, slots: SlotRows<'_>) -> Result<()>;
+    fn start_combine(
+        &mut self,
+        lane: usize,
+        slots: SlotRows<'_>,
+        pool: &dyn ThreadPool,
+    ) -> Result<()>;
 
     /// Writes the weighted sum of each of this rank's rows to `out` `[T, width]`. `rows` and
     /// `slots` as given to the starts.
@@ -175,6 +194,7 @@ pub trait Exchange: Send + std::fmt::Debug {
         rows: LocalRows<'_>,
         slots: SlotRows<'_>,
         out: &mut [f32],
+        pool: &dyn ThreadPool,
     ) -> Result<Completeness>;
 }
 
@@ -183,19 +203,24 @@ pub trait Exchange: Send + std::fmt::Debug {
 pub(crate) fn weighted_sum<'a>(
     (weights, weighted): (&[f32], bool),
     top_k: usize,
-    slot: impl Fn(usize) -> Option<&'a [f32]>,
+    slot: impl Fn(usize) -> Option<&'a [f32]> + Sync,
     (out, width): (&mut [f32], usize),
+    pool: &dyn ThreadPool,
 ) {
-    for (t, out) in out.chunks_exact_mut(width).enumerate() {
-        out.fill(0.0);
-        for j in 0..top_k {
-            let at = t * top_k + j;
-            let weight = if weighted { 1.0 } else { weights[at] };
-            for (out, value) in out.iter_mut().zip(slot(at).unwrap_or_default()) {
-                *out += weight * value;
+    let row_bytes = (top_k + 1) * width * size_of::<f32>();
+    let together = rows_together(out.len() / width, row_bytes, pool.threads());
+    for_each(pool, out.chunks_mut(together * width).enumerate(), |(part, rows)| {
+        for (t, out) in (part * together..).zip(rows.chunks_exact_mut(width)) {
+            out.fill(0.0);
+            for (j, &weight) in weights[t * top_k..][..top_k].iter().enumerate() {
+                let weight = if weighted { 1.0 } else { weight };
+                let row = slot(t * top_k + j).unwrap_or_default();
+                for (out, value) in out.iter_mut().zip(row) {
+                    *out += weight * value;
+                }
             }
         }
-    }
+    });
 }
 
 /// The ids of one rank's copies for the rows of `ids` `[T, k]`, in order.

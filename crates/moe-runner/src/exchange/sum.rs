@@ -6,21 +6,21 @@ use crate::comm::{At, Communicator};
 /// This rank's part of a sum over the tensor-parallel group.
 #[derive(Debug)]
 #[must_use = "a partial sum is not the layer's output; reduce it or hand it on as partial"]
-pub struct Partial(Vec<f32>);
+pub struct Partial<'a>(&'a mut [f32]);
 
 /// A complete sum.
 #[derive(Debug)]
 #[must_use]
-pub struct Reduced(Vec<f32>);
+pub struct Reduced<'a>(&'a mut [f32]);
 
 /// A sum whose state is known when it is made: by the exchange that combined it.
 #[derive(Debug)]
 #[must_use]
-pub enum Sum {
+pub enum Sum<'a> {
     /// Each rank holds a part.
-    Partial(Partial),
+    Partial(Partial<'a>),
     /// Complete.
-    Reduced(Reduced),
+    Reduced(Reduced<'a>),
 }
 
 /// What an exchange's combine leaves to be done.
@@ -32,9 +32,9 @@ pub enum Completeness {
     Complete,
 }
 
-impl Partial {
+impl<'a> Partial<'a> {
     /// Declares `values` this rank's part.
-    pub fn new(values: Vec<f32>) -> Self {
+    pub fn new(values: &'a mut [f32]) -> Self {
         Self(values)
     }
 
@@ -42,34 +42,29 @@ impl Partial {
     ///
     /// # Errors
     /// A rank that does not arrive.
-    pub fn reduce(mut self, group: &dyn Communicator, at: At<'_>) -> Result<Reduced> {
+    pub fn reduce(self, group: &dyn Communicator, at: At<'_>) -> Result<Reduced<'a>> {
         if group.size() > 1 {
-            group.all_reduce(at, &mut self.0)?;
+            group.all_reduce(at, self.0)?;
         }
         Ok(Reduced(self.0))
     }
-
-    /// The part.
-    pub fn into_values(self) -> Vec<f32> {
-        self.0
-    }
 }
 
-impl Reduced {
+impl<'a> Reduced<'a> {
     /// Declares `values` complete.
-    pub fn new(values: Vec<f32>) -> Self {
+    pub fn new(values: &'a mut [f32]) -> Self {
         Self(values)
     }
 
     /// The sum.
-    pub fn into_values(self) -> Vec<f32> {
+    pub fn into_values(self) -> &'a mut [f32] {
         self.0
     }
 }
 
-impl Sum {
+impl<'a> Sum<'a> {
     /// `values` in the state that an exchange reported.
-    pub fn new(values: Vec<f32>, completeness: Completeness) -> Self {
+    pub fn new(values: &'a mut [f32], completeness: Completeness) -> Self {
         match completeness {
             Completeness::Partial => Self::Partial(Partial(values)),
             Completeness::Complete => Self::Reduced(Reduced(values)),
@@ -80,7 +75,7 @@ impl Sum {
     ///
     /// # Errors
     /// A rank that does not arrive.
-    pub fn reduce(self, group: &dyn Communicator, at: At<'_>) -> Result<Reduced> {
+    pub fn reduce(self, group: &dyn Communicator, at: At<'_>) -> Result<Reduced<'a>> {
         match self {
             Self::Partial(part) => part.reduce(group, at),
             Self::Reduced(sum) => Ok(sum),
@@ -88,9 +83,17 @@ impl Sum {
     }
 
     /// The values, whatever their state: for steps that act on each rank's part alike.
-    pub fn values_mut(&mut self) -> &mut Vec<f32> {
+    pub fn values_mut(&mut self) -> &mut [f32] {
         match self {
             Self::Partial(Partial(values)) | Self::Reduced(Reduced(values)) => values,
+        }
+    }
+
+    /// What a step that acts on each rank's part alike makes of the values: a sum in the same state.
+    pub fn map(self, step: impl FnOnce(&'a mut [f32]) -> &'a mut [f32]) -> Self {
+        match self {
+            Self::Partial(Partial(values)) => Self::Partial(Partial(step(values))),
+            Self::Reduced(Reduced(values)) => Self::Reduced(Reduced(step(values))),
         }
     }
 

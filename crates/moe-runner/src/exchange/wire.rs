@@ -5,7 +5,6 @@ use moe_kernels::numerics::quantise::Qdq;
 
 use super::DispatchedRows;
 use crate::hidden::ActivationDtype;
-use crate::plan::NO_EXPERT;
 use crate::router::LocalId;
 use crate::spec::WeightOn;
 use crate::weights::{ActivationQuant, LoadedLayer};
@@ -81,24 +80,22 @@ impl Wire {
         }
     }
 
-    /// Reads rows that [`write`](Self::write) made, each of `width` values, and
-    /// puts them behind those that are in `to` already.
-    pub(super) fn read(&self, rows: &[u8], width: usize, to: &mut Arrivals) {
-        let top_k = to.top_k;
+    /// Reads rows that [`write`](Self::write) made, and puts them behind those that are in `to` already.
+    pub(super) fn read(&self, rows: &[u8], to: &mut Arrivals) {
+        let (top_k, width) = (to.top_k, to.width);
         to.quantised = self.quantised.is_some();
         for row in rows.chunks_exact(self.row_bytes(top_k, width)) {
             let (id_bytes, rest) = row.split_at(top_k * 4);
             let (weight_bytes, value_bytes) = rest.split_at(top_k * 4);
             to.ids.extend(id_bytes.as_chunks().0.iter().map(|b| LocalId(u32::from_le_bytes(*b))));
             to.weights.extend(weight_bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)));
-            let (values, padding) = to.next_row().split_at_mut(width);
+            let values = to.next_row();
             match (&self.quantised, self.dtype) {
                 (Some(qdq), _) => qdq.decode_row(value_bytes, values),
                 (None, ActivationDtype::F32) => read_f32(value_bytes, values),
                 (None, ActivationDtype::Bf16) => float16::bf16_bytes_to_f32(value_bytes, values),
                 (None, ActivationDtype::F16) => float16::f16_bytes_to_f32(value_bytes, values),
             }
-            padding.fill(0.0);
         }
     }
 }
@@ -106,9 +103,9 @@ impl Wire {
 /// Rows that have arrived. The buffers keep their memory from pass to pass.
 #[derive(Default)]
 pub(super) struct Arrivals {
-    /// Room for `[rows, stride]`; beyond the rows read so far it holds anything.
+    /// Room for `[rows, width]`; beyond the rows read so far it holds anything.
     hidden: Vec<f32>,
-    stride: usize,
+    width: usize,
     top_k: usize,
     rows: usize,
     quantised: bool,
@@ -120,16 +117,16 @@ pub(super) struct Arrivals {
 
 impl Arrivals {
     /// Forgets the rows, and makes room for `rows` new ones with `top_k` slots each.
-    pub(super) fn reset(&mut self, rows: usize, stride: usize, top_k: usize) {
-        (self.stride, self.top_k, self.rows) = (stride, top_k, 0);
-        self.hidden.resize(rows * stride, 0.0);
+    pub(super) fn reset(&mut self, rows: usize, width: usize, top_k: usize) {
+        (self.width, self.top_k, self.rows) = (width, top_k, 0);
+        self.hidden.resize(rows * width, 0.0);
         self.ids.clear();
         self.weights.clear();
     }
 
     fn next_row(&mut self) -> &mut [f32] {
         self.rows += 1;
-        &mut self.hidden[(self.rows - 1) * self.stride..self.rows * self.stride]
+        &mut self.hidden[(self.rows - 1) * self.width..self.rows * self.width]
     }
 
     /// For the experts.
@@ -154,9 +151,4 @@ fn read_f32(bytes: &[u8], values: &mut [f32]) {
     for (to, bytes) in values.iter_mut().zip(bytes.as_chunks().0) {
         *to = f32::from_le_bytes(*bytes);
     }
-}
-
-/// True for a slot whose expert is on this rank.
-pub(super) fn is_here(id: &LocalId) -> bool {
-    *id != NO_EXPERT
 }

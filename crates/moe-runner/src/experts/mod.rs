@@ -1,6 +1,6 @@
 //! The experts' two products, and every kernel that computes them.
 //!
-//! A kernel gets rows and a [`Plan`]; it returns one row for each slot. Weights (unless the kernel
+//! A kernel gets rows and a [`Plan`]; it returns one row for each planned slot. Weights (unless the kernel
 //! [`weighs`](KernelDesc::weighs), because it rounds after that) and sums are the exchange's
 //! business, after the rows have come back to their token's rank, so that there is one order of
 //! summation for all kernels and all splits.
@@ -8,10 +8,14 @@
 pub mod cpu;
 mod desc;
 pub mod emulation;
+mod grouped;
 pub mod reference;
 mod rows;
 
 pub use desc::{Determinism, Device, Formats, KernelDesc, RowFormat};
+
+use moe_kernels::arena::Arena;
+use moe_kernels::pool::ThreadPool;
 
 use crate::hidden::ActivationDtype;
 pub(crate) use rows::{dot_f64, rms_norm};
@@ -20,7 +24,7 @@ use crate::plan::Plan;
 use crate::router::{Router, Routing};
 use crate::weights::Expert;
 use crate::{Error, Result, spec};
-use cpu::{CPU_AVX2, CPU_AVX512, CPU_PORTABLE, CpuExperts, SharedPool};
+use cpu::{CPU_AVX2, CPU_AVX512, CPU_PORTABLE, CpuExperts};
 use emulation::{EMULATION_MXFP8, EMULATION_NVFP4, EMULATION_OCP_MX, EMULATIONS, Emulation};
 use reference::{REFERENCE, REFERENCE_MONOLITHIC, Reference, ReferenceMonolithic};
 
@@ -45,23 +49,18 @@ pub enum BuiltKernel {
     Monolithic(Box<dyn MonolithicExperts>),
 }
 
-/// Packs `set` for the kernel that `desc` describes, to run on the threads of `pool`. `dtype` is the
-/// activations': kernels that store intermediate results round them to it.
+/// Packs `set` for the kernel that `desc` describes. `dtype` is the activations': kernels that store
+/// intermediate results round them to it.
 ///
 /// # Errors
 /// [`Error::NoKernel`] if the processor lacks the instruction set, no kernel has that name, or the
 /// kernel cannot compute these experts.
-pub fn build(
-    desc: &KernelDesc,
-    set: ExpertSet<'_>,
-    dtype: ActivationDtype,
-    pool: &SharedPool,
-) -> Result<BuiltKernel> {
+pub fn build(desc: &KernelDesc, set: ExpertSet<'_>, dtype: ActivationDtype) -> Result<BuiltKernel> {
     match desc.name {
         name if name == REFERENCE_MONOLITHIC.name => {
             Ok(BuiltKernel::Monolithic(Box::new(ReferenceMonolithic::new(set))))
         }
-        _ => build_dense(desc, set, dtype, pool).map(BuiltKernel::Modular),
+        _ => build_dense(desc, set, dtype).map(BuiltKernel::Modular),
     }
 }
 
@@ -74,16 +73,15 @@ pub fn build_dense(
     desc: &KernelDesc,
     set: ExpertSet<'_>,
     dtype: ActivationDtype,
-    pool: &SharedPool,
 ) -> Result<Box<dyn Experts>> {
     if desc.name == REFERENCE.name || desc.name == REFERENCE_MONOLITHIC.name {
         return Ok(Box::new(Reference::new(set)));
     }
     if let Some(emulation) = EMULATIONS.into_iter().find(|known| known.name == desc.name) {
-        return Ok(Box::new(Emulation::new(emulation, set, dtype, pool.clone())?));
+        return Ok(Box::new(Emulation::new(emulation, set, dtype)?));
     }
     match [&CPU_AVX512, &CPU_AVX2, &CPU_PORTABLE].into_iter().find(|cpu| cpu.name == desc.name) {
-        Some(cpu) => Ok(Box::new(CpuExperts::new(cpu, set, pool.clone())?)),
+        Some(cpu) => Ok(Box::new(CpuExperts::new(cpu, set)?)),
         None => Err(Error::NoKernel(format!("no kernel '{}' can be built", desc.name))),
     }
 }
@@ -137,16 +135,14 @@ pub type RowMax<'a> = &'a dyn Fn(&mut [f32]) -> Result<()>;
 
 /// Rows for the experts of this rank.
 pub struct ExpertCall<'a> {
-    /// Input rows, `stride` apart; the columns beyond the experts' width are zero.
+    /// Input rows `[rows, H]`.
     pub rows: &'a [f32],
-    /// Elements from one row to the next, in `rows` and `out`.
-    pub stride: usize,
     /// The slots of these rows, by local expert.
     pub plan: &'a Plan,
-    /// Weight of each slot [rows · k]; kernels use it where weights multiply the input, and where
+    /// Weight of each slot `[rows · k]`; kernels use it where weights multiply the input, and where
     /// they [weigh](KernelDesc::weighs) their rows.
     pub weights: &'a [f32],
-    /// One output row for each slot. Rows of slots without an expert here are not touched.
+    /// One output row for each planned slot, `[places, H]`, in the plan's order. Overwritten.
     pub out: &'a mut [f32],
     /// The rows are quantised already, as the first product asks for it
     /// ([`KernelDesc::takes_quantised`]).
@@ -154,6 +150,10 @@ pub struct ExpertCall<'a> {
     /// Given where experts are cut into slices and the rows between the two products are quantised
     /// with one scale for a whole row.
     pub row_max: Option<RowMax<'a>>,
+    /// Threads to run on.
+    pub pool: &'a dyn ThreadPool,
+    /// Working memory, to be used again by others.
+    pub arena: &'a mut Arena,
 }
 
 /// A kernel with its packed weights: computes `expert(row)` for each slot of the plan.
@@ -164,22 +164,17 @@ pub trait Experts: Send + Sync + std::fmt::Debug {
     /// Sizes of the experts that it holds.
     fn shape(&self) -> ExpertShape;
 
-    /// Columns that a row of `hidden` columns must have in memory; the rest is zero.
-    fn padded_width(&self, hidden: usize) -> usize {
-        hidden
-    }
-
-    /// Bytes of scratch memory for `slots` slots at most.
-    fn workspace_bytes(&self, slots: usize) -> usize;
+    /// Bytes of the arena that it needs for `slots` planned slots at most, on `threads` threads.
+    fn scratch_bytes(&self, slots: usize, threads: usize) -> usize;
 
     /// Bytes of weights that are read for `plan`.
     fn weight_bytes(&self, plan: &Plan) -> usize;
 
-    /// Computes one row for each slot.
+    /// Computes one row for each planned slot.
     ///
     /// # Errors
     /// What the device or the numbers refuse. The shapes are the runner's responsibility.
-    fn forward(&mut self, call: ExpertCall<'_>) -> Result<()>;
+    fn forward(&self, call: ExpertCall<'_>) -> Result<()>;
 }
 
 /// A kernel that routes by itself, and returns the weighted sums.
@@ -198,7 +193,7 @@ pub trait MonolithicExperts: Send + Sync + std::fmt::Debug {
     ///
     /// # Errors
     /// As the router's.
-    fn forward(&mut self, call: MonolithicCall<'_>) -> Result<()>;
+    fn forward(&self, call: MonolithicCall<'_>) -> Result<()>;
 }
 
 /// Rows for a kernel that routes by itself: all inputs of a row together.

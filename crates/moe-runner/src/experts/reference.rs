@@ -148,10 +148,11 @@ fn quantise_middle(
     let largest = |row: &Vec<f64>| row.iter().fold(0.0f32, |max, v| max.max((*v as f32).abs()));
     let mut max: Vec<f32> = middle.iter().flatten().map(largest).collect();
     row_max(&mut max)?;
-    let (mut max, mut scratch) = (max.into_iter(), Vec::new());
+    let mut max = max.into_iter();
     let mut slice = |row: Vec<f64>, expert: &Expert| {
         let mut narrow: Vec<f32> = row.iter().map(|v| *v as f32).collect();
-        expert.down.input.apply_slice(&mut narrow, max.next().unwrap_or(0.0), &mut scratch);
+        let scratch = &mut vec![0.0; narrow.len() + 1];
+        expert.down.input.apply_slice(&mut narrow, max.next().unwrap_or(0.0), scratch);
         narrow.into_iter().map(f64::from).collect()
     };
     let slices = middle.into_iter().zip(experts);
@@ -207,7 +208,7 @@ impl Experts for Reference {
         self.shape
     }
 
-    fn workspace_bytes(&self, _slots: usize) -> usize {
+    fn scratch_bytes(&self, _slots: usize, _threads: usize) -> usize {
         0
     }
 
@@ -215,8 +216,8 @@ impl Experts for Reference {
         plan.active().map(|e| stored_bytes(&self.experts[e])).sum()
     }
 
-    fn forward(&mut self, call: ExpertCall<'_>) -> Result<()> {
-        let ExpertCall { rows, stride, plan, weights, out, quantised, row_max } = call;
+    fn forward(&self, call: ExpertCall<'_>) -> Result<()> {
+        let ExpertCall { rows, plan, weights, out, quantised, row_max, .. } = call;
         let experts: Vec<&Expert> = plan.active().map(|e| &self.experts[e]).collect();
         let first = plan.active().zip(&experts).map(|(e, expert)| {
             let width = expert.up.cols();
@@ -224,7 +225,7 @@ impl Experts for Reference {
                 .slots(e)
                 .iter()
                 .map(|&slot| {
-                    let start = plan.row(slot) * stride;
+                    let start = plan.row(slot) * width;
                     self.input_row(&rows[start..start + width], weights[slot as usize])
                 })
                 .collect();
@@ -233,9 +234,9 @@ impl Experts for Reference {
         let middle = quantise_middle(first.collect(), &experts, row_max)?;
         for ((e, expert), middle) in plan.active().zip(&experts).zip(&middle) {
             let outputs = second_product(expert, self.spec.norm, middle);
-            for (&slot, row) in plan.slots(e).iter().zip(outputs) {
-                let start = slot as usize * stride;
-                for (out, v) in out[start..].iter_mut().zip(row) {
+            let width = self.shape.hidden;
+            for (place, row) in plan.range(e).zip(outputs) {
+                for (out, v) in out[place * width..].iter_mut().zip(row) {
                     *out = v as f32;
                 }
             }
@@ -271,7 +272,7 @@ impl MonolithicExperts for ReferenceMonolithic {
         ids.iter().filter_map(|id| self.0.experts.get(*id as usize)).map(stored_bytes).sum()
     }
 
-    fn forward(&mut self, call: MonolithicCall<'_>) -> Result<()> {
+    fn forward(&self, call: MonolithicCall<'_>) -> Result<()> {
         let MonolithicCall { rows, logits, input_ids, router, routing, out } = call;
         let width = self.0.experts.first().map_or(0, |expert| expert.up.cols());
         if width == 0 {

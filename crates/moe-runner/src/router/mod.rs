@@ -24,6 +24,11 @@ pub use routing::Routing;
 pub use simulate::{Simulator, Strategy};
 pub use trace::{LayerTrace, Trace};
 
+use std::sync::{Mutex, PoisonError};
+
+use moe_kernels::pool::{Inline, ThreadPool};
+use moe_kernels::region::{for_each_with, rows_together};
+
 use crate::spec::{Correction, RouterSpec, Selection};
 use crate::{Error, Result};
 use routing::Scratch;
@@ -106,6 +111,19 @@ impl Router {
         tokens: usize,
         out: &mut Routing,
     ) -> Result<()> {
+        self.route_on(&Inline, OnBadLogits::Refuse, logits, input_ids, tokens, out)
+    }
+
+    /// The same, the rows spread over the threads of `pool`.
+    pub(crate) fn route_on(
+        &self,
+        pool: &dyn ThreadPool,
+        bad: OnBadLogits,
+        logits: &[f32],
+        input_ids: Option<&[u32]>,
+        tokens: usize,
+        out: &mut Routing,
+    ) -> Result<()> {
         out.clear();
         let source = match self.spec.selection {
             Selection::HashTable { vocabulary } => {
@@ -113,7 +131,7 @@ impl Router {
             }
             _ => Source::Choice,
         };
-        self.route_rows(logits, source, tokens, out)
+        self.route_rows(pool, bad, logits, source, tokens, out)
     }
 
     /// Weighs experts that were chosen elsewhere, `ids` `[T, k]`, by this layer's own rules: what
@@ -123,6 +141,19 @@ impl Router {
     /// As [`Self::route`]; also if an id is not below [`RouterSpec::choices`].
     pub fn route_to(
         &self,
+        logits: &[f32],
+        ids: &[LogicalId],
+        tokens: usize,
+        out: &mut Routing,
+    ) -> Result<()> {
+        self.route_to_on(&Inline, OnBadLogits::Refuse, logits, ids, tokens, out)
+    }
+
+    /// The same, the rows spread over the threads of `pool`.
+    pub(crate) fn route_to_on(
+        &self,
+        pool: &dyn ThreadPool,
+        bad: OnBadLogits,
         logits: &[f32],
         ids: &[LogicalId],
         tokens: usize,
@@ -142,11 +173,13 @@ impl Router {
                 format!("token {}: expert {} of {choices}", slot / top_k, ids[slot]),
             ));
         }
-        self.route_rows(logits, Source::Given(ids), tokens, out)
+        self.route_rows(pool, bad, logits, Source::Given(ids), tokens, out)
     }
 
     fn route_rows(
         &self,
+        pool: &dyn ThreadPool,
+        bad: OnBadLogits,
         logits: &[f32],
         source: Source,
         tokens: usize,
@@ -163,14 +196,46 @@ impl Router {
             ));
         }
         out.resize(tokens, top_k, width - self.spec.choices());
-        for (token, row) in logits.chunks_exact(width).enumerate() {
-            if let Err(error) = self.route_row(token, row, &source, &mut out.scratch) {
-                out.clear();
-                return Err(error);
+        let threads = pool.threads();
+        let mut scratch = out.take_scratch(&self.spec, threads);
+        let failed: Mutex<Option<(usize, Error)>> = Mutex::new(None);
+        let together = rows_together(tokens, width * size_of::<f64>(), threads);
+        for_each_with(pool, scratch.iter_mut(), out.parts(together), |scratch, part| {
+            let ids = part.ids.chunks_exact_mut(top_k);
+            let mut shared = part.shared_weights;
+            for (token, (ids, weights)) in
+                (part.first..).zip(ids.zip(part.weights.chunks_exact_mut(top_k)))
+            {
+                let row = &logits[token * width..][..width];
+                match self.route_row(token, row, &source, scratch) {
+                    Ok(()) => shared = self.write_row(scratch, ids, weights, shared),
+                    Err(_) if bad == OnBadLogits::Nowhere => {
+                        ids.fill(LogicalId(u32::MAX));
+                        weights.fill(0.0);
+                        let of_row = width - self.spec.choices();
+                        let (row, rest) = shared.split_at_mut(of_row);
+                        row.fill(0.0);
+                        shared = rest;
+                    }
+                    Err(error) => {
+                        let mut failed = failed.lock().unwrap_or_else(PoisonError::into_inner);
+                        // of several the first row's, as if they had come one after another
+                        if failed.as_ref().is_none_or(|(first, _)| token < *first) {
+                            *failed = Some((token, error));
+                        }
+                        return;
+                    }
+                }
             }
-            self.write_row(token, out);
+        });
+        out.scratch = scratch;
+        match failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
+            None => Ok(()),
+            Some((_, error)) => {
+                out.clear();
+                Err(error)
+            }
         }
-        Ok(())
     }
 
     /// Leaves ids and unscaled weights of one token in `scratch`.
@@ -201,24 +266,31 @@ impl Router {
         Ok(())
     }
 
-    /// Scales and rounds the weights in the scratch into row `token`.
-    fn write_row(&self, token: usize, out: &mut Routing) {
-        let Routing { top_k, ids, weights, shared_weights, scratch, .. } = out;
+    /// Scales and rounds the weights in the scratch into one token's row. Takes the token's row off
+    /// the weights of shared experts, and returns the rest of them.
+    fn write_row<'a>(
+        &self,
+        scratch: &Scratch,
+        ids: &mut [LogicalId],
+        weights: &mut [f32],
+        shared_weights: &'a mut [f32],
+    ) -> &'a mut [f32] {
         let scale = f64::from(self.scale);
-        let (routed, shared) = scratch.weights.split_at(*top_k);
+        let (routed, shared) = scratch.weights.split_at(ids.len());
         for (slot, (candidate, &weight)) in scratch.chosen.iter().zip(routed).enumerate() {
             let by_id = match &self.tensors.per_expert_scale {
                 // Identity and skip experts stand after those with a scale.
                 Some(scales) => scales.get(candidate.id as usize).map_or(1.0, |&s| f64::from(s)),
                 None => 1.0,
             };
-            ids[token * *top_k + slot] = LogicalId(candidate.id);
-            weights[token * *top_k + slot] = (weight * scale * by_id) as f32;
+            ids[slot] = LogicalId(candidate.id);
+            weights[slot] = (weight * scale * by_id) as f32;
         }
-        let row = &mut shared_weights[token * shared.len()..][..shared.len()];
+        let (row, rest) = shared_weights.split_at_mut(shared.len());
         for (out, &weight) in row.iter_mut().zip(shared) {
             *out = (weight * scale) as f32;
         }
+        rest
     }
 
     fn check_input_ids<'a>(
@@ -250,6 +322,15 @@ impl Router {
             )),
         }
     }
+}
+
+/// What becomes of a token whose logits cannot be compared.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum OnBadLogits {
+    /// An error.
+    Refuse,
+    /// It goes to no expert: its ids are `u32::MAX`, its weights 0.
+    Nowhere,
 }
 
 /// Where the ids come from.

@@ -1,6 +1,7 @@
 //! What routing yields, in buffers that are used again by the next call.
 
 use super::{LogicalId, select::Candidate};
+use crate::spec::RouterSpec;
 use crate::{Error, Result};
 
 /// The chosen experts and weights of T tokens.
@@ -20,7 +21,24 @@ pub struct Routing {
     pub weights: Vec<f32>,
     /// `[T, S]`: weights of the shared experts under a joint softmax; empty without one.
     pub shared_weights: Vec<f32>,
-    pub(super) scratch: Scratch,
+    /// One for each thread.
+    pub(super) scratch: Vec<Scratch>,
+}
+
+/// Some tokens' rows of a [`Routing`].
+pub(super) struct Part<'a> {
+    /// The first of the tokens.
+    pub(super) first: usize,
+    pub(super) ids: &'a mut [LogicalId],
+    pub(super) weights: &'a mut [f32],
+    pub(super) shared_weights: &'a mut [f32],
+}
+
+/// Takes the first `len` elements off.
+fn split<'a, T>(rest: &mut &'a mut [T], len: usize) -> &'a mut [T] {
+    let (taken, left) = std::mem::take(rest).split_at_mut(len);
+    *rest = left;
+    taken
 }
 
 /// Working space for one token.
@@ -97,6 +115,38 @@ impl Routing {
         self.shared_weights.resize(tokens * shared, 0.0);
     }
 
+    /// Rows of `together` tokens, to be written one part apart from the other.
+    pub(super) fn parts(&mut self, together: usize) -> impl Iterator<Item = Part<'_>> + Send {
+        let (tokens, top_k) = (self.tokens, self.top_k);
+        let shared = self.shared_weights.len() / tokens.max(1);
+        let mut rest = (&mut *self.ids, &mut *self.weights, &mut *self.shared_weights);
+        (0..tokens).step_by(together).map(move |first| {
+            let len = together.min(tokens - first);
+            Part {
+                first,
+                ids: split(&mut rest.0, len * top_k),
+                weights: split(&mut rest.1, len * top_k),
+                shared_weights: split(&mut rest.2, len * shared),
+            }
+        })
+    }
+
+    /// Bytes that the routing of `tokens` tokens takes, on `threads` threads.
+    pub(crate) fn bytes(router: &RouterSpec, tokens: usize, threads: usize) -> usize {
+        let shared = router.logits() - router.choices();
+        let scratch = size_of::<Scratch>() + Scratch::lens(router).iter().sum::<usize>() * 8;
+        tokens * (router.top_k * 8 + shared * 4) + threads * scratch
+    }
+
+    /// One scratch for each thread, as large as `router` needs.
+    pub(super) fn take_scratch(&mut self, router: &RouterSpec, threads: usize) -> Vec<Scratch> {
+        let mut scratch = std::mem::take(&mut self.scratch);
+        scratch.reserve_exact(threads.saturating_sub(scratch.len()));
+        scratch.resize_with(threads.max(scratch.len()), Scratch::default);
+        scratch.iter_mut().for_each(|scratch| scratch.reserve(router));
+        scratch
+    }
+
     /// No tokens: what a failed call leaves.
     pub(super) fn clear(&mut self) {
         self.resize(0, self.top_k, 0);
@@ -104,6 +154,32 @@ impl Routing {
 }
 
 impl Scratch {
+    /// Elements of the buffers, in the order of the fields.
+    fn lens(router: &RouterSpec) -> [usize; 7] {
+        let groups = router.groups.map_or((0, 0), |groups| (groups.count, groups.keep));
+        let (logits, choices, k) = (router.logits(), router.choices(), router.top_k);
+        [logits, choices, choices, groups.0, groups.1, k, k + logits - choices]
+    }
+
+    /// Which thread meets which row is left to chance: all buffers get their size at once.
+    fn reserve(&mut self, router: &RouterSpec) {
+        let lens = Self::lens(router);
+        let Self { logits, scores, choice, ratings, kept, chosen, weights } = self;
+        for (buffer, len) in [logits, scores, weights].into_iter().zip([lens[0], lens[1], lens[6]])
+        {
+            buffer.clear();
+            buffer.reserve_exact(len);
+        }
+        for (buffer, len) in [choice, ratings].into_iter().zip([lens[2], lens[3]]) {
+            buffer.clear();
+            buffer.reserve_exact(len);
+        }
+        for (buffer, len) in [kept, chosen].into_iter().zip([lens[4], lens[5]]) {
+            buffer.clear();
+            buffer.reserve_exact(len);
+        }
+    }
+
     /// Takes ids as they are, whatever their choice value.
     pub(super) fn force(&mut self, ids: impl Iterator<Item = u32>) {
         self.chosen.clear();
@@ -119,7 +195,7 @@ mod tests {
 
     /// Capacities of all buffers.
     fn capacities(routing: &Routing) -> [usize; 10] {
-        let scratch = &routing.scratch;
+        let scratch = &routing.scratch[0];
         [
             routing.ids.capacity(),
             routing.weights.capacity(),

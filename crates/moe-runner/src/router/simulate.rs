@@ -2,6 +2,7 @@
 
 use std::str::FromStr;
 
+use super::routing::Scratch;
 use super::select::top_k;
 use super::{LogicalId, Routing};
 use crate::random::Random;
@@ -81,6 +82,10 @@ impl Simulator {
         out.shared_weights.fill(1.0);
         let Routing { ids, weights, scratch, .. } = out;
         weights.fill(1.0);
+        if scratch.is_empty() {
+            scratch.push(Scratch::default());
+        }
+        let scratch = &mut scratch[0];
         for (token, (ids, weights)) in
             ids.chunks_exact_mut(k).zip(weights.chunks_exact_mut(k)).enumerate()
         {

@@ -7,7 +7,9 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::{ForwardInput, ForwardOutput, MoeRunner, MoeRunnerInterface, Options, Span, Timeline};
+use super::{
+    ForwardInput, ForwardOutput, MoeRunner, MoeRunnerInterface, Options, Report, Span, Timeline,
+};
 use crate::comm::{At, Communicator, Groups, Step, Traffic};
 use crate::hidden::{Rows, RowsMut};
 use crate::parallel::{Parallel, deal_rows};
@@ -75,6 +77,7 @@ pub struct RankedRunner<'a> {
     groups: &'a Groups,
     /// This rank's rows of the output; its memory is kept from pass to pass.
     output: Vec<f32>,
+    report: Report,
 }
 
 impl std::fmt::Debug for RankedRunner<'_> {
@@ -95,7 +98,7 @@ impl<'a> RankedRunner<'a> {
         parallel: &Parallel,
     ) -> Result<Self> {
         let runner = MoeRunner::on_rank(layer, options, groups, parallel)?;
-        Ok(Self { runner, groups, output: Vec::new() })
+        Ok(Self { runner, groups, output: Vec::new(), report: Report::default() })
     }
 
     /// Records what each pass does when.
@@ -137,13 +140,13 @@ impl<'a> RankedRunner<'a> {
     /// # Errors
     /// As [`MoeRunnerInterface::forward`].
     pub fn pass(&mut self, batch: &Batch<'_>) -> Result<Pass> {
-        let Self { runner, groups, output } = self;
+        let Self { runner, groups, output, report } = self;
         let name = runner.spec().name.clone();
         let at = At::new(&name, Step::Finish);
         if groups.world.size() > 1 {
             groups.world.barrier(at)?;
         }
-        own_rows(runner, groups, batch, output)?.1.over_all_ranks(groups, at)
+        own_rows(runner, groups, batch, (output, report))?.1.over_all_ranks(groups, at)
     }
 
     /// One pass, with all results on every rank. The timeline goes on from pass to pass.
@@ -151,29 +154,29 @@ impl<'a> RankedRunner<'a> {
     /// # Errors
     /// As [`MoeRunnerInterface::forward`].
     pub fn forward(&mut self, batch: &Batch<'_>) -> Result<BatchOutput> {
-        let Self { runner, groups, output } = self;
+        let Self { runner, groups, output, report } = self;
         let (sizes, rank) = (groups.sizes, groups.world.rank());
         let name = runner.spec().name.clone();
         let at = |step| At::new(&name, step);
         let kernel = runner.method().desc().name;
-        let (done, own) = own_rows(runner, groups, batch, output)?;
+        let (done, own) = own_rows(runner, groups, batch, (output, report))?;
         output.iter_mut().for_each(|v| *v *= done.output_scale);
-        let mut shared = done.shared.map(<[f32]>::to_vec);
+        let mut shared = report.shared.clone();
         if let Some(shared) = &mut shared
-            && !done.shared_complete
+            && !report.shared_complete
         {
             groups.tp.all_reduce(at(Step::ReduceShared), shared)?;
         }
-        let ids: Vec<u32> = done.routing.ids.iter().map(|id| id.0).collect();
+        let ids: Vec<u32> = report.routing.ids.iter().map(|id| id.0).collect();
         let pass = own.over_all_ranks(groups, at(Step::Finish))?;
         // Ranks that have the same rows agree bit by bit: the first of them speaks for all.
         let speaks = sizes.sp() > 1 || sizes.tp_rank(rank) == 0;
         let gather = Gather { world: &groups.world, at: at(Step::Finish), speaks };
         Ok(BatchOutput {
             output: gather.rows(std::mem::take(output))?,
-            router_logits: gather.rows(done.router_logits.to_vec())?,
+            router_logits: gather.rows(report.router_logits.clone())?,
             topk_ids: gather.rows(ids)?,
-            topk_weights: gather.rows(done.routing.weights.clone())?,
+            topk_weights: gather.rows(report.routing.weights.clone())?,
             shared: shared.map(|rows| gather.rows(rows)).transpose()?,
             output_scale: done.output_scale,
             kernel,
@@ -212,13 +215,13 @@ struct Own {
     traffic: Traffic,
 }
 
-/// Runs this rank's rows of `batch`; `output` gets theirs.
-fn own_rows<'a>(
-    runner: &'a mut MoeRunner,
+/// Runs this rank's rows of `batch`; `output` gets theirs, and `report` what was done.
+fn own_rows(
+    runner: &mut MoeRunner,
     groups: &Groups,
     batch: &Batch<'_>,
-    output: &mut Vec<f32>,
-) -> Result<(ForwardOutput<'a>, Own)> {
+    (output, report): (&mut Vec<f32>, &mut Report),
+) -> Result<(ForwardOutput, Own)> {
     let (hidden, logits) = (runner.spec().dims.hidden, runner.spec().router.logits());
     let tokens = Rows::F32(batch.hidden).tokens("hidden_states", hidden)?;
     check("router_logits", batch.router_logits.map(<[f32]>::len), tokens * logits)?;
@@ -232,10 +235,10 @@ fn own_rows<'a>(
     output.resize(rows.len() * hidden, 0.0);
     let before = traffic(groups);
     let start = Instant::now();
-    let done = runner.forward(&input, RowsMut::F32(output))?;
+    let done = runner.forward_reporting(&input, RowsMut::F32(output), Some(report))?;
     let time = start.elapsed();
     let traffic = traffic(groups).since(&before);
-    Ok((done, Own { time, weight_bytes: done.weight_bytes, flops: done.flops, traffic }))
+    Ok((done, Own { time, weight_bytes: report.weight_bytes, flops: report.flops, traffic }))
 }
 
 impl Own {

@@ -1,9 +1,13 @@
 //! The gate, ready to run: `logits = norm(x)·Wgᵀ + b`, in f32 whatever the activation dtype.
 
+use moe_kernels::arena::Arena;
 use moe_kernels::isa::Isa;
+use moe_kernels::pool::ThreadPool;
+use moe_kernels::region::{for_each, rows_together};
 
-use crate::experts::cpu::{Linear, SharedPool};
-use crate::spec::GateSpec;
+use crate::experts::cpu::Linear;
+use crate::experts::rms_norm;
+use crate::spec::{GateSpec, RmsNorm};
 use crate::weights::GateWeights;
 
 /// The gate with its weights.
@@ -12,47 +16,66 @@ pub(crate) struct Gate {
     linear: Linear,
     bias: Option<Vec<f32>>,
     /// ε, and scale · H^-1/2 (gemma4).
-    input_norm: Option<(f32, Vec<f32>)>,
-    normalised: Vec<f32>,
+    input_norm: Option<(RmsNorm, Vec<f32>)>,
 }
 
 impl Gate {
-    pub(crate) fn new(spec: GateSpec, weights: &GateWeights, isa: Isa, pool: &SharedPool) -> Self {
+    pub(crate) fn new(spec: GateSpec, weights: &GateWeights, isa: Isa) -> Self {
         let root = (weights.weight.cols() as f64).sqrt();
         let scale = weights
             .input_scale
             .as_ref()
             .map(|scale| scale.iter().map(|v| (f64::from(*v) / root) as f32).collect());
+        let norm = |eps| RmsNorm { eps, unit_offset: false, scale_first: false };
         Self {
-            linear: Linear::new(&weights.weight, isa, pool.clone()),
+            linear: Linear::new(&weights.weight, isa),
             bias: weights.bias.clone(),
-            input_norm: spec.scaled_rms_eps.zip(scale),
-            normalised: Vec::new(),
+            input_norm: spec.scaled_rms_eps.map(norm).zip(scale),
         }
     }
 
-    /// Writes the logits `[T, E_total]` of `rows` `[T, H]`.
-    pub(crate) fn forward(&mut self, rows: &[f32], tokens: usize, logits: &mut Vec<f32>) {
-        logits.clear();
-        logits.resize(tokens * self.linear.rows(), 0.0);
+    /// Floats that the rows of `tokens` tokens need beside the logits.
+    pub(crate) fn normed_len(&self, tokens: usize) -> usize {
+        self.input_norm.as_ref().map_or(0, |(_, scale)| tokens * scale.len())
+    }
+
+    /// Bytes of scratch on `threads` threads.
+    pub(crate) fn scratch_bytes(&self, threads: usize) -> usize {
+        self.linear.scratch_bytes(threads)
+    }
+
+    /// Writes the logits `[T, E_total]` of `rows` `[T, H]`. `normed` is
+    /// [`normed_len`](Self::normed_len) long.
+    pub(crate) fn forward(
+        &self,
+        rows: &[f32],
+        normed: &mut [f32],
+        logits: &mut [f32],
+        pool: &dyn ThreadPool,
+        scratch: &mut Arena,
+    ) {
+        let tokens = logits.len() / self.linear.rows();
         let rows = match &self.input_norm {
             None => rows,
-            Some((eps, scale)) => {
-                let norm =
-                    crate::spec::RmsNorm { eps: *eps, unit_offset: false, scale_first: false };
-                self.normalised.clear();
-                self.normalised.extend_from_slice(rows);
-                for row in self.normalised.chunks_exact_mut(scale.len()) {
-                    crate::experts::rms_norm(norm, scale, row);
-                }
-                &self.normalised
+            Some((norm, scale)) => {
+                let width = scale.len();
+                let together = rows_together(tokens, width * size_of::<f32>(), pool.threads());
+                let parts = normed.chunks_mut(together * width);
+                for_each(pool, parts.zip(rows.chunks(together * width)), |(to, from)| {
+                    to.copy_from_slice(from);
+                    to.chunks_exact_mut(width).for_each(|row| rms_norm(*norm, scale, row));
+                });
+                normed
             }
         };
-        self.linear.forward(rows, tokens, logits);
+        self.linear.forward(rows, tokens, logits, pool, scratch);
         if let Some(bias) = &self.bias {
-            for row in logits.chunks_exact_mut(bias.len()) {
-                row.iter_mut().zip(bias).for_each(|(logit, bias)| *logit += bias);
-            }
+            let together = rows_together(tokens, bias.len() * size_of::<f32>(), pool.threads());
+            for_each(pool, logits.chunks_mut(together * bias.len()), |rows| {
+                for row in rows.chunks_exact_mut(bias.len()) {
+                    row.iter_mut().zip(bias).for_each(|(logit, bias)| *logit += bias);
+                }
+            });
         }
     }
 }

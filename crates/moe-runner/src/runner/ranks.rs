@@ -69,7 +69,7 @@ impl MoeRunner {
         let wire = if choice.kernel.takes_quantised { wire } else { wire.unquantised() };
         let exchange = exchange(&layer.spec, wire, groups, parallel, map)?;
         let set = ExpertSet { experts: &share.experts, ..share.expert_set() };
-        let kernel: BuiltKernel = experts::build(choice.kernel, set, options.dtype, &options.pool)?;
+        let kernel: BuiltKernel = experts::build(choice.kernel, set, options.dtype)?;
         let method = QuantMethod { kernel, exchange };
         let slices = |experts: &[Expert], sliced: bool, group: &Arc<dyn Communicator>| {
             let wide = experts.first().is_some_and(|expert| expert.down.input.is_row_wide());
@@ -106,7 +106,7 @@ impl MoeRunner {
     ) -> Result<QuantMethod> {
         let spec = self.layer.spec.clone();
         let set = ExpertSet { spec: &spec.expert, weight_on: spec.router.weight_on, experts };
-        let kernel = experts::build(self.method().desc(), set, options.dtype, &options.pool)?;
+        let kernel = experts::build(self.method().desc(), set, options.dtype)?;
         let exchange = exchange(&spec, self.wire, groups, parallel, map)?;
         self.replace_quant_method(QuantMethod { kernel, exchange })
     }

@@ -1,14 +1,14 @@
 //! From a loaded layer to one that can run: the kernel is chosen, the weights are packed for it.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use moe_kernels::isa::Isa;
-use moe_kernels::pool::Pool;
+use moe_kernels::pool::{Pool, ThreadPool};
 
 use super::gate::Gate;
 use super::transform::TransformOp;
+use super::workspace::Workspaces;
 use crate::exchange::{Exchange, LocalExchange};
-use crate::experts::cpu::SharedPool;
 use crate::experts::{self, BuiltKernel, Device, ExpertSet, KernelDesc};
 use crate::hidden::ActivationDtype;
 use crate::oracle::{self, Choice, Machine, Request};
@@ -17,6 +17,9 @@ use crate::shared_experts::SharedExperts;
 use crate::spec::{ExpertSpec, LayerSpec, ScaleOn, WeightOn};
 use crate::weights::LoadedLayer;
 use crate::{Error, Result};
+
+/// Threads that layers share.
+pub type SharedPool = Arc<dyn ThreadPool + Send + Sync>;
 
 /// How layers are to run. Plain values: parsed once, part of every report.
 #[derive(Clone)]
@@ -27,31 +30,64 @@ pub struct Options {
     pub kernel: Option<String>,
     /// A device; `None`: any.
     pub device: Option<Device>,
-    /// The threads that kernels run on.
+    /// The threads that passes run on.
     pub pool: SharedPool,
+    /// What passes work in.
+    pub workspaces: Workspaces,
+    /// What is done about rows that hold NaN or infinities.
+    pub non_finite: NonFinite,
     /// The machine that kernels are chosen for.
     pub machine: Machine,
 }
 
+/// What is done about hidden states that hold NaN or infinities.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum NonFinite {
+    /// The pass ends with an error that names row and column.
+    #[default]
+    Refuse,
+    /// They go through: what comes out for such a row is unspecified, other rows are as they would
+    /// be without it. For engines whose padding rows hold anything.
+    LetThrough,
+}
+
 impl Options {
-    /// Automatic choice for `dtype`, on `threads` threads of this machine.
+    /// Automatic choice for `dtype`, on `threads` threads of this machine. All layers of a process
+    /// with as many threads share them, and all share one [`Workspaces`].
     ///
     /// # Errors
     /// If the threads cannot be started.
     pub fn new(dtype: ActivationDtype, threads: usize) -> Result<Self> {
-        let pool = Pool::new(threads).map_err(|source| Error::Io {
-            path: "threads".into(),
-            action: "start",
-            source,
-        })?;
         Ok(Self {
             dtype,
             kernel: None,
             device: None,
-            pool: Arc::new(pool),
+            pool: pool_of_process(threads)?,
+            workspaces: Workspaces::of_process(),
+            non_finite: NonFinite::Refuse,
             machine: Machine::detect(),
         })
     }
+}
+
+/// The pool of so many threads that somebody in this process has, or a new one.
+fn pool_of_process(threads: usize) -> Result<SharedPool> {
+    static POOLS: Mutex<Vec<Weak<Pool>>> = Mutex::new(Vec::new());
+    let mut pools = POOLS.lock().unwrap_or_else(PoisonError::into_inner);
+    pools.retain(|pool| pool.strong_count() > 0);
+    let known =
+        pools.iter().filter_map(Weak::upgrade).find(|pool| pool.threads() == threads.max(1));
+    if let Some(pool) = known {
+        return Ok(pool);
+    }
+    let pool = Pool::new(threads).map_err(|source| Error::Io {
+        path: "threads".into(),
+        action: "start",
+        source,
+    })?;
+    let pool = Arc::new(pool);
+    pools.push(Arc::downgrade(&pool));
+    Ok(pool)
 }
 
 impl std::fmt::Debug for Options {
@@ -135,7 +171,6 @@ impl QuantMethod {
 }
 
 /// A layer that can run: the last state of `LayerSpec` → [`LoadedLayer`] → `ReadyLayer`.
-#[derive(Debug)]
 pub struct ReadyLayer {
     pub(super) spec: Arc<LayerSpec>,
     pub(super) dtype: ActivationDtype,
@@ -147,6 +182,19 @@ pub struct ReadyLayer {
     pub(super) shared: Option<SharedExperts>,
     pub(super) output: crate::weights::OutputWeights,
     pub(super) choice: Choice,
+    pub(super) pool: SharedPool,
+    pub(super) workspaces: Workspaces,
+    pub(super) non_finite: NonFinite,
+}
+
+impl std::fmt::Debug for ReadyLayer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ReadyLayer")
+            .field("layer", &self.spec.name)
+            .field("dtype", &self.dtype)
+            .field("method", &self.method)
+            .finish_non_exhaustive()
+    }
 }
 
 impl LoadedLayer {
@@ -178,7 +226,7 @@ impl LoadedLayer {
     /// What the kernel refuses.
     pub fn quant_method(&self, kernel: &KernelDesc, options: &Options) -> Result<QuantMethod> {
         Ok(QuantMethod {
-            kernel: experts::build(kernel, self.expert_set(), options.dtype, &options.pool)?,
+            kernel: experts::build(kernel, self.expert_set(), options.dtype)?,
             exchange: Box::new(LocalExchange::new(self.experts.len())),
         })
     }
@@ -231,8 +279,7 @@ impl LoadedLayer {
                     weight_on: WeightOn::Output,
                     experts: &weights.experts,
                 };
-                let experts =
-                    experts::build_dense(choice.kernel, set, options.dtype, &options.pool)?;
+                let experts = experts::build_dense(choice.kernel, set, options.dtype)?;
                 Some(SharedExperts::new(shared.clone(), weights, experts))
             }
             (None, None) => None,
@@ -243,28 +290,24 @@ impl LoadedLayer {
                 });
             }
         };
-        let pool = &options.pool;
         Ok(ReadyLayer {
             spec: Arc::new(spec.clone()),
             dtype: options.dtype,
-            gate: self.gate.as_ref().map(|gate| Gate::new(spec.gate, gate, isa, pool)),
+            gate: self.gate.as_ref().map(|gate| Gate::new(spec.gate, gate, isa)),
             router,
-            input_transform: TransformOp::new(
-                &spec.input_transform,
-                &self.input_transform,
-                isa,
-                pool,
-            )?,
+            input_transform: TransformOp::new(&spec.input_transform, &self.input_transform, isa)?,
             output_transform: TransformOp::new(
                 &spec.output_transform,
                 &self.output_transform,
                 isa,
-                pool,
             )?,
             method,
             shared,
             output: self.output.clone(),
             choice,
+            pool: options.pool.clone(),
+            workspaces: options.workspaces.clone(),
+            non_finite: options.non_finite,
         })
     }
 }

@@ -1,4 +1,4 @@
-//! The routed branch of one forward pass: gate, route, dispatch, experts, combine.
+//! The routed branch of one forward pass: route, dispatch, experts, combine.
 //!
 //! With several micro-batches ("lanes") the steps of one overlap with the rows of another on their
 //! way. The schedule is fixed: every rank takes the same steps in the same order.
@@ -9,55 +9,53 @@
 //! for each lane: finish its combine
 //! ```
 
-use super::gate::Gate;
-use super::ready::QuantMethod;
+use moe_kernels::arena::{Arena, room};
+use moe_kernels::pool::ThreadPool;
+
+use super::ForwardInput;
+use super::input::take_routing;
+use super::ready::{NonFinite, QuantMethod};
 use super::shared::SharedCall;
 use super::slices::Slices;
 use super::timeline::Timeline;
+use super::workspace::{Lane, Workspace};
 use crate::exchange::{Completeness, LocalRows, SlotRows, Sum, share};
 use crate::experts::{BuiltKernel, ExpertCall, MonolithicCall};
-use crate::plan::Plan;
-use crate::router::{LogicalId, Router, Routing, Simulator};
+use crate::router::{OnBadLogits, Router, Routing, Simulator};
 use crate::shared_experts::Point;
 use crate::spec::{LayerSpec, WeightOn};
 use crate::{Error, Result};
 
-/// What one micro-batch keeps between its steps.
-#[derive(Debug, Default)]
-pub(super) struct Lane {
-    plan: Plan,
-    slots: Vec<f32>,
-}
-
 /// The parts that the branch uses, exclusively, during one pass.
 pub(super) struct RoutedCall<'a> {
     pub(super) layer: &'a LayerSpec,
-    pub(super) gate: Option<&'a mut Gate>,
     pub(super) router: &'a Router,
+    pub(super) non_finite: NonFinite,
     pub(super) simulator: Option<&'a mut Simulator>,
-    pub(super) expert_ids: Option<&'a [LogicalId]>,
+    /// Whose ids and routing count here.
+    pub(super) given: &'a ForwardInput<'a>,
     pub(super) method: &'a mut QuantMethod,
     pub(super) lanes: &'a mut Vec<Lane>,
     pub(super) micro_batches: usize,
     pub(super) slices: Option<&'a Slices>,
     pub(super) routing: &'a mut Routing,
-    pub(super) logits: &'a mut Vec<f32>,
-    pub(super) padded: &'a mut Vec<f32>,
+    /// `[T, E_total]`, unless the routing is given.
+    pub(super) logits: &'a [f32],
     pub(super) tokens: usize,
-    /// `[T, H]`: what the gate sees.
-    pub(super) hidden: &'a [f32],
     /// `[T, routed_hidden]`.
     pub(super) rows: &'a [f32],
-    pub(super) input_ids: Option<&'a [u32]>,
     pub(super) timeline: &'a mut Timeline,
+    pub(super) pool: &'a dyn ThreadPool,
+    pub(super) scratch: &'a mut Arena,
 }
 
-/// The routed sum, and the bytes of weights that were read for it.
-pub(super) type Routed = (Sum, usize);
-
 impl RoutedCall<'_> {
-    /// All of it. `out` is a buffer to use for the sum.
-    pub(super) fn run(&mut self, out: Vec<f32>, shared: &mut SharedCall<'_>) -> Result<Routed> {
+    /// All of it: the routed sum, in `out` `[T, routed_hidden]`.
+    pub(super) fn run<'a>(
+        mut self,
+        out: &'a mut [f32],
+        shared: &mut SharedCall<'_>,
+    ) -> Result<Sum<'a>> {
         self.route()?;
         match self.method.kernel {
             BuiltKernel::Monolithic(_) => self.monolithic(out, shared),
@@ -65,15 +63,11 @@ impl RoutedCall<'_> {
         }
     }
 
-    /// The gate, or the logits that the caller gave (already in place); then ids and weights.
+    /// From logits to ids and weights.
     fn route(&mut self) -> Result<()> {
-        let (tokens, hidden) = (self.tokens, self.hidden);
-        if let Some(gate) = &mut self.gate {
-            let logits = &mut *self.logits;
-            self.timeline.span("gate", None, || gate.forward(hidden, tokens, logits));
-        }
+        let ForwardInput { expert_ids, routing: finished, input_ids, .. } = *self.given;
         let monolithic = matches!(self.method.kernel, BuiltKernel::Monolithic(_));
-        if monolithic && (self.simulator.is_some() || self.expert_ids.is_some()) {
+        if monolithic && (self.simulator.is_some() || expert_ids.is_some() || finished.is_some()) {
             return Err(Error::input(
                 "routing",
                 format!(
@@ -82,67 +76,62 @@ impl RoutedCall<'_> {
                 ),
             ));
         }
-        let (router, routing) = (self.router, &mut *self.routing);
-        match (&mut self.simulator, self.expert_ids) {
+        let bad = match self.non_finite {
+            NonFinite::Refuse => OnBadLogits::Refuse,
+            NonFinite::LetThrough => OnBadLogits::Nowhere,
+        };
+        let (router, routing, tokens) = (self.router, &mut *self.routing, self.tokens);
+        let (logits, pool) = (self.logits, self.pool);
+        self.timeline.span("route", None, || match (&mut self.simulator, expert_ids, finished) {
             _ if monolithic => Ok(()),
-            (_, Some(ids)) => router.route_to(self.logits, ids, tokens, routing),
-            (Some(simulator), None) => simulator.route(router.spec(), tokens, routing),
-            (None, None) => {
-                let (logits, input_ids) = (&*self.logits, self.input_ids);
-                self.timeline
-                    .span("route", None, || router.route(logits, input_ids, tokens, routing))
+            (_, _, Some(finished)) => {
+                take_routing(finished, tokens, routing);
+                Ok(())
             }
-        }
+            (_, Some(ids), None) => router.route_to_on(pool, bad, logits, ids, tokens, routing),
+            (Some(simulator), None, None) => simulator.route(router.spec(), tokens, routing),
+            (None, None, None) => router.route_on(pool, bad, logits, input_ids, tokens, routing),
+        })
     }
 
-    fn monolithic(&mut self, out: Vec<f32>, shared: &mut SharedCall<'_>) -> Result<Routed> {
-        let BuiltKernel::Monolithic(kernel) = &mut self.method.kernel else {
+    fn monolithic<'a>(self, out: &'a mut [f32], shared: &mut SharedCall<'_>) -> Result<Sum<'a>> {
+        let BuiltKernel::Monolithic(kernel) = &self.method.kernel else {
             return Err(wrong_kind());
         };
-        let mut out = resized(out, self.tokens * self.layer.dims.routed_hidden);
         kernel.forward(MonolithicCall {
             rows: self.rows,
             logits: self.logits,
-            input_ids: self.input_ids,
+            input_ids: self.given.input_ids,
             router: self.router,
             routing: self.routing,
-            out: &mut out,
+            out: &mut *out,
         })?;
         shared.run(self.routing)?;
-        let bytes = kernel.weight_bytes(self.routing);
-        Ok((Sum::new(out, Completeness::Complete), bytes))
+        Ok(Sum::new(out, Completeness::Complete))
     }
 
-    fn modular(&mut self, out: Vec<f32>, shared: &mut SharedCall<'_>) -> Result<Routed> {
-        let QuantMethod { kernel: BuiltKernel::Modular(kernel), exchange } = &mut *self.method
-        else {
+    fn modular<'a>(self, out: &'a mut [f32], shared: &mut SharedCall<'_>) -> Result<Sum<'a>> {
+        let QuantMethod { kernel: BuiltKernel::Modular(kernel), exchange } = self.method else {
             return Err(wrong_kind());
         };
-        let width = self.layer.dims.routed_hidden;
-        let stride = kernel.padded_width(width);
-        let hidden = match stride == width {
-            true => self.rows,
-            false => {
-                pad(self.rows, width, stride, self.padded);
-                &*self.padded
-            }
-        };
-        let all = LocalRows::new(hidden, stride, width, self.routing);
-        let lanes = self.micro_batches.max(1);
-        let (tokens, timeline) = (self.tokens, &mut *self.timeline);
-        let rows = |lane| all.slice(share(tokens, lane, lanes));
-        self.lanes.resize_with(lanes.max(self.lanes.len()), Lane::default);
+        let (tokens, width) = (self.tokens, self.layer.dims.routed_hidden);
+        let (timeline, pool, scratch) = (self.timeline, self.pool, self.scratch);
+        let routing = &*self.routing;
+        let all = LocalRows::new(self.rows, width, routing);
+        let count = self.micro_batches.max(1);
+        let rows = |lane| all.slice(share(tokens, lane, count));
+        let lanes = Workspace::lanes(self.lanes, count);
         let weighted = kernel.desc().weighs || self.layer.router.weight_on == WeightOn::Input;
 
-        for lane in 0..lanes {
-            timeline.span("dispatch", Some(lane), || exchange.start_dispatch(lane, rows(lane)))?;
+        for lane in 0..count {
+            let rows = rows(lane);
+            timeline.span("dispatch", Some(lane), || exchange.start_dispatch(lane, rows, pool))?;
         }
-        shared.reach(Point::BeforeExperts, self.routing)?;
-        let mut weight_bytes = 0;
-        for (lane, Lane { plan, slots }) in self.lanes.iter_mut().enumerate().take(lanes) {
+        shared.reach(Point::BeforeExperts, routing)?;
+        for (lane, Lane { plan, slots }) in lanes.iter_mut().enumerate() {
             let experts = exchange.local_experts();
             let dispatched = timeline.span("wait for dispatch", Some(lane), || {
-                exchange.finish_dispatch(lane, rows(lane))
+                exchange.finish_dispatch(lane, rows(lane), pool)
             })?;
             if dispatched.quantised && !kernel.desc().takes_quantised {
                 return Err(Error::input(
@@ -153,58 +142,44 @@ impl RoutedCall<'_> {
                     ),
                 ));
             }
-            plan.build(dispatched.ids, dispatched.top_k.max(1), experts);
-            slots.resize(dispatched.ids.len() * stride, 0.0);
+            plan.build(dispatched.ids, dispatched.top_k.max(1), experts)?;
+            let len = plan.slots_planned() * width;
+            slots.reserve(room::<f32>(len));
+            let values = slots.cut().floats(len);
             let agree = self.slices.map(|slices| |max: &mut [f32]| slices.row_max(max));
             timeline.span("experts", Some(lane), || {
                 kernel.forward(ExpertCall {
                     rows: dispatched.hidden,
-                    stride,
                     plan,
                     weights: dispatched.weights,
-                    out: slots,
+                    out: values,
                     quantised: dispatched.quantised,
                     row_max: agree.as_ref().map(|agree| agree as _),
+                    pool,
+                    arena: scratch,
                 })
             })?;
-            weight_bytes += kernel.weight_bytes(plan);
-            let slots = SlotRows { values: slots, weighted };
-            timeline.span("combine", Some(lane), || exchange.start_combine(lane, slots))?;
+            let slots = SlotRows { values, width, places: plan.places(), weighted };
+            timeline.span("combine", Some(lane), || exchange.start_combine(lane, slots, pool))?;
         }
-        shared.reach(Point::DuringCombine, self.routing)?;
-        let mut out = resized(out, tokens * width);
+        shared.reach(Point::DuringCombine, routing)?;
         let mut completeness = None;
-        for (lane, Lane { slots, .. }) in self.lanes.iter().enumerate().take(lanes) {
-            let range = share(tokens, lane, lanes);
+        for (lane, Lane { plan, slots }) in lanes.iter_mut().enumerate() {
+            let range = share(tokens, lane, count);
             let out = &mut out[range.start * width..range.end * width];
-            let slots = SlotRows { values: slots, weighted };
+            let values = &*slots.cut().floats(plan.slots_planned() * width);
+            let slots = SlotRows { values, width, places: plan.places(), weighted };
             let state = timeline.span("wait for combine", Some(lane), || {
-                exchange.finish_combine(lane, rows(lane), slots, out)
+                exchange.finish_combine(lane, rows(lane), slots, out, pool)
             })?;
             debug_assert!(completeness.is_none_or(|known| known == state));
             completeness = Some(state);
         }
-        let completeness = completeness.unwrap_or(Completeness::Complete);
-        Ok((Sum::new(out, completeness), weight_bytes))
+        Ok(Sum::new(out, completeness.unwrap_or(Completeness::Complete)))
     }
 }
 
 /// The callers match on the kernel's kind first.
 fn wrong_kind() -> Error {
     Error::input("quant method", "the kernel is of the other kind")
-}
-
-/// `buffer` with `len` elements, whatever they are.
-pub(super) fn resized(mut buffer: Vec<f32>, len: usize) -> Vec<f32> {
-    buffer.resize(len, 0.0);
-    buffer
-}
-
-/// Copies rows of `width` columns to rows of `stride`, the rest zero.
-fn pad(rows: &[f32], width: usize, stride: usize, out: &mut Vec<f32>) {
-    out.clear();
-    out.resize(rows.len() / width * stride, 0.0);
-    for (to, from) in out.chunks_exact_mut(stride).zip(rows.chunks_exact(width)) {
-        to[..width].copy_from_slice(from);
-    }
 }

@@ -1,60 +1,52 @@
 //! The shared experts of one forward pass: run at one point, collected once.
 
+use moe_kernels::pool::ThreadPool;
+
 use super::slices::Slices;
 use crate::Result;
 use crate::router::Routing;
-use crate::shared_experts::{Point, SharedExperts, SharedOrder};
+use crate::shared_experts::{Point, SharedExperts, SharedOrder, SharedRows, SharedWork};
 
 /// Owned by the forward pass that made it; nothing is kept between passes.
-pub(super) struct SharedCall<'a> {
-    experts: Option<&'a mut SharedExperts>,
-    order: SharedOrder,
-    rows: &'a [f32],
-    out: Vec<f32>,
-    slices: Option<&'a Slices>,
+pub(super) struct SharedCall<'a>(Option<Parts<'a>>);
+
+/// What they run with; gone when they have run.
+pub(super) struct Parts<'a> {
+    pub(super) experts: &'a SharedExperts,
+    pub(super) order: SharedOrder,
+    /// `[T, H]`.
+    pub(super) rows: &'a [f32],
+    /// `[T, H]`.
+    pub(super) out: &'a mut [f32],
+    /// The experts are slices, whose rows are quantised with one scale for a whole row.
+    pub(super) slices: Option<&'a Slices>,
+    pub(super) pool: &'a dyn ThreadPool,
+    pub(super) work: &'a mut SharedWork,
 }
 
 impl<'a> SharedCall<'a> {
-    /// Will run `experts` on `rows` `[T, H]` where `order` says, into `out`.
-    pub(super) fn new(
-        experts: Option<&'a mut SharedExperts>,
-        order: SharedOrder,
-        rows: &'a [f32],
-        out: Vec<f32>,
-    ) -> Self {
-        Self { experts, order, rows, out, slices: None }
-    }
-
-    /// The experts are slices, whose rows are quantised with one scale for a whole row.
-    pub(super) fn with_slices(self, slices: Option<&'a Slices>) -> Self {
-        Self { slices, ..self }
-    }
-
-    /// Nothing runs here: there are no shared experts, or another thread has them.
-    pub(super) fn absent() -> Self {
-        Self::new(None, SharedOrder::None, &[], Vec::new())
+    /// Will run as `parts` say; without them there are no shared experts, or another thread has
+    /// them.
+    pub(super) fn new(parts: Option<Parts<'a>>) -> Self {
+        Self(parts)
     }
 
     /// Runs them if this is their point.
     pub(super) fn reach(&mut self, point: Point, routing: &Routing) -> Result<()> {
-        if self.order.runs_at(point) { self.run(routing) } else { Ok(()) }
+        match &self.0 {
+            Some(parts) if parts.order.runs_at(point) => self.run(routing),
+            _ => Ok(()),
+        }
     }
 
     /// Runs them if they have not run yet.
     pub(super) fn run(&mut self, routing: &Routing) -> Result<()> {
-        let Some(experts) = self.experts.take() else { return Ok(()) };
-        let weights = &routing.shared_weights;
-        match self.slices {
-            None => experts.forward(self.rows, weights, &mut self.out, None),
-            Some(slices) => {
-                let row_max = |max: &mut [f32]| slices.row_max(max);
-                experts.forward(self.rows, weights, &mut self.out, Some(&row_max))
-            }
-        }
-    }
-
-    /// Their output `[T, H]`.
-    pub(super) fn into_output(self) -> Vec<f32> {
-        self.out
+        let Some(Parts { experts, rows, out, slices, pool, work, .. }) = self.0.take() else {
+            return Ok(());
+        };
+        let agree = slices.map(|slices| |max: &mut [f32]| slices.row_max(max));
+        let row_max = agree.as_ref().map(|agree| agree as _);
+        let router_weights = &routing.shared_weights;
+        experts.forward(SharedRows { rows, router_weights, out, row_max }, pool, work)
     }
 }

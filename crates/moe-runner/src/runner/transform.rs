@@ -2,9 +2,12 @@
 
 use std::sync::Arc;
 
+use moe_kernels::arena::Arena;
 use moe_kernels::isa::Isa;
+use moe_kernels::pool::ThreadPool;
+use moe_kernels::region::{for_each, rows_together};
 
-use crate::experts::cpu::{Linear, SharedPool};
+use crate::experts::cpu::Linear;
 use crate::experts::rms_norm;
 use crate::spec::{RmsNorm, Transform, TransformStep};
 use crate::weights::StepWeights;
@@ -15,7 +18,6 @@ use crate::{Error, Result};
 pub(crate) struct TransformOp {
     steps: Vec<Step>,
     linear: bool,
-    spare: Vec<f32>,
 }
 
 #[derive(Clone, Debug)]
@@ -25,53 +27,90 @@ enum Step {
 }
 
 impl TransformOp {
-    pub(crate) fn new(
-        spec: &Transform,
-        weights: &[StepWeights],
-        isa: Isa,
-        pool: &SharedPool,
-    ) -> Result<Self> {
+    pub(crate) fn new(spec: &Transform, weights: &[StepWeights], isa: Isa) -> Result<Self> {
         if spec.steps.len() != weights.len() {
             return Err(Error::input("transform", "its steps and its weights differ in number"));
         }
         let steps = spec.steps.iter().zip(weights).map(|(step, weights)| match (step, weights) {
             (TransformStep::Linear { .. }, StepWeights::Linear(matrix)) => {
-                Ok(Step::Linear(Arc::new(Linear::new(matrix, isa, pool.clone()))))
+                Ok(Step::Linear(Arc::new(Linear::new(matrix, isa))))
             }
             (TransformStep::RmsNorm(norm), StepWeights::RmsNorm(weight)) => {
                 Ok(Step::RmsNorm(*norm, weight.clone().into()))
             }
             _ => Err(Error::input("transform", "a step and its weights are of different kinds")),
         });
-        Ok(Self {
-            steps: steps.collect::<Result<_>>()?,
-            linear: spec.is_linear(),
-            spare: Vec::new(),
-        })
+        Ok(Self { steps: steps.collect::<Result<_>>()?, linear: spec.is_linear() })
     }
 
     pub(crate) fn is_linear(&self) -> bool {
         self.linear
     }
 
-    /// Replaces rows `[T, width]` by their transform.
-    pub(crate) fn apply(&mut self, rows: &mut Vec<f32>, tokens: usize) {
-        if tokens == 0 {
-            return;
+    /// Nothing is done.
+    pub(crate) fn is_identity(&self) -> bool {
+        self.steps.is_empty()
+    }
+
+    /// Floats of each of the two buffers that [`apply`](Self::apply) needs for `tokens` rows of
+    /// `width` columns.
+    pub(crate) fn buffers(&self, tokens: usize, width: usize) -> [usize; 2] {
+        let mut lens = [0; 2];
+        let mut width = width;
+        for (i, step) in self.steps.iter().enumerate() {
+            if let Step::Linear(linear) = step {
+                width = linear.rows();
+            }
+            lens[i % 2] = lens[i % 2].max(tokens * width);
         }
-        for step in &self.steps {
-            match step {
+        lens
+    }
+
+    /// Bytes of scratch on `threads` threads.
+    pub(crate) fn scratch_bytes(&self, threads: usize) -> usize {
+        let bytes = self.steps.iter().map(|step| match step {
+            Step::Linear(linear) => linear.scratch_bytes(threads),
+            Step::RmsNorm(..) => 0,
+        });
+        bytes.max().unwrap_or(0)
+    }
+
+    /// The rows `[T, width]`, transformed, in one of `buffers`; `None` where nothing is done to them.
+    pub(crate) fn apply<'a>(
+        &self,
+        rows: &[f32],
+        tokens: usize,
+        buffers: [&'a mut [f32]; 2],
+        pool: &dyn ThreadPool,
+        scratch: &mut Arena,
+    ) -> Option<&'a mut [f32]> {
+        let [mut to, mut other] = buffers;
+        for (i, step) in self.steps.iter().enumerate() {
+            // what the step before wrote is in `other`
+            let from = if i == 0 { rows } else { &*other };
+            let len = match step {
                 Step::Linear(linear) => {
-                    self.spare.clear();
-                    self.spare.resize(tokens * linear.rows(), 0.0);
-                    linear.forward(rows, tokens, &mut self.spare);
-                    std::mem::swap(rows, &mut self.spare);
+                    let len = tokens * linear.rows();
+                    let cols = tokens * linear.cols();
+                    linear.forward(&from[..cols], tokens, &mut to[..len], pool, scratch);
+                    len
                 }
                 Step::RmsNorm(norm, weight) => {
-                    rows.chunks_exact_mut(weight.len())
-                        .for_each(|row| rms_norm(*norm, weight, row));
+                    let (width, len) = (weight.len(), tokens * weight.len());
+                    let together = rows_together(tokens, width * size_of::<f32>(), pool.threads());
+                    let parts = to[..len].chunks_mut(together * width);
+                    for_each(pool, parts.zip(from.chunks(together * width)), |(to, from)| {
+                        to.copy_from_slice(&from[..to.len()]);
+                        to.chunks_exact_mut(width).for_each(|row| rms_norm(*norm, weight, row));
+                    });
+                    len
                 }
+            };
+            if i + 1 == self.steps.len() {
+                return Some(&mut std::mem::take(&mut to)[..len]);
             }
+            std::mem::swap(&mut to, &mut other);
         }
+        None
     }
 }

@@ -67,13 +67,16 @@ impl ActivationQuant {
 
     /// `slice`, some columns of a row whose largest magnitude is `max`, quantised and dequantised as
     /// they would be in the whole row. `scratch` is overwritten.
-    pub fn apply_slice(&self, slice: &mut [f32], max: f32, scratch: &mut Vec<f32>) {
+    ///
+    /// # Panics
+    /// If `scratch` is not longer than the slice.
+    pub fn apply_slice(&self, slice: &mut [f32], max: f32, scratch: &mut [f32]) {
         // one more column that holds the maximum makes the row's scale that of the whole
-        scratch.clear();
-        scratch.extend_from_slice(slice);
-        scratch.push(max);
-        self.apply(scratch);
-        slice.copy_from_slice(&scratch[..slice.len()]);
+        let columns = &mut scratch[..=slice.len()];
+        columns[..slice.len()].copy_from_slice(slice);
+        columns[slice.len()] = max;
+        self.apply(columns);
+        slice.copy_from_slice(&columns[..slice.len()]);
     }
 
     /// `row` quantised and dequantised, in place.

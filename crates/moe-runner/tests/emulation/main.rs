@@ -7,15 +7,14 @@ mod layers;
 mod model;
 mod recorded;
 
-use std::sync::Arc;
-
 use model::{Act, Rows, Small, T, Weights};
+use moe_kernels::arena::Arena;
 use moe_kernels::numerics::quantise::{Fp6, Mxfp8Rule, Nvfp4Rule, Qdq};
 use moe_kernels::numerics::{DecodeScale, EncodeScale};
 use moe_kernels::pool::Pool;
 use moe_runner::experts::{BuiltKernel, ExpertCall, ExpertSet, KERNELS, KernelDesc, build};
 use moe_runner::hidden::ActivationDtype;
-use moe_runner::plan::{NO_EXPERT, Plan};
+use moe_runner::plan::{NO_EXPERT, NO_PLACE, Plan};
 use moe_runner::random::Random;
 use moe_runner::router::LocalId;
 use moe_runner::spec::{Activation, ExpertSpec, Granularity, WeightOn};
@@ -216,24 +215,28 @@ fn run(case: Case, t: T, experts: &[model::Expert], batch: &Batch, threads: usiz
     let spec = ExpertSpec { gated, activation, bias: case.bias, norm: None };
     let weight_on = if case.on_input { WeightOn::Input } else { WeightOn::Output };
     let set = ExpertSet { spec: &spec, weight_on, experts: &experts };
-    let pool = Arc::new(Pool::new(threads).unwrap());
-    let built = build(kernel(case.kernel), set, dtype(t), &(pool as _)).unwrap();
-    let BuiltKernel::Modular(mut kernel) = built else { panic!("it does not route") };
+    let built = build(kernel(case.kernel), set, dtype(t)).unwrap();
+    let BuiltKernel::Modular(kernel) = built else { panic!("it does not route") };
     let mut plan = Plan::default();
-    plan.build(&batch.ids, batch.k, experts.len());
-    let mut out = vec![f32::NAN; batch.ids.len() * case.hidden];
+    plan.build(&batch.ids, batch.k, experts.len()).unwrap();
+    let mut out = vec![f32::NAN; plan.slots_planned() * case.hidden];
     kernel
         .forward(ExpertCall {
             rows: &batch.rows,
-            stride: case.hidden,
             plan: &plan,
             weights: &batch.weights,
             out: &mut out,
             quantised: false,
             row_max: None,
+            pool: &Pool::new(threads).unwrap(),
+            arena: &mut Arena::default(),
         })
         .unwrap();
-    out
+    let row = |place: &u32| match *place {
+        NO_PLACE => vec![f32::NAN; case.hidden],
+        place => out[place as usize * case.hidden..][..case.hidden].to_vec(),
+    };
+    plan.places().iter().flat_map(row).collect()
 }
 
 fn expect_bits(case: Case, t: T) {
@@ -343,7 +346,6 @@ fn rows_quantised_in_two_ways_at_once_are_refused() {
         .collect();
     let spec = ExpertSpec { gated: true, activation: Activation::Silu, bias: false, norm: None };
     let set = ExpertSet { spec: &spec, weight_on: WeightOn::Output, experts: &stored };
-    let pool = Arc::new(Pool::new(1).unwrap());
-    let error = build(kernel("emulation_nvfp4"), set, ActivationDtype::Bf16, &(pool as _));
+    let error = build(kernel("emulation_nvfp4"), set, ActivationDtype::Bf16);
     assert!(error.unwrap_err().to_string().contains("expert 2"));
 }

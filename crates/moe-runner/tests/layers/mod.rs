@@ -10,8 +10,8 @@ use moe_runner::oracle::{Machine, Request, failing_conditions};
 use moe_runner::parallel::{ExchangeKind, Parallel, Placement};
 use moe_runner::random::Random;
 use moe_runner::runner::{
-    Batch, BatchOutput, ForwardInput, MoeRunner, MoeRunnerInterface, Options, forward_batch,
-    reference,
+    Batch, BatchOutput, ForwardInput, ForwardOutput, MoeRunner, MoeRunnerInterface, Options,
+    Report, forward_batch, reference,
 };
 use moe_runner::spec::{
     Activation, Correction, Dims, ExpertSpec, GateSpec, GroupFill, GroupScore, Groups, IdleExperts,
@@ -195,6 +195,19 @@ pub fn forward(runner: &mut MoeRunner, hidden: &[f32]) -> Vec<f32> {
     let scale = result.output_scale;
     out.iter_mut().for_each(|v| *v *= scale);
     out
+}
+
+/// A pass, with what it did.
+pub fn reported(
+    runner: &mut MoeRunner,
+    input: &ForwardInput<'_>,
+    out: &mut [f32],
+) -> (ForwardOutput, Report) {
+    let mut report = Report::default();
+    let done = runner
+        .forward_reporting(input, RowsMut::F32(out), Some(&mut report))
+        .expect("the input fits the layer");
+    (done, report)
 }
 
 /// The reference's output on `hidden`.

@@ -10,7 +10,7 @@ use moe_runner::spec::{
 };
 use moe_runner::weights::{FloatType, LoadedLayer, StepWeights, random_layer};
 
-use super::layers::{forward, nmse, plain, rows, runner, shared, truth, variants};
+use super::layers::{forward, nmse, plain, reported, rows, runner, shared, truth, variants};
 
 /// The least NMSE between a layer and itself with one option changed: a thousand times the bound.
 /// (The two forms of GELU are no further apart than 4e-8.)
@@ -183,10 +183,9 @@ fn plausible_mistakes_are_far_beyond_the_bounds() {
     let truth = truth(&layer, &hidden);
     let mut runner = runner(&layer, None, F32);
     let mut y = vec![0.0; hidden.len()];
-    let result =
-        runner.forward(&ForwardInput::new(Rows::F32(&hidden)), RowsMut::F32(&mut y)).unwrap();
-    let shared = result.shared.unwrap().to_vec();
-    let ids = result.routing.ids.clone();
+    let (_, report) = reported(&mut runner, &ForwardInput::new(Rows::F32(&hidden)), &mut y);
+    let shared = report.shared.unwrap();
+    let ids = report.routing.ids;
     assert!(nmse(&y, &truth) <= 1e-11);
 
     let with = |change: &dyn Fn(usize, f32) -> f32| -> Vec<f32> {
@@ -219,7 +218,7 @@ fn exchanged_weights(layer: &LoadedLayer, hidden: &[f32], ids: &[LogicalId], t: 
     let mut runner = runner(layer, None, F32);
     let mut y = vec![0.0; hidden.len()];
     let input = ForwardInput::new(Rows::F32(hidden));
-    let mut logits = runner.forward(&input, RowsMut::F32(&mut y)).unwrap().router_logits.to_vec();
+    let mut logits = reported(&mut runner, &input, &mut y).1.router_logits;
     logits.swap(t * 8 + ids[2 * t].index(), t * 8 + ids[2 * t + 1].index());
     let input = ForwardInput { router_logits: Some(&logits), expert_ids: Some(ids), ..input };
     runner.forward(&input, RowsMut::F32(&mut y)).unwrap();

@@ -1,4 +1,4 @@
-//! Stand-ins: a kernel that needs padded rows, an exchange whose combine reduces, a pool that counts.
+//! Stand-ins: a kernel in soiled memory, an exchange whose combine reduces, a pool that counts.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -18,12 +18,11 @@ pub(super) fn desc(name: &str) -> &'static KernelDesc {
     KERNELS.iter().find(|kernel| kernel.name == name).unwrap()
 }
 
-/// A real kernel behind rows padded to a multiple of 64 columns, which it checks on the way in and
-/// fills with NaN on the way out.
+/// A real kernel in memory that holds NaN before it runs: nothing of it may come out.
 #[derive(Debug)]
-pub(super) struct Padded(pub(super) Box<dyn Experts>);
+pub(super) struct Soiled(pub(super) Box<dyn Experts>);
 
-impl Experts for Padded {
+impl Experts for Soiled {
     fn desc(&self) -> &'static KernelDesc {
         self.0.desc()
     }
@@ -32,30 +31,22 @@ impl Experts for Padded {
         self.0.shape()
     }
 
-    fn padded_width(&self, hidden: usize) -> usize {
-        hidden.next_multiple_of(64)
-    }
-
-    fn workspace_bytes(&self, slots: usize) -> usize {
-        self.0.workspace_bytes(slots)
+    fn scratch_bytes(&self, slots: usize, threads: usize) -> usize {
+        self.0.scratch_bytes(slots, threads)
     }
 
     fn weight_bytes(&self, plan: &Plan) -> usize {
         self.0.weight_bytes(plan)
     }
 
-    fn forward(&mut self, call: ExpertCall<'_>) -> Result<()> {
-        let ExpertCall { rows, stride, plan, out, .. } = call;
-        let width = self.0.shape().hidden;
-        assert!(stride.is_multiple_of(64) && stride >= width);
-        for row in rows.chunks_exact(stride) {
-            assert!(row[width..].iter().all(|v| *v == 0.0), "rows are padded with zeros");
-        }
-        self.0.forward(ExpertCall { out: &mut *out, ..call })?;
-        for &slot in plan.active().flat_map(|e| plan.slots(e)) {
-            out[slot as usize * stride..][width..stride].fill(f32::NAN);
-        }
-        Ok(())
+    fn forward(&self, call: ExpertCall<'_>) -> Result<()> {
+        let ExpertCall { plan, out, pool, arena, .. } = call;
+        assert_eq!(out.len(), plan.slots_planned() * self.shape().hidden);
+        out.fill(f32::NAN);
+        arena.reserve(self.scratch_bytes(plan.slots_planned(), pool.threads()));
+        let bytes = arena.bytes();
+        arena.cut().bytes(bytes).fill(0xff);
+        self.0.forward(ExpertCall { out, arena, ..call })
     }
 }
 
@@ -107,20 +98,31 @@ impl Exchange for Reducing {
         false
     }
 
-    fn start_dispatch(&mut self, lane: usize, rows: LocalRows<'_>) -> Result<()> {
-        self.inner.start_dispatch(lane, rows)
+    fn start_dispatch(
+        &mut self,
+        lane: usize,
+        rows: LocalRows<'_>,
+        pool: &dyn ThreadPool,
+    ) -> Result<()> {
+        self.inner.start_dispatch(lane, rows, pool)
     }
 
     fn finish_dispatch<'a>(
         &'a mut self,
         lane: usize,
         rows: LocalRows<'a>,
+        pool: &dyn ThreadPool,
     ) -> Result<DispatchedRows<'a>> {
-        self.inner.finish_dispatch(lane, rows)
+        self.inner.finish_dispatch(lane, rows, pool)
     }
 
-    fn start_combine(&mut self, lane: usize, slots: SlotRows<'_>) -> Result<()> {
-        self.inner.start_combine(lane, slots)
+    fn start_combine(
+        &mut self,
+        lane: usize,
+        slots: SlotRows<'_>,
+        pool: &dyn ThreadPool,
+    ) -> Result<()> {
+        self.inner.start_combine(lane, slots, pool)
     }
 
     fn finish_combine(
@@ -129,8 +131,9 @@ impl Exchange for Reducing {
         rows: LocalRows<'_>,
         slots: SlotRows<'_>,
         out: &mut [f32],
+        pool: &dyn ThreadPool,
     ) -> Result<Completeness> {
-        let _ = self.inner.finish_combine(lane, rows, slots, out)?;
+        let _ = self.inner.finish_combine(lane, rows, slots, out, pool)?;
         self.group.all_reduce(At::new("reducing exchange", Step::Combine), out)?;
         Ok(Completeness::Complete)
     }

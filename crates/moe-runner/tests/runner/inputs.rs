@@ -9,7 +9,7 @@ use moe_runner::runner::{ForwardInput, MoeRunner, MoeRunnerInterface, reference}
 use moe_runner::spec::{LayerSpec, Selection, Transform, TransformStep};
 use moe_runner::weights::{FloatType, LoadedLayer, random_layer};
 
-use super::layers::{forward, kernels, nmse, plain, rows, runner, shared, truth};
+use super::layers::{forward, kernels, nmse, plain, reported, rows, runner, shared, truth};
 
 /// The refusal of an input, for an output of `outputs` elements.
 fn refusal(runner: &mut MoeRunner, input: &ForwardInput<'_>, outputs: usize) -> String {
@@ -132,14 +132,17 @@ fn logits_from_the_caller() {
         let mut runner_without = runner(&without, Some(kernel), F32);
         assert!(!runner_without.is_internal_router());
         let error = refusal(&mut runner_without, &input, 144);
-        assert_eq!(error, "router_logits: the layer has no gate; logits must be given");
+        assert_eq!(
+            error,
+            "router_logits: the layer has no gate; logits, or a finished routing, must be given"
+        );
         let mut with = runner(&whole, Some(kernel), F32);
         assert!(with.is_internal_router());
         for runner in [&mut runner_without, &mut with] {
             let mut y = vec![f32::NAN; 144];
             let given = ForwardInput { router_logits: Some(&logits), ..input };
-            let result = runner.forward(&given, RowsMut::F32(&mut y)).unwrap();
-            assert_eq!(result.router_logits, logits);
+            let (_, report) = reported(runner, &given, &mut y);
+            assert_eq!(report.router_logits, logits);
             assert!(nmse(&y, &truth) <= 1e-11, "{kernel}");
         }
     }

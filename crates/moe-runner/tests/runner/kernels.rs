@@ -1,13 +1,12 @@
 //! Every modular kernel on every shape of work: ids that repeat, are remote or absent, experts with
 //! all rows or none, sizes that fill no tile.
 
-use std::sync::Arc;
-
+use moe_kernels::arena::Arena;
 use moe_kernels::pool::Inline;
 use moe_runner::experts::{BuiltKernel, ExpertCall, build, reference};
 use moe_runner::hidden::ActivationDtype::F32;
 use moe_runner::hidden::{Rows, RowsMut};
-use moe_runner::plan::{NO_EXPERT, Plan};
+use moe_runner::plan::{NO_EXPERT, NO_PLACE, Plan};
 use moe_runner::router::{LocalId, LogicalId};
 use moe_runner::runner::{ForwardInput, MoeRunnerInterface};
 use moe_runner::spec::{Dims, LayerSpec, RouterSpec, WeightOn};
@@ -31,7 +30,7 @@ fn modular() -> Vec<&'static str> {
 }
 
 /// Runs `kernel` on `ids` `[T, k]` and compares every slot with the float64 expert; slots without an
-/// expert here must not be written.
+/// expert here have no row.
 fn check(kernel: &str, layer: &LoadedLayer, ids: &[u32], top_k: usize, weight_on: WeightOn) {
     let what = format!("{kernel}, {:?}, ids {ids:?}, {weight_on:?}", layer.spec.dims);
     let (experts, width) = (layer.experts.len(), layer.spec.dims.routed_hidden);
@@ -39,29 +38,29 @@ fn check(kernel: &str, layer: &LoadedLayer, ids: &[u32], top_k: usize, weight_on
     let x = rows(F32, ids.len() / top_k, width, 5);
     let weights: Vec<f32> = (0..ids.len()).map(|slot| 0.25 + slot as f32 / 16.0).collect();
     let mut plan = Plan::default();
-    plan.build(&ids, top_k, experts);
+    plan.build(&ids, top_k, experts).unwrap();
     let set = moe_runner::experts::ExpertSet { weight_on, ..layer.expert_set() };
-    let BuiltKernel::Modular(mut built) =
-        build(desc(kernel), set, F32, &(Arc::new(Inline) as _)).unwrap()
-    else {
+    let BuiltKernel::Modular(built) = build(desc(kernel), set, F32).unwrap() else {
         panic!("{kernel} routes by itself")
     };
-    let mut out = vec![-7.0; ids.len() * width];
+    let mut out = vec![f32::NAN; plan.slots_planned() * width];
     let call = ExpertCall {
         rows: &x,
-        stride: width,
         plan: &plan,
         weights: &weights,
         out: &mut out,
         quantised: false,
         row_max: None,
+        pool: &Inline,
+        arena: &mut Arena::default(),
     };
     built.forward(call).unwrap();
-    for (slot, (id, y)) in ids.iter().zip(out.chunks(width)).enumerate() {
+    for (slot, (id, place)) in ids.iter().zip(plan.places()).enumerate() {
         let Some(weights_of) = layer.experts.get(id.index()) else {
-            assert!(y.iter().all(|v| *v == -7.0), "{what}: slot {slot} has no expert here");
+            assert_eq!(*place, NO_PLACE, "{what}: slot {slot} has no expert here");
             continue;
         };
+        let y = &out[*place as usize * width..][..width];
         let factor = match weight_on {
             WeightOn::Input => f64::from(weights[slot]),
             WeightOn::Output => 1.0,

@@ -1,16 +1,17 @@
-//! Padding changes no bit: rows padded for a kernel, weights padded in the checkpoint.
+//! What stands around rows and weights changes no bit: memory that holds anything, weights padded in
+//! the checkpoint.
 
 use moe_runner::hidden::ActivationDtype::F32;
 use moe_runner::spec::{Transform, TransformStep};
 use moe_runner::weights::{Expert, FloatType, LoadedLayer, Matrix, StepWeights, random_layer};
 
-use super::doubles::{Padded, change_kernel, desc};
+use super::doubles::{Soiled, change_kernel, desc};
 use super::layers::{forward, kernels, options, plain, rows, runner, variants};
 
-/// A kernel that needs 64 columns, and fills those it needs not with NaN: with transforms that
-/// narrow and widen, shared experts, identity experts, whatever there is. Micro-batches too.
+/// A kernel whose memory holds NaN before it runs: with transforms that narrow and widen, shared
+/// experts, identity experts, whatever there is. Micro-batches too.
 #[test]
-fn rows_padded_for_a_kernel_change_no_bit() {
+fn what_memory_held_before_changes_no_bit() {
     for (name, spec) in variants() {
         let layer = random_layer(&spec, FloatType::F32, 7).unwrap();
         let options = options(None, F32);
@@ -22,7 +23,7 @@ fn rows_padded_for_a_kernel_change_no_bit() {
                     let mut padded =
                         runner(&layer, Some(kernel), F32).with_micro_batches(micro_batches);
                     let spare = layer.quant_method(desc(kernel), &options).unwrap();
-                    change_kernel(&mut padded, spare, |kernel| Box::new(Padded(kernel)));
+                    change_kernel(&mut padded, spare, |kernel| Box::new(Soiled(kernel)));
                     let y = forward(&mut padded, &hidden);
                     assert_eq!(y, plain, "{name}, {kernel}, {tokens} tokens");
                 }
@@ -43,7 +44,7 @@ fn a_widened_output_is_not_cut_to_the_routed_width() {
     let hidden = rows(F32, 7, 48, 3);
     let mut padded = runner(&layer, Some("cpu_portable"), F32);
     let spare = layer.quant_method(desc("cpu_portable"), &options(None, F32)).unwrap();
-    change_kernel(&mut padded, spare, |kernel| Box::new(Padded(kernel)));
+    change_kernel(&mut padded, spare, |kernel| Box::new(Soiled(kernel)));
     let y = forward(&mut padded, &hidden);
     assert!(y.chunks(48).all(|row| row[24..].iter().all(|v| *v != 0.0 && v.is_finite())));
     assert_eq!(y, forward(&mut runner(&layer, Some("cpu_portable"), F32), &hidden));

@@ -14,7 +14,7 @@ use proptest::prelude::*;
 use proptest::sample::select;
 
 use super::doubles::desc;
-use super::layers::{forward, kernels, nmse, options, plain, rows, shared, variants};
+use super::layers::{forward, kernels, nmse, options, plain, reported, rows, shared, variants};
 
 const WIDTH: usize = 48;
 
@@ -188,10 +188,10 @@ proptest! {
         let mut y = vec![f32::NAN; hidden.len()];
         let input =
             ForwardInput { router_logits: Some(&logits), ..ForwardInput::new(Rows::F32(&hidden)) };
-        let result = runner.forward(&input, RowsMut::F32(&mut y)).unwrap();
-        prop_assert!(result.routing.ids.iter().all(|id| id.index() >= 8));
-        match result.shared {
-            Some(shared) => prop_assert_eq!(shared, &y[..]),
+        let (_, report) = reported(&mut runner, &input, &mut y);
+        prop_assert!(report.routing.ids.iter().all(|id| id.index() >= 8));
+        match report.shared {
+            Some(shared) => prop_assert_eq!(&shared, &y),
             None => prop_assert!(y.iter().all(|v| *v == 0.0)),
         }
         prop_assert_eq!(with_shared, y.iter().any(|v| *v != 0.0));

@@ -38,11 +38,7 @@ fn method(layer: &LoadedLayer, groups: &Groups, map: &Arc<ExpertMap>, how: Metho
         // the expert-parallel group has a traffic counter of its own
         Method::Complete => Box::new(Reducing::new(map.clone(), rank, groups.ep.clone())),
     };
-    let pool = options(None, F32).pool;
-    QuantMethod {
-        kernel: build(desc("cpu_portable"), share.expert_set(), F32, &pool).unwrap(),
-        exchange,
-    }
+    QuantMethod { kernel: build(desc("cpu_portable"), share.expert_set(), F32).unwrap(), exchange }
 }
 
 /// Outputs, completeness and all-reduces in the tensor-parallel group of a pass with each of
@@ -214,8 +210,7 @@ fn a_kernel_that_routes_by_itself_is_refused_a_share() {
     let share = shard(&layer, sizes, 0, &map).unwrap();
     let options = options(None, F32);
     let mut runner = MoeRunner::new(layer.ready(&options).unwrap());
-    let kernel =
-        build(desc("reference_monolithic"), share.expert_set(), F32, &options.pool).unwrap();
+    let kernel = build(desc("reference_monolithic"), share.expert_set(), F32).unwrap();
     assert!(matches!(kernel, BuiltKernel::Monolithic(_)));
     let exchange = Box::new(LocalExchange::of(map, 0, Completeness::Partial));
     let error = runner.replace_quant_method(QuantMethod { kernel, exchange }).unwrap_err();

@@ -43,7 +43,6 @@ fn a_swapped_kernel_gives_what_a_fresh_one_gives() {
 #[test]
 fn a_method_of_another_shape_is_refused_and_the_old_one_stays() {
     let layer = random_layer(&plain(), FloatType::F32, 7).unwrap();
-    let options = options(None, F32);
     let hidden = rows(F32, 5, 48, 3);
     let mut runner = runner(&layer, None, F32);
     let before = forward(&mut runner, &hidden);
@@ -59,7 +58,7 @@ fn a_method_of_another_shape_is_refused_and_the_old_one_stays() {
     let halves = Arc::new(ExpertMap::new(8, &[ids[..4].to_vec(), ids[4..].to_vec()]).unwrap());
     let half = || Box::new(LocalExchange::of(halves.clone(), 1, Completeness::Partial));
     let few = ExpertSet { experts: &layer.experts[..4], ..layer.expert_set() };
-    let kernel = |name, set: ExpertSet<'_>| build(desc(name), set, F32, &options.pool).unwrap();
+    let kernel = |name, set: ExpertSet<'_>| build(desc(name), set, F32).unwrap();
 
     for name in kernels() {
         let (wide, many) = (other(8, 64), other(9, 48));

@@ -1,11 +1,5 @@
-//! The float kernels for processors: grouped products on all threads, for every format.
+//! The float kernels for processors: products in f32, for every format.
 //!
-//! ```text
-//! gather:  rows of each active expert, one expert after the other        x [slots, H]
-//! gate_up: tiles of (an expert's rows × some columns of I), in parallel  h [slots, I]
-//! down:    tiles of (an expert's rows × some columns of H), in parallel  y [slots, H]
-//! scatter: y to its slots
-//! ```
 //! Float weights are read where the checkpoint has them; other formats are decoded tile by tile to
 //! f32, in cache. The order of every sum is the kernel crate's, so a row's result does not depend on
 //! its neighbours or on the number of threads.
@@ -13,21 +7,19 @@
 mod linear;
 mod tile;
 
-use std::ops::Range;
 use std::sync::Arc;
 
 use moe_kernels::isa::Isa;
-use moe_kernels::kernel::{self, Kernel, Rows, RowsMut, Tile};
+use moe_kernels::kernel::{self, Kernel, Rows, Tile};
 use moe_kernels::pool::ThreadPool;
-use moe_kernels::region::for_each;
 
 pub use linear::Linear;
 
+use crate::experts::grouped::{self, Block, Product, Products};
 use crate::experts::reference::stored_bytes;
-use crate::experts::rms_norm;
 use crate::experts::{
     Determinism, Device, ExpertCall, ExpertSet, ExpertShape, Experts, Formats, KernelDesc,
-    RowFormat,
+    RowFormat, rms_norm,
 };
 use crate::hidden::ActivationDtype;
 use crate::plan::Plan;
@@ -78,22 +70,10 @@ pub const CPU_PORTABLE: KernelDesc =
 pub struct CpuExperts {
     desc: &'static KernelDesc,
     kernel: Kernel,
-    pool: SharedPool,
     spec: ExpertSpec,
     weight_on: WeightOn,
     experts: Vec<Expert>,
     shape: ExpertShape,
-    buffers: Buffers,
-}
-
-#[derive(Default)]
-struct Buffers {
-    x: Vec<f32>,
-    h: Vec<f32>,
-    y: Vec<f32>,
-    max: Vec<f32>,
-    blocks: Vec<Range<usize>>,
-    active: Vec<usize>,
 }
 
 impl CpuExperts {
@@ -101,26 +81,31 @@ impl CpuExperts {
     ///
     /// # Errors
     /// [`Error::NoKernel`] if this processor lacks the instruction set.
-    pub fn new(desc: &'static KernelDesc, set: ExpertSet<'_>, pool: SharedPool) -> Result<Self> {
+    pub fn new(desc: &'static KernelDesc, set: ExpertSet<'_>) -> Result<Self> {
         let kernel = Kernel::new(desc.isa).ok_or_else(|| {
             Error::NoKernel(format!("{}: this processor has no {}", desc.name, desc.isa.name()))
         })?;
         Ok(Self {
             desc,
             kernel,
-            pool,
             spec: *set.spec,
             weight_on: set.weight_on,
             experts: set.experts.iter().map(pack).collect(),
             shape: set.shape(),
-            buffers: Buffers::default(),
         })
     }
-}
 
-/// `max|v|`, 0 of nothing.
-pub(super) fn largest_magnitude(row: &[f32]) -> f32 {
-    row.iter().fold(0.0, |max, v| v.abs().max(max))
+    fn cols(&self, product: Product) -> usize {
+        match product {
+            Product::First => self.shape.hidden,
+            Product::Second => self.shape.intermediate,
+        }
+    }
+
+    fn rows<'a>(&self, product: Product, block: Block<'a>) -> Rows<'a> {
+        let cols = self.cols(product);
+        Rows::new(block.rows, block.slots.len(), cols, cols)
+    }
 }
 
 /// Float projections with contiguous rows; they share the checkpoint's memory where it has them so.
@@ -164,100 +149,80 @@ impl Experts for CpuExperts {
         self.shape
     }
 
-    fn workspace_bytes(&self, slots: usize) -> usize {
-        slots * (2 * self.shape.hidden + self.shape.intermediate) * size_of::<f32>()
+    fn scratch_bytes(&self, slots: usize, threads: usize) -> usize {
+        grouped::scratch_bytes(self, slots, threads)
     }
 
     fn weight_bytes(&self, plan: &Plan) -> usize {
         plan.active().map(|e| stored_bytes(&self.experts[e])).sum()
     }
 
-    fn forward(&mut self, call: ExpertCall<'_>) -> Result<()> {
-        let ExpertCall { rows, stride, plan, weights, out, quantised, row_max } = call;
-        let ExpertShape { hidden, intermediate, .. } = self.shape;
-        let slots = plan.slots_planned();
-        let Buffers { x, h, y, max, blocks, active } = &mut self.buffers;
-        let row_max_given = row_max.is_some();
-        active.clear();
-        active.extend(plan.active());
-        blocks.clear();
-        blocks.extend(active.iter().map(|e| plan.range(*e)));
-        x.resize(slots * hidden, 0.0);
-        h.resize(slots * intermediate, 0.0);
-        y.resize(slots * hidden, 0.0);
+    fn forward(&self, call: ExpertCall<'_>) -> Result<()> {
+        grouped::forward(self, call)
+    }
+}
 
-        let (experts, spec, weight_on) = (&self.experts, &self.spec, self.weight_on);
-        let (kernel, pool) = (&self.kernel, &*self.pool);
-        let active = &*active;
-        let activation = kernel_activation(spec.activation);
+impl Products for CpuExperts {
+    fn shape(&self) -> ExpertShape {
+        self.shape
+    }
 
-        // gather; rows are quantised here where the expert's first product asks for it
-        let mut x_rows = RowsMut::new(x, slots, hidden, hidden);
-        for_each(
-            pool,
-            x_rows.tiles(blocks, hidden.max(1)),
-            |Tile { block, out: mut tile, .. }| {
-                let expert = &experts[active[block]];
-                for (i, &slot) in plan.slots(active[block]).iter().enumerate() {
-                    let to = tile.row_mut(i);
-                    to.copy_from_slice(&rows[plan.row(slot) * stride..][..hidden]);
-                    if weight_on == WeightOn::Input {
-                        to.iter_mut().for_each(|v| *v *= weights[slot as usize]);
-                    }
-                    if !quantised {
-                        expert.up.input.apply(to);
-                    }
-                }
-            },
-        );
+    fn row_len(&self, product: Product) -> usize {
+        self.cols(product)
+    }
 
-        let x_rows = Rows::new(x, slots, hidden, hidden);
-        let mut h_rows = RowsMut::new(h, slots, intermediate, intermediate);
-        for_each(pool, h_rows.tiles(blocks, tile::COLUMNS), |Tile { block, cols, out }| {
-            let expert = &experts[active[block]];
-            let x = x_rows.slice(blocks[block].clone());
-            tile::gate_up(kernel, expert, activation, x, cols, out);
-        });
-        if let Some(row_max) = row_max {
-            max.clear();
-            max.extend(h.chunks_exact(intermediate.max(1)).map(largest_magnitude));
-            max.resize(slots, 0.0);
-            row_max(max)?;
+    fn tile(&self) -> usize {
+        tile::COLUMNS
+    }
+
+    fn scratch(&self, rows: usize) -> usize {
+        tile::scratch(self.shape, rows)
+    }
+
+    fn enter(&self, expert: usize, row: &mut [f32], weight: f32, quantised: bool) {
+        if self.weight_on == WeightOn::Input {
+            row.iter_mut().for_each(|v| *v *= weight);
         }
-        let (max, sliced) = (&*max, row_max_given);
-        let mut h_rows = RowsMut::new(h, slots, intermediate, intermediate);
-        for_each(
-            pool,
-            h_rows.tiles(blocks, intermediate.max(1)),
-            |Tile { block, out: mut tile, .. }| {
-                let input = experts[active[block]].down.input;
-                let mut scratch = Vec::new();
-                for (i, slot) in blocks[block].clone().enumerate() {
-                    match sliced {
-                        true => input.apply_slice(tile.row_mut(i), max[slot], &mut scratch),
-                        false => input.apply(tile.row_mut(i)),
-                    }
-                }
-            },
-        );
-
-        let h_rows = Rows::new(h, slots, intermediate, intermediate);
-        let mut y_rows = RowsMut::new(y, slots, hidden, hidden);
-        for_each(pool, y_rows.tiles(blocks, tile::COLUMNS), |Tile { block, cols, out }| {
-            let expert = &experts[active[block]];
-            let h = h_rows.slice(blocks[block].clone());
-            tile::down(kernel, expert, h, cols, out);
-        });
-
-        for &e in active {
-            for (i, &slot) in plan.range(e).zip(plan.slots(e)) {
-                let to = &mut out[slot as usize * stride..][..hidden];
-                to.copy_from_slice(&y[i * hidden..(i + 1) * hidden]);
-                if let (Some(norm), Some(weight)) = (spec.norm, &experts[e].norm) {
-                    rms_norm(norm, weight, to);
-                }
-            }
+        if !quantised {
+            self.experts[expert].up.input.apply(row);
         }
-        Ok(())
+    }
+
+    fn between(&self, expert: usize, row: &mut [f32], whole: Option<f32>, scratch: &mut [f32]) {
+        let input = self.experts[expert].down.input;
+        match whole {
+            Some(max) => input.apply_slice(row, max, scratch),
+            None => input.apply(row),
+        }
+    }
+
+    fn operand(&self, _product: Product, _expert: usize, row: &[f32], into: &mut [f32]) {
+        into.copy_from_slice(row);
+    }
+
+    fn operand_len(&self, product: Product, _expert: usize) -> usize {
+        self.cols(product)
+    }
+
+    fn first(&self, block: Block<'_>, tile: &mut Tile<'_>, scratch: &mut [f32]) {
+        let activation = kernel_activation(self.spec.activation);
+        let x = self.rows(Product::First, block);
+        let expert = &self.experts[block.expert];
+        tile::gate_up(&self.kernel, expert, activation, x, tile, scratch);
+    }
+
+    fn second(&self, block: Block<'_>, tile: &mut Tile<'_>, scratch: &mut [f32]) {
+        let h = self.rows(Product::Second, block);
+        tile::down(&self.kernel, &self.experts[block.expert], h, tile, scratch);
+    }
+
+    fn normalises(&self) -> bool {
+        self.spec.norm.is_some()
+    }
+
+    fn normalise(&self, expert: usize, row: &mut [f32]) {
+        if let (Some(norm), Some(weight)) = (self.spec.norm, &self.experts[expert].norm) {
+            rms_norm(norm, weight, row);
+        }
     }
 }

@@ -23,13 +23,10 @@
 mod operand;
 mod product;
 
-use std::ops::Range;
-
 use moe_kernels::isa::Isa;
-use moe_kernels::kernel::{RowsMut, Tile};
-use moe_kernels::region::for_each;
+use moe_kernels::kernel::Tile;
 
-use crate::experts::cpu::{SharedPool, largest_magnitude};
+use crate::experts::grouped::{self, Block, Product, Products};
 use crate::experts::reference::stored_bytes;
 use crate::experts::{
     Determinism, Device, ExpertCall, ExpertSet, ExpertShape, Experts, Formats, KernelDesc,
@@ -106,12 +103,10 @@ pub const EMULATIONS: [&KernelDesc; 3] = [&EMULATION_NVFP4, &EMULATION_OCP_MX, &
 pub struct Emulation {
     desc: &'static KernelDesc,
     dtype: ActivationDtype,
-    pool: SharedPool,
     spec: ExpertSpec,
     weight_on: WeightOn,
     experts: Vec<EmulatedExpert>,
     shape: ExpertShape,
-    buffers: Buffers,
 }
 
 struct EmulatedExpert {
@@ -119,16 +114,6 @@ struct EmulatedExpert {
     up: Operand,
     down: Operand,
     stored: Expert,
-}
-
-#[derive(Default)]
-struct Buffers {
-    x: Vec<f32>,
-    h: Vec<f32>,
-    y: Vec<f32>,
-    max: Vec<f32>,
-    blocks: Vec<Range<usize>>,
-    active: Vec<usize>,
 }
 
 impl Emulation {
@@ -141,7 +126,6 @@ impl Emulation {
         desc: &'static KernelDesc,
         set: ExpertSet<'_>,
         dtype: ActivationDtype,
-        pool: SharedPool,
     ) -> Result<Self> {
         if set.spec.norm.is_some() {
             return Err(Error::NoKernel(format!(
@@ -169,12 +153,10 @@ impl Emulation {
         Ok(Self {
             desc,
             dtype,
-            pool,
             spec: *set.spec,
             weight_on: set.weight_on,
             experts: set.experts.iter().enumerate().map(emulated).collect::<Result<_>>()?,
             shape: set.shape(),
-            buffers: Buffers::default(),
         })
     }
 }
@@ -195,103 +177,85 @@ impl Experts for Emulation {
         self.shape
     }
 
-    fn workspace_bytes(&self, slots: usize) -> usize {
-        slots * (2 * self.shape.hidden + self.shape.intermediate) * size_of::<f32>()
+    fn scratch_bytes(&self, slots: usize, threads: usize) -> usize {
+        grouped::scratch_bytes(self, slots, threads)
     }
 
     fn weight_bytes(&self, plan: &Plan) -> usize {
         plan.active().map(|e| stored_bytes(&self.experts[e].stored)).sum()
     }
 
-    fn forward(&mut self, call: ExpertCall<'_>) -> Result<()> {
-        let ExpertCall { rows, stride, plan, weights, out, row_max, .. } = call;
-        let (ExpertShape { hidden, intermediate, .. }, dtype) = (self.shape, self.dtype);
-        let slots = plan.slots_planned();
-        let Buffers { x, h, y, max, blocks, active } = &mut self.buffers;
-        active.clear();
-        active.extend(plan.active());
-        blocks.clear();
-        blocks.extend(active.iter().map(|e| plan.range(*e)));
-        x.resize(slots * hidden, 0.0);
-        h.resize(slots * intermediate, 0.0);
-        y.resize(slots * hidden, 0.0);
-        let (experts, activation, weight_on) =
-            (&self.experts, self.spec.activation, self.weight_on);
-        let (pool, active, blocks) = (&*self.pool, &*active, &*blocks);
+    fn forward(&self, call: ExpertCall<'_>) -> Result<()> {
+        grouped::forward(self, call)
+    }
+}
 
-        let mut x_rows = RowsMut::new(x, slots, hidden, hidden);
-        for_each(
-            pool,
-            x_rows.tiles(blocks, hidden.max(1)),
-            |Tile { block, out: mut tile, .. }| {
-                let e = active[block];
-                for (i, &slot) in plan.slots(e).iter().enumerate() {
-                    let to = tile.row_mut(i);
-                    to.copy_from_slice(&rows[plan.row(slot) * stride..][..hidden]);
-                    to.iter_mut().for_each(|v| *v = dtype.round(*v));
-                    if weight_on == WeightOn::Input {
-                        let weight = dtype.round(weights[slot as usize]);
-                        to.iter_mut().for_each(|v| *v = dtype.round(*v * weight));
-                    }
-                    experts[e].up.quantise_input(to, None);
-                }
-            },
-        );
+impl Products for Emulation {
+    fn shape(&self) -> ExpertShape {
+        self.shape
+    }
 
-        let mut h_rows = RowsMut::new(h, slots, intermediate, intermediate);
-        for_each(pool, h_rows.tiles(blocks, product::LANES), |Tile { block, cols, out: tile }| {
-            let expert = &experts[active[block]];
-            let x = &x[blocks[block].start * hidden..blocks[block].end * hidden];
-            gate_up(expert, activation, dtype, x, cols, tile);
-        });
-        // slices of rows that other ranks hold the rest of are quantised as the whole rows would be
-        max.clear();
-        if let Some(row_max) = row_max {
-            max.extend(h.chunks_exact(intermediate.max(1)).map(largest_magnitude));
-            max.resize(slots, 0.0);
-            row_max(max)?;
+    fn row_len(&self, product: Product) -> usize {
+        match product {
+            Product::First => self.shape.hidden,
+            Product::Second => self.shape.intermediate,
         }
-        let max = &*max;
-        let mut h_rows = RowsMut::new(h, slots, intermediate, intermediate);
-        for_each(
-            pool,
-            h_rows.tiles(blocks, intermediate.max(1)),
-            |Tile { block, out: mut tile, .. }| {
-                for (i, slot) in blocks[block].clone().enumerate() {
-                    let whole = max.get(slot).copied();
-                    experts[active[block]].down.quantise_input(tile.row_mut(i), whole);
-                }
-            },
-        );
+    }
 
-        let mut y_rows = RowsMut::new(y, slots, hidden, hidden);
-        for_each(
-            pool,
-            y_rows.tiles(blocks, product::LANES),
-            |Tile { block, cols, out: mut tile }| {
-                let e = active[block];
-                let (expert, rows) = (&experts[e], &blocks[block]);
-                let h = &h[rows.start * intermediate..rows.end * intermediate];
-                let bias = expert.stored.down_bias.as_deref();
-                product::rows(&expert.down, bias, h, cols, |i, sums| {
-                    let weight = match weight_on {
-                        WeightOn::Output => weights[plan.slots(e)[i] as usize],
-                        WeightOn::Input => 1.0,
-                    };
-                    for (out, sum) in tile.row_mut(i).iter_mut().zip(sums) {
-                        *out = dtype.round(sum * weight);
-                    }
-                });
-            },
-        );
+    fn tile(&self) -> usize {
+        product::LANES
+    }
 
-        for &e in active {
-            for (i, &slot) in plan.range(e).zip(plan.slots(e)) {
-                let to = &mut out[slot as usize * stride..][..hidden];
-                to.copy_from_slice(&y[i * hidden..(i + 1) * hidden]);
+    fn scratch(&self, _rows: usize) -> usize {
+        product::scratch(self.shape.hidden.max(self.shape.intermediate))
+    }
+
+    fn enter(&self, expert: usize, row: &mut [f32], weight: f32, _quantised: bool) {
+        let dtype = self.dtype;
+        row.iter_mut().for_each(|v| *v = dtype.round(*v));
+        if self.weight_on == WeightOn::Input {
+            let weight = dtype.round(weight);
+            row.iter_mut().for_each(|v| *v = dtype.round(*v * weight));
+        }
+        self.experts[expert].up.quantise_input(row, None, &mut []);
+    }
+
+    fn between(&self, expert: usize, row: &mut [f32], whole: Option<f32>, scratch: &mut [f32]) {
+        self.experts[expert].down.quantise_input(row, whole, scratch);
+    }
+
+    fn operand(&self, _product: Product, _expert: usize, row: &[f32], into: &mut [f32]) {
+        into.copy_from_slice(row);
+    }
+
+    fn operand_len(&self, product: Product, _expert: usize) -> usize {
+        self.row_len(product)
+    }
+
+    fn first(&self, block: Block<'_>, tile: &mut Tile<'_>, scratch: &mut [f32]) {
+        gate_up(
+            &self.experts[block.expert],
+            self.spec.activation,
+            self.dtype,
+            block,
+            tile,
+            scratch,
+        );
+    }
+
+    fn second(&self, block: Block<'_>, tile: &mut Tile<'_>, scratch: &mut [f32]) {
+        let (dtype, expert) = (self.dtype, &self.experts[block.expert]);
+        let bias = expert.stored.down_bias.as_deref();
+        let Tile { cols, out, .. } = tile;
+        product::rows(&expert.down, bias, block.rows, cols.clone(), scratch, |i, sums| {
+            let weight = match self.weight_on {
+                WeightOn::Output => block.weights[block.slots[i] as usize],
+                WeightOn::Input => 1.0,
+            };
+            for (out, sum) in out.row_mut(i).iter_mut().zip(sums) {
+                *out = dtype.round(sum * weight);
             }
-        }
-        Ok(())
+        });
     }
 }
 
@@ -300,25 +264,32 @@ fn gate_up(
     expert: &EmulatedExpert,
     activation: Activation,
     dtype: ActivationDtype,
-    x: &[f32],
-    cols: Range<usize>,
-    mut out: RowsMut<'_>,
+    block: Block<'_>,
+    Tile { cols, out, .. }: &mut Tile<'_>,
+    scratch: &mut [f32],
 ) {
-    let stored = &expert.stored;
+    let (stored, x) = (&expert.stored, block.rows);
     let Some(gate) = &expert.gate else {
-        product::rows(&expert.up, stored.up_bias.as_deref(), x, cols, |i, sums| {
-            for (out, sum) in out.row_mut(i).iter_mut().zip(sums) {
-                *out = plain(activation, dtype.round(*sum), dtype);
-            }
-        });
+        product::rows(
+            &expert.up,
+            stored.up_bias.as_deref(),
+            x,
+            cols.clone(),
+            scratch,
+            |i, sums| {
+                for (out, sum) in out.row_mut(i).iter_mut().zip(sums) {
+                    *out = plain(activation, dtype.round(*sum), dtype);
+                }
+            },
+        );
         return;
     };
-    product::rows(gate, stored.gate_bias.as_deref(), x, cols.clone(), |i, sums| {
+    product::rows(gate, stored.gate_bias.as_deref(), x, cols.clone(), scratch, |i, sums| {
         for (out, sum) in out.row_mut(i).iter_mut().zip(sums) {
             *out = dtype.round(*sum);
         }
     });
-    product::rows(&expert.up, stored.up_bias.as_deref(), x, cols, |i, sums| {
+    product::rows(&expert.up, stored.up_bias.as_deref(), x, cols.clone(), scratch, |i, sums| {
         for (out, sum) in out.row_mut(i).iter_mut().zip(sums) {
             *out = gated(activation, *out, dtype.round(*sum), dtype);
         }

@@ -48,10 +48,10 @@ impl Operand {
     }
 
     /// Quantises and dequantises a row in f32, then rounds it to T. A slice of a row comes with the
-    /// largest magnitude of the whole.
-    pub(super) fn quantise_input(&self, row: &mut [f32], whole: Option<f32>) {
+    /// largest magnitude of the whole, and with scratch longer than the row.
+    pub(super) fn quantise_input(&self, row: &mut [f32], whole: Option<f32>, scratch: &mut [f32]) {
         match whole {
-            Some(max) => self.input.apply_slice(row, max, &mut Vec::new()),
+            Some(max) => self.input.apply_slice(row, max, scratch),
             None => self.input.apply(row),
         }
         row.iter_mut().for_each(|v| *v = self.dtype.round(*v));

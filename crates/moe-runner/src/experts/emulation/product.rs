@@ -1,6 +1,5 @@
 //! The one product: f32 sums in a fixed order.
 
-use std::cell::RefCell;
 use std::ops::Range;
 
 use super::operand::Operand;
@@ -9,15 +8,9 @@ use super::operand::Operand;
 /// not seen in any result.
 pub(super) const LANES: usize = 32;
 
-#[derive(Default)]
-struct Scratch {
-    row: Vec<f32>,
-    /// For each k the weights of all lanes.
-    tile: Vec<[f32; LANES]>,
-}
-
-thread_local! {
-    static SCRATCH: RefCell<Scratch> = RefCell::default();
+/// Floats of scratch for a product of rows of `cols` columns.
+pub(super) fn scratch(cols: usize) -> usize {
+    cols + cols * LANES
 }
 
 /// Computes `Σ_k x[k]·w[n, k] + bias[n]` for the features `n` in `cols`, at most [`LANES`] of them,
@@ -30,27 +23,27 @@ pub(super) fn rows(
     bias: Option<&[f32]>,
     x: &[f32],
     cols: Range<usize>,
+    scratch: &mut [f32],
     mut store: impl FnMut(usize, &[f32]),
 ) {
     debug_assert!(cols.len() <= LANES && cols.end <= weights.rows());
-    SCRATCH.with_borrow_mut(|Scratch { row, tile }| {
-        row.resize(weights.cols(), 0.0);
-        tile.clear();
-        tile.resize(weights.cols(), [0.0; LANES]);
-        for (lane, n) in cols.clone().enumerate() {
-            weights.decode_row(n, row);
-            for (lanes, w) in tile.iter_mut().zip(&*row) {
-                lanes[lane] = *w;
-            }
+    let (row, tile) = scratch.split_at_mut(weights.cols());
+    // for each k the weights of all lanes
+    let tile = &mut tile.as_chunks_mut::<LANES>().0[..weights.cols()];
+    tile.fill([0.0; LANES]);
+    for (lane, n) in cols.clone().enumerate() {
+        weights.decode_row(n, row);
+        for (lanes, w) in tile.iter_mut().zip(&*row) {
+            lanes[lane] = *w;
         }
-        for (i, x) in x.chunks_exact(weights.cols().max(1)).enumerate() {
-            let mut sums = dot(x, tile);
-            if let Some(bias) = bias {
-                sums.iter_mut().zip(&bias[cols.clone()]).for_each(|(sum, b)| *sum += b);
-            }
-            store(i, &sums[..cols.len()]);
+    }
+    for (i, x) in x.chunks_exact(weights.cols().max(1)).enumerate() {
+        let mut sums = dot(x, tile);
+        if let Some(bias) = bias {
+            sums.iter_mut().zip(&bias[cols.clone()]).for_each(|(sum, b)| *sum += b);
         }
-    });
+        store(i, &sums[..cols.len()]);
+    }
 }
 
 fn dot(x: &[f32], tile: &[[f32; LANES]]) -> [f32; LANES] {

@@ -59,5 +59,6 @@ fn run(command: &Command, json: bool) -> anyhow::Result<Report> {
         }
         Command::Plan(args) => commands::plan::run(args),
         Command::Quantize(args) => commands::quantize::run(args),
+        Command::Acid(args) => commands::acid::run(args),
     }
 }

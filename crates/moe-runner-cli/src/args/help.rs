@@ -133,3 +133,17 @@ Examples:
   moe-runner quantize ./model --format mxfp4 --output ./out \\
     --ignore 're:.*shared_expert.*'
   moe-runner check ./out --against ./model";
+
+pub(super) const ACID: &str = "\
+Seven tiny checkpoints (DeepSeek-V3 and a twin with negative choices, gpt-oss,
+Qwen2-MoE, Mixtral, Llama-4, Ernie-4.5) are built so that the log-probabilities
+of one forward pass spell out what the block computed: each expert's weight,
+the activation, the multiplier of the shared expert. A model of the block in
+which every known mistake is a switch then names the mistakes that explain
+them. What engines may choose (ties, rounding of logits) is a note.
+
+Examples:
+  moe-runner acid run
+  moe-runner acid write ./acid --family mixtral,gpt_oss --form bf16
+  moe-runner acid read said.json
+  moe-runner acid self";

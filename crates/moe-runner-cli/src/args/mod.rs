@@ -54,6 +54,9 @@ pub(crate) enum Command {
     #[command(after_help = help::QUANTIZE)]
     #[command(override_usage = "moe-runner quantize CHECKPOINT --format FORMAT --output FOLDER")]
     Quantize(QuantizeArgs),
+    /// Test what any engine's MoE block computes, from log-probabilities alone.
+    #[command(after_help = help::ACID)]
+    Acid(crate::commands::acid::AcidArgs),
 }
 
 /// `check`

@@ -2,6 +2,7 @@
 
 #![allow(missing_docs)]
 
+mod acid;
 mod bad_input;
 mod bench;
 mod check;

@@ -1,15 +1,21 @@
 //! How a layer is split over ranks, and what the ranks are: threads of this process, or the
 //! processes that a launcher started.
 
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
 use moe_kernels::pool::Pool;
 use moe_runner::Error;
 use moe_runner::comm::{At, Communicator, Groups, Sizes, Step, mpi, run_ranks};
+use moe_runner::exchange::ExpertMap;
 use moe_runner::experts::RowFormat;
 use moe_runner::parallel::{ExchangeKind, Parallel, Placement};
+use moe_runner::router::LogicalId;
+use moe_runner::runner::{MoeRunner, Options, RankedRunner};
+use moe_runner::weights::LoadedLayer;
+use serde::Deserialize;
 
 use crate::failure::unusable;
 use crate::measure::MachineLimits;
@@ -49,10 +55,9 @@ pub(crate) struct Splitting {
     #[arg(default_value_t = Rows::Standard)]
     row_format: Rows,
     /// Which rank holds which experts, with --ep: linear, runs of consecutive ones; round-robin,
-    /// expert e is on rank e mod ranks.
-    #[arg(long, value_enum, value_name = "RULE", hide_possible_values = true)]
-    #[arg(default_value_t = PlacementRule::Linear)]
-    placement: PlacementRule,
+    /// expert e is on rank e mod ranks; or a file that `plan --json` wrote.
+    #[arg(long, value_name = "RULE|FILE", default_value = "linear", value_parser = placement)]
+    placement: PlacementChoice,
     /// What the ranks are: threads of this process; with mpi, the processes that mpirun started; with
     /// nccl, GPUs (not in this build).
     #[arg(long, value_enum, value_name = "WHAT", hide_possible_values = true)]
@@ -78,12 +83,43 @@ enum Rows {
     Batched,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum PlacementRule {
-    /// Runs of consecutive experts.
-    Linear,
-    /// Expert e on rank e mod ranks.
-    RoundRobin,
+/// Where the experts are to be.
+#[derive(Clone, Debug)]
+enum PlacementChoice {
+    Rule(Placement),
+    /// What `plan` wrote.
+    File(PathBuf),
+}
+
+fn placement(text: &str) -> Result<PlacementChoice, String> {
+    match text {
+        "linear" => Ok(PlacementChoice::Rule(Placement::Linear)),
+        "round-robin" => Ok(PlacementChoice::Rule(Placement::RoundRobin)),
+        file if Path::new(file).is_file() => Ok(PlacementChoice::File(file.into())),
+        _ => Err("is neither linear, nor round-robin, nor a file that `plan --json` wrote".into()),
+    }
+}
+
+/// The placements of a plan, by layer.
+#[derive(Deserialize)]
+struct PlanFile {
+    layers: Vec<PlannedLayer>,
+}
+
+#[derive(Deserialize)]
+struct PlannedLayer {
+    layer: usize,
+    /// Experts of each rank.
+    placement: Vec<Vec<u32>>,
+}
+
+impl PlanFile {
+    fn read(path: &Path) -> Result<Self> {
+        let text =
+            std::fs::read(path).with_context(|| format!("{}: cannot read", path.display()))?;
+        serde_json::from_slice(&text)
+            .with_context(|| format!("{}: is not what `plan --json` writes", path.display()))
+    }
 }
 
 /// How ranks talk to each other.
@@ -101,6 +137,14 @@ enum Comm {
 const MAX_DBO: usize = 64;
 
 impl Splitting {
+    /// The file that says where the experts are to be, if one does.
+    pub(crate) fn placement_file(&self) -> Option<&Path> {
+        match &self.placement {
+            PlacementChoice::Rule(_) => None,
+            PlacementChoice::File(path) => Some(path),
+        }
+    }
+
     /// What the flags ask for.
     pub(crate) fn parallel(&self) -> Result<Parallel> {
         let sizes = Sizes {
@@ -114,6 +158,9 @@ impl Splitting {
         if !(1..=MAX_DBO).contains(&self.dbo) {
             return Err(unusable(format!("--dbo {}: must be 1 to {MAX_DBO}", self.dbo)));
         }
+        if matches!(self.placement, PlacementChoice::File(_)) && !(self.ep && sizes.ranks() > 1) {
+            return Err(unusable("--placement FILE: needs --ep, and the plan's number of ranks"));
+        }
         if self.exchange == Exchange::AllToAll && !self.ep {
             return Err(unusable(
                 "--exchange all-to-all: needs --ep, experts that live on one rank",
@@ -122,8 +169,8 @@ impl Splitting {
         Ok(Parallel {
             sizes,
             placement: match self.placement {
-                PlacementRule::Linear => Placement::Linear,
-                PlacementRule::RoundRobin => Placement::RoundRobin,
+                PlacementChoice::Rule(rule) => rule,
+                PlacementChoice::File(_) => Placement::Linear,
             },
             exchange: match self.exchange {
                 Exchange::Auto => ExchangeKind::Auto,
@@ -142,8 +189,12 @@ impl Splitting {
     /// The ranks that the flags ask for.
     pub(crate) fn ranks(&self) -> Result<Ranks> {
         let sizes = self.parallel()?.sizes;
-        match self.comm {
-            Comm::Threads => Ok(Ranks::Threads(sizes)),
+        let plan = match &self.placement {
+            PlacementChoice::Rule(_) => None,
+            PlacementChoice::File(path) => Some((path.clone(), PlanFile::read(path)?)),
+        };
+        let kind = match self.comm {
+            Comm::Threads => RanksKind::Threads,
             Comm::Mpi => {
                 let world = mpi::open()?;
                 if world.size() != sizes.ranks() {
@@ -153,21 +204,32 @@ impl Splitting {
                         world.size()
                     )));
                 }
-                Ok(Ranks::Mpi(sizes, world))
+                RanksKind::Mpi(world)
             }
-            Comm::Nccl => Err(unusable(
-                "--comm nccl: connects GPUs, and this build has no GPU kernels; use threads or mpi",
-            )),
-        }
+            Comm::Nccl => {
+                return Err(unusable(
+                    "--comm nccl: connects GPUs, and this build has no GPU kernels; use threads or \
+                     mpi",
+                ));
+            }
+        };
+        Ok(Ranks { sizes, kind, plan })
     }
 }
 
 /// The ranks of one run of the command.
-pub(crate) enum Ranks {
+pub(crate) struct Ranks {
+    sizes: Sizes,
+    kind: RanksKind,
+    /// Where the experts are to be, if a file says so.
+    plan: Option<(PathBuf, PlanFile)>,
+}
+
+enum RanksKind {
     /// Threads of this process.
-    Threads(Sizes),
+    Threads,
     /// This process is one of them.
-    Mpi(Sizes, Arc<dyn Communicator>),
+    Mpi(Arc<dyn Communicator>),
 }
 
 /// The sizes, for people.
@@ -187,23 +249,55 @@ pub(crate) fn describe(sizes: &Sizes) -> String {
 impl Ranks {
     /// This process writes files and reports.
     pub(crate) fn reports(&self) -> bool {
-        match self {
-            Self::Threads(_) => true,
-            Self::Mpi(_, world) => world.rank() == 0,
+        match &self.kind {
+            RanksKind::Threads => true,
+            RanksKind::Mpi(world) => world.rank() == 0,
         }
+    }
+
+    /// The ranks are processes of their own.
+    pub(crate) fn are_processes(&self) -> bool {
+        matches!(self.kind, RanksKind::Mpi(_))
+    }
+
+    /// This rank's runner of a layer, with its experts where a plan says, if there is one.
+    pub(crate) fn runner<'a>(
+        &self,
+        layer: &LoadedLayer,
+        options: &Options,
+        groups: &'a Groups,
+        parallel: &Parallel,
+    ) -> moe_runner::Result<RankedRunner<'a>> {
+        let Some((path, plan)) = &self.plan else {
+            return RankedRunner::new(layer, options, groups, parallel);
+        };
+        let index = layer.spec.index;
+        let Some(planned) = plan.layers.iter().find(|planned| planned.layer == index) else {
+            return Err(Error::file(path, format!("has no placement for layer {index}")));
+        };
+        let (ranks, wanted) = (planned.placement.len(), groups.sizes.ep());
+        if ranks != wanted {
+            let reason = format!("places layer {index} on {ranks} ranks; there are {wanted}");
+            return Err(Error::file(path, reason));
+        }
+        let ids = |rank: &Vec<u32>| rank.iter().map(|id| LogicalId(*id)).collect();
+        let by_rank: Vec<Vec<LogicalId>> = planned.placement.iter().map(ids).collect();
+        let map = ExpertMap::new(layer.experts.len(), &by_rank)
+            .map_err(|error| Error::file(path, format!("layer {index}: {error}")))?;
+        let runner = MoeRunner::on_rank_with(layer, options, groups, parallel, Arc::new(map))?;
+        Ok(RankedRunner::of(runner, groups))
     }
 
     /// The sizes, where there is more than one rank.
     pub(crate) fn split(&self) -> Option<Sizes> {
-        let (Self::Threads(sizes) | Self::Mpi(sizes, _)) = self;
-        (sizes.ranks() > 1).then_some(*sizes)
+        (self.sizes.ranks() > 1).then_some(self.sizes)
     }
 
     /// The ranks that share this process's memory.
     pub(crate) fn in_this_process(&self) -> usize {
-        match self {
-            Self::Threads(sizes) => sizes.ranks(),
-            Self::Mpi(..) => 1,
+        match self.kind {
+            RanksKind::Threads => self.sizes.ranks(),
+            RanksKind::Mpi(_) => 1,
         }
     }
 
@@ -223,7 +317,7 @@ impl Ranks {
     /// What the machines of all ranks can do together. Processes measure at the same time, so that
     /// those of one machine share it.
     pub(crate) fn measure(&self, pool: &Pool) -> moe_runner::Result<MachineLimits> {
-        let Self::Mpi(_, world) = self else { return Ok(MachineLimits::measure(pool)) };
+        let RanksKind::Mpi(world) = &self.kind else { return Ok(MachineLimits::measure(pool)) };
         let at = At::new("the machine", Step::Finish);
         world.barrier(at)?;
         let mine = MachineLimits::measure(pool);
@@ -246,14 +340,15 @@ impl Ranks {
         &self,
         work: impl Fn(&Groups) -> moe_runner::Result<T> + Sync,
     ) -> moe_runner::Result<T> {
-        match self {
-            Self::Threads(sizes) => {
+        let sizes = self.sizes;
+        match &self.kind {
+            RanksKind::Threads => {
                 let mut results =
-                    run_ranks(sizes.ranks(), |world| work(&Groups::new(world.clone(), *sizes)?))?;
+                    run_ranks(sizes.ranks(), |world| work(&Groups::new(world.clone(), sizes)?))?;
                 Ok(results.swap_remove(0))
             }
-            Self::Mpi(sizes, world) => {
-                let result = Groups::new(world.clone(), *sizes).and_then(|groups| work(&groups));
+            RanksKind::Mpi(world) => {
+                let result = Groups::new(world.clone(), sizes).and_then(|groups| work(&groups));
                 if let Err(error) = &result {
                     // the others would wait for this rank
                     world.abort(&error.to_string());

@@ -3,7 +3,8 @@
 
 use moe_runner::exchange::ExpertMap;
 use moe_runner::parallel::balance::{
-    Copies, Topology, balance, initial, place, published, rank_loads, rebalance,
+    Copies, Topology, balance, copies_beside, initial, place, published, rank_loads, rebalance,
+    rebalance_worth,
 };
 use moe_runner::random::Random;
 use moe_runner::router::LogicalId;
@@ -232,4 +233,29 @@ fn many_layers() {
         assert!(new.after > 0.8 && new.after > new.before, "{} to {}", new.before, new.after);
         assert!(!has_twice(&place(&load, shape, Copies::Apart).unwrap()));
     }
+}
+
+/// A second copy on a rank serves nobody: where memory counts, it must buy as much time as it takes
+/// room. Several hot experts among 256 with 64 more copies, as in wide deployments.
+#[test]
+fn copies_beside_each_other_must_be_worth_their_memory() {
+    let (experts, ranks) = (256, 16);
+    let shape = topology(ranks, 20, 1, 1);
+    let start = initial(experts, shape).unwrap();
+    let mut declined = 0;
+    for seed in 0..40 {
+        let random = &mut Random::new(seed);
+        let mut load: Vec<f64> = (0..experts).map(|_| 500. + 2500. * random.unit()).collect();
+        for _ in 0..4 + 4 * (seed % 2) {
+            load[(random.unit() * 256.) as usize] = 20000. + 70000. * random.unit();
+        }
+        let any = rebalance(&load, &start, 1, 1).unwrap();
+        let new = rebalance_worth(&load, &start, 1, 1, 1.0).unwrap();
+        let more = copies_beside(&any.map).saturating_sub(copies_beside(&new.map));
+        let room = more as f64 / (20 * ranks) as f64;
+        assert!(new.after >= any.after - room - 1e-9, "seed {seed}: {} {}", new.after, any.after);
+        declined += usize::from(more > 0);
+        assert!(new.after > new.before);
+    }
+    assert!(declined > 3, "{declined}: these loads tempt nobody");
 }

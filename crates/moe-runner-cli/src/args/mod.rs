@@ -122,6 +122,10 @@ pub(crate) struct RunArgs {
     /// from.
     #[arg(long)]
     pub(crate) allow_non_finite: bool,
+    /// Also write which experts the tokens chose, as a routing trace (docs/routing-traces.md) that `plan`
+    /// and replay read.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) save_routing: Option<PathBuf>,
     /// Also write a timeline of every rank, for chrome://tracing or ui.perfetto.dev.
     #[arg(long, value_name = "FILE")]
     pub(crate) trace: Option<PathBuf>,
@@ -203,12 +207,12 @@ pub(crate) struct PlanArgs {
     /// Machines that the ranks are on, equally many on each.
     #[arg(long, value_name = "M", default_value_t = 1)]
     pub(crate) nodes: usize,
-    /// A recorded routing, to take the load of the experts from.
+    /// A recorded routing, to take the load of the experts from: a routing trace, or what `run` wrote.
     #[arg(long, value_name = "FILE")]
     pub(crate) trace: Option<PathBuf>,
-    /// Tokens of the batch whose traffic is counted.
-    #[arg(long, value_name = "N", default_value_t = 1024)]
-    pub(crate) tokens: usize,
+    /// Tokens to count [default: all of a trace; 1024 random ones].
+    #[arg(long, value_name = "N")]
+    pub(crate) tokens: Option<usize>,
     /// Layers: 3, or 3,5-9, or all MoE layers.
     #[arg(long, visible_alias = "layer", value_name = "LAYERS", default_value = "all")]
     #[arg(allow_hyphen_values = true)]

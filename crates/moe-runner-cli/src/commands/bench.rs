@@ -109,7 +109,7 @@ pub(crate) fn run(args: &BenchArgs, common: &Common) -> Result<Report> {
         let options = Options { pool: ranks.pool(&common.pool)?, ..common.options(subject.dtype) };
         let mut runners = Vec::with_capacity(subject.layers.len());
         for (layer, seed) in subject.layers.iter().zip(common.seed..) {
-            let runner = RankedRunner::new(layer, &options, groups, &parallel)?;
+            let runner = ranks.runner(layer, &options, groups, &parallel)?;
             let simulator = Simulator::new(Strategy::UniformRandom, seed_of(seed, groups));
             runners.push(runner.with_simulator(Some(simulator)));
         }

@@ -8,7 +8,9 @@ use moe_runner::checkpoint::architecture::LayerEntry;
 use moe_runner::comm::{Kind, Sizes, Traffic};
 use moe_runner::exchange::ExpertMap;
 use moe_runner::hidden::ActivationDtype;
-use moe_runner::parallel::balance::{Rebalanced, Topology, initial, rebalance};
+use moe_runner::parallel::balance::{
+    Rebalanced, Topology, copies_beside, initial, rebalance_worth,
+};
 use moe_runner::parallel::cost::{Pass, bytes_of, weight_bytes};
 use moe_runner::parallel::rebalance::transfers;
 use moe_runner::parallel::{ExchangeKind, Parallel};
@@ -19,10 +21,17 @@ use moe_runner::weights::LoadedLayer;
 use serde::Serialize;
 
 use crate::args::PlanArgs;
-use crate::checkpoints::Opened;
+use crate::checkpoints::{Opened, ranges};
 use crate::failure::{one_line, unusable};
 use crate::report::table::{Columns, Facts, Tone, toned};
 use crate::report::{Report, units};
+use crate::routing::load_trace;
+
+/// Tokens of a random load, unless told.
+const SYNTHETIC_TOKENS: usize = 1024;
+
+/// Up to so many layers have a line each; more are summarised.
+const IN_FULL: usize = 8;
 
 /// More ranks than any deployment of one layer has.
 const MAX_RANKS: usize = 1024;
@@ -32,7 +41,7 @@ struct PlanJson {
     path: String,
     ranks: usize,
     nodes: usize,
-    /// Tokens of the batch whose traffic is counted.
+    /// Tokens that balance and traffic are counted for.
     tokens: usize,
     /// "trace" or "synthetic".
     load: &'static str,
@@ -46,6 +55,8 @@ struct LayerJson {
     experts: usize,
     redundant: usize,
     experts_per_rank: usize,
+    /// Copies on a rank that holds another one of the same expert.
+    copies_beside: usize,
     balance_before: f64,
     balance_after: f64,
     moved_experts: usize,
@@ -95,12 +106,12 @@ pub(crate) fn run(args: &PlanArgs) -> Result<Report> {
     if nodes == 0 || !ranks.is_multiple_of(nodes) {
         return Err(unusable(format!("--nodes {nodes}: must divide the {ranks} ranks")));
     }
-    if args.tokens == 0 {
+    if args.tokens == Some(0) {
         return Err(unusable("--tokens 0: there must be at least one"));
     }
     let opened = Opened::open(&args.checkpoint)?;
     let entries = opened.select(&args.layers)?;
-    let trace = args.trace.as_deref().map(Trace::load).transpose()?;
+    let trace = args.trace.as_deref().map(|path| load_trace(path, &entries)).transpose()?;
     let mut planned = Vec::new();
     let mut layers = Vec::new();
     for entry in entries {
@@ -130,14 +141,20 @@ fn plan_layer(
     let layer = opened.load(entry)?;
     let (spec, router) = (&layer.spec, &layer.spec.router);
     let topology = topology(spec, args)?;
-    let all = match trace {
+    let mut ids = match trace {
         Some(trace) => recorded(spec, trace)?,
-        None => skewed(router, args.tokens, args.seed.seed.wrapping_add(spec.index as u64)),
+        None => skewed(
+            router,
+            args.tokens.unwrap_or(SYNTHETIC_TOKENS),
+            args.seed.seed.wrapping_add(spec.index as u64),
+        ),
     };
+    ids.truncate(args.tokens.unwrap_or(usize::MAX).saturating_mul(router.top_k));
     let mut load = vec![0.0; router.experts];
-    all.iter().filter(|id| id.index() < router.experts).for_each(|id| load[id.index()] += 1.0);
+    ids.iter().filter(|id| id.index() < router.experts).for_each(|id| load[id.index()] += 1.0);
     let before = initial(router.experts, topology)?;
-    let balanced = rebalance(&load, &before, topology.groups, topology.nodes)?;
+    // a copy beside another of its expert must buy as much time as it takes memory
+    let balanced = rebalance_worth(&load, &before, topology.groups, topology.nodes, 1.0)?;
     let moved = transfers(&before, &balanced.map)?;
     let bytes =
         moved.iter().map(|t| bytes_of(std::slice::from_ref(&layer.experts[t.expert.index()])));
@@ -146,6 +163,7 @@ fn plan_layer(
         experts: router.experts,
         redundant: topology.physical() - router.experts,
         experts_per_rank: topology.slots,
+        copies_beside: copies_beside(&balanced.map),
         balance_before: balanced.before,
         balance_after: balanced.after,
         moved_experts: moved.len(),
@@ -154,7 +172,6 @@ fn plan_layer(
             .map(|rank| balanced.map.held_by(rank).iter().map(|id| id.0).collect())
             .collect(),
     };
-    let ids = all.into_iter().take(args.tokens.saturating_mul(router.top_k)).collect();
     let dtype = opened.dtype(args.dtype.named(), &layer);
     Ok((Planned { layer, dtype, ids, balanced }, json))
 }
@@ -279,6 +296,20 @@ fn cost(parallel: &Parallel, layers: &[Planned]) -> moe_runner::Result<CostJson>
     Ok(cost)
 }
 
+/// Many layers of one shape stand together; few stand alone.
+fn groups(layers: &[LayerJson]) -> Vec<Vec<&LayerJson>> {
+    let shape = |layer: &LayerJson| (layer.experts, layer.redundant, layer.experts_per_rank);
+    let mut groups: Vec<Vec<&LayerJson>> = Vec::new();
+    for layer in layers {
+        let alike = |group: &&mut Vec<&LayerJson>| shape(group[0]) == shape(layer);
+        match groups.iter_mut().find(alike).filter(|_| layers.len() > IN_FULL) {
+            Some(group) => group.push(layer),
+            None => groups.push(vec![layer]),
+        }
+    }
+    groups
+}
+
 fn text(json: &PlanJson) -> String {
     let mut out = format!("{}\n\n", toned(Tone::Title, &one_line(&json.path)));
     let mut facts = Facts::new();
@@ -291,7 +322,12 @@ fn text(json: &PlanJson) -> String {
                 .to_owned(),
         },
     );
-    facts.add("traffic of", units::plural(json.tokens, "token"));
+    facts.add("counted for", units::plural(json.tokens, "token"));
+    let beside: usize = json.layers.iter().map(|layer| layer.copies_beside).sum();
+    if beside > 0 {
+        let what = "beside another of their expert on the same rank: the balance is worth it";
+        facts.add("copies", format!("{beside} {what}"));
+    }
     out += &facts.to_string();
 
     out += &format!(
@@ -308,16 +344,25 @@ fn text(json: &PlanJson) -> String {
         ">moved",
         ">bytes moved",
     ]);
-    for layer in &json.layers {
+    for group in groups(&json.layers) {
+        let indices: Vec<usize> = group.iter().map(|layer| layer.layer).collect();
+        let span = |of: fn(&LayerJson) -> f64| {
+            let values = || group.iter().map(|layer| of(layer));
+            let (least, most) = (values().fold(1.0, f64::min), values().fold(0.0, f64::max));
+            match format!("{least:.3}") == format!("{most:.3}") {
+                true => format!("{most:.3}"),
+                false => format!("{least:.3} to {most:.3}"),
+            }
+        };
         table.row([
-            layer.layer.to_string(),
-            layer.experts.to_string(),
-            layer.redundant.to_string(),
-            layer.experts_per_rank.to_string(),
-            format!("{:.3}", layer.balance_before),
-            format!("{:.3}", layer.balance_after),
-            layer.moved_experts.to_string(),
-            units::bytes(layer.moved_bytes),
+            ranges(&indices),
+            group[0].experts.to_string(),
+            group[0].redundant.to_string(),
+            group[0].experts_per_rank.to_string(),
+            span(|layer| layer.balance_before),
+            span(|layer| layer.balance_after),
+            group.iter().map(|layer| layer.moved_experts).sum::<usize>().to_string(),
+            units::bytes(group.iter().map(|layer| layer.moved_bytes).sum()),
         ]);
     }
     out += &table.to_string();
@@ -364,5 +409,6 @@ fn text(json: &PlanJson) -> String {
         }
     }
     out + "\nsent a token: bytes that all ranks together send for one token; busiest rank: what one \
-           sends or receives at most for the whole batch"
+           sends or receives at most for all of them. \
+           `run --placement FILE` takes what `plan --json` writes."
 }

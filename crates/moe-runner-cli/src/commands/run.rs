@@ -12,13 +12,14 @@ use moe_runner::checkpoint::{Dtype, NewTensor, Writer};
 use moe_runner::comm::{At, Step};
 use moe_runner::hidden::ActivationDtype;
 use moe_runner::parallel::Parallel;
-use moe_runner::runner::{BatchOutput, Options, RankedRunner, Timeline};
+use moe_runner::router::{self, LogicalId, Routing};
+use moe_runner::runner::{BatchOutput, Options, Timeline};
 use moe_runner::spec::LayerSpec;
 use moe_runner::weights::LoadedLayer;
 use serde::Serialize;
 
 use crate::args::{Common, RunArgs};
-use crate::checkpoints::Opened;
+use crate::checkpoints::{Opened, ranges};
 use crate::failure::unusable;
 use crate::input::{Input, LayerInput};
 use crate::outputs::ensure_apart;
@@ -30,6 +31,9 @@ use crate::report::{Report, units};
 use crate::routing::weight_factor;
 use crate::splitting::Ranks;
 use crate::{interrupt, memory, nonfinite};
+
+/// Up to so many layers have a line each.
+const IN_FULL: usize = 8;
 
 #[derive(Serialize)]
 struct RunJson {
@@ -67,13 +71,16 @@ pub(crate) fn run(args: &RunArgs, common: &Common) -> Result<Report> {
     let opened = Opened::open(&args.checkpoint)?;
     let entries = opened.select(&args.layers)?;
     let single = args.layers.is_single();
-    if args.input == Path::new("-") && matches!(ranks, Ranks::Mpi(..)) {
+    if args.input == Path::new("-") && ranks.are_processes() {
         return Err(unusable("--input -: only one process has the standard input; name a file"));
     }
     let input = Input::open(&args.input, &args.input_name, !single)?;
     let mut outputs = vec![("--output", args.output.as_path())];
     outputs.extend(args.trace.as_deref().map(|path| ("--trace", path)));
-    ensure_apart(&outputs, &[("--input", &args.input)], &opened.checkpoint)?;
+    outputs.extend(args.save_routing.as_deref().map(|path| ("--save-routing", path)));
+    let mut inputs = vec![("--input", args.input.as_path())];
+    inputs.extend(args.splitting.placement_file().map(|path| ("--placement", path)));
+    ensure_apart(&outputs, &inputs, &opened.checkpoint)?;
 
     // Everything that can be wrong with files is found before the first product.
     let mut jobs = Vec::with_capacity(entries.len());
@@ -101,6 +108,7 @@ pub(crate) fn run(args: &RunArgs, common: &Common) -> Result<Report> {
     let progress = Progress::new(jobs.len());
     let mut done = Vec::with_capacity(jobs.len());
     let mut trace = Trace::default();
+    let mut routing = router::Trace::new();
     for job in jobs {
         progress.doing(job.layer.spec.name.clone());
         let source = args.input.display().to_string();
@@ -115,6 +123,9 @@ pub(crate) fn run(args: &RunArgs, common: &Common) -> Result<Report> {
                 false => Ok(Report::silent(true)),
             };
         }
+        if args.save_routing.is_some() {
+            job.record(&output, &mut routing)?;
+        }
         if let Some(writer) = held(&writer).as_mut() {
             done.push(job.write(&output, writer)?);
         }
@@ -123,6 +134,9 @@ pub(crate) fn run(args: &RunArgs, common: &Common) -> Result<Report> {
     drop(progress);
     let Some(writer) = held(&writer).take() else { return Ok(Report::silent(true)) };
     writer.finish()?;
+    if let Some(path) = &args.save_routing {
+        routing.save(path)?;
+    }
     if let Some(path) = &args.trace {
         trace.write(path)?;
     }
@@ -169,7 +183,7 @@ impl Job<'_> {
         let at = At::new(&self.spec().name, Step::Finish);
         let result = ranks.run(|groups| {
             let options = Options { pool: ranks.pool(&common.pool)?, ..common.options(self.dtype) };
-            let mut runner = RankedRunner::new(&self.layer, &options, groups, parallel)?;
+            let mut runner = ranks.runner(&self.layer, &options, groups, parallel)?;
             memory::ensure(
                 ranks.in_this_process() * runner.workspace_bytes(self.input.tokens),
                 &plural(self.input.tokens, "token"),
@@ -189,6 +203,14 @@ impl Job<'_> {
             Error::Input { .. } => anyhow!("{source}: layer {}: {error}", self.spec().index),
             other => other.into(),
         })
+    }
+
+    /// Adds the experts that the tokens chose to `trace`, as one call.
+    fn record(&self, done: &BatchOutput, trace: &mut router::Trace) -> Result<()> {
+        let router = &self.spec().router;
+        let ids = done.topk_ids.iter().map(|id| LogicalId(*id)).collect();
+        let routing = Routing::from_parts(router.top_k, ids, done.topk_weights.clone())?;
+        Ok(trace.record(&self.spec().name, router, &routing)?)
     }
 
     /// The first element of the output that is NaN or infinite as it would be written.
@@ -284,20 +306,29 @@ fn text(json: &RunJson, tensors: usize) -> String {
         ">GB/s",
         ">GFLOP/s",
     ]);
-    for layer in &json.layers {
+    // many layers that ran alike stand together
+    let alike = |a: &LayerJson, b: &LayerJson| {
+        json.layers.len() > IN_FULL
+            && (a.kernel, a.dtype, a.tokens) == (b.kernel, b.dtype, b.tokens)
+    };
+    for group in json.layers.chunk_by(alike) {
+        let layer = &group[0];
+        let indices: Vec<usize> = group.iter().map(|layer| layer.layer).collect();
+        let seconds: f64 = group.iter().map(|layer| layer.seconds).sum();
+        let bytes: usize = group.iter().map(|layer| layer.bytes_weights_read).sum();
         let rate = |amount: f64| match layer.tokens {
             0 => "-".to_owned(),
-            _ => format!("{:.2}", amount / layer.seconds.max(1e-9) / 1e9),
+            _ => format!("{:.2}", amount / seconds.max(1e-9) / 1e9),
         };
         table.row([
-            layer.layer.to_string(),
+            ranges(&indices),
             layer.kernel.to_owned(),
             layer.dtype.to_owned(),
             layer.tokens.to_string(),
-            units::seconds(layer.seconds),
-            units::bytes(layer.bytes_weights_read),
-            rate(layer.bytes_weights_read as f64),
-            rate(layer.flops),
+            units::seconds(seconds),
+            units::bytes(bytes),
+            rate(bytes as f64),
+            rate(group.iter().map(|layer| layer.flops).sum()),
         ]);
     }
     format!("{table}\nwrote {}: {}", json.output, units::plural(tensors, "tensor"))

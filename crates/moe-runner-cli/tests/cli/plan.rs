@@ -3,6 +3,7 @@
 use moe_runner::router::{LogicalId, Routing, Trace};
 use moe_runner::spec::RouterSpec;
 
+use crate::files::{New, Values, write};
 use crate::{case, cases, checkpoint, json, moe_runner, name_of, refused};
 
 fn plan(case: &std::path::Path, flags: &[&str]) -> serde_json::Value {
@@ -104,4 +105,133 @@ fn plans_that_cannot_be_are_refused() {
         let message = refused(2, args);
         assert!(message.contains(what), "{message}");
     }
+}
+
+/// What `run` saves, what it writes, and what was recorded say the same of the load; all tokens count.
+#[test]
+fn a_plan_takes_the_load_from_a_run() {
+    let (case, folder) = (case("qwen2_moe_f16"), tempfile::tempdir().unwrap());
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let (input, out, routing) = (path("in"), path("out"), path("routing"));
+    let x: Vec<f32> = (0..1500 * 64).map(|i| (i as f32 * 0.37).sin()).collect();
+    write(input.as_ref(), &[New::f32("hidden_states", &[1500, 64], &x)]);
+    let mut args = vec!["run".as_ref(), case.as_os_str()];
+    let flags =
+        ["--layers", "all", "--input", &input, "--output", &out, "--save-routing", &routing];
+    args.extend(flags.iter().map(std::ffi::OsStr::new));
+    args.push("--json".as_ref());
+    json(args);
+    let of = |file: &str| plan(&case, &["--ranks", "3", "--redundant", "3", "--trace", file]);
+    let saved = of(&routing);
+    assert_eq!((&saved["load"], &saved["tokens"]), (&"trace".into(), &1500.into()));
+    let (mut written, saved_trace) = (of(&out), Trace::load(routing.as_ref()).unwrap());
+    assert_eq!(written, saved);
+    assert_eq!(saved_trace.layers().len(), 2);
+    assert_eq!(saved_trace.layers()[0].calls(), [1500]);
+
+    // traffic is of the same tokens as the balance: half of them are another load
+    written =
+        plan(&case, &["--ranks", "3", "--redundant", "3", "--trace", &out, "--tokens", "750"]);
+    assert_eq!(written["tokens"], 750);
+    let busiest =
+        |plan: &serde_json::Value| plan["splits"][4]["cost"]["busiest_rank_bytes"].as_u64();
+    assert!(busiest(&written) < busiest(&saved));
+
+    // recorded batches are calls
+    let golden = case.join("golden.safetensors");
+    assert_eq!(of(golden.to_str().unwrap())["tokens"], 1 + 7 + 33);
+
+    let args =
+        ["plan".as_ref(), case.as_os_str(), "--ranks".as_ref(), "2".as_ref(), "--trace".as_ref()];
+    let stderr = refused(1, args.into_iter().chain([std::ffi::OsStr::new(&input)]));
+    assert!(stderr.contains("not a routing trace: its metadata have no"), "{stderr}");
+}
+
+/// A plan's placement can be run, and changes no bit.
+#[test]
+fn a_balanced_placement_runs() {
+    let (case, folder) = (case("qwen2_moe_f16"), tempfile::tempdir().unwrap());
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let (input, file) = (path("in"), path("plan.json"));
+    let x: Vec<f32> = (0..9 * 64).map(|i| (i as f32 * 0.37).sin()).collect();
+    write(input.as_ref(), &[New::f32("hidden_states", &[9, 64], &x)]);
+    let planned = plan(&case, &["--ranks", "2", "--redundant", "4"]);
+    std::fs::write(&file, planned.to_string()).unwrap();
+    let run = |out: &str, flags: &[&str]| {
+        let mut args = vec!["run".as_ref(), case.as_os_str()];
+        let all = ["--layers", "all", "--input", &input, "--output", out];
+        args.extend(all.iter().chain(flags).map(std::ffi::OsStr::new));
+        moe_runner(args)
+    };
+    let (one, two) = (path("one"), path("two"));
+    assert!(run(&one, &[]).status.success());
+    let placed = run(&two, &["--dp", "2", "--ep", "--placement", &file]);
+    assert!(placed.status.success(), "{}", String::from_utf8_lossy(&placed.stderr));
+    for name in ["layers.0.output", "layers.2.output"] {
+        assert_eq!(Values::read(one.as_ref()).get(name), Values::read(two.as_ref()).get(name));
+    }
+    for (flags, says) in [
+        (&["--placement", &*file][..], "needs --ep"),
+        (&["--dp", "3", "--ep", "--placement", &file], "on 2 ranks; there are 3"),
+        (&["--dp", "2", "--ep", "--placement", "spiral"], "is neither linear, nor round-robin"),
+        (&["--dp", "2", "--ep", "--placement", &input], "is not what `plan --json` writes"),
+        (
+            &["--dp", "2", "--ep", "--placement", &file, "--output", &file],
+            "cannot be used multiple",
+        ),
+    ] {
+        let output = run(&two, flags);
+        let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(!output.status.success() && stderr.contains(says), "{stderr}");
+    }
+    assert!(
+        String::from_utf8_lossy(&run(&file, &["--dp", "2", "--ep", "--placement", &file]).stderr)
+            .contains("is the file of --placement")
+    );
+}
+
+/// Sixty layers of one shape are a line, not sixty.
+#[test]
+fn many_equal_layers_are_summarised() {
+    let folder = tempfile::tempdir().unwrap();
+    let (layers, hidden, experts) = (60, 16usize, 4usize);
+    let config = format!(
+        r#"{{"model_type": "olmoe", "hidden_size": {hidden}, "intermediate_size": 8,
+        "num_experts": {experts}, "num_experts_per_tok": 2, "num_hidden_layers": {layers},
+        "torch_dtype": "float32"}}"#
+    );
+    std::fs::write(folder.path().join("config.json"), config).unwrap();
+    let mut names = Vec::new();
+    for layer in 0..layers {
+        let block = format!("model.layers.{layer}.mlp");
+        names.push((format!("{block}.gate.weight"), [experts, hidden]));
+        for e in 0..experts {
+            names.push((format!("{block}.experts.{e}.gate_proj.weight"), [8, hidden]));
+            names.push((format!("{block}.experts.{e}.up_proj.weight"), [8, hidden]));
+            names.push((format!("{block}.experts.{e}.down_proj.weight"), [hidden, 8]));
+        }
+    }
+    let values = |n: usize| (0..n).map(|i| (i as f32 * 0.7).sin()).collect::<Vec<_>>();
+    let tensors: Vec<New> = names
+        .iter()
+        .map(|(name, shape)| New::f32(name, shape, &values(shape[0] * shape[1])))
+        .collect();
+    write(&folder.path().join("model.safetensors"), &tensors);
+    let input = folder.path().join("in.safetensors");
+    write(&input, &[New::f32("hidden_states", &[2, hidden], &values(2 * hidden))]);
+    let out = folder.path().join("out.safetensors");
+    let lines = |args: &[&str]| {
+        let mut all = vec![args[0].as_ref(), folder.path().as_os_str()];
+        all.extend(args[1..].iter().map(std::ffi::OsStr::new));
+        let output = moe_runner(all);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let text = String::from_utf8(output.stdout).unwrap();
+        assert!(text.contains("0-59"), "{text}");
+        text.lines().count()
+    };
+    assert!(lines(&["plan", "--ranks", "2"]) < 30);
+    assert!(lines(&["inspect"]) < 30);
+    assert!(lines(&["explain"]) < 60);
+    let (input, out) = (input.to_str().unwrap(), out.to_str().unwrap());
+    assert!(lines(&["run", "--layers", "all", "--input", input, "--output", out]) < 8);
 }

@@ -144,15 +144,19 @@ impl Trace {
         let invalid = |error| Error::file(path, format!("not a safetensors file: {error}"));
         let (_, metadata) = SafeTensors::read_metadata(&bytes).map_err(invalid)?;
         let tensors = SafeTensors::deserialize(&bytes).map_err(invalid)?;
-        let header =
-            metadata.metadata().as_ref().and_then(|entries| entries.get(METADATA_KEY)).ok_or_else(
-                || {
-                    Error::file(
-                        path,
-                        format!("not a routing trace: no '{METADATA_KEY}' in its metadata"),
-                    )
-                },
-            )?;
+        let header = metadata
+            .metadata()
+            .as_ref()
+            .and_then(|entries| entries.get(METADATA_KEY))
+            .ok_or_else(|| {
+                Error::file(
+                    path,
+                    format!(
+                        "not a routing trace: its metadata have no '{METADATA_KEY}', a JSON text \
+                             with a version and the layers' names, choices, top_k and calls"
+                    ),
+                )
+            })?;
         let header: Header = serde_json::from_str(header)
             .map_err(|error| Error::file(path, format!("bad '{METADATA_KEY}': {error}")))?;
         if header.version != VERSION {

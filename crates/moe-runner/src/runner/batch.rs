@@ -97,8 +97,13 @@ impl<'a> RankedRunner<'a> {
         groups: &'a Groups,
         parallel: &Parallel,
     ) -> Result<Self> {
-        let runner = MoeRunner::on_rank(layer, options, groups, parallel)?;
-        Ok(Self { runner, groups, output: Vec::new(), report: Report::default() })
+        Ok(Self::of(MoeRunner::on_rank(layer, options, groups, parallel)?, groups))
+    }
+
+    /// Of this rank's runner, such as one with a placement of its own
+    /// ([`MoeRunner::on_rank_with`]).
+    pub fn of(runner: MoeRunner, groups: &'a Groups) -> Self {
+        Self { runner, groups, output: Vec::new(), report: Report::default() }
     }
 
     /// Records what each pass does when.

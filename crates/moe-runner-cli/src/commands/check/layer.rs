@@ -224,7 +224,7 @@ impl Checker<'_> {
         let executed = self.ranks.run(|groups| {
             let pool = self.ranks.pool(&self.common.pool)?;
             let options = Options { pool, ..self.common.options(dtype) };
-            let mut runner = RankedRunner::new(layer, &options, groups, self.parallel)?;
+            let mut runner = self.ranks.runner(layer, &options, groups, self.parallel)?;
             memory::ensure(
                 self.ranks.in_this_process() * runner.workspace_bytes(most),
                 &plural(most, "token"),

@@ -6,7 +6,8 @@
 //! DeepSeek 2025, as in vLLM): [`published`] gives its result to the letter. That may put an expert
 //! twice on one rank, where the second copy serves nobody; [`rebalance`] also tries to keep copies
 //! apart, takes whichever is better balanced, and keeps the current placement unless the new one is
-//! better still.
+//! better still. [`rebalance_worth`] takes copies beside each other only where the gain is worth their
+//! memory.
 //!
 //! **Balance** is the mean load of the ranks divided by the largest: 1 is perfect, 1/ranks the
 //! worst. The load of a rank is the sum over its experts of load / copies.
@@ -161,6 +162,16 @@ pub struct Rebalanced {
 /// Balances that differ by less are the same, summed in another order.
 const ROUNDING: f64 = 1e-9;
 
+/// Copies that stand beside another copy of their expert on the same rank: memory that serves nobody.
+pub fn copies_beside(map: &ExpertMap) -> usize {
+    let on = |rank: usize| {
+        let mut held: Vec<LogicalId> = map.held_by(rank).to_vec();
+        held.sort_unstable();
+        held.windows(2).filter(|pair| pair[0] == pair[1]).count()
+    };
+    (0..map.ranks()).map(on).sum()
+}
+
 /// A better placement for `load` (one entry for each expert) than `current`, where there is one.
 /// Experts that stay on their rank keep their slot there. `groups` and `nodes` are those of
 /// [`Topology`]; ranks and physical experts are those of `current`.
@@ -172,6 +183,22 @@ pub fn rebalance(
     current: &ExpertMap,
     groups: usize,
     nodes: usize,
+) -> Result<Rebalanced> {
+    rebalance_worth(load, current, groups, nodes, 0.0)
+}
+
+/// [`rebalance`], where a placement with more copies beside another of their expert than the best one
+/// so far must gain `worth` times as much balance as those copies are a share of all: 0 takes any
+/// gain, 1 weighs time against memory one for one.
+///
+/// # Errors
+/// As [`rebalance`].
+pub fn rebalance_worth(
+    load: &[f64],
+    current: &ExpertMap,
+    groups: usize,
+    nodes: usize,
+    worth: f64,
 ) -> Result<Rebalanced> {
     let ranks = current.ranks();
     let slots = current.held_by(0).len();
@@ -198,7 +225,9 @@ pub fn rebalance(
         }
         let map = map_of(load.len(), &placed)?;
         let after = balance(load, &map);
-        if after > best.after + ROUNDING {
+        let more = copies_beside(&map).saturating_sub(copies_beside(&best.map));
+        let room = worth * more as f64 / topology.physical() as f64;
+        if after > best.after + room + ROUNDING {
             best = Rebalanced { map, before, after };
         }
     }

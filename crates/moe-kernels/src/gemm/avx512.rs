@@ -7,13 +7,15 @@ use super::simd::{MAGIC, Simd};
 use super::tile::{Args, Shape, shapes};
 
 pub(super) const fn of<P: Panel<Avx512>>() -> &'static [Shape] {
-    const { &shapes!(tile::<P>: (8, 2), (4, 2), (4, 1), (2, 4), (1, 4), (1, 1)) }
+    const {
+        &shapes!(tile::<P>: (6, 4 of 4), (4, 4 of 4), (2, 4 of 4), (1, 4 of 4), (4, 1 of 1), (1, 1 of 1))
+    }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-unsafe fn tile<P: Panel<Avx512>, const M: usize, const N: usize>(args: &Args<'_>) {
+unsafe fn tile<P: Panel<Avx512>, const M: usize, const N: usize, const W: usize>(args: &Args<'_>) {
     // SAFETY: the caller's, and the features are enabled here.
-    unsafe { super::tile::tile::<Avx512, P, M, N>(args) }
+    unsafe { super::tile::tile::<Avx512, P, M, N, W>(args) }
 }
 
 pub(super) struct Avx512;

@@ -36,7 +36,7 @@ use std::ops::Range;
 
 use crate::isa::{Cpu, Features};
 use crate::operand::{self, Operand, OperandKind};
-use crate::pack::{Codes, Packed, UNIT};
+use crate::pack::{Codes, PANEL, PANELS, Packed, UNIT};
 use crate::rows::{Rows, RowsMut};
 use crate::stored::View;
 use tile::{Args, Shape};
@@ -47,7 +47,7 @@ pub struct Gemm {
     codes: Codes,
     rows: OperandKind,
     needs: Features,
-    /// Tiles, the preferred first; the last is one row and one panel.
+    /// Tiles, the preferred first, and of one row for units of four panels and of one.
     shapes: &'static [Shape],
 }
 
@@ -162,26 +162,32 @@ impl Gemm {
         let x_rows = x.slice(rows.clone());
         for unit in units.clone() {
             let panels = w.panels(unit);
+            let bytes = w.unit(unit);
             let column = (unit - units.start) * UNIT;
-            self.cover(rows.len(), panels, |shape, row, first| {
+            self.cover(rows.len(), panels, |shape, row, panel| {
+                // A unit of one panel has no others before the tile's.
+                let (start, first) = match shape.of {
+                    PANELS => (0, panel),
+                    _ => (panel * w.panel_bytes(), 0),
+                };
                 let args = Args {
                     layout: *w.layout(),
                     table: w.table(),
                     finish: w.finish(),
                     blocks: w.blocks(),
-                    unit: w.unit(unit).as_ptr(),
-                    panels,
+                    unit: bytes[start..].as_ptr(),
                     first,
                     x: x_rows[row * x.stride()..].as_ptr(),
                     x_stride: x.stride(),
                     sums: x.sums_at(),
-                    out: out.at(row, column + first * crate::pack::PANEL),
+                    out: out.at(row, column + panel * PANEL),
                     out_stride: out.stride(),
-                    columns: columns.len() - column - first * crate::pack::PANEL,
+                    columns: columns.len() - column - panel * PANEL,
                 };
                 // SAFETY: the CPU has the features, or `w` could not have been packed for this
-                // entry. The unit has all blocks of its panels; the rows of the shape lie in `x`,
-                // with their sums, and in `out`, which is borrowed mutably and has the columns.
+                // entry. The unit has all blocks of the panels that the shape names; the rows of the
+                // shape lie in `x`, with their sums, and in `out`, which is borrowed mutably and has
+                // the columns.
                 unsafe { (shape.run)(&args) }
             });
         }
@@ -189,26 +195,17 @@ impl Gemm {
 
     /// Calls `tile(shape, row, panel)` so that the shapes cover `rows` × `panels` once.
     fn cover(&self, rows: usize, panels: usize, mut tile: impl FnMut(&Shape, usize, usize)) {
-        let single = &self.shapes[self.shapes.len() - 1];
+        let of = if panels == PANELS { PANELS } else { 1 };
+        let shapes = || self.shapes.iter().filter(|shape| shape.of == of);
+        let most = shapes().map(|shape| shape.rows).max().unwrap_or(1);
         let mut row = 0;
         while row < rows {
-            let fits = |shape: &&Shape| shape.rows <= rows - row && shape.panels <= panels;
-            let height = self.shapes.iter().find(fits).unwrap_or(single).rows;
-            let mut panel = 0;
-            while panel < panels {
-                let fits = |shape: &&Shape| shape.rows == height && shape.panels <= panels - panel;
-                match self.shapes.iter().find(fits) {
-                    Some(shape) => {
-                        tile(shape, row, panel);
-                        panel += shape.panels;
-                    }
-                    None => {
-                        (row..row + height).for_each(|row| tile(single, row, panel));
-                        panel += 1;
-                    }
-                }
-            }
-            row += height;
+            // Strips of about equal height.
+            let left = rows - row;
+            let height = left.div_ceil(left.div_ceil(most));
+            let shape = shapes().find(|shape| shape.rows <= height).expect("a shape of one row");
+            (0..panels).step_by(shape.panels).for_each(|panel| tile(shape, row, panel));
+            row += shape.rows;
         }
     }
 

@@ -3,10 +3,11 @@
 use super::simd::{MAGIC, Simd};
 use crate::pack::{Codes, position};
 
-/// A kind of codes. The codes of a panel's step begin at `at`; an octet is eight of its 32 k.
+/// A kind of codes. A panel's first item of a step is at `at`, the next ones `W` items apart, for a
+/// unit of `W` panels; an octet is eight of the step's 32 k.
 ///
 /// # Safety
-/// As [`Simd`]; `at` is readable for the step, `octet < 4`, `j < 8`.
+/// As [`Simd`]; `at` is readable for the panel's items of the step, `octet < 4`, `j < 8`.
 pub(super) trait Panel<S: Simd> {
     const CODES: Codes;
     /// What stays in registers.
@@ -16,15 +17,19 @@ pub(super) trait Panel<S: Simd> {
 
     unsafe fn constants(table: &[f32; 64]) -> Self::Constants;
 
-    unsafe fn octet(at: *const u8, octet: usize) -> Self::Octet;
+    unsafe fn octet<const W: usize>(at: *const u8, octet: usize) -> Self::Octet;
 
     /// The `j`-th k of the octet, of all sixteen rows. `j` is a literal once everything is inlined.
-    unsafe fn value(constants: &Self::Constants, octet: &Self::Octet, j: usize) -> S::V;
+    unsafe fn value<const W: usize>(
+        constants: &Self::Constants,
+        octet: &Self::Octet,
+        j: usize,
+    ) -> S::V;
 }
 
-/// Codes of whole bytes: `$bytes` from one k to the next, `|at, j| number`.
+/// Codes of whole bytes: `$per` k to an item of `$bytes` bytes, `|item, j| number`.
 macro_rules! bytes {
-    ($name:ident, $bytes:literal, |$at:ident, $j:ident| $value:expr) => {
+    ($name:ident, $per:literal in $bytes:literal, |$item:ident, $j:ident| $value:expr) => {
         pub(super) struct $name;
 
         impl<S: Simd> Panel<S> for $name {
@@ -36,29 +41,32 @@ macro_rules! bytes {
             unsafe fn constants(_: &[f32; 64]) {}
 
             #[inline(always)]
-            unsafe fn octet(at: *const u8, octet: usize) -> *const u8 {
+            unsafe fn octet<const W: usize>(at: *const u8, octet: usize) -> *const u8 {
                 // SAFETY: the caller's.
-                unsafe { at.add(octet * 8 * $bytes) }
+                unsafe { at.add(octet * (8 / $per) * W * $bytes) }
             }
 
             #[inline(always)]
-            unsafe fn value(_: &(), $at: &*const u8, $j: usize) -> S::V {
+            unsafe fn value<const W: usize>(_: &(), octet: &*const u8, $j: usize) -> S::V {
                 // SAFETY: the caller's.
-                unsafe { $value }
+                unsafe {
+                    let $item = octet.add($j / $per * W * $bytes);
+                    $value
+                }
             }
         }
     };
 }
 
-bytes!(F32, 64, |at, j| S::load(at.add(64 * j)));
-bytes!(F16, 32, |at, j| S::f16(at.add(32 * j)));
-bytes!(Bf16, 32, |at, j| {
-    let pair = S::words(at.add(j / 2 * 64));
+bytes!(F32, 1 in 64, |item, j| S::load(item));
+bytes!(F16, 1 in 32, |item, j| S::f16(item));
+bytes!(Bf16, 2 in 64, |item, j| {
+    let pair = S::words(item);
     if j % 2 == 1 { S::high_bf16(pair) } else { S::low_bf16(pair) }
 });
-bytes!(Int8, 16, |at, j| S::int8(at.add(16 * j)));
-bytes!(E4m3, 16, |at, j| S::e4m3(at.add(16 * j)));
-bytes!(E5m2, 16, |at, j| S::e5m2(at.add(16 * j)));
+bytes!(Int8, 1 in 16, |item, j| S::int8(item));
+bytes!(E4m3, 1 in 16, |item, j| S::e4m3(item));
+bytes!(E5m2, 1 in 16, |item, j| S::e5m2(item));
 
 /// Codes in planes of bits. `low` are the lines of the wider plane, `high` those of the other.
 macro_rules! planes {
@@ -81,13 +89,17 @@ macro_rules! planes {
             }
 
             #[inline(always)]
-            unsafe fn octet($at: *const u8, $octet: usize) -> Self::Octet {
+            unsafe fn octet<const W: usize>($at: *const u8, $octet: usize) -> Self::Octet {
                 // SAFETY: the caller's.
                 unsafe { $load }
             }
 
             #[inline(always)]
-            unsafe fn value($c: &Self::Constants, $o: &Self::Octet, $j: usize) -> S::V {
+            unsafe fn value<const W: usize>(
+                $c: &Self::Constants,
+                $o: &Self::Octet,
+                $j: usize,
+            ) -> S::V {
                 // SAFETY: the caller's.
                 unsafe { $value }
             }
@@ -97,32 +109,32 @@ macro_rules! planes {
 
 planes!(
     Table4, S::Table, |table| S::table(table),
-    |at, octet| four::<S>(at, octet) => S::I,
+    |at, octet| four::<S, W>(at, octet) => S::I,
     |table, codes, j| S::lookup16(*table, S::shr(*codes, 4 * position(j) as u32))
 );
 planes!(
     Table2, S::Table, |table| S::table(table),
-    |at, octet| two::<S>(at, octet) => S::I,
+    |at, octet| two::<S, W>(at, octet) => S::I,
     |table, codes, j| S::lookup16(*table, S::shr(*codes, 2 * position(j) as u32))
 );
 planes!(
     Table3, S::Table, |table| S::table(table),
-    |at, octet| (two::<S>(at, octet), one::<S>(at.add(128), octet)) => (S::I, S::I),
+    |at, octet| (two::<S, W>(at, octet), one::<S, W>(at.add(2 * W * 64), octet)) => (S::I, S::I),
     |table, codes, j| S::lookup16(*table, joined::<S, 2, 1>(codes, j))
 );
 planes!(
     Int5, S::V, |table| S::splat(MAGIC + table[0]),
-    |at, octet| (four::<S>(at, octet), one::<S>(at.add(256), octet)) => (S::I, S::I),
+    |at, octet| (four::<S, W>(at, octet), one::<S, W>(at.add(4 * W * 64), octet)) => (S::I, S::I),
     |bias, codes, j| S::integers(joined::<S, 4, 1>(codes, j), 31, *bias)
 );
 planes!(
     Int6, S::V, |table| S::splat(MAGIC + table[0]),
-    |at, octet| (four::<S>(at, octet), two::<S>(at.add(256), octet)) => (S::I, S::I),
+    |at, octet| (four::<S, W>(at, octet), two::<S, W>(at.add(4 * W * 64), octet)) => (S::I, S::I),
     |bias, codes, j| S::integers(joined::<S, 4, 2>(codes, j), 63, *bias)
 );
 planes!(
     Table6, [f32; 64], |table| copied(table),
-    |at, octet| (four::<S>(at, octet), two::<S>(at.add(256), octet)) => (S::I, S::I),
+    |at, octet| (four::<S, W>(at, octet), two::<S, W>(at.add(4 * W * 64), octet)) => (S::I, S::I),
     |table, codes, j| S::lookup64(table, joined::<S, 4, 2>(codes, j))
 );
 
@@ -140,9 +152,9 @@ unsafe fn copied(numbers: &[f32; 64]) -> [f32; 64] {
 /// # Safety
 /// As [`Panel`].
 #[inline(always)]
-unsafe fn four<S: Simd>(at: *const u8, octet: usize) -> S::I {
+unsafe fn four<S: Simd, const W: usize>(at: *const u8, octet: usize) -> S::I {
     // SAFETY: the caller's.
-    unsafe { S::words(at.add(64 * octet)) }
+    unsafe { S::words(at.add(octet * W * 64)) }
 }
 
 /// The words of an octet of 2-bit codes, in the low halves.
@@ -150,9 +162,9 @@ unsafe fn four<S: Simd>(at: *const u8, octet: usize) -> S::I {
 /// # Safety
 /// As [`Panel`].
 #[inline(always)]
-unsafe fn two<S: Simd>(at: *const u8, octet: usize) -> S::I {
+unsafe fn two<S: Simd, const W: usize>(at: *const u8, octet: usize) -> S::I {
     // SAFETY: the caller's.
-    unsafe { S::shr(S::words(at.add(octet / 2 * 64)), octet as u32 % 2 * 16) }
+    unsafe { S::shr(S::words(at.add(octet / 2 * W * 64)), octet as u32 % 2 * 16) }
 }
 
 /// The words of an octet of single bits, in the low bytes.
@@ -160,7 +172,7 @@ unsafe fn two<S: Simd>(at: *const u8, octet: usize) -> S::I {
 /// # Safety
 /// As [`Panel`].
 #[inline(always)]
-unsafe fn one<S: Simd>(at: *const u8, octet: usize) -> S::I {
+unsafe fn one<S: Simd, const W: usize>(at: *const u8, octet: usize) -> S::I {
     // SAFETY: the caller's.
     unsafe { S::shr(S::words(at), octet as u32 * 8) }
 }

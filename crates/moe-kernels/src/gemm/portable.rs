@@ -10,12 +10,14 @@ use super::tile::{Args, Shape, shapes};
 use crate::numerics::{e4m3, e5m2, e8m0};
 
 pub(super) const fn of<P: Panel<Portable>>() -> &'static [Shape] {
-    const { &shapes!(tile::<P>: (4, 1), (1, 1)) }
+    const { &shapes!(tile::<P>: (4, 1 of 4), (1, 1 of 4), (1, 1 of 1)) }
 }
 
-unsafe fn tile<P: Panel<Portable>, const M: usize, const N: usize>(args: &Args<'_>) {
+unsafe fn tile<P: Panel<Portable>, const M: usize, const N: usize, const W: usize>(
+    args: &Args<'_>,
+) {
     // SAFETY: the caller's; no features are needed.
-    unsafe { super::tile::tile::<Portable, P, M, N>(args) }
+    unsafe { super::tile::tile::<Portable, P, M, N, W>(args) }
 }
 
 pub(super) struct Portable;

@@ -120,8 +120,12 @@ fn names_and_codes_are_the_tables() {
     let entries: Vec<&Gemm> = ALL.into_iter().flatten().collect();
     for (i, gemm) in entries.iter().enumerate() {
         assert!(entries[..i].iter().all(|other| other.name() != gemm.name()), "{gemm:?}");
-        let last = gemm.shapes.last().unwrap();
-        assert_eq!((last.rows, last.panels), (1, 1), "{gemm:?}");
+        for of in [PANELS, 1] {
+            let single = |shape: &Shape| shape.of == of && shape.rows == 1;
+            assert!(gemm.shapes.iter().any(single), "{gemm:?}");
+        }
+        let whole = |shape: &Shape| shape.of.is_multiple_of(shape.panels);
+        assert!(gemm.shapes.iter().all(whole), "{gemm:?}");
     }
     for codes in Codes::ALL {
         let portable = |gemm: &&&Gemm| gemm.codes() == codes && gemm.needs() == Features::NONE;

@@ -26,11 +26,9 @@ pub(super) struct Args<'a> {
     pub(super) finish: Finish,
     /// Steps of each block.
     pub(super) blocks: &'a [u8],
-    /// A unit of packed weights.
+    /// A unit of packed weights, of as many panels as the shape says.
     pub(super) unit: *const u8,
-    /// Panels of the unit.
-    pub(super) panels: usize,
-    /// The tile's first panel.
+    /// The tile's first panel in the unit.
     pub(super) first: usize,
     /// The tile's first token row.
     pub(super) x: *const f32,
@@ -50,69 +48,80 @@ pub(super) struct Args<'a> {
 /// the arguments name, `out` for writing.
 pub(super) type TileFn = unsafe fn(&Args<'_>);
 
-/// A tile of a shape.
+/// A tile of a shape: some token rows, some panels of a unit of `of` panels.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Shape {
     pub(super) rows: usize,
     pub(super) panels: usize,
+    pub(super) of: usize,
     pub(super) run: TileFn,
 }
 
-/// `shapes!(function::<Panel>: (rows, panels), …)`, the preferred first.
+/// `shapes!(function::<Panel>: (rows, panels of panels), …)`, the preferred first.
 macro_rules! shapes {
-    ($tile:ident::<$P:ident>: $(($rows:literal, $panels:literal)),*) => {
-        [$(Shape { rows: $rows, panels: $panels, run: $tile::<$P, $rows, $panels> }),*]
+    ($tile:ident::<$P:ident>: $(($rows:literal, $panels:literal of $of:literal)),*) => {
+        [$(Shape {
+            rows: $rows,
+            panels: $panels,
+            of: $of,
+            run: $tile::<$P, $rows, $panels, $of>,
+        }),*]
     };
 }
 pub(super) use shapes;
 
 /// Bytes ahead of the codes that are asked for.
-const AHEAD: usize = 2048;
+const AHEAD: usize = 4096;
 
+/// `M` token rows, `N` panels of a unit of `W`.
+///
 /// # Safety
 /// As [`TileFn`]; inlined into a function that enables the features of `S`.
 #[inline(always)]
-pub(super) unsafe fn tile<S: Simd, P: Panel<S>, const M: usize, const N: usize>(args: &Args<'_>) {
+pub(super) unsafe fn tile<S: Simd, P: Panel<S>, const M: usize, const N: usize, const W: usize>(
+    args: &Args<'_>,
+) {
     let layout = args.layout;
-    let panel_bytes = P::CODES.panel_bytes();
-    let rows = args.panels * PANEL;
+    let octet_bytes = P::CODES.panel_bytes() / 4;
     // SAFETY: the unit holds all blocks with their headers and steps; the token rows hold STEP
     // elements for each step, and a sum for each group where there are offsets.
     unsafe {
         let constants = P::constants(args.table);
         let mut acc = [[S::splat(0.0); N]; M];
-        let (mut at, mut x, mut sum_at) = (args.unit, args.x, args.x.add(args.sums));
+        let (mut at, mut x, mut sums) = (args.unit, args.x, args.x.add(args.sums));
         for &steps in args.blocks {
             let steps = usize::from(steps);
             let header = at;
             let groups = layout.groups(steps);
             let octets = steps * (STEP / OCTET) / groups;
-            at = at.add(rows * layout.header_bytes(steps));
-            let codes = at.add(args.first * panel_bytes);
+            at = at.add(W * PANEL * layout.header_bytes(steps));
+            let codes = at.add(args.first * P::CODES.item_bytes());
+            at = at.add(steps * W * P::CODES.panel_bytes());
             let mut octet = 0;
             for group in 0..groups {
                 let mut sum = [[S::splat(0.0); N]; M];
                 for _ in 0..octets {
-                    let step = codes.add(octet / 4 * args.panels * panel_bytes);
-                    for q in 0..N {
-                        let bytes = panel_bytes / 4;
-                        for line in 0..bytes.div_ceil(64) {
-                            let near = step.add(q * panel_bytes + octet % 4 * bytes + 64 * line);
-                            S::prefetch(near.wrapping_add(AHEAD));
-                        }
+                    let step = codes.add(octet / 4 * W * P::CODES.panel_bytes());
+                    let ahead = step.wrapping_add(octet % 4 * W * octet_bytes + AHEAD);
+                    for line in 0..(N * octet_bytes).div_ceil(64) {
+                        S::prefetch(ahead.wrapping_add(64 * line));
                     }
-                    products::<S, P, M, N>(&constants, step, octet % 4, x, args.x_stride, &mut sum);
+                    products::<S, P, M, N, W>(
+                        &constants,
+                        step,
+                        octet % 4,
+                        x,
+                        args.x_stride,
+                        &mut sum,
+                    );
                     octet += 1;
                     x = x.add(OCTET);
                 }
-                let numbers = header.add(rows * layout.outer_bytes());
-                let numbers = numbers.add(group * rows * layout.group_bytes());
-                finish_group::<S, M, N>(args, header, numbers, sum_at, &sum, &mut acc);
-                sum_at = sum_at.add(1);
+                finish_group::<S, M, N, W>(args, header, group, sums, &sum, &mut acc);
+                sums = sums.add(1);
             }
-            at = at.add(steps * args.panels * panel_bytes);
         }
-        write::<S, M, N>(args, &mut acc);
+        write::<S, M, N>(args, &acc);
     }
 }
 
@@ -121,7 +130,7 @@ pub(super) unsafe fn tile<S: Simd, P: Panel<S>, const M: usize, const N: usize>(
 /// # Safety
 /// As [`tile`].
 #[inline(always)]
-unsafe fn products<S: Simd, P: Panel<S>, const M: usize, const N: usize>(
+unsafe fn products<S: Simd, P: Panel<S>, const M: usize, const N: usize, const W: usize>(
     constants: &P::Constants,
     step: *const u8,
     octet: usize,
@@ -131,15 +140,15 @@ unsafe fn products<S: Simd, P: Panel<S>, const M: usize, const N: usize>(
 ) {
     // SAFETY: the caller's.
     unsafe {
-        let mut lines = [P::octet(step, octet); N];
+        let mut lines = [P::octet::<W>(step, octet); N];
         for q in 1..N {
-            lines[q] = P::octet(step.add(q * P::CODES.panel_bytes()), octet);
+            lines[q] = P::octet::<W>(step.add(q * P::CODES.item_bytes()), octet);
         }
         macro_rules! one {
             ($($j:literal)*) => {$(
-                let mut w = [P::value(constants, &lines[0], $j); N];
+                let mut w = [P::value::<W>(constants, &lines[0], $j); N];
                 for q in 1..N {
-                    w[q] = P::value(constants, &lines[q], $j);
+                    w[q] = P::value::<W>(constants, &lines[q], $j);
                 }
                 for m in 0..M {
                     let x = S::splat(*x.add(m * x_stride + $j));
@@ -153,62 +162,70 @@ unsafe fn products<S: Simd, P: Panel<S>, const M: usize, const N: usize>(
     }
 }
 
-/// Scales the sum of a group and adds it.
+/// Scales the sums of a group and adds them.
+///
+/// Loops over rows and panels are small, one for each case: only so do they unroll, and only so
+/// stay the sums in registers.
 ///
 /// # Safety
 /// As [`tile`].
 #[inline(always)]
-unsafe fn finish_group<S: Simd, const M: usize, const N: usize>(
+unsafe fn finish_group<S: Simd, const M: usize, const N: usize, const W: usize>(
     args: &Args<'_>,
     header: *const u8,
-    numbers: *const u8,
+    group: usize,
     sums: *const f32,
     sum: &[[S::V; N]; M],
     acc: &mut [[S::V; N]; M],
 ) {
     let layout = args.layout;
-    let rows = args.panels * PANEL;
+    let (rows, first) = (W * PANEL, args.first * PANEL);
+    let Some(number) = layout.scale else {
+        for m in 0..M {
+            for q in 0..N {
+                // SAFETY: the caller's.
+                acc[m][q] = unsafe { S::add(sum[m][q], acc[m][q]) };
+            }
+        }
+        return;
+    };
     // SAFETY: the header holds a number of each kind for each row of the unit.
     unsafe {
-        for q in 0..N {
-            let row = (args.first + q) * PANEL;
-            let Some(number) = layout.scale else {
+        let numbers = header.add(rows * (layout.outer_bytes() + group * layout.group_bytes()));
+        let offsets = numbers.add(rows * layout.scale_bytes());
+        let mut scale = read::<S, N>(number, numbers, first);
+        if layout.outer_scale {
+            times::<S, N>(&mut scale, header.add(first * 2));
+        }
+        match layout.offset {
+            Offset::None => {
                 for m in 0..M {
-                    acc[m][q] = S::add(sum[m][q], acc[m][q]);
+                    for q in 0..N {
+                        acc[m][q] = S::fma(scale[q], sum[m][q], acc[m][q]);
+                    }
                 }
-                continue;
-            };
-            let mut scale = read::<S>(number, numbers.add(row * number.size()));
-            if layout.outer_scale {
-                scale = S::mul(scale, S::f16(header.add(row * 2)));
             }
-            let offsets = numbers.add(rows * layout.scale_bytes());
-            match layout.offset {
-                Offset::None => {
-                    for m in 0..M {
-                        acc[m][q] = S::fma(scale, sum[m][q], acc[m][q]);
+            Offset::Zero(number) => {
+                let zero = read::<S, N>(number, offsets, first);
+                for m in 0..M {
+                    let sum_x = S::splat(*sums.add(m * args.x_stride));
+                    for q in 0..N {
+                        let shifted = S::fma(zero[q], sum_x, sum[m][q]);
+                        acc[m][q] = S::fma(scale[q], shifted, acc[m][q]);
                     }
                 }
-                Offset::Zero(number) => {
-                    let zero = read::<S>(number, offsets.add(row * number.size()));
-                    for m in 0..M {
-                        let sum_x = S::splat(*sums.add(m * args.x_stride));
-                        acc[m][q] = S::fma(scale, S::fma(zero, sum_x, sum[m][q]), acc[m][q]);
-                    }
+            }
+            Offset::Minimum(number) => {
+                let at = if number == Number::High4 { numbers } else { offsets };
+                let mut minimum = read::<S, N>(number, at, first);
+                if layout.outer_minimum {
+                    times::<S, N>(&mut minimum, header.add((rows + first) * 2));
                 }
-                Offset::Minimum(number) => {
-                    let at = match number {
-                        Number::High4 => numbers.add(row),
-                        _ => offsets.add(row * number.size()),
-                    };
-                    let mut minimum = read::<S>(number, at);
-                    if layout.outer_minimum {
-                        minimum = S::mul(minimum, S::f16(header.add((rows + row) * 2)));
-                    }
-                    for m in 0..M {
-                        let sum_x = S::splat(*sums.add(m * args.x_stride));
-                        let scaled = S::fma(scale, sum[m][q], acc[m][q]);
-                        acc[m][q] = S::fma(minimum, sum_x, scaled);
+                for m in 0..M {
+                    let sum_x = S::splat(*sums.add(m * args.x_stride));
+                    for q in 0..N {
+                        let scaled = S::fma(scale[q], sum[m][q], acc[m][q]);
+                        acc[m][q] = S::fma(minimum[q], sum_x, scaled);
                     }
                 }
             }
@@ -216,24 +233,44 @@ unsafe fn finish_group<S: Simd, const M: usize, const N: usize>(
     }
 }
 
-/// Sixteen numbers of a header.
+/// Multiplies by the f16 at `at`.
+///
+/// # Safety
+/// As [`read`].
+#[inline(always)]
+unsafe fn times<S: Simd, const N: usize>(numbers: &mut [S::V; N], at: *const u8) {
+    for q in 0..N {
+        // SAFETY: the caller's.
+        numbers[q] = unsafe { S::mul(numbers[q], S::f16(at.add(q * PANEL * 2))) };
+    }
+}
+
+/// Numbers of a header, of the rows of `N` panels from `first` on.
 ///
 /// # Safety
 /// As [`Simd`].
 #[inline(always)]
-unsafe fn read<S: Simd>(number: Number, at: *const u8) -> S::V {
-    // SAFETY: the caller's.
-    unsafe {
-        match number {
-            Number::F32 => S::load(at),
-            Number::F16 => S::f16(at),
-            Number::Bf16 => S::bf16(at),
-            Number::E8m0 => S::e8m0(at),
-            Number::E4m3 => S::e4m3(at),
-            Number::Int8 => S::int8(at),
-            Number::Low4 => S::low4(at),
-            Number::High4 => S::high4(at),
-        }
+unsafe fn read<S: Simd, const N: usize>(number: Number, at: *const u8, first: usize) -> [S::V; N] {
+    macro_rules! each {
+        ($read:ident, $size:literal) => {{
+            // SAFETY: the caller's.
+            let mut numbers = unsafe { [S::$read(at.add(first * $size)); N] };
+            for q in 1..N {
+                // SAFETY: the caller's.
+                numbers[q] = unsafe { S::$read(at.add((first + q * PANEL) * $size)) };
+            }
+            numbers
+        }};
+    }
+    match number {
+        Number::F32 => each!(load, 4),
+        Number::F16 => each!(f16, 2),
+        Number::Bf16 => each!(bf16, 2),
+        Number::E8m0 => each!(e8m0, 1),
+        Number::E4m3 => each!(e4m3, 1),
+        Number::Int8 => each!(int8, 1),
+        Number::Low4 => each!(low4, 1),
+        Number::High4 => each!(high4, 1),
     }
 }
 
@@ -242,20 +279,12 @@ unsafe fn read<S: Simd>(number: Number, at: *const u8) -> S::V {
 /// # Safety
 /// As [`tile`].
 #[inline(always)]
-unsafe fn write<S: Simd, const M: usize, const N: usize>(
-    args: &Args<'_>,
-    acc: &mut [[S::V; N]; M],
-) {
+unsafe fn write<S: Simd, const M: usize, const N: usize>(args: &Args<'_>, acc: &[[S::V; N]; M]) {
     // SAFETY: `out` is writable for the tile's rows and columns.
     unsafe {
         for m in 0..M {
             for q in 0..N {
-                let value = S::mul(acc[m][q], S::splat(args.finish.power));
-                let value = match args.finish.global {
-                    None => value,
-                    Some(Global::Multiply(DecodeScale(by))) => S::mul(value, S::splat(by)),
-                    Some(Global::Divide(EncodeScale(by))) => S::div(value, S::splat(by)),
-                };
+                let value = finished::<S>(args.finish, acc[m][q]);
                 let to = args.out.add(m * args.out_stride + q * PANEL);
                 let columns = args.columns - q * PANEL;
                 if columns >= PANEL {
@@ -266,6 +295,21 @@ unsafe fn write<S: Simd, const M: usize, const N: usize>(
                     to.copy_from_nonoverlapping(lanes.as_ptr(), columns);
                 }
             }
+        }
+    }
+}
+
+/// # Safety
+/// As [`Simd`].
+#[inline(always)]
+unsafe fn finished<S: Simd>(finish: Finish, acc: S::V) -> S::V {
+    // SAFETY: the caller's.
+    unsafe {
+        let value = S::mul(acc, S::splat(finish.power));
+        match finish.global {
+            None => value,
+            Some(Global::Multiply(DecodeScale(by))) => S::mul(value, S::splat(by)),
+            Some(Global::Divide(EncodeScale(by))) => S::div(value, S::splat(by)),
         }
     }
 }

@@ -1,29 +1,30 @@
 //! What a packed matrix looks like.
 //!
 //! ```text
-//! matrix = units of 64 output rows; the last one may have fewer panels
-//! unit   = 1 to 4 panels of 16 rows, over all of k, block after block
+//! matrix = units of 64 output rows = 4 panels of 16; what is left over are units of one panel
+//! unit   = all of k, block after block
 //! block  = header · steps of 32 k        at most 256 k; all k of a block have consecutive scales
 //! header = for all rows of the unit: outer scale · outer minimum · for each group: scale · offset
-//! step   = panel 0 · panel 1 · …         the codes of 16 rows and 32 k each
+//! step   = item 0 of each panel · item 1 of each panel · …
 //! ```
 //!
 //! Every part of the header is there only where the format has it, one number a row, row after row.
-//! A panel's codes are *lines* of 64 bytes. Lane `r` of a line, a 32-bit word, belongs to row `r`:
+//! What a kernel reads for one token is so in one stream, from the unit's first byte to its last.
+//! An item belongs to the sixteen rows of a panel:
 //!
-//! | codes | lines of a panel's step |
+//! | codes | items of a step |
 //! |---|---|
-//! | f32 | 32: line `k` holds `k` |
-//! | bf16 | 16: line `k / 2` holds the pair `k`, `k + 1`, low half first |
-//! | f16 | 16: line `k / 2` holds `k` of all rows, then `k + 1` of all rows |
-//! | 8 bits | 8: line `k / 4` holds the rows' bytes of `k`, of `k + 1`, of `k + 2`, of `k + 3` |
-//! | 4 bits | 4: line `k / 8` holds eight `k`, in nibbles |
-//! | 2 bits | 2: line `k / 16` holds sixteen `k`, eight in each half of a word |
-//! | 1 bit | 1: the line holds all `k`, eight in each byte of a word |
+//! | f32 | 32 of 64 bytes: item `k` holds `k` |
+//! | f16 | 32 of 32 bytes: likewise |
+//! | 8 bits | 32 of 16 bytes: likewise |
+//! | bf16 | 16 of 64 bytes: item `k / 2` holds a word for each row: the pair `k`, `k + 1`, low half first |
+//! | 4 bits | 4 of 64 bytes: item `k / 8` holds a word for each row: eight `k`, in nibbles |
+//! | 2 bits | 2 of 64 bytes: item `k / 16` holds a word for each row: sixteen `k`, eight in each half |
+//! | 1 bit | 1 of 64 bytes: a word for each row: all `k`, eight in each byte |
 //!
 //! Among eight `k`, number `j` has the position [`position`]`(j)`: 0, 4, 1, 5, 2, 6, 3, 7, so that
 //! a shift brings a pair to the low ends of the halves of a word. 3, 5 and 6 bits are two planes:
-//! the low bits' lines, then the high bits'.
+//! the items of the low bits, then those of the high bits.
 
 /// Rows of a panel: the lanes of a vector of 512 bits.
 pub(crate) const PANEL: usize = 16;
@@ -107,6 +108,15 @@ impl Codes {
             Codes::Table4 => 4,
             Codes::Int5 => 5,
             Codes::Int6 | Codes::Table6 => 6,
+        }
+    }
+
+    /// Bytes of an item.
+    pub(crate) const fn item_bytes(self) -> usize {
+        match self {
+            Codes::F16 => 32,
+            Codes::Int8 | Codes::E4m3 | Codes::E5m2 => 16,
+            _ => 64,
         }
     }
 

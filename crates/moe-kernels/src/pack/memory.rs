@@ -1,7 +1,15 @@
 //! Memory for packed weights.
+//!
+//! Kernels read a matrix from one end to the other, and each page on the way costs a walk through
+//! the page table: with pages of 4 KiB, a third of the time at one token. A matrix is smaller than
+//! a huge page, so matrices share large mappings, for which the system is asked for huge pages. A
+//! mapping lives as long as a matrix in it; what nobody has written takes no memory.
 
-use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::io;
 use std::ptr::NonNull;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use memmap2::MmapMut;
 
 /// Bytes of a cache line: where memory begins.
 pub(crate) const LINE: usize = 64;
@@ -9,11 +17,55 @@ pub(crate) const LINE: usize = 64;
 /// Bytes of a huge page, on the processors that have them.
 const HUGE: usize = 2 << 20;
 
-/// Zeroed bytes that begin at a cache line. Where they fill huge pages, the system is asked for
-/// them: kernels read from one end to the other, and each page costs a walk.
+/// Bytes of a mapping that matrices share.
+const SHARED: usize = 32 * HUGE;
+
+/// A mapping that is handed out from the front.
+struct Mapping {
+    /// Keeps the memory.
+    _map: MmapMut,
+    first: NonNull<u8>,
+    len: usize,
+    taken: Mutex<usize>,
+}
+
+// SAFETY: a mapping is memory, and its parts are handed out once each.
+unsafe impl Send for Mapping {}
+// SAFETY: as above.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    fn new(len: usize) -> io::Result<Arc<Mapping>> {
+        // Room to begin at a huge page.
+        let room = len.checked_add(HUGE).ok_or(io::ErrorKind::OutOfMemory)?;
+        let mut map = MmapMut::map_anon(room)?;
+        // A refusal changes nothing but time.
+        #[cfg(target_os = "linux")]
+        let _ = map.advise(memmap2::Advice::HugePage);
+        let skip = map.as_ptr().align_offset(HUGE);
+        let first = NonNull::from(&mut map[skip..]).cast();
+        Ok(Arc::new(Mapping { _map: map, first, len, taken: Mutex::new(0) }))
+    }
+
+    /// The next `len` bytes; `None` if they are not there.
+    fn take(self: &Arc<Mapping>, len: usize) -> Option<Memory> {
+        let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
+        let end = taken.checked_add(len.next_multiple_of(LINE))?;
+        if end > self.len {
+            return None;
+        }
+        // SAFETY: inside the mapping.
+        let at = unsafe { self.first.add(*taken) };
+        *taken = end;
+        Some(Memory { at, len, _mapping: self.clone() })
+    }
+}
+
+/// Zeroed bytes that begin at a cache line.
 pub(crate) struct Memory {
     at: NonNull<u8>,
-    layout: Layout,
+    len: usize,
+    _mapping: Arc<Mapping>,
 }
 
 // SAFETY: a `Memory` owns its bytes, as a `Box` does.
@@ -22,61 +74,58 @@ unsafe impl Send for Memory {}
 unsafe impl Sync for Memory {}
 
 impl Memory {
-    /// `len` bytes; `None` if an address cannot hold so many.
-    pub(crate) fn zeroed(len: usize) -> Option<Memory> {
-        let align = if len >= HUGE { HUGE } else { LINE };
-        let layout = Layout::from_size_align(len, align).ok()?;
-        if len == 0 {
-            return Some(Memory { at: NonNull::<[u64; LINE / 8]>::dangling().cast(), layout });
+    /// `len` bytes.
+    ///
+    /// # Errors
+    /// If the system has no memory for them.
+    pub(crate) fn zeroed(len: usize) -> io::Result<Memory> {
+        static CURRENT: Mutex<Weak<Mapping>> = Mutex::new(Weak::new());
+        let whole = |mapping: Arc<Mapping>| mapping.take(len).ok_or(io::ErrorKind::OutOfMemory);
+        if len > SHARED / 4 {
+            let rounded = len.checked_next_multiple_of(HUGE).ok_or(io::ErrorKind::OutOfMemory)?;
+            return Ok(whole(Mapping::new(rounded)?)?);
         }
-        // SAFETY: the layout is not empty.
-        let Some(at) = NonNull::new(unsafe { alloc_zeroed(layout) }) else {
-            handle_alloc_error(layout)
-        };
-        let memory = Memory { at, layout };
-        memory.advise();
-        Some(memory)
+        let mut current = CURRENT.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(memory) = current.upgrade().and_then(|mapping| mapping.take(len)) {
+            return Ok(memory);
+        }
+        let mapping = Mapping::new(SHARED)?;
+        *current = Arc::downgrade(&mapping);
+        Ok(whole(mapping)?)
     }
-
-    /// Asks for huge pages. A refusal changes nothing but time.
-    #[cfg(target_os = "linux")]
-    fn advise(&self) {
-        unsafe extern "C" {
-            fn madvise(at: *mut std::ffi::c_void, len: usize, advice: i32) -> i32;
-        }
-        const MADV_HUGEPAGE: i32 = 14;
-        let whole = self.layout.size() / HUGE * HUGE;
-        if whole > 0 {
-            // SAFETY: the bytes are ours, and the advice does not change what they hold.
-            unsafe { madvise(self.at.as_ptr().cast(), whole, MADV_HUGEPAGE) };
-        }
-    }
-
-    #[cfg(not(target_os = "linux"))]
-    fn advise(&self) {}
 }
 
 impl std::ops::Deref for Memory {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        // SAFETY: all bytes are initialised and ours.
-        unsafe { std::slice::from_raw_parts(self.at.as_ptr(), self.layout.size()) }
+        // SAFETY: mapped memory is initialised, and this part is ours.
+        unsafe { std::slice::from_raw_parts(self.at.as_ptr(), self.len) }
     }
 }
 
 impl std::ops::DerefMut for Memory {
     fn deref_mut(&mut self) -> &mut [u8] {
         // SAFETY: as above, and borrowed mutably.
-        unsafe { std::slice::from_raw_parts_mut(self.at.as_ptr(), self.layout.size()) }
+        unsafe { std::slice::from_raw_parts_mut(self.at.as_ptr(), self.len) }
     }
 }
 
-impl Drop for Memory {
-    fn drop(&mut self) {
-        if self.layout.size() > 0 {
-            // SAFETY: allocated with this layout, and not used any more.
-            unsafe { dealloc(self.at.as_ptr(), self.layout) }
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_are_zeroed_aligned_and_apart() {
+        let mut parts: Vec<Memory> =
+            [1, 64, 100, 0, SHARED, HUGE + 1].map(|len| Memory::zeroed(len).unwrap()).into();
+        for (i, part) in parts.iter_mut().enumerate() {
+            assert!(part.as_ptr().align_offset(LINE) == 0 && part.iter().all(|byte| *byte == 0));
+            part.fill(i as u8 + 1);
         }
+        for (i, part) in parts.iter().enumerate() {
+            assert!(part.iter().all(|byte| *byte == i as u8 + 1), "{i}");
+        }
+        assert!(Memory::zeroed(usize::MAX).is_err());
     }
 }

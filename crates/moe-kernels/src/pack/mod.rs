@@ -61,8 +61,11 @@ pub enum Refusal {
         /// Names of the features.
         features: String,
     },
-    /// The packed weights would not fit an address space.
-    TooLarge,
+    /// There is no memory for so many bytes.
+    NoMemory {
+        /// Bytes of the packed weights; all that an address can hold, if they are more.
+        bytes: usize,
+    },
 }
 
 impl fmt::Display for Refusal {
@@ -74,7 +77,9 @@ impl fmt::Display for Refusal {
             Refusal::Lacks { gemm, features } => {
                 write!(f, "{gemm} needs {features}, which this processor lacks")
             }
-            Refusal::TooLarge => f.write_str("the packed weights are larger than memory"),
+            Refusal::NoMemory { bytes } => {
+                write!(f, "no memory for {bytes} bytes of packed weights")
+            }
         }
     }
 }
@@ -84,7 +89,7 @@ impl std::error::Error for Refusal {}
 /// Packs `view` for `gemm`, on the calling thread.
 ///
 /// # Errors
-/// If `gemm` reads other codes or this CPU cannot run it, or the result is too large for memory.
+/// If `gemm` reads other codes or this CPU cannot run it, or there is no memory for the result.
 pub fn pack(view: &View, gemm: &'static Gemm) -> Result<Packed, Refusal> {
     if codes(view) != gemm.codes() {
         return Err(Refusal::OtherCodes { gemm: gemm.name(), found: codes(view) });
@@ -95,8 +100,8 @@ pub fn pack(view: &View, gemm: &'static Gemm) -> Result<Packed, Refusal> {
     }
     let plan = Plan::of(view);
     let panels = view.rows().div_ceil(PANEL);
-    let bytes = panels.checked_mul(panel_bytes(&plan.layout, &plan.columns.blocks));
-    let bytes = bytes.and_then(Memory::zeroed).ok_or(Refusal::TooLarge)?;
+    let bytes = panels.saturating_mul(panel_bytes(&plan.layout, &plan.columns.blocks));
+    let bytes = Memory::zeroed(bytes).map_err(|_| Refusal::NoMemory { bytes })?;
     let mut packed = Packed {
         gemm,
         layout: plan.layout,
@@ -108,9 +113,19 @@ pub fn pack(view: &View, gemm: &'static Gemm) -> Result<Packed, Refusal> {
         bytes,
     };
     for unit in 0..packed.units() {
-        let rows = unit * UNIT..view.rows().min((unit + 1) * UNIT);
+        let (rows, panels) = (packed.columns(unit..unit + 1), packed.panels(unit));
         let range = packed.unit_range(unit);
-        rows::unit(view, &plan, rows, &mut packed.bytes[range]);
+        let bytes = &mut packed.bytes[range];
+        if panels == PANELS {
+            rows::unit(view, &plan, rows, bytes);
+            continue;
+        }
+        // What does not fill a unit is panels one after the other.
+        let panel = panel_bytes(&plan.layout, &plan.columns.blocks);
+        for (start, bytes) in rows.clone().step_by(PANEL).zip(bytes.chunks_exact_mut(panel.max(1)))
+        {
+            rows::unit(view, &plan, start..rows.end.min(start + PANEL), bytes);
+        }
     }
     Ok(packed)
 }
@@ -205,6 +220,11 @@ impl Packed {
         self.finish
     }
 
+    /// Bytes of a panel over all of k, headers included.
+    pub(crate) fn panel_bytes(&self) -> usize {
+        panel_bytes(&self.layout, &self.columns.blocks)
+    }
+
     /// Panels of a unit.
     pub(crate) fn panels(&self, unit: usize) -> usize {
         (self.rows - unit * UNIT).div_ceil(PANEL).min(PANELS)
@@ -216,7 +236,7 @@ impl Packed {
     }
 
     fn unit_range(&self, unit: usize) -> Range<usize> {
-        let panel = panel_bytes(&self.layout, &self.columns.blocks);
+        let panel = self.panel_bytes();
         let start = unit * PANELS * panel;
         start..start + self.panels(unit) * panel
     }

@@ -7,8 +7,9 @@ use half::{bf16, f16};
 
 use super::blocks::{self, Parts};
 use super::layout::{Codes, Number, Offset, PANEL, STEP};
+use super::lines::{self, Items};
+use super::order::PADDING;
 use super::plan::{Plan, Recode, is_nan, zero};
-use super::{lines, order::PADDING};
 use crate::stored::{self, Floats, Stored, View};
 
 /// Bytes of a code before it lies in a line.
@@ -16,7 +17,7 @@ pub(super) fn code_size(codes: Codes) -> usize {
     codes.bits().div_ceil(8)
 }
 
-/// Packs the rows of a unit.
+/// Packs `rows` as one unit: as many panels as they fill.
 pub(super) fn unit(view: &View, plan: &Plan, rows: Range<usize>, unit: &mut [u8]) {
     let panels = rows.len().div_ceil(PANEL);
     let stride = plan.columns.order.padded() * code_size(plan.layout.codes);
@@ -45,7 +46,7 @@ fn write_unit(
     unit: &mut [u8],
 ) {
     let layout = &plan.layout;
-    let (panel_bytes, size) = (layout.codes.panel_bytes(), code_size(layout.codes));
+    let size = code_size(layout.codes);
     let row_numbers = row_numbers(plan);
     let (mut at, mut k, mut from) = (0, 0, 0);
     for steps in &plan.columns.blocks {
@@ -65,10 +66,12 @@ fn write_unit(
             from += size;
         }
         for _ in 0..steps {
+            let step = &mut unit[at..at + panels * layout.codes.panel_bytes()];
+            at += step.len();
             for panel in 0..panels {
                 let codes = &codes[panel * PANEL * stride + k * size..];
-                lines::write(layout.codes, codes, stride, &mut unit[at..at + panel_bytes]);
-                at += panel_bytes;
+                let mut items = Items { step: &mut *step, panel, panels };
+                lines::write(layout.codes, codes, stride, &mut items);
             }
             k += STEP;
         }

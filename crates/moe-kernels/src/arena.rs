@@ -92,6 +92,18 @@ impl std::fmt::Debug for Cut<'_> {
     }
 }
 
+/// The bytes of floats.
+pub fn bytes(floats: &[f32]) -> &[u8] {
+    // SAFETY: any float is four initialised bytes; the borrow is the same.
+    unsafe { std::slice::from_raw_parts(floats.as_ptr().cast(), size_of_val(floats)) }
+}
+
+/// The bytes of floats, to be written.
+pub fn bytes_mut(floats: &mut [f32]) -> &mut [u8] {
+    // SAFETY: as above; and any four bytes are a float.
+    unsafe { std::slice::from_raw_parts_mut(floats.as_mut_ptr().cast(), size_of_val(floats)) }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

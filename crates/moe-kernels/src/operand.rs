@@ -26,6 +26,7 @@ pub struct Operand<'a> {
     data: &'a [f32],
     rows: usize,
     shape: RowShape,
+    stride: usize,
 }
 
 /// What a row consists of.
@@ -67,7 +68,22 @@ pub(crate) fn write<'a>(w: &Packed, rows: Rows<'_>, into: &'a mut [u8]) -> Opera
             w.group_ranges().zip(sums).for_each(|(group, to)| *to = sum(&elements[group]));
         }
     }
-    Operand { data, rows: rows.rows(), shape }
+    Operand { data, rows: rows.rows(), shape, stride: shape.stride() }
+}
+
+/// Rows that [`write`] made for `w`, one at a time, `stride` bytes apart.
+pub(crate) fn written<'a>(w: &Packed, bytes: &'a [u8], rows: usize, stride: usize) -> Operand<'a> {
+    let shape = RowShape::of(w);
+    // SAFETY: any four bytes are an f32.
+    let (head, data, _) = unsafe { bytes.align_to::<f32>() };
+    assert!(head.is_empty() && stride.is_multiple_of(4), "floats of an operand are aligned");
+    let stride = stride / 4;
+    assert!(stride >= shape.stride() || rows <= 1, "rows of an operand overlap");
+    let end = rows
+        .checked_sub(1)
+        .map_or(Some(0), |last| last.checked_mul(stride)?.checked_add(shape.stride()));
+    assert!(end.is_some_and(|end| end <= data.len()), "{} bytes for {rows} rows", bytes.len());
+    Operand { data, rows, shape, stride }
 }
 
 /// The aligned f32 of `bytes`.
@@ -102,14 +118,13 @@ impl<'a> Operand<'a> {
         self.shape == RowShape::of(w)
     }
 
-    /// The rows of `range`, which are there.
+    /// The rows of `range`, which are there, and what comes after them.
     pub(crate) fn slice(&self, range: Range<usize>) -> &'a [f32] {
-        let stride = self.stride();
-        &self.data[range.start * stride..range.end * stride]
+        &self.data[range.start * self.stride..]
     }
 
     pub(crate) fn stride(&self) -> usize {
-        self.shape.stride()
+        self.stride
     }
 
     /// From a row to its sums.

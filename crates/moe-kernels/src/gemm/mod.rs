@@ -137,6 +137,22 @@ impl Gemm {
         operand::write(w, rows, into)
     }
 
+    /// `rows` rows that [`operand`](Self::operand) wrote for `w`, one at a time, `stride` bytes from
+    /// one to the next: at least `operand_bytes(w, 1)`.
+    ///
+    /// # Panics
+    /// If they are not all there, or overlap.
+    pub fn written<'a>(
+        &self,
+        w: &Packed,
+        bytes: &'a [u8],
+        rows: usize,
+        stride: usize,
+    ) -> Operand<'a> {
+        self.owns(w);
+        operand::written(w, bytes, rows, stride)
+    }
+
     /// `out[i][j] = Σ_k x[rows][k] · w[j][k]` for the weight rows `j` of `units`, as the module
     /// promises. Runs on the calling thread.
     ///

@@ -33,7 +33,7 @@ pub(crate) const PANEL: usize = 16;
 pub(crate) const PANELS: usize = 4;
 
 /// Rows of a unit.
-pub(crate) const UNIT: usize = PANEL * PANELS;
+pub const UNIT: usize = PANEL * PANELS;
 
 /// k of a step.
 pub(crate) const STEP: usize = 32;

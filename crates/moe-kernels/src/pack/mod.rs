@@ -20,8 +20,8 @@ pub(crate) mod twin;
 use std::fmt;
 use std::ops::Range;
 
-pub use layout::{Codes, Layout};
-pub(crate) use layout::{Number, OCTET, Offset, PANEL, PANELS, STEP, UNIT, position};
+pub use layout::{Codes, Layout, UNIT};
+pub(crate) use layout::{Number, OCTET, Offset, PANEL, PANELS, STEP, position};
 pub(crate) use memory::LINE;
 pub(crate) use order::Order;
 pub(crate) use plan::{Finish, codes};

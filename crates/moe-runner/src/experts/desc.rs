@@ -2,6 +2,8 @@
 
 use moe_kernels::isa::Isa;
 
+use super::{BuildCall, BuiltKernel};
+use crate::Result;
 use crate::hidden::ActivationDtype;
 use crate::spec::{ActivationFormat, WeightFormat};
 
@@ -47,7 +49,14 @@ pub struct KernelDesc {
     pub by_name_only: bool,
     /// How far its results repeat.
     pub determinism: Determinism,
+    /// Builds it.
+    pub build: Build,
+    /// The kernel for experts that every token takes, where this one routes by itself.
+    pub dense: Option<&'static KernelDesc>,
 }
+
+/// Builds the kernel that the description, its own, describes.
+pub type Build = fn(&'static KernelDesc, BuildCall<'_>) -> Result<BuiltKernel>;
 
 impl KernelDesc {
     /// The largest NMSE of a layer's output, to the float64 reference that quantises activations at

@@ -12,10 +12,10 @@ mod grouped;
 pub mod reference;
 mod rows;
 
-pub use desc::{Determinism, Device, Formats, KernelDesc, RowFormat};
+pub use desc::{Build, Determinism, Device, Formats, KernelDesc, RowFormat};
 
 use moe_kernels::arena::Arena;
-use moe_kernels::pool::ThreadPool;
+use moe_kernels::pool::{Inline, ThreadPool};
 
 use crate::hidden::ActivationDtype;
 pub(crate) use rows::{dot_f64, rms_norm};
@@ -23,10 +23,10 @@ pub(crate) use rows::{dot_f64, rms_norm};
 use crate::plan::Plan;
 use crate::router::{Router, Routing};
 use crate::weights::Expert;
-use crate::{Error, Result, spec};
-use cpu::{CPU_AVX2, CPU_AVX512, CPU_PORTABLE, CpuExperts};
-use emulation::{EMULATION_MXFP8, EMULATION_NVFP4, EMULATION_OCP_MX, EMULATIONS, Emulation};
-use reference::{REFERENCE, REFERENCE_MONOLITHIC, Reference, ReferenceMonolithic};
+use crate::{Result, spec};
+use cpu::{CPU_AVX2, CPU_AVX512, CPU_PORTABLE};
+use emulation::{EMULATION_MXFP8, EMULATION_NVFP4, EMULATION_OCP_MX};
+use reference::{REFERENCE, REFERENCE_MONOLITHIC};
 
 /// Every kernel, in order of preference.
 pub const KERNELS: &[&KernelDesc] = &[
@@ -49,40 +49,53 @@ pub enum BuiltKernel {
     Monolithic(Box<dyn MonolithicExperts>),
 }
 
-/// Packs `set` for the kernel that `desc` describes. `dtype` is the activations': kernels that store
-/// intermediate results round them to it.
+/// Packs `set` for the kernel that `desc` describes, on the calling thread. `dtype` is the
+/// activations': kernels that store intermediate results round them to it.
 ///
 /// # Errors
-/// [`Error::NoKernel`] if the processor lacks the instruction set, no kernel has that name, or the
+/// [`Error::NoKernel`](crate::Error::NoKernel) if the processor lacks the instruction set, or the
 /// kernel cannot compute these experts.
-pub fn build(desc: &KernelDesc, set: ExpertSet<'_>, dtype: ActivationDtype) -> Result<BuiltKernel> {
-    match desc.name {
-        name if name == REFERENCE_MONOLITHIC.name => {
-            Ok(BuiltKernel::Monolithic(Box::new(ReferenceMonolithic::new(set))))
-        }
-        _ => build_dense(desc, set, dtype).map(BuiltKernel::Modular),
-    }
-}
-
-/// Packs `set`, experts that every token takes, for the kernel that `desc` describes or, where that
-/// one routes by itself, for its counterpart that does not.
-///
-/// # Errors
-/// As [`build`].
-pub fn build_dense(
-    desc: &KernelDesc,
+pub fn build(
+    desc: &'static KernelDesc,
     set: ExpertSet<'_>,
     dtype: ActivationDtype,
-) -> Result<Box<dyn Experts>> {
-    if desc.name == REFERENCE.name || desc.name == REFERENCE_MONOLITHIC.name {
-        return Ok(Box::new(Reference::new(set)));
-    }
-    if let Some(emulation) = EMULATIONS.into_iter().find(|known| known.name == desc.name) {
-        return Ok(Box::new(Emulation::new(emulation, set, dtype)?));
-    }
-    match [&CPU_AVX512, &CPU_AVX2, &CPU_PORTABLE].into_iter().find(|cpu| cpu.name == desc.name) {
-        Some(cpu) => Ok(Box::new(CpuExperts::new(cpu, set)?)),
-        None => Err(Error::NoKernel(format!("no kernel '{}' can be built", desc.name))),
+) -> Result<BuiltKernel> {
+    let ExpertSet { spec, weight_on, experts } = set;
+    let experts = experts.to_vec();
+    let progress = &mut |_| ();
+    (desc.build)(desc, BuildCall { spec, weight_on, experts, dtype, pool: &Inline, progress })
+}
+
+/// What a kernel is built from.
+pub struct BuildCall<'a> {
+    /// Gated or not, activation, biases, norm.
+    pub spec: &'a spec::ExpertSpec,
+    /// Where weights are multiplied.
+    pub weight_on: spec::WeightOn,
+    /// This rank's experts, by local id. All have the same shapes. What is packed is let go of.
+    pub experts: Vec<Expert>,
+    /// Dtype of the hidden states.
+    pub dtype: ActivationDtype,
+    /// Threads to pack on.
+    pub pool: &'a dyn ThreadPool,
+    /// Told how far it is.
+    pub progress: &'a mut (dyn FnMut(Progress) + Send),
+}
+
+/// How far the packing of a layer's experts is, in projections.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Progress {
+    /// Done.
+    pub done: usize,
+    /// Of so many.
+    pub total: usize,
+}
+
+impl BuildCall<'_> {
+    /// Sizes of the experts, for a kernel to report.
+    pub fn shape(&self) -> ExpertShape {
+        let Self { spec, weight_on, .. } = *self;
+        ExpertSet { spec, weight_on, experts: &self.experts }.shape()
     }
 }
 

@@ -3,8 +3,8 @@
 use moe_kernels::isa::Isa;
 
 use crate::experts::{
-    Determinism, Device, ExpertCall, ExpertSet, ExpertShape, Experts, Formats, KernelDesc,
-    MonolithicCall, MonolithicExperts, RowFormat, RowMax,
+    BuildCall, BuiltKernel, Determinism, Device, ExpertCall, ExpertShape, Experts, Formats,
+    KernelDesc, MonolithicCall, MonolithicExperts, RowFormat, RowMax,
 };
 use crate::hidden::ActivationDtype;
 use crate::plan::Plan;
@@ -34,6 +34,8 @@ pub const REFERENCE: KernelDesc = KernelDesc {
     overlaps_shared: true,
     by_name_only: true,
     determinism: Determinism::AnyBatch,
+    build: |_, call| Ok(BuiltKernel::Modular(Box::new(Reference::new(call)))),
+    dense: None,
 };
 
 /// The reference kernel that routes by itself and sums in float64.
@@ -42,6 +44,8 @@ pub const REFERENCE_MONOLITHIC: KernelDesc = KernelDesc {
     summary: "scalar float64, routes by itself and sums in float64: the monolithic contract",
     monolithic: true,
     overlaps_shared: false,
+    build: |_, call| Ok(BuiltKernel::Monolithic(Box::new(ReferenceMonolithic::new(call)))),
+    dense: Some(&REFERENCE),
     ..REFERENCE
 };
 
@@ -176,12 +180,12 @@ pub struct Reference {
 
 impl Reference {
     /// Keeps views of the weights as they are stored.
-    pub fn new(set: ExpertSet<'_>) -> Self {
+    pub fn new(call: BuildCall<'_>) -> Self {
         Self {
-            spec: *set.spec,
-            weight_on: set.weight_on,
-            experts: set.experts.to_vec(),
-            shape: set.shape(),
+            spec: *call.spec,
+            weight_on: call.weight_on,
+            shape: call.shape(),
+            experts: call.experts,
         }
     }
 
@@ -251,8 +255,8 @@ pub struct ReferenceMonolithic(Reference);
 
 impl ReferenceMonolithic {
     /// Keeps views of the weights as they are stored.
-    pub fn new(set: ExpertSet<'_>) -> Self {
-        Self(Reference::new(set))
+    pub fn new(call: BuildCall<'_>) -> Self {
+        Self(Reference::new(call))
     }
 }
 

@@ -5,6 +5,7 @@ use moe_kernels::isa::Isa;
 use moe_kernels::pool::ThreadPool;
 use moe_kernels::region::{for_each, rows_together};
 
+use crate::Result;
 use crate::experts::cpu::Linear;
 use crate::experts::rms_norm;
 use crate::spec::{GateSpec, RmsNorm};
@@ -20,18 +21,18 @@ pub(crate) struct Gate {
 }
 
 impl Gate {
-    pub(crate) fn new(spec: GateSpec, weights: &GateWeights, isa: Isa) -> Self {
+    pub(crate) fn new(spec: GateSpec, weights: &GateWeights, isa: Isa) -> Result<Self> {
         let root = (weights.weight.cols() as f64).sqrt();
         let scale = weights
             .input_scale
             .as_ref()
             .map(|scale| scale.iter().map(|v| (f64::from(*v) / root) as f32).collect());
         let norm = |eps| RmsNorm { eps, unit_offset: false, scale_first: false };
-        Self {
-            linear: Linear::new(&weights.weight, isa),
+        Ok(Self {
+            linear: Linear::new(&weights.weight, isa)?,
             bias: weights.bias.clone(),
             input_norm: spec.scaled_rms_eps.map(norm).zip(scale),
-        }
+        })
     }
 
     /// Floats that the rows of `tokens` tokens need beside the logits.
@@ -39,9 +40,9 @@ impl Gate {
         self.input_norm.as_ref().map_or(0, |(_, scale)| tokens * scale.len())
     }
 
-    /// Bytes of scratch on `threads` threads.
-    pub(crate) fn scratch_bytes(&self, threads: usize) -> usize {
-        self.linear.scratch_bytes(threads)
+    /// Bytes of scratch for `tokens` rows on `threads` threads.
+    pub(crate) fn scratch_bytes(&self, tokens: usize, threads: usize) -> usize {
+        self.linear.scratch_bytes(tokens, threads)
     }
 
     /// Writes the logits `[T, E_total]` of `rows` `[T, H]`. `normed` is

@@ -276,11 +276,10 @@ impl MoeRunner {
     pub fn workspace_bytes(&self, tokens: usize) -> usize {
         let threads = self.layer.pool.threads();
         let router = &self.layer.spec.router;
-        let slots = tokens * router.top_k;
+        let most = tokens.div_ceil(self.micro_batches) * router.top_k;
         let lengths = Lengths::of(&self.layer, tokens, &Given::default());
         let lanes = match &self.layer.method.kernel {
             BuiltKernel::Modular(kernel) => {
-                let most = tokens.div_ceil(self.micro_batches) * router.top_k;
                 let plan = Plan::bytes(most, kernel.shape().experts);
                 self.micro_batches * (room::<f32>(most * kernel.shape().hidden) + plan + 4 * most)
             }
@@ -288,7 +287,7 @@ impl MoeRunner {
         };
         let shared = self.layer.shared.as_ref().map_or(0, |s| s.workspace_bytes(tokens, threads));
         lengths.bytes()
-            + self.scratch_bytes(slots.div_ceil(self.micro_batches))
+            + self.scratch_bytes(tokens, most)
             + lanes
             + shared
             + Routing::bytes(router, tokens, threads)
@@ -296,15 +295,16 @@ impl MoeRunner {
     }
 
     /// Scratch of the experts and of the projections around them, of which one runs at a time.
-    fn scratch_bytes(&self, slots: usize) -> usize {
+    fn scratch_bytes(&self, tokens: usize, slots: usize) -> usize {
         let ReadyLayer { gate, input_transform, output_transform, method, pool, .. } = &self.layer;
         let threads = pool.threads();
         let experts = match &method.kernel {
             BuiltKernel::Modular(kernel) => kernel.scratch_bytes(slots, threads),
             BuiltKernel::Monolithic(_) => 0,
         };
-        let transforms = [input_transform, output_transform].map(|t| t.scratch_bytes(threads));
-        let gate = gate.as_ref().map_or(0, |gate| gate.scratch_bytes(threads));
+        let transforms =
+            [input_transform, output_transform].map(|t| t.scratch_bytes(tokens, threads));
+        let gate = gate.as_ref().map_or(0, |gate| gate.scratch_bytes(tokens, threads));
         experts.max(gate).max(transforms[0]).max(transforms[1])
     }
 }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::ready::{Options, QuantMethod};
+use super::ready::{Options, QuantMethod, build};
 use super::slices::Slices;
 use super::{MoeRunner, MoeRunnerInterface, ReadyLayer};
 use crate::Result;
@@ -11,8 +11,7 @@ use crate::exchange::{
     AllToAllExchange, BatchedExchange, Completeness, Exchange, ExpertMap, GatherExchange,
     LocalExchange, Wire,
 };
-use crate::experts::ExpertSet;
-use crate::experts::{self, BuiltKernel, RowFormat};
+use crate::experts::{self, BuildCall, RowFormat};
 use crate::oracle::{self, Request};
 use crate::parallel::{Parallel, Route, shard};
 use crate::spec::LayerSpec;
@@ -53,7 +52,7 @@ impl MoeRunner {
     ) -> Result<Self> {
         layer.spec.validate()?;
         let (sizes, rank) = (groups.sizes, groups.world.rank());
-        let share = shard(layer, sizes, rank, &map)?;
+        let mut share = shard(layer, sizes, rank, &map)?;
         // chosen by the whole layer, so that all ranks choose alike, even one without experts
         let request = Request {
             kernel: options.kernel.clone(),
@@ -68,9 +67,6 @@ impl MoeRunner {
         let wire = Wire::of_layer(layer, options.dtype);
         let wire = if choice.kernel.takes_quantised { wire } else { wire.unquantised() };
         let exchange = exchange(&layer.spec, wire, groups, parallel, map)?;
-        let set = ExpertSet { experts: &share.experts, ..share.expert_set() };
-        let kernel: BuiltKernel = experts::build(choice.kernel, set, options.dtype)?;
-        let method = QuantMethod { kernel, exchange };
         let slices = |experts: &[Expert], sliced: bool, group: &Arc<dyn Communicator>| {
             let wide = experts.first().is_some_and(|expert| expert.down.input.is_row_wide());
             (sliced && wide).then(|| Slices::new(&layer.spec.name, group.clone()))
@@ -78,6 +74,9 @@ impl MoeRunner {
         let routed_slices = slices(&share.experts, sizes.moe_tp() > 1, &groups.world);
         let shared_experts = share.shared.as_ref().map_or(&[][..], |shared| &shared.experts);
         let shared_slices = slices(shared_experts, sizes.tp > 1 && sizes.sp() == 1, &groups.tp);
+        let experts = std::mem::take(&mut share.experts);
+        let kernel = build(choice.kernel, &share, experts, options, &mut |_| ())?;
+        let method = QuantMethod { kernel, exchange };
         let ready: ReadyLayer = share.ready_with(choice, method, options)?;
         // under sequence parallelism every rank has its own rows: nothing is left to reduce
         let group = if sizes.sp() > 1 { comm::single() } else { groups.tp.clone() };
@@ -105,8 +104,16 @@ impl MoeRunner {
         parallel: &Parallel,
     ) -> Result<QuantMethod> {
         let spec = self.layer.spec.clone();
-        let set = ExpertSet { spec: &spec.expert, weight_on: spec.router.weight_on, experts };
-        let kernel = experts::build(self.method().desc(), set, options.dtype)?;
+        let desc = self.method().desc();
+        let call = BuildCall {
+            spec: &spec.expert,
+            weight_on: spec.router.weight_on,
+            experts: experts.to_vec(),
+            dtype: options.dtype,
+            pool: &*options.pool,
+            progress: &mut |_| (),
+        };
+        let kernel = (desc.build)(desc, call)?;
         let exchange = exchange(&spec, self.wire, groups, parallel, map)?;
         self.replace_quant_method(QuantMethod { kernel, exchange })
     }

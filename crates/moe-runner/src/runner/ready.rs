@@ -9,13 +9,13 @@ use super::gate::Gate;
 use super::transform::TransformOp;
 use super::workspace::Workspaces;
 use crate::exchange::{Exchange, LocalExchange};
-use crate::experts::{self, BuiltKernel, Device, ExpertSet, KernelDesc};
+use crate::experts::{self, BuildCall, BuiltKernel, Device, ExpertSet, KernelDesc, Progress};
 use crate::hidden::ActivationDtype;
 use crate::oracle::{self, Choice, Machine, Request};
 use crate::router::{Router, RouterTensors};
 use crate::shared_experts::SharedExperts;
 use crate::spec::{ExpertSpec, LayerSpec, ScaleOn, WeightOn};
-use crate::weights::LoadedLayer;
+use crate::weights::{Expert, LoadedLayer};
 use crate::{Error, Result};
 
 /// Threads that layers share.
@@ -224,23 +224,43 @@ impl LoadedLayer {
     ///
     /// # Errors
     /// What the kernel refuses.
-    pub fn quant_method(&self, kernel: &KernelDesc, options: &Options) -> Result<QuantMethod> {
+    pub fn quant_method(
+        &self,
+        kernel: &'static KernelDesc,
+        options: &Options,
+    ) -> Result<QuantMethod> {
+        let experts = self.experts.clone();
         Ok(QuantMethod {
-            kernel: experts::build(kernel, self.expert_set(), options.dtype)?,
+            kernel: build(kernel, self, experts, options, &mut |_| ())?,
             exchange: Box::new(LocalExchange::new(self.experts.len())),
         })
     }
 
-    /// Chooses a kernel and packs the weights for it.
+    /// Chooses a kernel and packs the weights for it, on all threads.
     ///
     /// # Errors
     /// [`Error::Spec`] for a contradictory description, [`Error::NoKernel`] where no kernel can run
     /// it or the named one cannot.
     pub fn ready(&self, options: &Options) -> Result<ReadyLayer> {
+        self.clone().into_ready(options, &mut |_| ())
+    }
+
+    /// The same, letting go of the experts' stored numbers as they are packed, and telling
+    /// `progress` how far it is.
+    ///
+    /// # Errors
+    /// As [`ready`](Self::ready).
+    pub fn into_ready(
+        mut self,
+        options: &Options,
+        progress: &mut (dyn FnMut(Progress) + Send),
+    ) -> Result<ReadyLayer> {
         self.spec.validate()?;
         let choice = self.choose(options)?;
-        let method = self.quant_method(choice.kernel, options)?;
-        self.ready_with(choice, method, options)
+        let experts = std::mem::take(&mut self.experts);
+        let exchange = Box::new(LocalExchange::new(experts.len()));
+        let kernel = build(choice.kernel, &self, experts, options, progress)?;
+        self.ready_with(choice, QuantMethod { kernel, exchange }, options)
     }
 
     pub(crate) fn ready_with(
@@ -274,12 +294,19 @@ impl LoadedLayer {
                     bias: shared.bias,
                     norm: None,
                 };
-                let set = ExpertSet {
+                let dense = choice.kernel.dense.unwrap_or(choice.kernel);
+                let call = BuildCall {
                     spec: &expert_spec,
                     weight_on: WeightOn::Output,
-                    experts: &weights.experts,
+                    experts: weights.experts.clone(),
+                    dtype: options.dtype,
+                    pool: &*options.pool,
+                    progress: &mut |_| (),
                 };
-                let experts = experts::build_dense(choice.kernel, set, options.dtype)?;
+                let BuiltKernel::Modular(experts) = (dense.build)(dense, call)? else {
+                    let name = dense.name;
+                    return Err(Error::NoKernel(format!("'{name}' routes by itself")));
+                };
                 Some(SharedExperts::new(shared.clone(), weights, experts))
             }
             (None, None) => None,
@@ -293,7 +320,7 @@ impl LoadedLayer {
         Ok(ReadyLayer {
             spec: Arc::new(spec.clone()),
             dtype: options.dtype,
-            gate: self.gate.as_ref().map(|gate| Gate::new(spec.gate, gate, isa)),
+            gate: self.gate.as_ref().map(|gate| Gate::new(spec.gate, gate, isa)).transpose()?,
             router,
             input_transform: TransformOp::new(&spec.input_transform, &self.input_transform, isa)?,
             output_transform: TransformOp::new(
@@ -310,6 +337,19 @@ impl LoadedLayer {
             non_finite: options.non_finite,
         })
     }
+}
+
+/// Packs `experts`, some of `layer`'s, for `kernel`.
+pub(super) fn build(
+    kernel: &'static KernelDesc,
+    layer: &LoadedLayer,
+    experts: Vec<Expert>,
+    options: &Options,
+    progress: &mut (dyn FnMut(Progress) + Send),
+) -> Result<BuiltKernel> {
+    let (spec, weight_on) = (&layer.spec.expert, layer.spec.router.weight_on);
+    let (dtype, pool) = (options.dtype, &*options.pool);
+    (kernel.build)(kernel, BuildCall { spec, weight_on, experts, dtype, pool, progress })
 }
 
 /// The instruction set for the dense products beside a kernel: the kernel's own, so that a kernel

@@ -33,7 +33,7 @@ impl TransformOp {
         }
         let steps = spec.steps.iter().zip(weights).map(|(step, weights)| match (step, weights) {
             (TransformStep::Linear { .. }, StepWeights::Linear(matrix)) => {
-                Ok(Step::Linear(Arc::new(Linear::new(matrix, isa))))
+                Ok(Step::Linear(Arc::new(Linear::new(matrix, isa)?)))
             }
             (TransformStep::RmsNorm(norm), StepWeights::RmsNorm(weight)) => {
                 Ok(Step::RmsNorm(*norm, weight.clone().into()))
@@ -66,10 +66,10 @@ impl TransformOp {
         lens
     }
 
-    /// Bytes of scratch on `threads` threads.
-    pub(crate) fn scratch_bytes(&self, threads: usize) -> usize {
+    /// Bytes of scratch for `tokens` rows on `threads` threads.
+    pub(crate) fn scratch_bytes(&self, tokens: usize, threads: usize) -> usize {
         let bytes = self.steps.iter().map(|step| match step {
-            Step::Linear(linear) => linear.scratch_bytes(threads),
+            Step::Linear(linear) => linear.scratch_bytes(tokens, threads),
             Step::RmsNorm(..) => 0,
         });
         bytes.max().unwrap_or(0)

@@ -2,45 +2,47 @@
 
 use moe_kernels::arena::{Arena, room};
 use moe_kernels::isa::Isa;
-use moe_kernels::kernel::{Kernel, Rows, RowsMut};
+use moe_kernels::pack::UNIT;
 use moe_kernels::pool::ThreadPool;
-use moe_kernels::region::for_each_with;
+use moe_kernels::region::{for_each, for_each_with, rows_together};
+use moe_kernels::rows::RowsMut;
 
-use super::tile;
+use super::packed::Projection;
 use crate::plan::TOGETHER;
-use crate::weights::Matrix;
+use crate::weights::{ActivationQuant, Matrix};
+use crate::{Error, Result};
 
 /// `out [T, rows] = x [T, cols] · Wᵀ`.
-#[derive(Clone)]
+#[derive(Debug)]
 pub struct Linear {
-    matrix: Matrix,
-    kernel: Kernel,
+    weights: Projection,
+    input: ActivationQuant,
 }
 
 impl Linear {
     /// Packs `matrix` for `isa`, or for the best there is where this processor lacks it.
-    pub fn new(matrix: &Matrix, isa: Isa) -> Self {
-        let kernel = Kernel::new(isa).unwrap_or_else(Kernel::detect);
-        Self { matrix: matrix.packed(), kernel }
+    ///
+    /// # Errors
+    /// [`Error::NoKernel`] if no product reads it.
+    pub fn new(matrix: &Matrix, isa: Isa) -> Result<Self> {
+        let isa = if isa.is_available() { isa } else { Isa::detect() };
+        let weights = Projection::new(matrix, None, isa.features()).map_err(Error::NoKernel)?;
+        Ok(Self { weights, input: matrix.input })
     }
 
     /// Output features.
     pub fn rows(&self) -> usize {
-        self.matrix.rows()
+        self.weights.rows()
     }
 
     /// Input features.
     pub fn cols(&self) -> usize {
-        self.matrix.cols()
+        self.weights.cols()
     }
 
-    /// Bytes of the arena that it needs on `threads` threads.
-    pub fn scratch_bytes(&self, threads: usize) -> usize {
-        threads * room::<f32>(self.scratch())
-    }
-
-    fn scratch(&self) -> usize {
-        tile::COLUMNS * self.matrix.cols()
+    /// Bytes of the arena that it needs for `tokens` rows on `threads` threads.
+    pub fn scratch_bytes(&self, tokens: usize, threads: usize) -> usize {
+        room::<f32>(tokens * self.weights.row_len()) + threads * room::<f32>(self.cols())
     }
 
     /// Writes the products of `tokens` rows of `x`, both without gaps.
@@ -52,23 +54,29 @@ impl Linear {
         pool: &dyn ThreadPool,
         arena: &mut Arena,
     ) {
-        let (rows, cols, threads) = (self.matrix.rows(), self.matrix.cols(), pool.threads());
-        arena.reserve(self.scratch_bytes(threads));
-        let each = room::<f32>(self.scratch()) / size_of::<f32>();
-        let scratch = arena.cut().floats(threads * each);
-        let x = Rows::new(x, tokens, cols, cols);
-        let mut out = RowsMut::new(out, tokens, rows, rows);
-        let tiles = out.even_tiles(TOGETHER, tile::COLUMNS);
-        for_each_with(pool, scratch.chunks_exact_mut(each), tiles, |decoded, mut tile| {
-            tile::with_rows(&self.matrix, tile.cols, decoded, |w| {
-                self.kernel.dot(x.slice(tile.rows), w, &mut tile.out);
-            });
+        let (rows, cols, stride) = (self.rows(), self.cols(), self.weights.row_len());
+        let threads = pool.threads();
+        arena.reserve(self.scratch_bytes(tokens, threads));
+        let mut cut = arena.cut();
+        let operand = cut.floats(tokens * stride);
+        let each = room::<f32>(cols) / size_of::<f32>();
+        let scratch = cut.floats(threads * each);
+        let together = rows_together(tokens, stride * size_of::<f32>(), threads);
+        let parts = operand.chunks_mut(together * stride).zip(x.chunks(together * cols));
+        for_each_with(pool, scratch.chunks_exact_mut(each), parts, |row, (to, from)| {
+            for (to, from) in to.chunks_exact_mut(stride).zip(from.chunks_exact(cols)) {
+                let row = &mut row[..cols];
+                row.copy_from_slice(from);
+                self.input.apply(row);
+                self.weights.write(row, to);
+            }
         });
-    }
-}
-
-impl std::fmt::Debug for Linear {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{:?} with {:?}", self.matrix, self.kernel)
+        let mut out = RowsMut::new(out, tokens, rows, rows);
+        // few enough rows that a projection with few features keeps all threads busy
+        let together = TOGETHER.min(tokens.div_ceil(2 * threads).next_multiple_of(8));
+        for_each(pool, out.even_tiles(together.max(1), UNIT), |mut tile| {
+            let x = &operand[tile.rows.start * stride..];
+            self.weights.run(x, stride, &tile.cols, &mut tile.out);
+        });
     }
 }

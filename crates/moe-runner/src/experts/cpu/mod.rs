@@ -1,34 +1,29 @@
-//! The float kernels for processors: products in f32, for every format.
+//! The float kernels for processors: products in f32 with packed weights, for every format.
 //!
-//! Float weights are read where the checkpoint has them; other formats are decoded tile by tile to
-//! f32, in cache. The order of every sum is the kernel crate's, so a row's result does not depend on
-//! its neighbours or on the number of threads.
+//! Weights stay what they are in the checkpoint, codes with scales or floats; the products decode
+//! them in registers. The order of every sum is the kernel crate's, so a row's result does not depend
+//! on its neighbours or on the number of threads, nor on the processor.
 
 mod linear;
-mod tile;
-
-use std::sync::Arc;
+mod packed;
 
 use moe_kernels::isa::Isa;
-use moe_kernels::kernel::{self, Kernel, Rows, Tile};
-use moe_kernels::pool::ThreadPool;
+use moe_kernels::kernel::{self, Kernel};
+use moe_kernels::pack::UNIT;
+use moe_kernels::rows::{RowsMut, Tile};
 
 pub use linear::Linear;
 
 use crate::experts::grouped::{self, Block, Product, Products};
-use crate::experts::reference::stored_bytes;
 use crate::experts::{
-    Determinism, Device, ExpertCall, ExpertSet, ExpertShape, Experts, Formats, KernelDesc,
-    RowFormat, rms_norm,
+    BuildCall, BuiltKernel, Determinism, Device, ExpertCall, ExpertShape, Experts, Formats,
+    KernelDesc, RowFormat, rms_norm,
 };
 use crate::hidden::ActivationDtype;
 use crate::plan::Plan;
 use crate::spec::{Activation, ExpertSpec, WeightOn};
-use crate::weights::Expert;
 use crate::{Error, Result};
-
-/// Threads that kernels share.
-pub type SharedPool = Arc<dyn ThreadPool + Send + Sync>;
+use packed::PackedExpert;
 
 const fn desc(name: &'static str, summary: &'static str, isa: Isa) -> KernelDesc {
     KernelDesc {
@@ -51,6 +46,8 @@ const fn desc(name: &'static str, summary: &'static str, isa: Isa) -> KernelDesc
         overlaps_shared: true,
         by_name_only: false,
         determinism: Determinism::AnyBatch,
+        build: |desc, call| Ok(BuiltKernel::Modular(Box::new(CpuExperts::new(desc, call)?))),
+        dense: None,
     }
 }
 
@@ -72,49 +69,27 @@ pub struct CpuExperts {
     kernel: Kernel,
     spec: ExpertSpec,
     weight_on: WeightOn,
-    experts: Vec<Expert>,
+    experts: Vec<PackedExpert>,
     shape: ExpertShape,
+    /// Floats of a row as the first and the second product read it, at most.
+    row_lens: [usize; 2],
 }
 
 impl CpuExperts {
-    /// Packs `set` for the kernel of `desc`.
+    /// Packs the experts of `call` for the kernel of `desc`.
     ///
     /// # Errors
-    /// [`Error::NoKernel`] if this processor lacks the instruction set.
-    pub fn new(desc: &'static KernelDesc, set: ExpertSet<'_>) -> Result<Self> {
+    /// [`Error::NoKernel`] if this processor lacks the instruction set, and for weights that no
+    /// product reads.
+    pub fn new(desc: &'static KernelDesc, call: BuildCall<'_>) -> Result<Self> {
         let kernel = Kernel::new(desc.isa).ok_or_else(|| {
             Error::NoKernel(format!("{}: this processor has no {}", desc.name, desc.isa.name()))
         })?;
-        Ok(Self {
-            desc,
-            kernel,
-            spec: *set.spec,
-            weight_on: set.weight_on,
-            experts: set.experts.iter().map(pack).collect(),
-            shape: set.shape(),
-        })
-    }
-
-    fn cols(&self, product: Product) -> usize {
-        match product {
-            Product::First => self.shape.hidden,
-            Product::Second => self.shape.intermediate,
-        }
-    }
-
-    fn rows<'a>(&self, product: Product, block: Block<'a>) -> Rows<'a> {
-        let cols = self.cols(product);
-        Rows::new(block.rows, block.slots.len(), cols, cols)
-    }
-}
-
-/// Float projections with contiguous rows; they share the checkpoint's memory where it has them so.
-fn pack(expert: &Expert) -> Expert {
-    Expert {
-        gate: expert.gate.as_ref().map(|gate| gate.packed()),
-        up: expert.up.packed(),
-        down: expert.down.packed(),
-        ..expert.clone()
+        let (spec, weight_on, shape) = (*call.spec, call.weight_on, call.shape());
+        let experts = packed::pack_all(desc, call)?;
+        let most = |len: fn(&PackedExpert) -> usize| experts.iter().map(len).max().unwrap_or(0);
+        let row_lens = [most(PackedExpert::first_len), most(|expert| expert.down.row_len())];
+        Ok(Self { desc, kernel, spec, weight_on, experts, shape, row_lens })
     }
 }
 
@@ -154,7 +129,7 @@ impl Experts for CpuExperts {
     }
 
     fn weight_bytes(&self, plan: &Plan) -> usize {
-        plan.active().map(|e| stored_bytes(&self.experts[e])).sum()
+        plan.active().map(|e| self.experts[e].stored_bytes).sum()
     }
 
     fn forward(&self, call: ExpertCall<'_>) -> Result<()> {
@@ -168,15 +143,19 @@ impl Products for CpuExperts {
     }
 
     fn row_len(&self, product: Product) -> usize {
-        self.cols(product)
+        match product {
+            Product::First => self.row_lens[0],
+            Product::Second => self.row_lens[1],
+        }
     }
 
     fn tile(&self) -> usize {
-        tile::COLUMNS
+        UNIT
     }
 
     fn scratch(&self, rows: usize) -> usize {
-        tile::scratch(self.shape, rows)
+        // the up projection's share of a tile
+        rows * UNIT
     }
 
     fn enter(&self, expert: usize, row: &mut [f32], weight: f32, quantised: bool) {
@@ -184,36 +163,63 @@ impl Products for CpuExperts {
             row.iter_mut().for_each(|v| *v *= weight);
         }
         if !quantised {
-            self.experts[expert].up.input.apply(row);
+            self.experts[expert].up_input.apply(row);
         }
     }
 
     fn between(&self, expert: usize, row: &mut [f32], whole: Option<f32>, scratch: &mut [f32]) {
-        let input = self.experts[expert].down.input;
+        let input = self.experts[expert].down_input;
         match whole {
             Some(max) => input.apply_slice(row, max, scratch),
             None => input.apply(row),
         }
     }
 
-    fn operand(&self, _product: Product, _expert: usize, row: &[f32], into: &mut [f32]) {
-        into.copy_from_slice(row);
+    fn operand(&self, product: Product, expert: usize, row: &[f32], into: &mut [f32]) {
+        let expert = &self.experts[expert];
+        match product {
+            Product::Second => expert.down.write(row, into),
+            Product::First => {
+                let (up, gate) = into.split_at_mut(expert.up.row_len());
+                expert.up.write(row, up);
+                if let Some(own) = expert.gate_rows() {
+                    own.write(row, gate);
+                }
+            }
+        }
     }
 
-    fn operand_len(&self, product: Product, _expert: usize) -> usize {
-        self.cols(product)
+    fn operand_len(&self, product: Product, expert: usize) -> usize {
+        let expert = &self.experts[expert];
+        match product {
+            Product::First => expert.first_len(),
+            Product::Second => expert.down.row_len(),
+        }
     }
 
     fn first(&self, block: Block<'_>, tile: &mut Tile<'_>, scratch: &mut [f32]) {
-        let activation = kernel_activation(self.spec.activation);
-        let x = self.rows(Product::First, block);
         let expert = &self.experts[block.expert];
-        tile::gate_up(&self.kernel, expert, activation, x, tile, scratch);
+        let activation = kernel_activation(self.spec.activation);
+        let (rows, stride) = (block.slots.len(), expert.first_len());
+        let Tile { cols, out, .. } = tile;
+        let Some(gate) = &expert.gate else {
+            expert.up.run(block.rows, stride, cols, out);
+            (0..rows).for_each(|i| self.kernel.activate(activation, out.row_mut(i), None));
+            return;
+        };
+        let own = if expert.gate_rows().is_some() { expert.up.row_len() } else { 0 };
+        gate.run(&block.rows[own..], stride, cols, out);
+        let width = cols.len();
+        let mut up = RowsMut::new(scratch, rows, width, width);
+        expert.up.run(block.rows, stride, cols, &mut up);
+        for i in 0..rows {
+            self.kernel.activate(activation, out.row_mut(i), Some(up.row(i)));
+        }
     }
 
-    fn second(&self, block: Block<'_>, tile: &mut Tile<'_>, scratch: &mut [f32]) {
-        let h = self.rows(Product::Second, block);
-        tile::down(&self.kernel, &self.experts[block.expert], h, tile, scratch);
+    fn second(&self, block: Block<'_>, tile: &mut Tile<'_>, _scratch: &mut [f32]) {
+        let down = &self.experts[block.expert].down;
+        down.run(block.rows, down.row_len(), &tile.cols, &mut tile.out);
     }
 
     fn normalises(&self) -> bool {

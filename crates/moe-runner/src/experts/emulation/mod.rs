@@ -29,8 +29,8 @@ use moe_kernels::kernel::Tile;
 use crate::experts::grouped::{self, Block, Product, Products};
 use crate::experts::reference::stored_bytes;
 use crate::experts::{
-    Determinism, Device, ExpertCall, ExpertSet, ExpertShape, Experts, Formats, KernelDesc,
-    RowFormat,
+    BuildCall, BuiltKernel, Determinism, Device, ExpertCall, ExpertShape, Experts, Formats,
+    KernelDesc, RowFormat,
 };
 use crate::hidden::ActivationDtype;
 use crate::plan::Plan;
@@ -60,6 +60,8 @@ pub const EMULATION_NVFP4: KernelDesc = KernelDesc {
     overlaps_shared: true,
     by_name_only: true,
     determinism: Determinism::AnyBatch,
+    build: |desc, call| Ok(BuiltKernel::Modular(Box::new(Emulation::new(desc, call)?))),
+    dense: None,
 };
 
 /// The OCP MX formats, weights and activations in any of them; also activations in static FP8, or
@@ -96,9 +98,6 @@ pub const EMULATION_MXFP8: KernelDesc = KernelDesc {
     ..EMULATION_OCP_MX
 };
 
-/// All of them.
-pub const EMULATIONS: [&KernelDesc; 3] = [&EMULATION_NVFP4, &EMULATION_OCP_MX, &EMULATION_MXFP8];
-
 /// One of the emulation kernels, with its weights.
 pub struct Emulation {
     desc: &'static KernelDesc,
@@ -117,17 +116,14 @@ struct EmulatedExpert {
 }
 
 impl Emulation {
-    /// Keeps views of `set`; intermediate results are rounded to `dtype`.
+    /// Keeps views of the experts; intermediate results are rounded to the activations' dtype.
     ///
     /// # Errors
     /// [`Error::NoKernel`] for experts whose outputs are normalised, and for an expert whose gate and
     /// up projections want the rows that they share quantised differently.
-    pub fn new(
-        desc: &'static KernelDesc,
-        set: ExpertSet<'_>,
-        dtype: ActivationDtype,
-    ) -> Result<Self> {
-        if set.spec.norm.is_some() {
+    pub fn new(desc: &'static KernelDesc, call: BuildCall<'_>) -> Result<Self> {
+        let dtype = call.dtype;
+        if call.spec.norm.is_some() {
             return Err(Error::NoKernel(format!(
                 "{}: weights are applied before the rounding, outputs cannot be normalised after it",
                 desc.name
@@ -153,10 +149,10 @@ impl Emulation {
         Ok(Self {
             desc,
             dtype,
-            spec: *set.spec,
-            weight_on: set.weight_on,
-            experts: set.experts.iter().enumerate().map(emulated).collect::<Result<_>>()?,
-            shape: set.shape(),
+            spec: *call.spec,
+            weight_on: call.weight_on,
+            experts: call.experts.iter().enumerate().map(emulated).collect::<Result<_>>()?,
+            shape: call.shape(),
         })
     }
 }

@@ -1,0 +1,153 @@
+//! Experts as the products read them: every projection packed, on all threads.
+
+use std::ops::Range;
+use std::sync::Mutex;
+
+use moe_kernels::arena::{bytes, bytes_mut};
+use moe_kernels::gemm::gemm;
+use moe_kernels::isa::Features;
+use moe_kernels::operand::OperandKind;
+use moe_kernels::pack::{Packed, UNIT, pack};
+use moe_kernels::region::for_each;
+use moe_kernels::rows::{Rows, RowsMut};
+
+use crate::experts::reference::stored_bytes;
+use crate::experts::{BuildCall, KernelDesc, Progress};
+use crate::weights::{ActivationQuant, Expert, Matrix};
+use crate::{Error, Result};
+
+/// A packed projection, with its bias.
+pub(super) struct Projection {
+    packed: Packed,
+    bias: Option<Vec<f32>>,
+}
+
+impl Projection {
+    /// Packs `matrix` for the best product that `features` allow.
+    pub(super) fn new(
+        matrix: &Matrix,
+        bias: Option<Vec<f32>>,
+        features: Features,
+    ) -> Result<Self, String> {
+        let entry = gemm(matrix.view(), OperandKind::F32, features);
+        let entry = entry.ok_or_else(|| format!("no product reads {}", matrix.describe()))?;
+        let packed = pack(matrix.view(), entry).map_err(|refusal| refusal.to_string())?;
+        Ok(Self { packed, bias })
+    }
+
+    /// Output features.
+    pub(super) fn rows(&self) -> usize {
+        self.packed.rows()
+    }
+
+    /// Input features.
+    pub(super) fn cols(&self) -> usize {
+        self.packed.cols()
+    }
+
+    /// Floats of memory that a row takes as the product reads it.
+    pub(super) fn row_len(&self) -> usize {
+        self.packed.gemm().operand_bytes(&self.packed, 1) / size_of::<f32>()
+    }
+
+    /// Writes a row as the product reads it.
+    pub(super) fn write(&self, row: &[f32], into: &mut [f32]) {
+        let row = Rows::new(row, 1, row.len(), row.len());
+        self.packed.gemm().operand(&self.packed, row, bytes_mut(into));
+    }
+
+    /// The features `cols`, from a multiple of [`UNIT`] on, of the rows in `memory`, `stride` floats
+    /// apart; with the bias.
+    pub(super) fn run(
+        &self,
+        memory: &[f32],
+        stride: usize,
+        cols: &Range<usize>,
+        out: &mut RowsMut<'_>,
+    ) {
+        let (gemm, rows) = (self.packed.gemm(), out.rows());
+        let x = gemm.written(&self.packed, bytes(memory), rows, stride * size_of::<f32>());
+        let units = cols.start / UNIT..cols.end.div_ceil(UNIT);
+        gemm.run(&self.packed, x, 0..rows, units, out);
+        if let Some(bias) = &self.bias {
+            for i in 0..rows {
+                out.row_mut(i).iter_mut().zip(&bias[cols.clone()]).for_each(|(v, b)| *v += b);
+            }
+        }
+    }
+}
+
+impl std::fmt::Debug for Projection {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Packed { .. } = self.packed;
+        write!(f, "[{}, {}] for {}", self.rows(), self.cols(), self.packed.gemm().name())
+    }
+}
+
+/// An expert, packed.
+pub(super) struct PackedExpert {
+    pub(super) gate: Option<Projection>,
+    pub(super) up: Projection,
+    pub(super) down: Projection,
+    pub(super) up_input: ActivationQuant,
+    pub(super) down_input: ActivationQuant,
+    pub(super) norm: Option<Vec<f32>>,
+    /// Bytes behind it in the checkpoint.
+    pub(super) stored_bytes: usize,
+}
+
+impl PackedExpert {
+    /// The gate projection, where it reads rows in another way than the up projection: with columns
+    /// in another order.
+    pub(super) fn gate_rows(&self) -> Option<&Projection> {
+        self.gate.as_ref().filter(|gate| !gate.packed.takes(&self.up.packed))
+    }
+
+    /// Floats of a row as the first product reads it: for the up projection, then for the gate where
+    /// that reads it differently.
+    pub(super) fn first_len(&self) -> usize {
+        self.up.row_len() + self.gate_rows().map_or(0, Projection::row_len)
+    }
+}
+
+/// Packs all experts of `call`, projection by projection on all threads; a projection's stored
+/// numbers are let go of as soon as it is packed.
+pub(super) fn pack_all(desc: &KernelDesc, call: BuildCall<'_>) -> Result<Vec<PackedExpert>> {
+    let BuildCall { experts, pool, progress, .. } = call;
+    let features = desc.isa.features();
+    let (mut rest, mut jobs) = (Vec::new(), Vec::new());
+    for expert in experts {
+        let bytes = stored_bytes(&expert);
+        let Expert { gate, up, down, gate_bias, up_bias, down_bias, norm } = expert;
+        rest.push((gate.is_some(), up.input, down.input, norm, bytes));
+        jobs.extend(gate.map(|gate| (gate, gate_bias)));
+        jobs.extend([(up, up_bias), (down, down_bias)]);
+    }
+    let total = jobs.len();
+    let mut packed: Vec<Option<Result<Projection, String>>> = Vec::new();
+    packed.resize_with(total, || None);
+    let progress = Mutex::new((0, progress));
+    for_each(pool, jobs.into_iter().zip(&mut packed), |((matrix, bias), to)| {
+        *to = Some(Projection::new(&matrix, bias, features));
+        drop(matrix);
+        // a panic of the callback ends the region, and nobody looks at the count then
+        if let Ok(mut progress) = progress.lock() {
+            progress.0 += 1;
+            let (done, report) = &mut *progress;
+            report(Progress { done: *done, total });
+        }
+    });
+    let mut packed = packed.into_iter().flatten();
+    let mut next = |expert: usize, what: &str| {
+        let refused =
+            |reason| Error::NoKernel(format!("{}: expert {expert}, {what}: {reason}", desc.name));
+        packed.next().unwrap_or_else(|| Err("was not packed".into())).map_err(refused)
+    };
+    let experts = rest.into_iter().enumerate();
+    let whole = experts.map(|(e, (gated, up_input, down_input, norm, stored_bytes))| {
+        let gate = gated.then(|| next(e, "gate projection")).transpose()?;
+        let (up, down) = (next(e, "up projection")?, next(e, "down projection")?);
+        Ok(PackedExpert { gate, up, down, up_input, down_input, norm, stored_bytes })
+    });
+    whole.collect()
+}

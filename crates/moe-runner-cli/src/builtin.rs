@@ -10,13 +10,13 @@ use tempfile::TempDir;
 
 macro_rules! case {
     ($file:literal) => {
-        include_bytes!(concat!("../../moe-runner/tests/golden/deepseek_v3_bf16/", $file))
+        include_bytes!(concat!("../builtin/", $file))
     };
 }
 
 const CONFIG: &[u8] = case!("config.json");
 const MODEL: &[u8] = case!("model.safetensors");
-const RECORDED: &[u8] = case!("golden.safetensors");
+const RECORDED: &[u8] = case!("recorded.safetensors");
 
 /// The checkpoint, unpacked to a temporary folder that is removed when this is dropped.
 pub(crate) struct Builtin {

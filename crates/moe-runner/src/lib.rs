@@ -36,3 +36,8 @@ pub mod quantize;
 pub mod runner;
 
 pub use error::{Error, Result};
+
+// the README's example compiles as it is pasted
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -26,8 +26,8 @@ rounds all intermediate results to 16 bits, has its own (docs/numerics.md).
 
 --against takes a file of recordings (layers.N.TAG.x and layers.N.TAG.out, or
 what `run` wrote), or another checkpoint of the same model: how far this one's
-outputs are from that one's is told, not judged. Given both, the recorded
-inputs are used for everything: random ones overstate what quantisation loses.
+outputs are from that one's is told, not judged. Given both, the recording
+lends its hidden states: random ones overstate what quantisation loses.
 
 Examples:
   moe-runner check

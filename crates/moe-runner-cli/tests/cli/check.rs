@@ -283,7 +283,8 @@ fn recorded_inputs_are_used_where_there_are_any() {
         assert_eq!(layer["inputs"], "recorded as t33");
         assert_eq!(layer["original_nmse"], 0.0);
         assert_eq!(layer["tokens"], 8);
-        assert!(layer["recorded"].as_array().unwrap().len() >= 3);
+        // of which of both checkpoints they are, nobody knows
+        assert!(layer["recorded"].as_array().unwrap().is_empty());
     }
     let twice = ["check".as_ref(), case.as_os_str(), "--against".as_ref(), case.as_os_str()];
     let twice = twice.iter().chain(&flags[..2]);

@@ -5,6 +5,7 @@
 mod acid;
 mod bad_input;
 mod bench;
+mod book;
 mod check;
 mod describe;
 mod files;

@@ -1,5 +1,6 @@
 //! Quantisers against a model that searches all codes for the nearest value.
 
+use moe_kernels::isa::Cpu;
 use moe_kernels::numerics::quantise::weight::{self, ScaleType};
 use moe_kernels::numerics::quantise::{Fp6, GroupScale, Mxfp8Rule, Nvfp4Rule, Qdq};
 use moe_kernels::numerics::quantise::{fp8_row, int8_row};
@@ -7,6 +8,18 @@ use moe_kernels::numerics::{
     DecodeScale, EncodeScale, e2m1, e2m3, e3m2, e4m3, e8m0, for_each_group, int4,
 };
 use proptest::prelude::*;
+
+/// [`Qdq::apply`] on every set of features that it is compiled for: the same bits.
+fn apply(qdq: &Qdq, rows: &mut [f32], cols: usize) {
+    let before = rows.to_vec();
+    qdq.apply(Cpu::PORTABLE, rows, cols);
+    for cpu in Cpu::levels() {
+        let mut again = before.clone();
+        qdq.apply(cpu, &mut again, cols);
+        let same = |(a, b): (&f32, &f32)| a.to_bits() == b.to_bits() || a.is_nan() && b.is_nan();
+        assert!(again.iter().zip(&*rows).all(same), "{qdq:?} with {cpu:?}");
+    }
+}
 
 /// The codes of a format by their values, from zero up.
 fn magnitudes(decode: fn(u8) -> f32, count: u8) -> Vec<f32> {
@@ -153,7 +166,7 @@ proptest! {
         let reciprocal = (RECIPROCAL, Share::Group(16));
         for (qdq, share) in KINDS.into_iter().chain([reciprocal]) {
             let (mut got, mut expected) = (values.clone(), values.clone());
-            qdq.apply(&mut got, 40);
+            apply(&qdq, &mut got, 40);
             match share {
                 Share::All => model(qdq, &mut expected),
                 Share::Row => expected.chunks_mut(40).for_each(|row| model(qdq, row)),
@@ -176,9 +189,9 @@ proptest! {
                 continue;
             }
             let mut once = values.clone();
-            qdq.apply(&mut once, 64);
+            apply(&qdq, &mut once, 64);
             let mut twice = once.clone();
-            qdq.apply(&mut twice, 64);
+            apply(&qdq, &mut twice, 64);
             for (once, twice) in once.iter().zip(&twice) {
                 // A scale computed from rounded values may differ in its last bits.
                 prop_assert!((once - twice).abs() <= once.abs() * 1e-6, "{qdq:?} {once} {twice}");
@@ -202,7 +215,7 @@ proptest! {
                 _ => continue,
             };
             let mut got = values.clone();
-            qdq.apply(&mut got, 64);
+            apply(&qdq, &mut got, 64);
             for (x, got) in values.iter().zip(&got) {
                 let bound = (x.abs() * 2f32.powi(-mantissa - 1)).max(smallest * max) * 1.00001;
                 prop_assert!((x - got).abs() <= bound, "{qdq:?} {x} {got}");
@@ -213,15 +226,15 @@ proptest! {
     #[test]
     fn codes_of_a_row_are_those_of_its_qdq(values in rows(40)) {
         let mut expected = values.clone();
-        Qdq::Int8Token.apply(&mut expected, 80);
+        apply(&Qdq::Int8Token, &mut expected, 80);
         let mut codes = [0i8; 80];
-        let scale = int8_row(&values, &mut codes);
+        let scale = int8_row(Cpu::detect(), &values, &mut codes);
         prop_assert_eq!(codes.map(|code| f32::from(code) * scale).to_vec(), expected);
 
         let mut expected = values.clone();
-        Qdq::Fp8Token.apply(&mut expected, 80);
+        apply(&Qdq::Fp8Token, &mut expected, 80);
         let mut codes = [0u8; 80];
-        let scale = fp8_row(&values, &mut codes);
+        let scale = fp8_row(Cpu::detect(), &values, &mut codes);
         prop_assert_eq!(codes.map(|code| e4m3::decode(code) * scale).to_vec(), expected);
     }
 
@@ -231,9 +244,9 @@ proptest! {
         for (qdq, _) in KINDS {
             let Some(len) = qdq.row_bytes(80) else { continue };
             let (mut expected, mut got) = (values.clone(), values.clone());
-            qdq.apply(&mut expected, 80);
+            apply(&qdq, &mut expected, 80);
             let mut bytes = vec![0xAA; len];
-            qdq.encode_row(&values, &mut bytes);
+            qdq.encode_row(Cpu::detect(), &values, &mut bytes);
             qdq.decode_row(&bytes, &mut got);
             let bits = |values: &[f32]| values.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
             prop_assert_eq!(bits(&got), bits(&expected), "{:?}", qdq);
@@ -244,10 +257,10 @@ proptest! {
     fn nvfp4_by_token_is_nvfp4_with_the_scale_of_the_row(values in rows(48)) {
         for rule in [Nvfp4Rule::Division, Nvfp4Rule::Reciprocal] {
             let (mut got, mut expected) = (values.clone(), values.clone());
-            Qdq::Nvfp4Token { rule }.apply(&mut got, 48);
+            apply(&Qdq::Nvfp4Token { rule }, &mut got, 48);
             for row in expected.chunks_mut(48) {
                 let global = EncodeScale(448.0 * 6.0 / max_of(row));
-                Qdq::Nvfp4 { global, rule }.apply(row, 48);
+                apply(&Qdq::Nvfp4 { global, rule }, row, 48);
             }
             prop_assert_eq!(got, expected);
         }
@@ -329,7 +342,7 @@ proptest! {
         got.iter_mut().zip(&scales).for_each(|(v, s)| *v *= s);
         check("mxfp4", &got, &scales, &|x| nearest(&e2m1s, x));
         let mut activations = values.clone();
-        Qdq::Mxfp4.apply(&mut activations, 40);
+        apply(&Qdq::Mxfp4, &mut activations, 40);
         prop_assert_eq!(got, activations);
     }
 }
@@ -338,7 +351,7 @@ proptest! {
 fn block<const N: usize>(qdq: Qdq, values: [f32; N]) -> [f32; N] {
     let mut block = [0.0; 32];
     block[..N].copy_from_slice(&values);
-    qdq.apply(&mut block, 32);
+    apply(&qdq, &mut block, 32);
     std::array::from_fn(|i| block[i])
 }
 
@@ -382,7 +395,7 @@ fn the_rules_of_nvfp4_are_told_apart() {
     let mut compare = |block: [f32; 4], what: usize| {
         let results = rules.map(|qdq| {
             let (mut got, mut expected) = (block, block);
-            qdq.apply(&mut got, 4);
+            apply(&qdq, &mut got, 4);
             model(qdq, &mut expected);
             assert_eq!(got, expected, "{qdq:?} of {block:?}");
             // Scale times element: a multiple of 1/2, once the last bits of `s / G` are rounded off.
@@ -411,14 +424,14 @@ fn the_rules_of_nvfp4_are_told_apart() {
 fn zeros_stay_zeros_with_their_signs() {
     for (qdq, _) in KINDS {
         let mut rows = [0.0, -0.0].repeat(40);
-        qdq.apply(&mut rows, 40);
+        apply(&qdq, &mut rows, 40);
         assert!(rows.iter().all(|&x| x == 0.0), "{qdq:?}");
         let float = !format!("{qdq:?}").starts_with("Int8");
         assert!(!float || rows.iter().skip(1).step_by(2).all(|x| x.is_sign_negative()), "{qdq:?}");
     }
     let mut empty = [];
-    Qdq::Fp8Tensor.apply(&mut empty, 40);
-    Qdq::Mxfp4.apply(&mut empty, 0);
+    apply(&Qdq::Fp8Tensor, &mut empty, 40);
+    apply(&Qdq::Mxfp4, &mut empty, 0);
 }
 
 #[test]
@@ -427,7 +440,7 @@ fn values_that_are_not_finite_are_seen() {
         for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
             let mut rows = vec![0.5; 80];
             rows[1] = bad;
-            qdq.apply(&mut rows, 40);
+            apply(&qdq, &mut rows, 40);
             let shared = match (qdq, share) {
                 (Qdq::Fp8Static { .. } | Qdq::Int8Static { .. }, _) => 0,
                 (_, Share::All) => 80,
@@ -445,7 +458,10 @@ fn values_that_are_not_finite_are_seen() {
         }
     }
     let row = [1.0, f32::NAN];
-    assert!(int8_row(&row, &mut [0; 2]).is_nan() && fp8_row(&row, &mut [0; 2]).is_nan());
+    assert!(
+        int8_row(Cpu::detect(), &row, &mut [0; 2]).is_nan()
+            && fp8_row(Cpu::detect(), &row, &mut [0; 2]).is_nan()
+    );
 }
 
 #[test]
@@ -456,8 +472,8 @@ fn rows_that_travel_keep_what_is_not_finite() {
         assert_eq!(qdq.row_bytes(4), Some(len), "{qdq:?}");
         for row in [[1.0, f32::NAN, -0.0, 3.0], [0.0, -0.0, f32::INFINITY, 1e30], [0.0; 4]] {
             let (mut expected, mut got, mut bytes) = (row, row, vec![0; len]);
-            qdq.apply(&mut expected, 4);
-            qdq.encode_row(&row, &mut bytes);
+            apply(&qdq, &mut expected, 4);
+            qdq.encode_row(Cpu::detect(), &row, &mut bytes);
             qdq.decode_row(&bytes, &mut got);
             for (got, expected) in got.iter().zip(expected) {
                 let same = got.to_bits() == expected.to_bits() || got.is_nan() && expected.is_nan();
@@ -473,14 +489,14 @@ fn the_smallest_and_largest_values_give_finite_results() {
     for (qdq, _) in KINDS {
         for x in [f32::from_bits(1), f32::MIN_POSITIVE / 3.0, f32::MIN_POSITIVE, 1e-30, 1e37] {
             let mut row = [x, -x, 0.0, x / 2.0];
-            qdq.apply(&mut row, 4);
+            apply(&qdq, &mut row, 4);
             assert!(row.iter().all(|y| y.is_finite()), "{qdq:?} {x:e} {row:?}");
             assert!(row[0] >= 0.0 && row[1] <= 0.0 && row[2] == 0.0, "{qdq:?} {x:e} {row:?}");
         }
     }
     for rule in [Nvfp4Rule::Division, Nvfp4Rule::Reciprocal] {
         let mut row = [f32::from_bits(1), f32::MIN_POSITIVE, 0.0, 0.0];
-        Qdq::Nvfp4Token { rule }.apply(&mut row, 4);
+        apply(&Qdq::Nvfp4Token { rule }, &mut row, 4);
         assert!(row.iter().all(|y| y.is_finite()), "{row:?}");
     }
 }

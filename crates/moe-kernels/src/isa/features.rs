@@ -129,6 +129,12 @@ impl Cpu {
         Cpu::detect().features().contains(features).then_some(Cpu(features))
     }
 
+    /// This CPU with each of the sets that plain loops are compiled for: none, [`Features::V3`] and
+    /// [`Features::V4`], as far as it has them.
+    pub fn levels() -> impl Iterator<Item = Cpu> {
+        [Features::NONE, Features::V3, Features::V4].into_iter().filter_map(Cpu::having)
+    }
+
     /// The same CPU without all features that are not in `allowed`.
     pub fn only(self, allowed: Features) -> Cpu {
         Cpu(Features(self.0.0 & allowed.0))

@@ -3,6 +3,7 @@
 
 use super::minifloat::Minifloat;
 use super::vectorised::for_each_isa;
+use crate::isa::Cpu;
 
 const FORMAT: Minifloat = Minifloat { exponent: 4, mantissa: 3, max_code: 0x7E, nan: 0x7F };
 
@@ -44,12 +45,16 @@ pub fn round(x: f32) -> f32 {
     FORMAT.round(x)
 }
 
+/// Values of `codes`.
+///
+/// # Panics
+/// If the lengths differ.
+pub fn decode_slice(codes: &[u8], out: &mut [f32]) {
+    decode_on(Cpu::detect(), codes, out);
+}
+
 for_each_isa! {
-    /// Values of `codes`.
-    ///
-    /// # Panics
-    /// If the lengths differ.
-    pub fn decode_slice(codes: &[u8], out: &mut [f32]) {
+    fn decode_on(cpu: Cpu, codes: &[u8], out: &mut [f32]) {
         assert_eq!(codes.len(), out.len());
         for (out, &code) in out.iter_mut().zip(codes) {
             *out = compute(code);
@@ -57,12 +62,16 @@ for_each_isa! {
     }
 }
 
+/// Codes of `values`, as [`encode`] gives them.
+///
+/// # Panics
+/// If the lengths differ.
+pub fn encode_slice(values: &[f32], out: &mut [u8]) {
+    encode_on(Cpu::detect(), values, out);
+}
+
 for_each_isa! {
-    /// Codes of `values`, as [`encode`] gives them.
-    ///
-    /// # Panics
-    /// If the lengths differ.
-    pub fn encode_slice(values: &[f32], out: &mut [u8]) {
+    fn encode_on(cpu: Cpu, values: &[f32], out: &mut [u8]) {
         assert_eq!(values.len(), out.len());
         for (out, &x) in out.iter_mut().zip(values) {
             *out = encode(x);
@@ -80,4 +89,25 @@ fn compute(code: u8) -> f32 {
     let finite = if magnitude < 8 { subnormal } else { normal };
     let bits = if magnitude == 0x7F { f32::NAN.to_bits() } else { finite };
     f32::from_bits(bits | u32::from(code & 0x80) << 24)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// On every set of features what the single functions say.
+    #[test]
+    fn slices() {
+        let codes: Vec<u8> = (0..=255).collect();
+        for cpu in Cpu::levels() {
+            let mut values = vec![0.0; 256];
+            decode_on(cpu, &codes, &mut values);
+            let single = codes.iter().map(|code| decode(*code));
+            assert!(values.iter().zip(single).all(|(a, b)| a.to_bits() == b.to_bits()), "{cpu:?}");
+            let values: Vec<f32> = (0..4000).map(|i| (i as f32 - 2000.0) * 0.3).collect();
+            let mut codes = vec![0; values.len()];
+            encode_on(cpu, &values, &mut codes);
+            assert!(codes.iter().zip(&values).all(|(code, x)| *code == encode(*x)), "{cpu:?}");
+        }
+    }
 }

@@ -9,13 +9,18 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 use super::vectorised::for_each_isa;
+use crate::isa::Cpu;
+
+/// Values of bf16 numbers.
+///
+/// # Panics
+/// If the lengths differ.
+pub fn bf16_to_f32(from: &[bf16], to: &mut [f32]) {
+    bf16_to_f32_on(Cpu::detect(), from, to);
+}
 
 for_each_isa! {
-    /// Values of bf16 numbers.
-    ///
-    /// # Panics
-    /// If the lengths differ.
-    pub fn bf16_to_f32(from: &[bf16], to: &mut [f32]) {
+    fn bf16_to_f32_on(cpu: Cpu, from: &[bf16], to: &mut [f32]) {
         assert_eq!(from.len(), to.len());
         for (to, from) in to.iter_mut().zip(from) {
             *to = f32::from_bits(u32::from(from.to_bits()) << 16);
@@ -23,12 +28,16 @@ for_each_isa! {
     }
 }
 
+/// Values of bf16 numbers in the little-endian bytes of a file; no alignment is needed.
+///
+/// # Panics
+/// If `from` is not two bytes for each value.
+pub fn bf16_bytes_to_f32(from: &[u8], to: &mut [f32]) {
+    bf16_bytes_to_f32_on(Cpu::detect(), from, to);
+}
+
 for_each_isa! {
-    /// Values of bf16 numbers in the little-endian bytes of a file; no alignment is needed.
-    ///
-    /// # Panics
-    /// If `from` is not two bytes for each value.
-    pub fn bf16_bytes_to_f32(from: &[u8], to: &mut [f32]) {
+    fn bf16_bytes_to_f32_on(cpu: Cpu, from: &[u8], to: &mut [f32]) {
         assert_eq!(from.len(), 2 * to.len());
         for (to, from) in to.iter_mut().zip(from.chunks_exact(2)) {
             *to = f32::from_bits(u32::from(u16::from_le_bytes([from[0], from[1]])) << 16);
@@ -36,12 +45,16 @@ for_each_isa! {
     }
 }
 
+/// Nearest bf16 numbers.
+///
+/// # Panics
+/// If the lengths differ.
+pub fn f32_to_bf16(from: &[f32], to: &mut [bf16]) {
+    f32_to_bf16_on(Cpu::detect(), from, to);
+}
+
 for_each_isa! {
-    /// Nearest bf16 numbers.
-    ///
-    /// # Panics
-    /// If the lengths differ.
-    pub fn f32_to_bf16(from: &[f32], to: &mut [bf16]) {
+    fn f32_to_bf16_on(cpu: Cpu, from: &[f32], to: &mut [bf16]) {
         assert_eq!(from.len(), to.len());
         for (to, from) in to.iter_mut().zip(from) {
             *to = bf16::from_bits(nearest_bf16(*from));
@@ -49,12 +62,16 @@ for_each_isa! {
     }
 }
 
+/// Nearest bf16 numbers, as little-endian bytes; no alignment is needed.
+///
+/// # Panics
+/// If `to` is not two bytes for each value.
+pub fn f32_to_bf16_bytes(from: &[f32], to: &mut [u8]) {
+    f32_to_bf16_bytes_on(Cpu::detect(), from, to);
+}
+
 for_each_isa! {
-    /// Nearest bf16 numbers, as little-endian bytes; no alignment is needed.
-    ///
-    /// # Panics
-    /// If `to` is not two bytes for each value.
-    pub fn f32_to_bf16_bytes(from: &[f32], to: &mut [u8]) {
+    fn f32_to_bf16_bytes_on(cpu: Cpu, from: &[f32], to: &mut [u8]) {
         assert_eq!(2 * from.len(), to.len());
         for (to, from) in to.chunks_exact_mut(2).zip(from) {
             to.copy_from_slice(&nearest_bf16(*from).to_le_bytes());
@@ -120,6 +137,38 @@ pub fn f32_to_f16_bytes(from: &[f32], to: &mut [u8]) {
         aligned.convert_from_f32_slice(from);
         for (to, aligned) in to.chunks_exact_mut(2).zip(aligned) {
             to.copy_from_slice(&aligned.to_le_bytes());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// On every set of features what `half` says.
+    #[test]
+    fn bf16_on_every_set() {
+        let bits: Vec<u16> = (0..=u16::MAX).collect();
+        let narrow: Vec<bf16> = bits.iter().map(|bits| bf16::from_bits(*bits)).collect();
+        let bytes: Vec<u8> = bits.iter().flat_map(|bits| bits.to_le_bytes()).collect();
+        for cpu in Cpu::levels() {
+            let (mut a, mut b) = (vec![0.0; bits.len()], vec![0.0; bits.len()]);
+            bf16_to_f32_on(cpu, &narrow, &mut a);
+            bf16_bytes_to_f32_on(cpu, &bytes, &mut b);
+            for ((a, b), bits) in a.iter().zip(&b).zip(&bits) {
+                let want = u32::from(*bits) << 16;
+                assert_eq!((a.to_bits(), b.to_bits()), (want, want), "{cpu:?}");
+            }
+            // Each with a bit beyond bf16's, below, at and above the middle.
+            let wide: Vec<f32> = (0..1 << 18).map(|i| f32::from_bits(i << 14 | i >> 9)).collect();
+            let mut narrow = vec![bf16::ZERO; wide.len()];
+            let mut bytes = vec![0; 2 * wide.len()];
+            f32_to_bf16_on(cpu, &wide, &mut narrow);
+            f32_to_bf16_bytes_on(cpu, &wide, &mut bytes);
+            for ((narrow, bytes), wide) in narrow.iter().zip(bytes.chunks(2)).zip(&wide) {
+                assert_eq!(narrow.to_bits(), bf16::from_f32(*wide).to_bits(), "{cpu:?}: {wide}");
+                assert_eq!(bytes, narrow.to_le_bytes(), "{cpu:?}");
+            }
         }
     }
 }

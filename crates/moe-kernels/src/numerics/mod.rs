@@ -29,4 +29,6 @@ pub mod quantise;
 mod scale;
 mod vectorised;
 
+pub(crate) use vectorised::for_each_isa;
+
 pub use scale::{DecodeScale, EncodeScale, for_each_group};

@@ -1,39 +1,43 @@
 //! Plain loops, compiled once for each instruction set.
 
-/// Compiles a function for AVX-512, for AVX2 and for the baseline, and picks at run time. What it
-/// calls must be inlined to be compiled so too.
+/// Compiles a function for AVX-512, for AVX2 and for the baseline; its first argument, a
+/// [`Cpu`](crate::isa::Cpu), says which of them runs. What it calls must be inlined to be compiled
+/// so too.
 macro_rules! for_each_isa {
-    ($(#[$doc:meta])* $vis:vis fn $name:ident($($arg:ident: $Arg:ty),*) $body:block) => {
+    (
+        $(#[$doc:meta])*
+        $vis:vis fn $name:ident($cpu:ident: Cpu $(, $arg:ident: $Arg:ty)* $(,)?) $body:block
+    ) => {
         $(#[$doc])*
-        $vis fn $name($($arg: $Arg),*) {
+        $vis fn $name($cpu: $crate::isa::Cpu $(, $arg: $Arg)*) {
             #[inline(always)]
             fn body($($arg: $Arg),*) $body
 
             #[cfg(target_arch = "x86_64")]
             {
-                #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+                use $crate::isa::Features;
+                #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
                 fn avx512($($arg: $Arg),*) {
                     body($($arg),*)
                 }
-                #[target_feature(enable = "avx2")]
+                #[target_feature(enable = "avx2,fma,f16c")]
                 fn avx2($($arg: $Arg),*) {
                     body($($arg),*)
                 }
-                if is_x86_feature_detected!("avx512f")
-                    && is_x86_feature_detected!("avx512bw")
-                    && is_x86_feature_detected!("avx512vl")
-                {
+                if $cpu.has(Features::V4) {
                     // SAFETY: this CPU has the features that the function is compiled for.
                     return unsafe { avx512($($arg),*) };
                 }
-                if is_x86_feature_detected!("avx2") {
-                    // SAFETY: this CPU has the feature that the function is compiled for.
+                if $cpu.has(Features::V3) {
+                    // SAFETY: as above.
                     return unsafe { avx2($($arg),*) };
                 }
             }
+            #[cfg(not(target_arch = "x86_64"))]
+            let _ = $cpu;
             body($($arg),*)
         }
     };
 }
 
-pub(super) use for_each_isa;
+pub(crate) use for_each_isa;

@@ -8,14 +8,15 @@
 //! [`Layout`]'s module.
 
 mod blocks;
+mod fast;
 mod layout;
 mod lines;
 mod memory;
 mod order;
 mod plan;
-mod rows;
 #[cfg(test)]
 pub(crate) mod twin;
+mod unit;
 
 use std::fmt;
 use std::ops::Range;
@@ -112,19 +113,21 @@ pub fn pack(view: &View, gemm: &'static Gemm) -> Result<Packed, Refusal> {
         cols: view.cols(),
         bytes,
     };
+    let cpu = crate::isa::Cpu::detect().only(gemm.needs());
+    let mut packing = unit::Packing::new(view, &plan, cpu);
     for unit in 0..packed.units() {
         let (rows, panels) = (packed.columns(unit..unit + 1), packed.panels(unit));
         let range = packed.unit_range(unit);
         let bytes = &mut packed.bytes[range];
         if panels == PANELS {
-            rows::unit(view, &plan, rows, bytes);
+            packing.unit(rows, bytes);
             continue;
         }
         // What does not fill a unit is panels one after the other.
         let panel = panel_bytes(&plan.layout, &plan.columns.blocks);
         for (start, bytes) in rows.clone().step_by(PANEL).zip(bytes.chunks_exact_mut(panel.max(1)))
         {
-            rows::unit(view, &plan, start..rows.end.min(start + PANEL), bytes);
+            packing.unit(start..rows.end.min(start + PANEL), bytes);
         }
     }
     Ok(packed)

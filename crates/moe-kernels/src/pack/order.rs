@@ -25,6 +25,19 @@ impl Order {
         }
     }
 
+    /// The column at `place`; `None` for padding.
+    pub(crate) fn column(&self, place: usize) -> Option<usize> {
+        match self {
+            Order::Straight { lead, cols, .. } => {
+                (place >= *lead && place < lead + cols).then(|| place - lead)
+            }
+            Order::Permuted(from) => match from[place] {
+                PADDING => None,
+                column => Some(column as usize),
+            },
+        }
+    }
+
     /// Writes the elements of `row` to their places, zeros to the others.
     pub(crate) fn apply<T: Copy + Default>(&self, row: &[T], places: &mut [T]) {
         match self {

@@ -88,8 +88,8 @@ impl Plan {
         let cols = view.stored_cols();
         let columns = match stored.group_of() {
             Some(groups) => Columns::gathered(cols, |k| groups[k]),
-            None if group >= stored.cols() => Columns::ungrouped(cols.len()),
             None if sixteen => Columns::blocks(cols, Group::Sixteen),
+            None if group >= stored.cols() => Columns::ungrouped(cols.len()),
             None if group.is_multiple_of(STEP) => Columns::runs(cols, group),
             None => Columns::gathered(cols, |k| (k / group) as u32),
         };

@@ -1,84 +1,75 @@
 //! The kernels' scalar twin: the promise of [`gemm`](crate::gemm), word by word, on rows as they
 //! are before they are packed into lines.
 
-use half::{bf16, f16};
+use half::f16;
 
-use super::layout::{Codes, Number, Offset, STEP};
-use super::order::Order;
-use super::plan::Plan;
-use super::rows::{code_size, row_numbers, write_row};
-use crate::numerics::{DecodeScale, EncodeScale, e4m3, e5m2, e8m0};
-use crate::stored::{Global, View};
+use super::blocks::{Parts, take_apart};
+use super::layout::{BLOCK, Codes, Group, Number, Offset, STEP};
+use super::order::PADDING;
+use super::plan::{Plan, Recode, is_nan, zero};
+use super::unit::{code_bytes, row_codes};
+use crate::numerics::{DecodeScale, EncodeScale, e4m3, e5m2};
+use crate::stored::{Global, Stored, View};
+
+/// A row as the promise names its parts.
+struct Row {
+    /// The numbers of the codes, at their places.
+    codes: Vec<f32>,
+    groups: Vec<Numbers>,
+}
+
+/// The numbers of a group: those that its format lacks are zero.
+#[derive(Clone, Copy, Default)]
+struct Numbers {
+    places: usize,
+    scale: Option<f32>,
+    zero: f32,
+    minimum: f32,
+}
 
 /// `out[i][j] = Σ_k x[i][k] · w[j][k]` for rows `x`, one after the other.
 pub(crate) fn product(view: &View, x: &[f32]) -> Vec<f32> {
     let plan = Plan::of(view);
-    let order: &Order = &plan.columns.order;
+    let order = &plan.columns.order;
     let rows = x.len() / view.cols();
     let mut places = vec![0.0; rows * order.padded()];
     for (x, places) in x.chunks(view.cols()).zip(places.chunks_mut(order.padded())) {
         order.apply(x, places);
     }
-    let size = code_size(plan.layout.codes);
     let mut out = vec![0.0; rows * view.rows()];
     for row in 0..view.rows() {
-        let mut codes = vec![0; order.padded() * size];
-        let mut numbers = vec![0; row_numbers(&plan)];
-        write_row(view, &plan, row, &mut codes, &mut numbers);
-        let codes: Vec<f32> = codes.chunks_exact(size).map(|code| value(&plan, code)).collect();
+        let numbers = match view.stored() {
+            Stored::Blocks(stored) => block_row(view, &plan, stored, row),
+            _ => code_row(view, &plan, row),
+        };
         for (i, places) in places.chunks(order.padded()).enumerate() {
-            out[i * view.rows() + row] = element(&plan, places, &codes, &numbers);
+            out[i * view.rows() + row] = element(&plan, places, &numbers);
         }
     }
     out
 }
 
 /// One sum.
-fn element(plan: &Plan, places: &[f32], codes: &[f32], mut numbers: &[u8]) -> f32 {
-    let layout = &plan.layout;
-    let mut products = places.iter().zip(codes);
-    let mut next = |number: Number| {
-        let (bytes, rest) = numbers.split_at(number.size());
-        numbers = rest;
-        decode(number, bytes)
-    };
+fn element(plan: &Plan, places: &[f32], row: &Row) -> f32 {
+    let mut products = places.iter().zip(&row.codes);
     let mut acc = 0.0f32;
-    for steps in &plan.columns.blocks {
-        let steps = usize::from(*steps);
-        let outer_scale = if layout.outer_scale { next(Number::F16) } else { 1.0 };
-        let outer_minimum = if layout.outer_minimum { next(Number::F16) } else { 1.0 };
-        let groups = layout.groups(steps);
-        for _ in 0..groups {
-            let (mut sum, mut sum_x) = (0.0f32, 0.0f64);
-            for (x, code) in products.by_ref().take(steps * STEP / groups) {
-                sum = code.mul_add(*x, sum);
-                sum_x += f64::from(*x);
-            }
-            let sum_x = sum_x as f32;
-            let Some(scale) = layout.scale else {
-                acc += sum;
-                continue;
-            };
-            let (scale, high) = match scale {
-                Number::Low4 => {
-                    let both = next(Number::Int8) as i8 as u8;
-                    (f32::from(both & 15), f32::from(both >> 4))
-                }
-                scale => (next(scale), 0.0),
-            };
-            let scale = scale * outer_scale;
-            match layout.offset {
-                Offset::None => acc = scale.mul_add(sum, acc),
-                Offset::Zero(number) => {
-                    sum = next(number).mul_add(sum_x, sum);
-                    acc = scale.mul_add(sum, acc);
-                }
-                Offset::Minimum(number) => {
-                    acc = scale.mul_add(sum, acc);
-                    let minimum = if number == Number::High4 { high } else { next(number) };
-                    acc = (minimum * outer_minimum).mul_add(sum_x, acc);
-                }
-            }
+    for group in &row.groups {
+        let (mut sum, mut sum_x) = (0.0f32, 0.0f64);
+        for (x, code) in products.by_ref().take(group.places) {
+            sum = code.mul_add(*x, sum);
+            sum_x += f64::from(*x);
+        }
+        let sum_x = sum_x as f32;
+        let Some(scale) = group.scale else {
+            acc += sum;
+            continue;
+        };
+        if matches!(plan.layout.offset, Offset::Zero(_)) {
+            sum = group.zero.mul_add(sum_x, sum);
+        }
+        acc = scale.mul_add(sum, acc);
+        if matches!(plan.layout.offset, Offset::Minimum(_)) {
+            acc = group.minimum.mul_add(sum_x, acc);
         }
     }
     let acc = acc * plan.finish.power;
@@ -89,29 +80,105 @@ fn element(plan: &Plan, places: &[f32], codes: &[f32], mut numbers: &[u8]) -> f3
     }
 }
 
+/// A row of floats, or of codes with scales in an array of their own.
+fn code_row(view: &View, plan: &Plan, row: usize) -> Row {
+    let size = code_bytes(plan.layout.codes);
+    let mut codes = vec![0; plan.columns.order.padded() * size];
+    row_codes(view, plan, row, 0..plan.columns.order.padded(), &mut codes);
+    let codes = codes.chunks_exact(size).map(|code| value(plan, code)).collect();
+    let mut groups = Vec::new();
+    let mut stored_groups = plan.columns.groups.iter();
+    let mut place = 0;
+    for steps in &plan.columns.blocks {
+        let count = plan.layout.groups(usize::from(*steps));
+        for stored_group in stored_groups.by_ref().take(count) {
+            let places = usize::from(*steps) * STEP / count;
+            let mut group = Numbers { places, ..Numbers::default() };
+            if let Stored::Codes(stored) = view.stored() {
+                let row = view.stored_row(row);
+                group.scale = Some(0.0);
+                if *stored_group != PADDING {
+                    let number = *stored_group as usize;
+                    let small = if plan.layout.scale == Some(Number::E4m3) { 256.0 } else { 1.0 };
+                    group.scale = Some(stored.scales().get(row, number) / small);
+                    group.zero = zero(stored, row, number);
+                }
+                let mut columns =
+                    (place..place + places).filter_map(|at| plan.columns.order.column(at));
+                let nan = |k: usize| {
+                    let mut code = [0];
+                    let k = view.stored_cols().start + k;
+                    stored.codes(row, k..k + 1, &mut code);
+                    is_nan(code[0])
+                };
+                if plan.recode == Recode::NanToScale && columns.any(nan) {
+                    group.scale = Some(f32::NAN);
+                }
+            }
+            place += places;
+            groups.push(group);
+        }
+    }
+    Row { codes, groups }
+}
+
+/// A row of blocks.
+fn block_row(view: &View, plan: &Plan, stored: &crate::stored::Blocks, row: usize) -> Row {
+    let layout = &plan.layout;
+    let (len, bytes) = (stored.block().block_len(), stored.block().block_bytes());
+    let row = stored.row(view.stored_row(row));
+    let cols = view.stored_cols();
+    let mut all: Vec<Parts> = Vec::new();
+    for block in row.chunks_exact(bytes) {
+        let mut parts = Parts::new();
+        take_apart(stored.block(), block, &mut parts);
+        all.push(parts);
+    }
+    let first = cols.start - cols.start % STEP;
+    let padded = plan.columns.order.padded();
+    let codes = (first..first + padded).map(|k| match cols.contains(&k) {
+        true => value(plan, &all[k / len].codes[k % len..][..1]),
+        // Of padding, whose product is zero.
+        false => value(plan, &[0]),
+    });
+    let f16 = |bytes: [u8; 2]| f16::from_le_bytes(bytes).to_f32();
+    let size = if layout.group == Group::Block { len.min(BLOCK) } else { layout.group_len() };
+    let mut groups = Vec::new();
+    let mut k = first;
+    while k < first + padded {
+        let places = (size - k % size).min(first + padded - k);
+        let (parts, group) = (&all[k / len], k % len / size);
+        let sub = parts.scales[group];
+        let (scale, minimum) = match layout.scale {
+            Some(Number::Low4) => (f32::from(sub & 15), f32::from(sub >> 4)),
+            _ => (f32::from(sub as i8), f32::from(parts.minima[group])),
+        };
+        let outer = match layout.scale {
+            Some(Number::E8m0 | Number::Bf16) => crate::numerics::e8m0::decode(parts.scale[0]),
+            _ => f16(parts.scale),
+        };
+        groups.push(Numbers {
+            places,
+            scale: Some(if layout.outer_scale { outer * scale } else { outer }),
+            zero: 0.0,
+            minimum: f16(parts.minimum) * if layout.outer_minimum { minimum } else { 1.0 },
+        });
+        k += places;
+    }
+    Row { codes: codes.collect(), groups }
+}
+
 /// What a packed code stands for.
 fn value(plan: &Plan, code: &[u8]) -> f32 {
     let index = usize::from(code[0]);
     match plan.layout.codes {
         Codes::F32 => f32::from_le_bytes(code.try_into().unwrap()),
         Codes::F16 => f16::from_le_bytes(code.try_into().unwrap()).to_f32(),
-        Codes::Bf16 => bf16::from_le_bytes(code.try_into().unwrap()).to_f32(),
+        Codes::Bf16 => half::bf16::from_le_bytes(code.try_into().unwrap()).to_f32(),
         Codes::Int8 => f32::from(code[0] as i8),
         Codes::E4m3 => e4m3::decode(code[0]) / 256.0,
         Codes::E5m2 => e5m2::decode(code[0]),
         Codes::Table2 | Codes::Table3 | Codes::Table4 | Codes::Table6 => plan.table[index],
         Codes::Int5 | Codes::Int6 => index as f32 - plan.table[0],
-    }
-}
-
-fn decode(number: Number, bytes: &[u8]) -> f32 {
-    match number {
-        Number::F32 => f32::from_le_bytes(bytes.try_into().unwrap()),
-        Number::F16 => f16::from_le_bytes(bytes.try_into().unwrap()).to_f32(),
-        Number::Bf16 => bf16::from_le_bytes(bytes.try_into().unwrap()).to_f32(),
-        Number::E8m0 => e8m0::decode(bytes[0]),
-        Number::E4m3 => e4m3::decode(bytes[0]) / 256.0,
-        Number::Int8 => f32::from(bytes[0] as i8),
-        Number::Low4 | Number::High4 => panic!("two numbers in a byte"),
     }
 }

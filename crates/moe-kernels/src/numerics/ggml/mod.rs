@@ -10,6 +10,7 @@ mod simple;
 mod ternary;
 
 use super::vectorised::for_each_isa;
+use crate::isa::Cpu;
 
 /// A block type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -139,7 +140,7 @@ impl BlockType {
     /// # Panics
     /// If the row is shorter.
     pub fn decode_row(self, row: &[u8], start: usize, out: &mut [f32]) {
-        decode_row(self, row, start, out);
+        decode_row(Cpu::detect(), self, row, start, out);
     }
 
     /// Values of one block, both of the right length.
@@ -188,7 +189,7 @@ impl BlockType {
 }
 
 for_each_isa! {
-    fn decode_row(kind: BlockType, row: &[u8], start: usize, out: &mut [f32]) {
+    fn decode_row(cpu: Cpu, kind: BlockType, row: &[u8], start: usize, out: &mut [f32]) {
         let (len, bytes) = (kind.block_len(), kind.block_bytes());
         let mut cut = [0.0; MAX_BLOCK_LEN];
         let mut done = 0;

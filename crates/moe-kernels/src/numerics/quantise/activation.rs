@@ -1,8 +1,10 @@
 //! Quantise-dequantise of activation rows, and the codes of single rows.
 
 use super::super::vectorised::for_each_isa;
+
 use super::super::{EncodeScale, e4m3, e8m0};
 use super::{Fp6, Mxfp8Rule, Nvfp4Rule, amax, mx, nvfp4};
+use crate::isa::Cpu;
 
 /// How activation rows `[rows, cols]` are quantised before a product. `s` is the multiplier that
 /// takes codes back. Values are divided by `s`, as the definitions have it; kernels of other engines
@@ -75,11 +77,11 @@ pub enum GroupScale {
 }
 
 impl Qdq {
-    /// Quantises and dequantises `rows`, each `cols` long, in place.
+    /// Quantises and dequantises `rows`, each `cols` long, in place. The same bits on every CPU.
     ///
     /// # Panics
     /// If `rows` are not whole rows, or a group size is zero.
-    pub fn apply(&self, rows: &mut [f32], cols: usize) {
+    pub fn apply(&self, cpu: Cpu, rows: &mut [f32], cols: usize) {
         assert!(
             if cols == 0 { rows.is_empty() } else { rows.len().is_multiple_of(cols) },
             "{} values in rows of {cols}",
@@ -88,7 +90,7 @@ impl Qdq {
         if rows.is_empty() {
             return;
         }
-        apply(self, rows, cols);
+        apply(cpu, self, rows, cols);
     }
 
     #[inline(always)]
@@ -139,7 +141,7 @@ impl Qdq {
 }
 
 for_each_isa! {
-    fn apply(qdq: &Qdq, rows: &mut [f32], cols: usize) {
+    fn apply(cpu: Cpu, qdq: &Qdq, rows: &mut [f32], cols: usize) {
         qdq.apply_inlined(rows, cols);
     }
 }
@@ -149,7 +151,7 @@ for_each_isa! {
 ///
 /// # Panics
 /// If the lengths differ.
-pub fn int8_row(row: &[f32], codes: &mut [i8]) -> f32 {
+pub fn int8_row(cpu: Cpu, row: &[f32], codes: &mut [i8]) -> f32 {
     assert_eq!(row.len(), codes.len());
     let amax = amax(row);
     if !amax.is_finite() {
@@ -157,7 +159,7 @@ pub fn int8_row(row: &[f32], codes: &mut [i8]) -> f32 {
         return f32::NAN;
     }
     let scale = int8_scale(amax);
-    int8_codes(row, scale, codes);
+    int8_codes(cpu, row, scale, codes);
     scale
 }
 
@@ -166,7 +168,7 @@ pub fn int8_row(row: &[f32], codes: &mut [i8]) -> f32 {
 ///
 /// # Panics
 /// If the lengths differ.
-pub fn fp8_row(row: &[f32], codes: &mut [u8]) -> f32 {
+pub fn fp8_row(cpu: Cpu, row: &[f32], codes: &mut [u8]) -> f32 {
     assert_eq!(row.len(), codes.len());
     let amax = amax(row);
     if !amax.is_finite() {
@@ -174,12 +176,12 @@ pub fn fp8_row(row: &[f32], codes: &mut [u8]) -> f32 {
         return f32::NAN;
     }
     let scale = fp8_scale(amax, FP8_TOKEN_FLOOR);
-    fp8_codes(row, scale, codes);
+    fp8_codes(cpu, row, scale, codes);
     scale
 }
 
 for_each_isa! {
-    fn int8_codes(row: &[f32], scale: f32, codes: &mut [i8]) {
+    fn int8_codes(cpu: Cpu, row: &[f32], scale: f32, codes: &mut [i8]) {
         for (code, &x) in codes.iter_mut().zip(row) {
             // The low bits of the sum are the code.
             *code = int8_anchored(x / scale).to_bits() as i8;
@@ -188,7 +190,7 @@ for_each_isa! {
 }
 
 for_each_isa! {
-    pub(super) fn fp8_codes(row: &[f32], scale: f32, codes: &mut [u8]) {
+    pub(super) fn fp8_codes(cpu: Cpu, row: &[f32], scale: f32, codes: &mut [u8]) {
         for (code, &x) in codes.iter_mut().zip(row) {
             *code = e4m3::encode(x / scale);
         }

@@ -10,6 +10,7 @@ use super::activation::{
     FP8_TOKEN_FLOOR, fp8_codes, fp8_group_scale, fp8_scale, int8_anchored, int8_scale,
 };
 use super::{Qdq, amax};
+use crate::isa::Cpu;
 
 #[derive(Clone, Copy, PartialEq)]
 enum Code {
@@ -58,7 +59,7 @@ impl Qdq {
     ///
     /// # Panics
     /// If `bytes` are not [`row_bytes`](Self::row_bytes) many.
-    pub fn encode_row(&self, row: &[f32], bytes: &mut [u8]) {
+    pub fn encode_row(&self, cpu: Cpu, row: &[f32], bytes: &mut [u8]) {
         let (code, size, scales) = self.split(row.len(), bytes.len());
         let (scales, codes) = bytes.split_at_mut(scales);
         let groups = row.chunks(size).zip(codes.chunks_mut(size));
@@ -68,8 +69,8 @@ impl Qdq {
                 *to = scale.to_le_bytes();
             }
             match code {
-                Code::Fp8 => fp8_codes(values, scale, codes),
-                Code::Int8 => int8_bytes(values, scale, codes),
+                Code::Fp8 => fp8_codes(cpu, values, scale, codes),
+                Code::Int8 => int8_bytes(cpu, values, scale, codes),
             }
         }
     }
@@ -106,7 +107,7 @@ impl Qdq {
 }
 
 for_each_isa! {
-    fn int8_bytes(row: &[f32], scale: f32, codes: &mut [u8]) {
+    fn int8_bytes(cpu: Cpu, row: &[f32], scale: f32, codes: &mut [u8]) {
         for (code, &x) in codes.iter_mut().zip(row) {
             // The low bits of the sum are the code.
             *code = int8_anchored(x / scale).to_bits() as u8;

@@ -198,7 +198,11 @@ fn many_tokens_quantise_rows_as_fp8_checkpoints_do() {
         let row: Vec<f32> = row.iter().map(|&x| x as f32).collect();
         let mut row = from_bf16(&bf16(&row));
         let cols = row.len();
-        Qdq::Fp8Group { size: 128, scale: GroupScale::F32 }.apply(&mut row, cols);
+        Qdq::Fp8Group { size: 128, scale: GroupScale::F32 }.apply(
+            moe_kernels::isa::Cpu::detect(),
+            &mut row,
+            cols,
+        );
         row.iter().map(|&x| x.into()).collect()
     };
     for (hidden, inner) in [(256, 384), (640, 128)] {

@@ -1,5 +1,6 @@
 //! Rows on their way between ranks: ids, weights and values of a row in one run of bytes.
 
+use moe_kernels::isa::Cpu;
 use moe_kernels::numerics::float16;
 use moe_kernels::numerics::quantise::Qdq;
 
@@ -71,7 +72,7 @@ impl Wire {
         }
         write_f32(weights, weight_bytes);
         if let Some(qdq) = &self.quantised {
-            return qdq.encode_row(values, value_bytes);
+            return qdq.encode_row(Cpu::detect(), values, value_bytes);
         }
         match self.dtype {
             ActivationDtype::F32 => write_f32(values, value_bytes),

@@ -1,5 +1,6 @@
 //! The truth: every expert in scalar float64 arithmetic, for every format. Slow and obvious.
 
+use moe_kernels::isa::Cpu;
 use moe_kernels::isa::Isa;
 
 use crate::experts::{
@@ -156,7 +157,12 @@ fn quantise_middle(
     let mut slice = |row: Vec<f64>, expert: &Expert| {
         let mut narrow: Vec<f32> = row.iter().map(|v| *v as f32).collect();
         let scratch = &mut vec![0.0; narrow.len() + 1];
-        expert.down.input.apply_slice(&mut narrow, max.next().unwrap_or(0.0), scratch);
+        expert.down.input.apply_slice(
+            Cpu::detect(),
+            &mut narrow,
+            max.next().unwrap_or(0.0),
+            scratch,
+        );
         narrow.into_iter().map(f64::from).collect()
     };
     let slices = middle.into_iter().zip(experts);

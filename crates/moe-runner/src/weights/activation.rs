@@ -1,5 +1,6 @@
 //! Quantisation of the rows that a matrix multiplies.
 
+use moe_kernels::isa::Cpu;
 use moe_kernels::numerics::quantise::{Fp6, Qdq};
 
 use crate::spec::ActivationFormat;
@@ -70,19 +71,19 @@ impl ActivationQuant {
     ///
     /// # Panics
     /// If `scratch` is not longer than the slice.
-    pub fn apply_slice(&self, slice: &mut [f32], max: f32, scratch: &mut [f32]) {
+    pub fn apply_slice(&self, cpu: Cpu, slice: &mut [f32], max: f32, scratch: &mut [f32]) {
         // one more column that holds the maximum makes the row's scale that of the whole
         let columns = &mut scratch[..=slice.len()];
         columns[..slice.len()].copy_from_slice(slice);
         columns[slice.len()] = max;
-        self.apply(columns);
+        self.apply(cpu, columns);
         slice.copy_from_slice(&columns[..slice.len()]);
     }
 
-    /// `row` quantised and dequantised, in place.
-    pub fn apply(&self, row: &mut [f32]) {
+    /// `row` quantised and dequantised, in place, with the features of `cpu`: the same bits on any.
+    pub fn apply(&self, cpu: Cpu, row: &mut [f32]) {
         if let Self::Quantised(qdq) = self {
-            qdq.apply(row, row.len());
+            qdq.apply(cpu, row, row.len());
         }
     }
 
@@ -92,7 +93,7 @@ impl ActivationQuant {
             Self::None => row.to_vec(),
             Self::Quantised(qdq) => {
                 let mut narrow: Vec<f32> = row.iter().map(|v| *v as f32).collect();
-                qdq.apply(&mut narrow, row.len());
+                qdq.apply(Cpu::detect(), &mut narrow, row.len());
                 narrow.into_iter().map(f64::from).collect()
             }
         }

@@ -1,7 +1,7 @@
 //! A single projection on all threads: the gate, the latent projections.
 
 use moe_kernels::arena::{Arena, room};
-use moe_kernels::isa::Isa;
+use moe_kernels::isa::{Cpu, Isa};
 use moe_kernels::pack::UNIT;
 use moe_kernels::pool::ThreadPool;
 use moe_kernels::region::{for_each, for_each_with, rows_together};
@@ -17,6 +17,7 @@ use crate::{Error, Result};
 pub struct Linear {
     weights: Projection,
     input: ActivationQuant,
+    cpu: Cpu,
 }
 
 impl Linear {
@@ -27,7 +28,8 @@ impl Linear {
     pub fn new(matrix: &Matrix, isa: Isa) -> Result<Self> {
         let isa = if isa.is_available() { isa } else { Isa::detect() };
         let weights = Projection::new(matrix, None, isa.features()).map_err(Error::NoKernel)?;
-        Ok(Self { weights, input: matrix.input })
+        let cpu = Cpu::detect().only(isa.features());
+        Ok(Self { weights, input: matrix.input, cpu })
     }
 
     /// Output features.
@@ -67,7 +69,7 @@ impl Linear {
             for (to, from) in to.chunks_exact_mut(stride).zip(from.chunks_exact(cols)) {
                 let row = &mut row[..cols];
                 row.copy_from_slice(from);
-                self.input.apply(row);
+                self.input.apply(self.cpu, row);
                 self.weights.write(row, to);
             }
         });

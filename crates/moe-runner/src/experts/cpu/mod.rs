@@ -7,7 +7,7 @@
 mod linear;
 mod packed;
 
-use moe_kernels::isa::Isa;
+use moe_kernels::isa::{Cpu, Isa};
 use moe_kernels::kernel::{self, Kernel};
 use moe_kernels::pack::UNIT;
 use moe_kernels::rows::{RowsMut, Tile};
@@ -109,6 +109,13 @@ fn kernel_activation(activation: Activation) -> kernel::Activation {
     }
 }
 
+impl CpuExperts {
+    /// The processor with the features of the kernel alone: quantisation runs on the same set.
+    fn cpu(&self) -> Cpu {
+        Cpu::detect().only(self.kernel.isa().features())
+    }
+}
+
 impl std::fmt::Debug for CpuExperts {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{} with {} experts", self.desc.name, self.experts.len())
@@ -163,15 +170,15 @@ impl Products for CpuExperts {
             row.iter_mut().for_each(|v| *v *= weight);
         }
         if !quantised {
-            self.experts[expert].up_input.apply(row);
+            self.experts[expert].up_input.apply(self.cpu(), row);
         }
     }
 
     fn between(&self, expert: usize, row: &mut [f32], whole: Option<f32>, scratch: &mut [f32]) {
         let input = self.experts[expert].down_input;
         match whole {
-            Some(max) => input.apply_slice(row, max, scratch),
-            None => input.apply(row),
+            Some(max) => input.apply_slice(self.cpu(), row, max, scratch),
+            None => input.apply(self.cpu(), row),
         }
     }
 

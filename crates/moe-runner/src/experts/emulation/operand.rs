@@ -1,6 +1,7 @@
 //! One projection as a native unit reads it: its weights in the activations' dtype, and the
 //! quantisation of the rows that it multiplies.
 
+use moe_kernels::isa::Cpu;
 use moe_kernels::numerics::for_each_group;
 use moe_kernels::numerics::quantise::{Nvfp4Rule, Qdq};
 
@@ -51,8 +52,8 @@ impl Operand {
     /// largest magnitude of the whole, and with scratch longer than the row.
     pub(super) fn quantise_input(&self, row: &mut [f32], whole: Option<f32>, scratch: &mut [f32]) {
         match whole {
-            Some(max) => self.input.apply_slice(row, max, scratch),
-            None => self.input.apply(row),
+            Some(max) => self.input.apply_slice(Cpu::detect(), row, max, scratch),
+            None => self.input.apply(Cpu::detect(), row),
         }
         row.iter_mut().for_each(|v| *v = self.dtype.round(*v));
     }

@@ -8,8 +8,9 @@
 //! nothing: one that the operating system has set aside delays no region.
 //!
 //! One region runs at a time. A second thread that brings a region waits for its turn, and then has
-//! all of the pool. Only a region that starts inside an item may run on its own thread alone: where
-//! its pool is busy, it cannot wait without the danger of waiting for itself.
+//! all of the pool. Only a region that starts inside an item of the same pool, or of an older one,
+//! may run on its own thread alone: where its pool is busy, it cannot wait without the danger of
+//! waiting for itself.
 //!
 //! `region` holds the protocol, and the argument why it is right.
 
@@ -17,6 +18,7 @@ use std::cell::Cell;
 use std::io;
 use std::panic::resume_unwind;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 mod region;
 mod sync;
@@ -80,13 +82,19 @@ impl ThreadPool for Inline {
 
 /// A fork-join pool of a fixed number of threads, the caller's among them. See the module's text.
 pub struct Pool {
+    /// Pools are numbered as they are made.
+    number: usize,
     shared: Arc<Shared>,
     workers: Vec<JoinHandle<()>>,
 }
 
+/// The pools that there have been.
+static POOLS: AtomicUsize = AtomicUsize::new(0);
+
 thread_local! {
-    /// Whether this thread is in an item of some pool's region.
-    static IN_ITEM: Cell<bool> = const { Cell::new(false) };
+    /// The lowest number of the pools in whose items this thread is. It waits for older ones alone:
+    /// so nobody waits in a circle.
+    static INSIDE: Cell<usize> = const { Cell::new(usize::MAX) };
 }
 
 impl Pool {
@@ -96,13 +104,15 @@ impl Pool {
     /// # Errors
     /// The operating system refused to start a thread.
     pub fn new(threads: usize) -> io::Result<Pool> {
-        let mut pool = Pool { shared: Arc::new(Shared::new(threads)), workers: Vec::new() };
+        let order = POOLS.fetch_add(1, Ordering::Relaxed);
+        let shared = Arc::new(Shared::new(threads));
+        let mut pool = Pool { number: order, shared, workers: Vec::new() };
         for number in 1..threads {
             let shared = Arc::clone(&pool.shared);
             let builder = sync::Builder::new().name(format!("moe-{number}"));
             // On an error, dropping the pool ends the workers that did start.
             let life = move || {
-                IN_ITEM.with(|inside| inside.set(true));
+                INSIDE.with(|inside| inside.set(order));
                 shared.work_until_stopped(Worker(number));
             };
             pool.workers.push(builder.spawn(life)?);
@@ -117,7 +127,7 @@ impl Pool {
 
     /// Calls `work(worker, i)` once for every `i < items`, on this thread and the workers, and
     /// returns when all calls have returned. While the pool runs another thread's region, this one
-    /// waits; but where it starts inside an item, of this pool or another, its items run inline.
+    /// waits; but where it starts inside an item, of this pool or an older one, its items run inline.
     ///
     /// # Panics
     /// With the first panic of `work`. Whether other items still run is not specified; all that
@@ -130,13 +140,13 @@ impl Pool {
         if items <= 1 || self.workers.is_empty() || items > isize::MAX as usize {
             return Inline.run(items, work);
         }
-        let inside = IN_ITEM.with(Cell::get);
-        let Some(turn) = self.shared.turn(!inside) else {
+        let inside = INSIDE.with(Cell::get);
+        let Some(turn) = self.shared.turn(self.number < inside) else {
             return Inline.run(items, work);
         };
-        IN_ITEM.with(|here| here.set(true));
+        INSIDE.with(|lowest| lowest.set(inside.min(self.number)));
         let panic = self.shared.run_region(&turn, items, work, spread);
-        IN_ITEM.with(|here| here.set(inside));
+        INSIDE.with(|lowest| lowest.set(inside));
         drop(turn);
         if let Some(payload) = panic {
             resume_unwind(payload);

@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
 use moe_kernels::pool::Pool;
 use moe_runner::Error;
-use moe_runner::comm::{At, Communicator, Groups, Sizes, Step, mpi, run_ranks};
+use moe_runner::comm::{At, Groups, Sizes, Step, mpi, run_ranks};
 use moe_runner::exchange::ExpertMap;
 use moe_runner::experts::RowFormat;
 use moe_runner::parallel::{ExchangeKind, Parallel, Placement};
@@ -204,7 +204,7 @@ impl Splitting {
                         world.size()
                     )));
                 }
-                RanksKind::Mpi(world)
+                RanksKind::Mpi(Groups::new(world, sizes)?)
             }
             Comm::Nccl => {
                 return Err(unusable(
@@ -228,8 +228,8 @@ pub(crate) struct Ranks {
 enum RanksKind {
     /// Threads of this process.
     Threads,
-    /// This process is one of them.
-    Mpi(Arc<dyn Communicator>),
+    /// This process is one of them, in these groups: communicators that all layers share.
+    Mpi(Groups),
 }
 
 /// The sizes, for people.
@@ -251,7 +251,7 @@ impl Ranks {
     pub(crate) fn reports(&self) -> bool {
         match &self.kind {
             RanksKind::Threads => true,
-            RanksKind::Mpi(world) => world.rank() == 0,
+            RanksKind::Mpi(groups) => groups.world.rank() == 0,
         }
     }
 
@@ -317,7 +317,9 @@ impl Ranks {
     /// What the machines of all ranks can do together. Processes measure at the same time, so that
     /// those of one machine share it.
     pub(crate) fn measure(&self, pool: &Pool) -> moe_runner::Result<MachineLimits> {
-        let RanksKind::Mpi(world) = &self.kind else { return Ok(MachineLimits::measure(pool)) };
+        let RanksKind::Mpi(Groups { world, .. }) = &self.kind else {
+            return Ok(MachineLimits::measure(pool));
+        };
         let at = At::new("the machine", Step::Finish);
         world.barrier(at)?;
         let mine = MachineLimits::measure(pool);
@@ -347,11 +349,11 @@ impl Ranks {
                     run_ranks(sizes.ranks(), |world| work(&Groups::new(world.clone(), sizes)?))?;
                 Ok(results.swap_remove(0))
             }
-            RanksKind::Mpi(world) => {
-                let result = Groups::new(world.clone(), sizes).and_then(|groups| work(&groups));
+            RanksKind::Mpi(groups) => {
+                let result = work(groups);
                 if let Err(error) = &result {
                     // the others would wait for this rank
-                    world.abort(&error.to_string());
+                    groups.world.abort(&error.to_string());
                 }
                 result
             }

@@ -19,7 +19,7 @@ use std::hint::black_box;
 use std::sync::RwLock;
 
 use moe_runner::Result;
-use moe_runner::comm::{At, Communicator, Parts, Step, mpi, run_ranks};
+use moe_runner::comm::{At, Communicator, Step, mpi, run_ranks};
 use plain::{Plain, PlainMpi, Times};
 
 /// Repeats that are not counted.
@@ -61,11 +61,10 @@ fn bench(comm: &dyn Communicator, plain: &Plain, shared: Option<&[RwLock<Vec<u8>
                 black_box(&target);
                 Ok(())
             })?;
-            let mut send = comm.buffer(bytes * n);
+            let mut send = comm.buffer(bytes * n)?;
             send.fill(round as u8);
-            let parts = Parts::new(send, counts.clone())?;
             times[0].measure(comm, || {
-                let received = comm.start_all_to_all_v(at(), parts)?.wait_in_place(comm)?;
+                let received = comm.start_all_to_all_v(at(), send, &counts)?.wait(comm)?;
                 if shared.is_some() {
                     for (from, to) in received.iter().zip(target.chunks_exact_mut(bytes)) {
                         to.copy_from_slice(from);

@@ -398,7 +398,7 @@ impl<'a> Case<'a> {
         let ([dispatch, combine], [plain_dispatch, plain_combine]) = (ours, plains);
         let (dispatch, plain_dispatch) = (sorted(dispatch)?, sorted(plain_dispatch)?);
         let (combine, plain_combine) = (sorted(combine)?, sorted(plain_combine)?);
-        let sent = self.comm.all_gather(at(), sent.to_vec())?;
+        let sent = self.comm.all_gather(at(), sent)?;
         let bytes = |i: usize| sent.chunks_exact(2).map(|sent| sent[i]).sum::<u64>();
         let phase = |bytes: u64, ideal: f64, times: Vec<f64>, plain: Vec<f64>| {
             let median = |times: &[f64]| times[times.len() / 2];
@@ -467,5 +467,5 @@ impl<'a> Case<'a> {
 }
 
 fn at() -> At<'static> {
-    At::new("bench", Step::Agree)
+    At::new("bench", Step::Setup)
 }

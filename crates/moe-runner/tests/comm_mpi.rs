@@ -68,6 +68,12 @@ fn every_collective_equals_a_sequential_computation() {
     }
 }
 
+#[test]
+fn groups_come_and_go() {
+    let Some((text, success)) = mpirun(3, "splits") else { return };
+    assert!(success && text.contains("all groups left"), "{text}");
+}
+
 /// The errors of the processes that a scenario leaves, which must contain all of `words`.
 fn assert_errors(scenario: &str, count: usize, words: &[&str]) {
     let Some((text, _)) = mpirun(3, scenario) else { return };

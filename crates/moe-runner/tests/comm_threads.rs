@@ -7,7 +7,7 @@ use std::sync::{Barrier, Mutex};
 use std::time::Duration;
 
 use moe_runner::comm::{
-    At, Communicator, Options, Parts, Step, run_ranks, run_ranks_with, single, threads_with,
+    At, Communicator, Options, Step, run_ranks, run_ranks_with, single, threads_with,
 };
 use moe_runner::{Error, Result};
 
@@ -142,8 +142,8 @@ fn polling_times_out_too() {
     let options = Options { timeout: Duration::from_millis(100) };
     let mut comms = threads_with(2, options);
     let _absent = comms.pop();
-    let send = Parts::new(vec![0u8; 2], vec![1, 1]).unwrap();
-    let mut pending = comms[0].start_all_to_all_v(at(Step::Dispatch), send).unwrap();
+    let send = comms[0].buffer::<u8>(2).unwrap();
+    let mut pending = comms[0].start_all_to_all_v(at(Step::Dispatch), send, &[1, 1]).unwrap();
     let error = loop {
         match pending.poll() {
             Ok(done) => assert!(!done),
@@ -256,7 +256,7 @@ fn what_a_rank_cannot_do_ends_the_others() {
     assert_all_contain(&texts, 2, &["reduce-scatter of 3 elements over 2 ranks"]);
     let texts = causes(2, LONG, |comm| {
         let counts = if comm.rank() == 0 { vec![1, 1] } else { vec![2] };
-        comm.all_to_all_v(at(Step::Combine), Parts::new(vec![0u8; 2], counts)?).map(drop)
+        comm.all_to_all_v(at(Step::Combine), vec![0u8; 2], &counts).map(drop)
     });
     assert_all_contain(&texts, 2, &["do not fit 2 ranks"]);
     let texts =

@@ -33,8 +33,7 @@ fn counted(
     let ranks = run_ranks(parallel.sizes.ranks(), |world| {
         let groups = Groups::new(world.clone(), parallel.sizes)?;
         let read = || {
-            let all =
-                [&groups.world, &groups.ep, &groups.rows, &groups.tp, &groups.dp, &groups.pcp];
+            let all = [&groups.world, &groups.ep, &groups.rows, &groups.tp];
             all.iter().fold(Traffic::default(), |sum, group| sum.plus(&group.traffic().read()))
         };
         let rows = deal[world.rank()].clone();

@@ -124,6 +124,17 @@ fn two_callers_take_turns() {
     });
 }
 
+/// Two threads of one pool share an older one: each waits for its turn.
+#[test]
+fn items_of_a_younger_pool_take_turns() {
+    check(3, || {
+        let [older, younger] = [2, 2].map(|threads| Pool::new(threads).unwrap());
+        let cells = Cells::new(2);
+        younger.run(2, &|_, _| older.run(2, &|_, item| cells.add(item)));
+        assert_eq!(cells.read(), [2, 2]);
+    });
+}
+
 /// A region that starts inside an item neither waits for itself nor for a pool in a circle.
 #[test]
 fn nested_regions_do_not_wait() {

@@ -31,9 +31,9 @@
 //!    `lot`. The lots are filled before `unclaimed` is stored, and there are as many items in them
 //!    as claims; they are only ever emptied, and only under a claim. A claimant that found all of
 //!    them empty, one after the other, would be one claim too many.
-//! 7. *No waiting in a circle.* Only a thread that is in no item waits for the `turn`, and whoever
-//!    holds a turn waits for none: a region inside an item takes the turn where it is free, and runs
-//!    inline where it is not.
+//! 7. *No waiting in a circle.* A thread inside items waits only for the turn of a pool that is older
+//!    than all of theirs; of others it takes the turn where it is free, and runs inline where it is
+//!    not. So whoever waits, waits for an older pool than those that wait for it.
 
 use std::any::Any;
 use std::mem;

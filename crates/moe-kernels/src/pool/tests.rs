@@ -191,6 +191,9 @@ fn a_second_caller_gets_all_threads() {
             scope.spawn(|| (0..100).for_each(|_| meet()));
         }
     });
+    // so do two items of a younger pool
+    let pair = Pool::new(2).unwrap();
+    (0..100).for_each(|_| pair.run(2, &|_, _| meet()));
 }
 
 /// Two pools whose items use each other's: nobody waits in a circle.

@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 
 use libloading::Library;
 use moe_runner::Result;
-use moe_runner::comm::{At, Communicator, Parts, Step};
+use moe_runner::comm::{At, Communicator, Step};
 
 /// Times of what all ranks do together, from the start of the first to the end of the last: with
 /// more ranks than cores they take turns, and a rank's own time would leave out the others'.
@@ -35,21 +35,20 @@ impl Times {
 
     /// Microseconds of each repeat but the first `warm_up`, sorted. All ranks call this together.
     pub(super) fn sorted(self, comm: &dyn Communicator, warm_up: usize) -> Result<Vec<f64>> {
-        let counts = vec![self.spans.len(); comm.size()];
-        let all = Parts::new(comm.all_gather(at(), self.spans)?, counts)?;
+        let all = comm.all_gather_in_place(at(), &self.spans)?;
         let time = |i: usize| {
             let begin = all.iter().map(|spans| spans[2 * i]).min().unwrap_or(0);
             let end = all.iter().map(|spans| spans[2 * i + 1]).max().unwrap_or(0);
             end.saturating_sub(begin) as f64 / 1e3
         };
-        let mut times: Vec<f64> = (warm_up..all.counts()[0] / 2).map(time).collect();
+        let mut times: Vec<f64> = (warm_up..self.spans.len() / 2).map(time).collect();
         times.sort_by(f64::total_cmp);
         Ok(times)
     }
 }
 
 fn at() -> At<'static> {
-    At::new("bench", Step::Agree)
+    At::new("bench", Step::Setup)
 }
 
 /// A plain all-to-all.

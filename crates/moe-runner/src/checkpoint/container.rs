@@ -303,14 +303,16 @@ mod tests {
     use super::*;
     use crate::checkpoint::Dtype;
 
+    /// The recorded checkpoints of the repository.
+    fn golden() -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden")
+    }
+
     /// Every recorded checkpoint opens, with all of its tensors, and without the recordings that lie
     /// beside it.
     #[test]
     fn opens_the_golden_checkpoints() {
-        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared/golden");
-        let Ok(cases) = std::fs::read_dir(&golden) else {
-            return eprintln!("SKIPPED: no recorded checkpoints in {}", golden.display());
-        };
+        let cases = std::fs::read_dir(golden()).unwrap();
         let mut opened = 0;
         for case in cases.map(|case| case.unwrap().path()).filter(|path| path.is_dir()) {
             let gguf = case.join("model.gguf");
@@ -320,7 +322,7 @@ mod tests {
             assert_eq!(checkpoint.metadata().is_some(), gguf.exists(), "{}", path.display());
             assert_eq!(checkpoint.duplicates().count(), 0);
             let names: Vec<&str> = checkpoint.names().collect();
-            assert!(names.len() > 10 && names.is_sorted(), "{}: {names:?}", path.display());
+            assert!(names.len() > 5 && names.is_sorted(), "{}: {names:?}", path.display());
             assert!(
                 !names.iter().any(|name| name.contains(".prompt.")),
                 "recordings are no weights"
@@ -341,15 +343,10 @@ mod tests {
     /// Rows of stacked experts in a GGUF file, against the values that the reference read.
     #[test]
     fn gguf_values_are_the_recorded_ones() {
-        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared/golden");
-        if !golden.is_dir() {
-            return eprintln!("SKIPPED: no recorded checkpoints in {}", golden.display());
-        }
-        for (case, dtype) in [
-            ("gguf_qwen3moe_f32", Dtype::F32),
-            ("gguf_qwen3moe_f16", Dtype::F16),
-            ("gguf_qwen3moe_bf16", Dtype::Bf16),
-        ] {
+        for (case, dtype) in
+            [("gguf_qwen3moe_f32", Dtype::F32), ("gguf_qwen3moe_bf16", Dtype::Bf16)]
+        {
+            let golden = golden();
             let checkpoint = Checkpoint::open(&golden.join(case).join("model.gguf")).unwrap();
             let recorded =
                 Checkpoint::open_safetensors(&golden.join(case).join("golden.safetensors"))

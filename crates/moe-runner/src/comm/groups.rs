@@ -107,17 +107,11 @@ pub struct Groups {
     /// The ranks that differ in `tp_rank` only; under sequence parallel they hold chunks of the
     /// same rows.
     pub tp: Arc<dyn Communicator>,
-    /// The ranks that differ in `dp_rank` only.
-    pub dp: Arc<dyn Communicator>,
-    /// The ranks that differ in `pcp_rank` only.
-    pub pcp: Arc<dyn Communicator>,
     /// The ranks among which whole experts are dealt: all, or this one alone.
     pub ep: Arc<dyn Communicator>,
     /// The ranks with rows of their own, whose rows together are the whole batch: all that have this
     /// one's `tp_rank`, or all ranks under sequence parallel.
     pub rows: Arc<dyn Communicator>,
-    /// The ranks that hold chunks of the same rows: `tp` under sequence parallel, or this alone.
-    pub sp: Arc<dyn Communicator>,
 }
 
 impl Groups {
@@ -141,13 +135,9 @@ impl Groups {
         // The color is the lowest rank of the group.
         let group = |color: usize| world.split(color, rank);
         let tp = group(sizes.rank(dp_rank, pcp_rank, 0))?;
-        let dp = group(sizes.rank(0, pcp_rank, tp_rank))?;
-        let pcp = group(sizes.rank(dp_rank, 0, tp_rank))?;
         let rows = group(if sizes.sp() > 1 { 0 } else { tp_rank })?;
-        let alone = super::single();
-        let ep = if sizes.use_ep() { group(0)? } else { alone.clone() };
-        let sp = if sizes.sp() > 1 { tp.clone() } else { alone };
-        Ok(Self { sizes, world, tp, dp, pcp, ep, rows, sp })
+        let ep = if sizes.use_ep() { group(0)? } else { super::single() };
+        Ok(Self { sizes, world, tp, ep, rows })
     }
 }
 
@@ -197,12 +187,10 @@ mod tests {
             let members = |comm: &Arc<dyn Communicator>| {
                 comm.all_gather(At::new("test", Step::Setup), vec![rank])
             };
-            let (tp, pcp, dp) = (rank % 2, rank / 2 % 2, rank / 4);
+            let (pcp, dp) = (rank / 2 % 2, rank / 4);
             assert_eq!(members(&groups.tp)?, [dp * 4 + pcp * 2, dp * 4 + pcp * 2 + 1]);
-            assert_eq!(members(&groups.pcp)?, [dp * 4 + tp, dp * 4 + 2 + tp]);
-            assert_eq!(members(&groups.dp)?, [0, 4, 8].map(|d| d + pcp * 2 + tp));
             assert_eq!(members(&groups.ep)?, (0..12).collect::<Vec<_>>());
-            assert_eq!(members(&groups.sp)?, members(&groups.tp)?);
+            assert_eq!(members(&groups.rows)?, (0..12).collect::<Vec<_>>());
             Ok(())
         })
         .unwrap();

@@ -50,8 +50,6 @@ named! {
     Step {
         /// Before the first forward pass: groups, sizes, weights.
         Setup = "setup",
-        /// Agreement on row counts and micro-batches.
-        Agree = "agree",
         /// Rows go to the ranks that own their experts, or to all ranks.
         Dispatch = "dispatch",
         /// Ranks with slices of a row agree on its largest magnitude.
@@ -64,12 +62,6 @@ named! {
         ReduceShared = "reduce shared",
         /// The layer's output is summed over ranks.
         ReduceOutput = "reduce output",
-        /// Rows are gathered over the prefill-context ranks.
-        GatherPcp = "gather pcp",
-        /// Rows are reduced and scattered over the prefill-context ranks.
-        ScatterPcp = "scatter pcp",
-        /// Row chunks of sequence parallelism are gathered.
-        GatherSequence = "gather sequence",
         /// Expert loads are summed, to balance replicas.
         Balance = "balance",
         /// Expert weights move between ranks.

@@ -32,29 +32,30 @@
 //! # Ok::<(), moe_runner::Error>(())
 //! ```
 
+mod buffers;
 mod collectives;
-mod element;
 mod groups;
 mod head;
+mod message;
 #[cfg(unix)]
 pub mod mpi;
-mod pool;
 mod single;
+mod sync;
 mod threads;
 mod traffic;
 
+pub use buffers::Buffers;
 pub use collectives::{Pending, all_reduce_sent};
-pub use element::{Dtype, Element, Elements, Parts, Received, Sum};
+pub(crate) use collectives::{copy, share};
 pub use groups::{Groups, Sizes};
 pub use head::{At, Head, Kind, Place, Step};
-pub use pool::Pool;
+pub use message::{Dtype, Element, Message, Outgoing, Part, Received, Sum};
 pub use single::single;
 pub use threads::{run_ranks, run_ranks_with, threads, threads_with};
 pub use traffic::{Count, Traffic, TrafficCounter};
 
-use std::ops::Range;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::{Error, Result};
 
@@ -76,7 +77,7 @@ pub trait Communicator: Send + Sync {
     /// Starts one exchange: hands out this rank's parts, returns without waiting for others.
     ///
     /// The collectives are built on this; call those instead.
-    fn start(&self, exchange: Exchange) -> Result<Box<dyn InFlight>>;
+    fn start(&self, head: Head, message: Arc<Message>) -> Result<Flight>;
 
     /// The subgroup of the ranks that passed the same `color`, ordered by `key`, then by rank. All
     /// ranks of this group call it together.
@@ -89,66 +90,63 @@ pub trait Communicator: Send + Sync {
     /// What this rank has sent and received in this group.
     fn traffic(&self) -> &TrafficCounter;
 
-    /// Buffers that this rank has used in this group, to be used again.
-    fn pool(&self) -> &Pool;
+    /// Messages that this rank has used, to be used again.
+    fn buffers(&self) -> &Arc<Buffers>;
 }
 
-/// What one rank puts into an exchange.
-pub struct Exchange {
-    /// Which collective, where in the model; compared with what the other ranks say.
+/// An exchange under way, as this rank sees it.
+#[derive(Clone, Copy, Debug)]
+pub struct Underway {
+    /// Its number, as the group counts.
+    pub number: u64,
+    /// Which collective, where in the model.
     pub head: Head,
-    /// The elements, shared so that receivers can read them where they are.
-    pub send: Arc<Elements>,
-    /// Which of them go to which rank.
-    pub spans: Spans,
+    /// When this rank began to wait for it.
+    pub since: Option<Instant>,
 }
 
-/// Which elements of a buffer go to which rank.
-pub enum Spans {
-    /// All of them, to every rank.
-    Whole,
-    /// Rank r gets elements `offsets[r]..offsets[r + 1]`.
-    Offsets(Vec<usize>),
-}
+/// The exchanges of one rank in one group, of which several may be under way.
+pub trait Exchanges: Send + Sync {
+    /// True once every rank's part is there. Moves the exchange on; waits with `block`, else never.
+    ///
+    /// # Errors
+    /// A rank that does not arrive, has failed, or is in another collective.
+    fn arrive(&self, exchange: &mut Underway, block: bool) -> Result<bool>;
 
-impl Spans {
-    /// The spans of consecutive parts of the given lengths.
-    pub fn of_counts(counts: &[usize]) -> Self {
-        let ends = counts.iter().scan(0, |end, &count| {
-            *end += count;
-            Some(*end)
-        });
-        Self::Offsets(std::iter::once(0).chain(ends).collect())
-    }
+    /// Adds this rank's parts to `parts`, in rank order. All are there.
+    fn take(&self, exchange: &Underway, parts: &mut Vec<Part>);
 
-    /// The span for `rank`, of a buffer of `len` elements.
-    pub fn to(&self, rank: usize, len: usize) -> Range<usize> {
-        match self {
-            Self::Whole => 0..len,
-            Self::Offsets(offsets) => offsets[rank]..offsets[rank + 1],
-        }
-    }
+    /// This rank needs the exchange no more, whether it has taken its parts or not. The others get
+    /// theirs all the same.
+    fn finish(&self, exchange: &Underway);
 }
 
 /// An exchange under way. Dropping it gives up this rank's received parts, not those of others.
-pub trait InFlight: Send {
-    /// True when [`wait`](InFlight::wait) would return at once. Moves the exchange on; never blocks.
-    fn poll(&mut self) -> Result<bool>;
-
-    /// Waits for every rank's part.
-    fn wait(self: Box<Self>) -> Result<Arrived>;
+pub struct Flight {
+    exchange: Underway,
+    exchanges: Arc<dyn Exchanges>,
 }
 
-/// Where an exchange has left the parts that came from every rank.
-pub enum Arrived {
-    /// In one buffer of this rank, in rank order, with the parts' lengths.
-    Together(Elements, Vec<usize>),
-    /// Some elements of each rank's own buffer.
-    Apart(Vec<Part>),
+impl Flight {
+    /// The exchange `number` of `exchanges`, which ends when this is dropped.
+    pub fn new(number: u64, head: Head, exchanges: Arc<dyn Exchanges>) -> Self {
+        Self { exchange: Underway { number, head, since: None }, exchanges }
+    }
+
+    fn arrive(&mut self, block: bool) -> Result<bool> {
+        self.exchanges.arrive(&mut self.exchange, block)
+    }
+
+    fn take(&self, parts: &mut Vec<Part>) {
+        self.exchanges.take(&self.exchange, parts);
+    }
 }
 
-/// Some elements of a buffer that ranks share.
-pub type Part = (Arc<Elements>, Range<usize>);
+impl Drop for Flight {
+    fn drop(&mut self) {
+        self.exchanges.finish(&self.exchange);
+    }
+}
 
 /// How a group is set up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,8 +1,14 @@
-//! One rank: every exchange is a copy from itself.
+//! One rank: every exchange is with itself.
 
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use super::{Arrived, Communicator, Exchange, InFlight, Pool, TrafficCounter, failure};
+use super::sync::{Mutex, lock};
+use super::{
+    Buffers, Communicator, Exchanges, Flight, Head, Message, Part, TrafficCounter, Underway,
+    failure,
+};
 use crate::Result;
 
 /// A group of one rank.
@@ -13,10 +19,16 @@ pub fn single() -> Arc<dyn Communicator> {
 #[derive(Default)]
 struct Single {
     traffic: TrafficCounter,
-    pool: Pool,
+    buffers: Arc<Buffers>,
+    next: AtomicU64,
+    sent: Arc<Sent>,
     /// Shared with the groups split from this one.
     failed: Arc<OnceLock<String>>,
 }
+
+/// What was sent is what arrives: exchanges that have not been taken, by number.
+#[derive(Default)]
+struct Sent(Mutex<VecDeque<(u64, Arc<Message>)>>);
 
 impl Communicator for Single {
     fn rank(&self) -> usize {
@@ -31,11 +43,13 @@ impl Communicator for Single {
         "single".to_owned()
     }
 
-    fn start(&self, exchange: Exchange) -> Result<Box<dyn InFlight>> {
-        match self.failed.get() {
-            Some(cause) => Err(failure(0, cause)),
-            None => Ok(Box::new(Landed(exchange))),
+    fn start(&self, head: Head, message: Arc<Message>) -> Result<Flight> {
+        if let Some(cause) = self.failed.get() {
+            return Err(failure(0, cause));
         }
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        lock(&self.sent.0).push_back((number, message));
+        Ok(Flight::new(number, head, self.sent.clone()))
     }
 
     fn split(&self, _color: usize, _key: usize) -> Result<Arc<dyn Communicator>> {
@@ -50,22 +64,23 @@ impl Communicator for Single {
         &self.traffic
     }
 
-    fn pool(&self) -> &Pool {
-        &self.pool
+    fn buffers(&self) -> &Arc<Buffers> {
+        &self.buffers
     }
 }
 
-/// An exchange with oneself: what was sent is what arrives.
-struct Landed(Exchange);
-
-impl InFlight for Landed {
-    fn poll(&mut self) -> Result<bool> {
+impl Exchanges for Sent {
+    fn arrive(&self, _flight: &mut Underway, _block: bool) -> Result<bool> {
         Ok(true)
     }
 
-    fn wait(self: Box<Self>) -> Result<Arrived> {
-        let elements = Arc::unwrap_or_clone(self.0.send);
-        let len = elements.len();
-        Ok(Arrived::Together(elements, vec![len]))
+    fn take(&self, flight: &Underway, parts: &mut Vec<Part>) {
+        let sent = lock(&self.0);
+        let mine = sent.iter().filter(|(number, _)| *number == flight.number);
+        parts.extend(mine.map(|(_, message)| (message.clone(), message.span(0))));
+    }
+
+    fn finish(&self, flight: &Underway) {
+        lock(&self.0).retain(|(number, _)| *number != flight.number);
     }
 }

@@ -1,12 +1,14 @@
-//! The batched row format: every expert's rows stand together, `[experts, capacity, H]`, as kernels
-//! with one fixed shape for each expert need them.
+//! The batched row format: every expert's rows stand together, as kernels with one shape for each
+//! expert need them: `[experts, capacity, H]` where a capacity is given. Without one, the experts'
+//! rows follow one another, and take no more memory than there are slots.
 //!
 //! Wraps any exchange: the rows that it delivers are laid out expert by expert after dispatch, and
-//! put back into its own slots before combine. A row with several experts here has a copy at each.
+//! found again before combine. A row with several experts here has a copy at each.
 
 use moe_kernels::pool::ThreadPool;
+use moe_kernels::region::{for_each, rows_together};
 
-use super::{Completeness, DispatchedRows, Exchange, LocalRows, SlotRows};
+use super::{Completeness, DispatchedRows, Exchange, ExpertMap, LocalRows, SlotRows};
 use crate::experts::RowFormat;
 use crate::plan::{NO_EXPERT, NO_PLACE};
 use crate::router::LocalId;
@@ -16,28 +18,103 @@ use crate::{Error, Result};
 #[derive(Debug)]
 pub struct BatchedExchange {
     inner: Box<dyn Exchange>,
-    /// Rows that an expert can take; `None`: as many as come.
+    /// Rows that every expert has room for; `None`: as many as come.
     capacity: Option<usize>,
     lanes: Vec<Lane>,
 }
 
 #[derive(Clone, Debug, Default)]
 struct Lane {
-    /// Rows of each expert that are taken.
-    counts: Vec<usize>,
-    /// For each slot of the inner exchange, its place `expert · capacity + row`, where it has one.
-    places: Vec<Option<usize>>,
+    /// For each expert, where its next row goes.
+    next: Vec<usize>,
+    /// For each slot of the inner exchange, its batched row; [`NO_PLACE`] without an expert here.
+    batched: Vec<u32>,
+    /// For each batched row, the inner slot that it is for; [`NO_PLACE`] without.
+    sources: Vec<u32>,
     hidden: Vec<f32>,
     ids: Vec<LocalId>,
     weights: Vec<f32>,
     /// For each slot of the inner exchange, where the experts' row for it stands.
-    rows: Vec<u32>,
+    places: Vec<u32>,
 }
 
 impl BatchedExchange {
     /// Lays out the rows of `inner`, at most `capacity` for each expert.
     pub fn new(inner: Box<dyn Exchange>, capacity: Option<usize>) -> Self {
         Self { inner, capacity, lanes: Vec::new() }
+    }
+}
+
+impl Lane {
+    /// Deals the slots to batched rows.
+    fn deal(&mut self, ids: &[LocalId], experts: usize, capacity: Option<usize>) -> Result<()> {
+        let Self { next, batched, sources, .. } = self;
+        next.clear();
+        next.resize(experts, 0);
+        for id in ids.iter().filter(|id| id.index() < experts) {
+            next[id.index()] += 1;
+        }
+        let most = next.iter().copied().max().unwrap_or(0);
+        if let Some(capacity) = capacity.filter(|capacity| most > *capacity) {
+            return Err(Error::input(
+                "batched rows",
+                format!("an expert has {most} rows; its capacity is {capacity}"),
+            ));
+        }
+        // counts become starts
+        let mut rows = 0;
+        for count in next.iter_mut() {
+            let start = rows;
+            rows += capacity.unwrap_or(*count);
+            *count = start;
+        }
+        if rows >= NO_PLACE as usize || ids.len() >= NO_PLACE as usize {
+            return Err(Error::input("batched rows", "too many; split the batch"));
+        }
+        sources.clear();
+        sources.resize(rows, NO_PLACE);
+        batched.clear();
+        for (slot, id) in ids.iter().enumerate() {
+            let row = next.get_mut(id.index()).map(|next| {
+                *next += 1;
+                *next - 1
+            });
+            if let Some(row) = row {
+                sources[row] = slot as u32;
+            }
+            batched.push(row.map_or(NO_PLACE, |row| row as u32));
+        }
+        Ok(())
+    }
+
+    /// Copies the slots' rows to where they were dealt.
+    fn fill(&mut self, standard: DispatchedRows<'_>, width: usize, pool: &dyn ThreadPool) {
+        let Self { sources, hidden, ids, weights, .. } = self;
+        let rows = sources.len();
+        if hidden.len() < rows * width {
+            hidden.resize(rows * width, 0.0);
+        }
+        ids.resize(rows, NO_EXPERT);
+        weights.resize(rows, 0.0);
+        let together = rows_together(rows, width * size_of::<f32>(), pool.threads());
+        let chunks = hidden[..rows * width]
+            .chunks_mut((together * width).max(1))
+            .zip(sources.chunks(together))
+            .zip(ids.chunks_mut(together).zip(weights.chunks_mut(together)));
+        for_each(pool, chunks, |((hidden, sources), (ids, weights))| {
+            let to = hidden.chunks_exact_mut(width.max(1)).zip(ids).zip(weights);
+            for (source, ((hidden, id), weight)) in sources.iter().zip(to) {
+                if *source == NO_PLACE {
+                    (*id, *weight) = (NO_EXPERT, 0.0);
+                    hidden.fill(0.0);
+                    continue;
+                }
+                let slot = *source as usize;
+                (*id, *weight) = (standard.ids[slot], standard.weights[slot]);
+                let from = slot / standard.top_k.max(1) * width;
+                hidden.copy_from_slice(&standard.hidden[from..from + width]);
+            }
+        });
     }
 }
 
@@ -50,16 +127,21 @@ impl Exchange for BatchedExchange {
         RowFormat::Batched
     }
 
-    fn experts(&self) -> usize {
-        self.inner.experts()
-    }
-
-    fn local_experts(&self) -> usize {
-        self.inner.local_experts()
+    fn map(&self) -> (&ExpertMap, usize) {
+        self.inner.map()
     }
 
     fn moves_rows(&self) -> bool {
         self.inner.moves_rows()
+    }
+
+    fn workspace_bytes(&self, tokens: usize, top_k: usize, width: usize) -> usize {
+        let slots = tokens * top_k;
+        let rows = self.capacity.map_or(slots, |capacity| self.local_experts() * capacity);
+        let of_row = width * size_of::<f32>() + size_of::<LocalId>() + 2 * size_of::<u32>();
+        self.inner.workspace_bytes(tokens, top_k, width)
+            + rows.max(slots) * of_row
+            + slots * 2 * size_of::<u32>()
     }
 
     fn start_dispatch(
@@ -78,55 +160,14 @@ impl Exchange for BatchedExchange {
         rows: LocalRows<'a>,
         pool: &dyn ThreadPool,
     ) -> Result<DispatchedRows<'a>> {
-        let experts = self.inner.local_experts();
-        let width = rows.width;
+        let (experts, width) = (self.inner.local_experts(), rows.width);
         let standard = self.inner.finish_dispatch(lane, rows, pool)?;
-        let quantised = standard.quantised;
         let lane = &mut self.lanes[lane];
-        lane.counts.clear();
-        lane.counts.resize(experts, 0);
-        for id in standard.ids.iter().filter(|id| id.index() < experts) {
-            lane.counts[id.index()] += 1;
-        }
-        let most = lane.counts.iter().copied().max().unwrap_or(0);
-        let capacity = self.capacity.unwrap_or(most);
-        if most > capacity {
-            return Err(Error::input(
-                "batched rows",
-                format!("an expert has {most} rows; its capacity is {capacity}"),
-            ));
-        }
-        let places = experts * capacity;
-        lane.hidden.clear();
-        lane.hidden.resize(places * width, 0.0);
-        lane.ids.clear();
-        lane.ids.resize(places, NO_EXPERT);
-        lane.weights.clear();
-        lane.weights.resize(places, 0.0);
-        lane.places.clear();
-        lane.counts.fill(0);
-        for (slot, id) in standard.ids.iter().enumerate() {
-            let place = (id.index() < experts).then(|| {
-                let row = &mut lane.counts[id.index()];
-                *row += 1;
-                id.index() * capacity + *row - 1
-            });
-            lane.places.push(place);
-            if let Some(place) = place {
-                let from = slot / standard.top_k * width;
-                lane.hidden[place * width..][..width]
-                    .copy_from_slice(&standard.hidden[from..from + width]);
-                lane.ids[place] = *id;
-                lane.weights[place] = standard.weights[slot];
-            }
-        }
-        Ok(DispatchedRows {
-            hidden: &lane.hidden,
-            top_k: 1,
-            ids: &lane.ids,
-            weights: &lane.weights,
-            quantised,
-        })
+        lane.deal(standard.ids, experts, self.capacity)?;
+        lane.fill(standard, width, pool);
+        let hidden = &lane.hidden[..lane.sources.len() * width];
+        let (ids, weights) = (&lane.ids, &lane.weights);
+        Ok(DispatchedRows { hidden, top_k: 1, ids, weights, quantised: standard.quantised })
     }
 
     fn start_combine(
@@ -135,10 +176,14 @@ impl Exchange for BatchedExchange {
         slots: SlotRows<'_>,
         pool: &dyn ThreadPool,
     ) -> Result<()> {
-        let Lane { places, rows, .. } = &mut self.lanes[lane];
-        rows.clear();
-        rows.extend(places.iter().map(|place| place.map_or(NO_PLACE, |place| slots.places[place])));
-        self.inner.start_combine(lane, SlotRows { places: rows, ..slots }, pool)
+        let Lane { batched, places, .. } = &mut self.lanes[lane];
+        let place = |row: &u32| match *row {
+            NO_PLACE => NO_PLACE,
+            row => slots.places[row as usize],
+        };
+        places.clear();
+        places.extend(batched.iter().map(place));
+        self.inner.start_combine(lane, SlotRows { places, ..slots }, pool)
     }
 
     fn finish_combine(
@@ -149,7 +194,7 @@ impl Exchange for BatchedExchange {
         out: &mut [f32],
         pool: &dyn ThreadPool,
     ) -> Result<Completeness> {
-        let inner = SlotRows { places: &self.lanes[lane].rows, ..slots };
+        let inner = SlotRows { places: &self.lanes[lane].places, ..slots };
         self.inner.finish_combine(lane, rows, inner, out, pool)
     }
 }

@@ -4,10 +4,14 @@
 use std::sync::Arc;
 
 use moe_kernels::pool::ThreadPool;
+use moe_kernels::region::{for_each, rows_together};
 
-use super::wire::{Arrivals, Wire};
-use super::{Completeness, DispatchedRows, Exchange, ExpertMap, LocalRows, SlotRows, weighted_sum};
-use crate::comm::{At, Communicator, Step};
+use super::arrivals::Arrivals;
+use super::{
+    Completeness, DispatchedRows, Exchange, ExpertMap, LocalRows, SlotRows, Wire, not_started,
+    weighted_sum,
+};
+use crate::comm::{At, Communicator, Pending, Step};
 use crate::router::{LocalId, LogicalId};
 use crate::{Error, Result};
 
@@ -25,9 +29,13 @@ pub struct GatherExchange {
 
 #[derive(Default)]
 struct Lane {
-    /// Rows of each rank of the group.
-    counts: Vec<usize>,
+    top_k: usize,
+    width: usize,
+    dispatch: Option<Pending<u8>>,
     arrivals: Arrivals,
+    combine: Option<Pending<f32>>,
+    /// Elements of the sums that go to each rank.
+    counts: Vec<usize>,
 }
 
 impl GatherExchange {
@@ -56,48 +64,43 @@ impl Exchange for GatherExchange {
         "all-gather / reduce-scatter"
     }
 
-    fn experts(&self) -> usize {
-        self.map.experts()
-    }
-
-    fn local_experts(&self) -> usize {
-        self.map.held_by(self.rank).len()
+    fn map(&self) -> (&ExpertMap, usize) {
+        (&self.map, self.rank)
     }
 
     fn moves_rows(&self) -> bool {
         true
     }
 
+    fn workspace_bytes(&self, tokens: usize, top_k: usize, width: usize) -> usize {
+        let row_bytes = self.wire.row_bytes(top_k, width);
+        let rows = tokens * self.group.size();
+        // sent; arrived; the sums
+        tokens * row_bytes + Arrivals::bytes(rows, top_k, width) + rows * width * size_of::<f32>()
+    }
+
     fn start_dispatch(
         &mut self,
         lane: usize,
         rows: LocalRows<'_>,
-        _pool: &dyn ThreadPool,
+        pool: &dyn ThreadPool,
     ) -> Result<()> {
         self.lanes.resize_with(self.lanes.len().max(lane + 1), Lane::default);
-        let k = rows.top_k;
-        let row_bytes = self.wire.row_bytes(k, rows.width);
-        let mut send = self.group.buffer(rows.tokens() * row_bytes);
-        for (t, to) in send.chunks_exact_mut(row_bytes).enumerate() {
-            // logical ids travel: each receiver maps them to its own
-            let ids = rows.ids_of(t).iter().map(|id| LocalId(id.0));
-            self.wire.write(to, ids, rows.weights_of(t), rows.row(t));
-        }
-        let at = At::new(&self.layer, Step::Dispatch);
-        let gathered = self.group.all_gather_v_in_place(at, send)?;
-        let Lane { counts, arrivals } = &mut self.lanes[lane];
-        counts.clear();
-        counts.extend(gathered.iter().map(|part| part.len() / row_bytes));
-        arrivals.reset(counts.iter().sum(), rows.width, k);
-        let mut first = 0;
-        for part in gathered.iter() {
-            self.wire.read(part, arrivals);
-            // a replica is chosen by the row's number on its own rank
-            for (slot, id) in arrivals.ids[first..].iter_mut().enumerate() {
-                *id = self.map.local(LogicalId(id.0), slot / k, self.rank);
+        let row_bytes = self.wire.row_bytes(rows.top_k, rows.width).max(1);
+        let mut send = self.group.buffer(rows.tokens() * row_bytes)?;
+        let together = rows_together(rows.tokens(), row_bytes, pool.threads());
+        for_each(pool, send.chunks_mut(together * row_bytes).enumerate(), |(chunk, to)| {
+            for (t, to) in (chunk * together..).zip(to.chunks_exact_mut(row_bytes)) {
+                // logical ids travel: each receiver maps them to its own
+                let ids = rows.ids_of(t).iter().map(|id| LocalId(id.0));
+                self.wire.write(to, ids, rows.weights_of(t), rows.row(t));
             }
-            first = arrivals.ids.len();
-        }
+        });
+        let at = At::new(&self.layer, Step::Dispatch);
+        let pending = self.group.start_all_gather_v(at, send)?;
+        let lane = &mut self.lanes[lane];
+        (lane.top_k, lane.width) = (rows.top_k, rows.width);
+        lane.dispatch = Some(pending);
         Ok(())
     }
 
@@ -105,46 +108,49 @@ impl Exchange for GatherExchange {
         &'a mut self,
         lane: usize,
         _rows: LocalRows<'a>,
-        _pool: &dyn ThreadPool,
+        pool: &dyn ThreadPool,
     ) -> Result<DispatchedRows<'a>> {
-        Ok(self.lanes[lane].arrivals.dispatched())
+        let Self { layer, group, map, rank, wire, lanes, .. } = self;
+        let Lane { top_k, width, dispatch, arrivals, .. } = &mut lanes[lane];
+        let pending = dispatch.take().ok_or_else(|| not_started(layer, "dispatch"))?;
+        let received = pending.wait(&**group)?;
+        // a replica is chosen by the row's number on its own rank
+        let local = |id: LocalId, row| map.local(LogicalId(id.0), row, *rank);
+        arrivals
+            .read(&received, (wire, *top_k, *width), local, pool)
+            .map_err(|reason| Error::Communication(format!("layer '{layer}': {reason}")))?;
+        Ok(arrivals.dispatched())
     }
 
     fn start_combine(
         &mut self,
-        _lane: usize,
-        _slots: SlotRows<'_>,
-        _pool: &dyn ThreadPool,
+        lane: usize,
+        slots: SlotRows<'_>,
+        pool: &dyn ThreadPool,
     ) -> Result<()> {
+        let Lane { top_k, width, arrivals, combine, counts, .. } = &mut self.lanes[lane];
+        let (top_k, width) = (*top_k, *width);
+        let mut sums = self.group.buffer(arrivals.rows() * width)?;
+        let weights = (arrivals.dispatched().weights, slots.weighted);
+        weighted_sum(weights, top_k, |slot| slots.row(slot), (&mut sums, width), pool);
+        counts.clear();
+        counts.extend(arrivals.slots_of_ranks().map(|slots| slots.len() / top_k.max(1) * width));
+        let at = At::new(&self.layer, Step::Combine);
+        *combine = Some(self.group.start_reduce_scatter_v(at, sums, counts)?);
         Ok(())
     }
 
     fn finish_combine(
         &mut self,
         lane: usize,
-        rows: LocalRows<'_>,
-        slots: SlotRows<'_>,
+        _rows: LocalRows<'_>,
+        _slots: SlotRows<'_>,
         out: &mut [f32],
         pool: &dyn ThreadPool,
     ) -> Result<Completeness> {
-        let Lane { counts, arrivals } = &self.lanes[lane];
-        let LocalRows { top_k, width, .. } = rows;
-        let mut sums = self.group.buffer(counts.iter().sum::<usize>() * width);
-        let slot = |slot| slots.row(slot);
-        let weights = (arrivals.weights(), slots.weighted);
-        weighted_sum(weights, top_k, slot, (&mut sums, width), pool);
-        let elements: Vec<usize> = counts.iter().map(|count| count * width).collect();
-        let at = At::new(&self.layer, Step::Combine);
-        let mine = self.group.reduce_scatter_v(at, sums, &elements)?;
-        if mine.len() != out.len() {
-            return Err(Error::Communication(format!(
-                "layer '{}': {} elements came back for {}",
-                self.layer,
-                mine.len(),
-                out.len()
-            )));
-        }
-        out.copy_from_slice(&mine);
+        let pending = self.lanes[lane].combine.take();
+        let pending = pending.ok_or_else(|| not_started(&self.layer, "combine"))?;
+        pending.sum(&*self.group, out, pool)?;
         Ok(self.completeness)
     }
 }

@@ -37,16 +37,16 @@ impl Exchange for LocalExchange {
         "local"
     }
 
-    fn experts(&self) -> usize {
-        self.map.experts()
-    }
-
-    fn local_experts(&self) -> usize {
-        self.map.held_by(self.rank).len()
+    fn map(&self) -> (&ExpertMap, usize) {
+        (&self.map, self.rank)
     }
 
     fn moves_rows(&self) -> bool {
         false
+    }
+
+    fn workspace_bytes(&self, tokens: usize, top_k: usize, _width: usize) -> usize {
+        tokens * top_k * size_of::<LocalId>()
     }
 
     fn start_dispatch(

@@ -15,6 +15,7 @@
 //! may be under way, so that other work can run in between.
 
 mod all_to_all;
+mod arrivals;
 mod batched;
 mod gather;
 mod local;
@@ -22,8 +23,8 @@ mod map;
 mod sum;
 mod wire;
 
+pub(crate) use crate::comm::share;
 pub use all_to_all::AllToAllExchange;
-pub(crate) use all_to_all::share;
 pub use batched::BatchedExchange;
 pub use gather::GatherExchange;
 pub use local::LocalExchange;
@@ -36,10 +37,10 @@ use std::ops::Range;
 use moe_kernels::pool::ThreadPool;
 use moe_kernels::region::{for_each, rows_together};
 
-use crate::Result;
 use crate::experts::RowFormat;
 use crate::plan::NO_PLACE;
 use crate::router::{LocalId, LogicalId, Routing};
+use crate::{Error, Result};
 
 /// The rows of this rank, with everything that belongs to them.
 #[derive(Clone, Copy, Debug)]
@@ -140,15 +141,27 @@ pub trait Exchange: Send + std::fmt::Debug {
         RowFormat::Standard
     }
 
+    /// Where every expert lives, and this rank's number there.
+    fn map(&self) -> (&ExpertMap, usize);
+
     /// The experts of the layer, on all ranks.
-    fn experts(&self) -> usize;
+    fn experts(&self) -> usize {
+        self.map().0.experts()
+    }
 
     /// The experts that this rank holds.
-    fn local_experts(&self) -> usize;
+    fn local_experts(&self) -> usize {
+        let (map, rank) = self.map();
+        map.held_by(rank).len()
+    }
 
     /// Rows leave this rank: kernels must not route by themselves, and other work can run while
     /// they are on their way.
     fn moves_rows(&self) -> bool;
+
+    /// Bytes that are held for one lane of `tokens` rows of `width` columns with `top_k` slots, if
+    /// all ranks have as many and their slots are spread evenly over the experts.
+    fn workspace_bytes(&self, tokens: usize, top_k: usize, width: usize) -> usize;
 
     /// Sends rows to the ranks that own their experts. Does not wait.
     ///
@@ -221,6 +234,12 @@ pub(crate) fn weighted_sum<'a>(
             }
         }
     });
+}
+
+/// A lane's step is finished that was not started: a bug, told as an error so that the other ranks
+/// hear of it.
+fn not_started(layer: &str, step: &str) -> Error {
+    Error::Communication(format!("layer '{layer}': a {step} is finished that was not started"))
 }
 
 /// The ids of one rank's copies for the rows of `ids` `[T, k]`, in order.

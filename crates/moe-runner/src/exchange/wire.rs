@@ -4,7 +4,6 @@ use moe_kernels::isa::Cpu;
 use moe_kernels::numerics::float16;
 use moe_kernels::numerics::quantise::Qdq;
 
-use super::DispatchedRows;
 use crate::hidden::ActivationDtype;
 use crate::router::LocalId;
 use crate::spec::WeightOn;
@@ -81,64 +80,31 @@ impl Wire {
         }
     }
 
-    /// Reads rows that [`write`](Self::write) made, and puts them behind those that are in `to` already.
-    pub(super) fn read(&self, rows: &[u8], to: &mut Arrivals) {
-        let (top_k, width) = (to.top_k, to.width);
-        to.quantised = self.quantised.is_some();
-        for row in rows.chunks_exact(self.row_bytes(top_k, width)) {
-            let (id_bytes, rest) = row.split_at(top_k * 4);
-            let (weight_bytes, value_bytes) = rest.split_at(top_k * 4);
-            to.ids.extend(id_bytes.as_chunks().0.iter().map(|b| LocalId(u32::from_le_bytes(*b))));
-            to.weights.extend(weight_bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)));
-            let values = to.next_row();
-            match (&self.quantised, self.dtype) {
-                (Some(qdq), _) => qdq.decode_row(value_bytes, values),
-                (None, ActivationDtype::F32) => read_f32(value_bytes, values),
-                (None, ActivationDtype::Bf16) => float16::bf16_bytes_to_f32(value_bytes, values),
-                (None, ActivationDtype::F16) => float16::f16_bytes_to_f32(value_bytes, values),
-            }
+    /// Reads a row that [`write`](Self::write) made.
+    pub(super) fn read(
+        &self,
+        row: &[u8],
+        ids: &mut [LocalId],
+        weights: &mut [f32],
+        values: &mut [f32],
+    ) {
+        let (id_bytes, rest) = row.split_at(ids.len() * 4);
+        let (weight_bytes, value_bytes) = rest.split_at(weights.len() * 4);
+        for (id, bytes) in ids.iter_mut().zip(id_bytes.as_chunks().0) {
+            *id = LocalId(u32::from_le_bytes(*bytes));
+        }
+        read_f32(weight_bytes, weights);
+        match (&self.quantised, self.dtype) {
+            (Some(qdq), _) => qdq.decode_row(value_bytes, values),
+            (None, ActivationDtype::F32) => read_f32(value_bytes, values),
+            (None, ActivationDtype::Bf16) => float16::bf16_bytes_to_f32(value_bytes, values),
+            (None, ActivationDtype::F16) => float16::f16_bytes_to_f32(value_bytes, values),
         }
     }
-}
 
-/// Rows that have arrived. The buffers keep their memory from pass to pass.
-#[derive(Default)]
-pub(super) struct Arrivals {
-    /// Room for `[rows, width]`; beyond the rows read so far it holds anything.
-    hidden: Vec<f32>,
-    width: usize,
-    top_k: usize,
-    rows: usize,
-    quantised: bool,
-    /// `[rows, k]`.
-    pub(super) ids: Vec<LocalId>,
-    /// `[rows, k]`.
-    weights: Vec<f32>,
-}
-
-impl Arrivals {
-    /// Forgets the rows, and makes room for `rows` new ones with `top_k` slots each.
-    pub(super) fn reset(&mut self, rows: usize, width: usize, top_k: usize) {
-        (self.width, self.top_k, self.rows) = (width, top_k, 0);
-        self.hidden.resize(rows * width, 0.0);
-        self.ids.clear();
-        self.weights.clear();
-    }
-
-    fn next_row(&mut self) -> &mut [f32] {
-        self.rows += 1;
-        &mut self.hidden[(self.rows - 1) * self.width..self.rows * self.width]
-    }
-
-    /// For the experts.
-    pub(super) fn dispatched(&self) -> DispatchedRows<'_> {
-        let Self { hidden, top_k, ids, weights, quantised, .. } = self;
-        DispatchedRows { hidden, top_k: *top_k, ids, weights, quantised: *quantised }
-    }
-
-    /// `[rows, k]`.
-    pub(super) fn weights(&self) -> &[f32] {
-        &self.weights
+    /// Rows travel as codes and scales.
+    pub(super) fn is_quantised(&self) -> bool {
+        self.quantised.is_some()
     }
 }
 

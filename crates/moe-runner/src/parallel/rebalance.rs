@@ -4,7 +4,7 @@
 //! knows it without asking. An expert that a rank holds already is kept there; for each other one
 //! the ranks that need it are divided evenly among those that have it.
 
-use crate::comm::{At, Communicator, Parts, Step};
+use crate::comm::{At, Communicator, Received, Step};
 use crate::exchange::ExpertMap;
 use crate::router::LogicalId;
 use crate::weights::Expert;
@@ -104,8 +104,8 @@ fn exchange(
             ),
         ));
     }
-    let send = parts(&transfers, (old.held_by(rank), mine), rank, group.size())?;
-    let received = group.all_to_all_v(At::new(layer, Step::MoveWeights), send)?;
+    let (send, counts) = parts(&transfers, (old.held_by(rank), mine), rank, group.size());
+    let received = group.all_to_all_v(At::new(layer, Step::MoveWeights), send, &counts)?;
     let mut experts = read(&transfers, &received, rank)?;
     experts.extend(old.held_by(rank).iter().copied().zip(mine.iter().cloned()));
     let of = |id: &LogicalId| experts.iter().find(|(held, _)| held == id);
@@ -114,13 +114,14 @@ fn exchange(
         .ok_or_else(|| Error::input("expert placement", "an expert did not arrive"))
 }
 
-/// What this rank, which holds `ids`, sends to each: for each expert the number of bytes, then them.
+/// What this rank, which holds `ids`, sends to each (for each expert the number of bytes, then
+/// them), and how many bytes each gets.
 fn parts(
     transfers: &[Transfer],
     (ids, experts): (&[LogicalId], &[Expert]),
     rank: usize,
     ranks: usize,
-) -> Result<Parts<u8>> {
+) -> (Vec<u8>, Vec<usize>) {
     let (mut data, mut counts) = (Vec::new(), vec![0; ranks]);
     for (to, count) in counts.iter_mut().enumerate() {
         let start = data.len();
@@ -132,13 +133,13 @@ fn parts(
         }
         *count = data.len() - start;
     }
-    Parts::new(data, counts)
+    (data, counts)
 }
 
 /// The experts that arrived at `rank`.
 fn read(
     transfers: &[Transfer],
-    received: &Parts<u8>,
+    received: &Received<u8>,
     rank: usize,
 ) -> Result<Vec<(LogicalId, Expert)>> {
     let mut experts = Vec::new();

@@ -178,11 +178,11 @@ impl<'a> RankedRunner<'a> {
         let speaks = sizes.sp() > 1 || sizes.tp_rank(rank) == 0;
         let gather = Gather { world: &groups.world, at: at(Step::Finish), speaks };
         Ok(BatchOutput {
-            output: gather.rows(std::mem::take(output))?,
-            router_logits: gather.rows(report.router_logits.clone())?,
-            topk_ids: gather.rows(ids)?,
-            topk_weights: gather.rows(report.routing.weights.clone())?,
-            shared: shared.map(|rows| gather.rows(rows)).transpose()?,
+            output: gather.rows(output)?,
+            router_logits: gather.rows(&report.router_logits)?,
+            topk_ids: gather.rows(&ids)?,
+            topk_weights: gather.rows(&report.routing.weights)?,
+            shared: shared.map(|rows| gather.rows(&rows)).transpose()?,
             output_scale: done.output_scale,
             kernel,
             weight_bytes: pass.weight_bytes,
@@ -272,9 +272,9 @@ struct Gather<'a> {
 }
 
 impl Gather<'_> {
-    fn rows<T: crate::comm::Element>(&self, mine: Vec<T>) -> Result<Vec<T>> {
-        let mine = if self.speaks { mine } else { Vec::new() };
-        Ok(self.world.all_gather_v(self.at, mine)?.into_inner().0)
+    fn rows<T: crate::comm::Element>(&self, mine: &[T]) -> Result<Vec<T>> {
+        let mine = if self.speaks { mine } else { &[] };
+        Ok(self.world.all_gather_v(self.at, mine)?.to_vec())
     }
 }
 

@@ -271,8 +271,9 @@ impl MoeRunner {
 
     /// Bytes of working memory for a pass of `tokens` tokens, known before anything runs. Layers that
     /// share [`Workspaces`] and run one after another share it: what all of them need is no more
-    /// than the largest need of each part. (Exchanges that move rows hold theirs besides, and given
-    /// [`shared_input`](ForwardInput::shared_input) takes one more row of H a token.)
+    /// than the largest need of each part; what exchanges hold is each layer's own. (Given
+    /// [`shared_input`](ForwardInput::shared_input) takes one more row of H a token. How many rows
+    /// other ranks send is known when they come: slots are taken to be spread evenly.)
     pub fn workspace_bytes(&self, tokens: usize) -> usize {
         let threads = self.layer.pool.threads();
         let router = &self.layer.spec.router;
@@ -281,7 +282,14 @@ impl MoeRunner {
         let lanes = match &self.layer.method.kernel {
             BuiltKernel::Modular(kernel) => {
                 let plan = Plan::bytes(most, kernel.shape().experts);
-                self.micro_batches * (room::<f32>(most * kernel.shape().hidden) + plan + 4 * most)
+                let width = kernel.shape().hidden;
+                let exchange = &self.layer.method.exchange;
+                let exchange = exchange.workspace_bytes(
+                    tokens.div_ceil(self.micro_batches),
+                    router.top_k,
+                    width,
+                );
+                self.micro_batches * (room::<f32>(most * width) + plan + exchange)
             }
             BuiltKernel::Monolithic(_) => 0,
         };

@@ -21,8 +21,9 @@ impl Slices {
 
     /// Replaces `max`, one value for each row, by the largest of all ranks.
     pub(super) fn row_max(&self, max: &mut [f32]) -> Result<()> {
-        let all = self.group.all_gather(At::new(&self.layer, Step::RowScales), max.to_vec())?;
-        for part in all.chunks_exact(max.len().max(1)) {
+        let at = At::new(&self.layer, Step::RowScales);
+        let all = self.group.all_gather_in_place(at, &*max)?;
+        for part in all.iter() {
             max.iter_mut().zip(part).for_each(|(max, other)| *max = max.max(*other));
         }
         Ok(())

@@ -4,7 +4,7 @@
 use std::fmt::Debug;
 
 use half::{bf16, f16};
-use moe_runner::comm::{At, Communicator, Element, Kind, Parts, Step, Sum, all_reduce_sent};
+use moe_runner::comm::{At, Communicator, Element, Kind, Received, Step, Sum, all_reduce_sent};
 use moe_runner::{Error, Result};
 
 /// Checks made and failed.
@@ -120,23 +120,21 @@ fn move_elements<T: Sample>(comm: &dyn Communicator, key: usize, tally: &mut Tal
     let (n, me, name) = (comm.size(), comm.rank(), T::DTYPE);
 
     let counts: Vec<usize> = (0..n).map(|rank| length(n, &[key, rank])).collect();
-    let gathered =
-        comm.all_gather_v(at(Step::Dispatch), &values::<T>([key, me, 0], counts[me])[..])?;
-    let want: Vec<T> = (0..n).flat_map(|r| values([key, r, 0], counts[r])).collect();
-    tally.equal(&format!("all-gather-v {name}, counts"), &gathered.counts(), &&counts[..]);
-    tally.equal(&format!("all-gather-v {name}"), &bits(gathered.data()), &bits(&want));
+    let gathered = comm.all_gather_v(at(Step::Dispatch), values::<T>([key, me, 0], counts[me]))?;
+    let want: Vec<_> = (0..n).map(|r| bits(&values::<T>([key, r, 0], counts[r]))).collect();
+    tally.equal(&format!("all-gather-v {name}"), &parts(&gathered), &want);
 
     let len = counts[0];
-    let gathered = comm.all_gather(at(Step::GatherPcp), values::<T>([key, me, 1], len))?;
+    let gathered = comm.all_gather(at(Step::Balance), values::<T>([key, me, 1], len))?;
     let want: Vec<T> = (0..n).flat_map(|r| values([key, r, 1], len)).collect();
     tally.equal(&format!("all-gather {name}"), &bits(&gathered), &bits(&want));
 
     let sent =
         |from: usize, to: usize| values::<T>([key, from, 2 + to], length(n, &[key, from, to]));
-    let received = comm.all_to_all_v(at(Step::Combine), to_all(n, |to| sent(me, to))?)?;
-    let want = to_all(n, |from| sent(from, me))?;
-    tally.equal(&format!("all-to-all-v {name}, counts"), &received.counts(), &want.counts());
-    tally.equal(&format!("all-to-all-v {name}"), &bits(received.data()), &bits(want.data()));
+    let (data, counts) = to_all(n, |to| sent(me, to));
+    let received = comm.all_to_all_v(at(Step::Combine), data, &counts)?;
+    let want: Vec<_> = (0..n).map(|from| bits(&sent(from, me))).collect();
+    tally.equal(&format!("all-to-all-v {name}"), &parts(&received), &want);
 
     let root = key % n;
     let mut data = values::<T>([key, me, 9000], len);
@@ -146,10 +144,15 @@ fn move_elements<T: Sample>(comm: &dyn Communicator, key: usize, tally: &mut Tal
     Ok(())
 }
 
-fn to_all<T: Sample>(ranks: usize, part: impl Fn(usize) -> Vec<T>) -> Result<Parts<T>> {
+/// The parts for all ranks, one after the other, and their lengths.
+fn to_all<T: Sample>(ranks: usize, part: impl Fn(usize) -> Vec<T>) -> (Vec<T>, Vec<usize>) {
     let parts: Vec<Vec<T>> = (0..ranks).map(part).collect();
-    let counts = parts.iter().map(Vec::len).collect();
-    Parts::new(parts.concat(), counts)
+    (parts.concat(), parts.iter().map(Vec::len).collect())
+}
+
+/// What came from each rank.
+fn parts<T: Sample>(received: &Received<T>) -> Vec<Vec<u64>> {
+    received.iter().map(bits).collect()
 }
 
 fn sum_elements<T: Sample + Sum>(
@@ -179,7 +182,7 @@ fn sum_elements<T: Sample + Sum>(
     let counts: Vec<usize> = (0..n).map(|rank| length(n, &[key, 2, rank])).collect();
     let total = counts.iter().sum();
     let mine = values::<T>([key, me, 2], total);
-    let part = comm.reduce_scatter_v(at(Step::ScatterPcp), mine, &counts)?;
+    let part = comm.reduce_scatter_v(at(Step::Balance), mine, &counts)?;
     let start = counts[..me].iter().sum::<usize>();
     let want = &summed(2, total)[start..][..counts[me]];
     tally.equal(&format!("reduce-scatter-v {name}"), &bits(&part), &bits(want));
@@ -192,8 +195,9 @@ fn count_traffic(comm: &dyn Communicator, key: usize, tally: &mut Tally) -> Resu
     let before = comm.traffic().read();
 
     let rows = |from: usize, to: usize| length(n, &[key, from, to]);
-    comm.all_to_all_v(at(Step::Dispatch), to_all(n, |to| vec![0u32; rows(me, to)])?)?;
-    comm.all_to_all_v(at(Step::Dispatch), to_all(n, |to| vec![0u32; rows(me, to)])?)?;
+    let (data, counts) = to_all(n, |to| vec![0u32; rows(me, to)]);
+    comm.all_to_all_v(at(Step::Dispatch), &data, &counts)?;
+    comm.all_to_all_v(at(Step::Dispatch), &data, &counts)?;
     let len = length(n, &[key]);
     comm.all_gather_v(at(Step::Dispatch), vec![1u64; me + len])?;
     comm.all_reduce(at(Step::ReduceOutput), &mut vec![0f32; len])?;
@@ -225,8 +229,12 @@ fn overlap(comm: &dyn Communicator, key: usize, tally: &mut Tally) -> Result<()>
         let len = if what == 1 { 200_000 / n } else { length(n, &[key, what, from, to]) };
         values::<u32>([key, from * n + to, what], len)
     };
-    let start =
-        |what| comm.start_all_to_all_v(at(Step::Dispatch), to_all(n, |to| sent(what, me, to))?);
+    let start = |what| {
+        let (data, counts) = to_all(n, |to| sent(what, me, to));
+        let mut send = comm.buffer(data.len())?;
+        send.copy_from_slice(&data);
+        comm.start_all_to_all_v(at(Step::Dispatch), send, &counts)
+    };
     let (first, mut second, third, dropped) = (start(0)?, start(1)?, start(2)?, start(3)?);
     drop(dropped);
     let mut sum = [1.0f32];
@@ -237,8 +245,8 @@ fn overlap(comm: &dyn Communicator, key: usize, tally: &mut Tally) -> Result<()>
         std::thread::yield_now();
     }
     for (what, received) in [(2, third), (1, second.wait(comm)?), (0, first.wait(comm)?)] {
-        let want = to_all(n, |from| sent(what, from, me))?;
-        tally.equal(&format!("overlapping all-to-all-v {what}"), &received, &want);
+        let want: Vec<_> = (0..n).map(|from| bits(&sent(what, from, me))).collect();
+        tally.equal(&format!("overlapping all-to-all-v {what}"), &parts(&received), &want);
     }
     Ok(())
 }

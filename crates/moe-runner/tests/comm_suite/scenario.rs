@@ -11,11 +11,12 @@ fn at(step: Step) -> At<'static> {
     At::new("model.layers.7.mlp", step)
 }
 
-/// "suite" runs every collective, and prints "N passed, M failed" on rank 0; in the others, rank 1
-/// fails in the way that they are named for.
+/// "suite" runs every collective, and prints "N passed, M failed" on rank 0; "splits" forms and leaves
+/// many groups; in the others, rank 1 fails in the way that they are named for.
 pub(crate) fn run(comm: &dyn Communicator, scenario: &str) -> Result<()> {
     match scenario {
         "suite" => check(comm),
+        "splits" => split_and_drop(comm),
         scenario => fail(comm, scenario),
     }
 }
@@ -34,6 +35,25 @@ fn check(comm: &dyn Communicator) -> Result<()> {
         println!("{} ranks, {}: {passed} passed, {failed} failed", comm.size(), comm.name());
     }
     suite::verdict(&tally)
+}
+
+fn split_and_drop(comm: &dyn Communicator) -> Result<()> {
+    for round in 0..300 {
+        let part = comm.split(comm.rank() % 2, 0)?;
+        let inner = part.split(0, part.size() - part.rank())?;
+        let mut sum = [1u64];
+        inner.all_reduce(at(Step::Combine), &mut sum)?;
+        part.barrier(at(Step::Dispatch))?;
+        // in either order, with one that is still under way
+        if round % 2 == 0 {
+            drop(part);
+        }
+        assert_eq!(sum[0] as usize, inner.size());
+    }
+    if comm.rank() == 0 {
+        println!("all groups left");
+    }
+    comm.barrier(at(Step::Finish))
 }
 
 fn fail(comm: &dyn Communicator, scenario: &str) -> Result<()> {

@@ -196,6 +196,34 @@ fn gate_and_up_with_different_scales_lose_nothing() {
     assert!(found.iter().all(|finding| !finding.kind.is_fault()));
 }
 
+/// Two experts whose static scales differ by a factor: rows are quantised once, for the larger range,
+/// so that no expert's values are cut off.
+#[test]
+fn the_widest_static_scale_counts() {
+    let mut files = files("fp8 tensor, static");
+    let before = files.load().unwrap();
+    let scale = |input: ActivationQuant| match input {
+        ActivationQuant::Quantised(Qdq::Fp8Static { scale }) => scale,
+        other => panic!("{other:?}"),
+    };
+    let of_first = |layer: &moe_runner::weights::LoadedLayer| {
+        let first = layer.experts.iter().flat_map(|e| e.gate.iter().chain([&e.up]));
+        first.map(|matrix| scale(matrix.input)).collect::<Vec<_>>()
+    };
+    let usual = of_first(&before)[0];
+    assert!(of_first(&before).iter().all(|scale| *scale == usual));
+    for (factor, want) in [(8.0, 8.0 * usual), (0.125, usual)] {
+        set(&mut files, ".input_scale", factor * usual);
+        let layer = files.load().unwrap();
+        assert!(of_first(&layer).iter().all(|scale| *scale == want), "{:?}", of_first(&layer));
+        // the second product has rows of its own for each expert
+        let down = |layer: &moe_runner::weights::LoadedLayer| {
+            layer.experts.iter().map(|e| scale(e.down.input)).collect::<Vec<_>>()
+        };
+        assert_eq!(down(&layer), down(&before));
+    }
+}
+
 /// Quantised tensors that the configuration leaves alone, or without any configuration.
 #[test]
 fn quantised_weights_without_a_scheme_are_an_error() {

@@ -86,12 +86,12 @@ impl Exchange for Reducing {
         "reducing"
     }
 
-    fn experts(&self) -> usize {
-        self.inner.experts()
+    fn map(&self) -> (&ExpertMap, usize) {
+        self.inner.map()
     }
 
-    fn local_experts(&self) -> usize {
-        self.inner.local_experts()
+    fn workspace_bytes(&self, tokens: usize, top_k: usize, width: usize) -> usize {
+        self.inner.workspace_bytes(tokens, top_k, width)
     }
 
     fn moves_rows(&self) -> bool {

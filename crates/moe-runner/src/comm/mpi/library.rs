@@ -49,6 +49,7 @@ functions! {
     MPI_Comm_size(Handle, *mut c_int);
     MPI_Comm_dup(Handle, *mut Handle);
     MPI_Comm_split(Handle, c_int, c_int, *mut Handle);
+    MPI_Comm_free(*mut Handle);
     MPI_Comm_set_errhandler(Handle, Handle);
     MPI_Isend(*const c_void, c_int, Handle, c_int, c_int, Handle, *mut Handle);
     MPI_Irecv(*mut c_void, c_int, Handle, c_int, c_int, Handle, *mut Handle);
@@ -211,6 +212,13 @@ impl Mpi {
         self.check("MPI_Comm_split", code)?;
         self.return_errors(part)?;
         Ok(part)
+    }
+
+    /// Gives a communicator back: libraries have some thousands of them. All its ranks do so, and
+    /// nobody will use it again.
+    pub(super) fn free(&self, mut comm: Handle) -> Result<()> {
+        // SAFETY: a live communicator, whose messages have all come; the pointer is to a live handle.
+        self.check("MPI_Comm_free", unsafe { (self.functions.MPI_Comm_free)(&mut comm) })
     }
 
     /// Errors come back as codes, instead of ending the process.

@@ -18,22 +18,23 @@
 mod library;
 mod transfer;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::{self, ThreadId};
 use std::time::{Duration, Instant};
 
 use self::library::Mpi;
-use self::transfer::{Circle, Fault, Transfer, send_farewell};
+use self::transfer::{Circle, Fault, Spares, Transfer, send_farewell};
 use super::{
-    Arrived, At, Communicator, Dtype, Elements, Exchange, Head, InFlight, Kind, Options, Pool,
-    Spans, Step, TrafficCounter, failure, sighting,
+    At, Buffers, Communicator, Dtype, Exchanges, Flight, Head, Kind, Message, Options, Part, Step,
+    TrafficCounter, Underway, failure, sighting,
 };
 use crate::{Error, Result};
 
-/// Joins the processes that this one was started with, as their group of ranks. Once per process.
+/// Joins the processes that this one was started with, as their group of ranks. Once per process; a
+/// try that failed may be followed by another, with another library.
 ///
 /// Errors if no library is found, or if the launcher says that there are several processes and the
 /// library that was found sees one (a launcher of one MPI and a library of another).
@@ -43,12 +44,15 @@ pub fn open() -> Result<Arc<dyn Communicator>> {
 
 /// [`open`] with options, and with the MPI library at `library` instead of the one that is found.
 pub fn open_with(options: Options, library: Option<&Path>) -> Result<Arc<dyn Communicator>> {
-    static OPENED: AtomicBool = AtomicBool::new(false);
-    if OPENED.swap(true, Ordering::SeqCst) {
+    static OPENED: Mutex<bool> = Mutex::new(false);
+    let mut opened = OPENED.lock().unwrap_or_else(PoisonError::into_inner);
+    if *opened {
         let reason = "MPI has been opened before in this process; hand that group on instead";
         return Err(Error::Communication(reason.to_owned()));
     }
-    Ok(Arc::new(World::open(options, library)?))
+    let world = World::open(options, library)?;
+    *opened = true;
+    Ok(Arc::new(world))
 }
 
 /// What launchers say about the number of processes.
@@ -81,7 +85,9 @@ struct World {
     crowded: bool,
     /// The first failure.
     failed: OnceLock<String>,
-    pool: Pool,
+    buffers: Arc<Buffers>,
+    /// What transfers hold that are over.
+    empty: Arc<Message>,
     engine: Mutex<Engine>,
 }
 
@@ -89,8 +95,12 @@ struct Engine {
     /// All exchanges under way, by number: whichever a rank waits for, all are moved on.
     transfers: HashMap<u64, Transfer>,
     next: u64,
-    /// All groups of this process.
+    spares: Spares,
+    /// All groups of this process that have a communicator.
     circles: Vec<Arc<Circle>>,
+    /// Groups whose last handle has been dropped, in that order, and the exchange in which their
+    /// ranks say so to each other, if it has begun. After it the communicator is freed.
+    retired: VecDeque<(Arc<Circle>, Option<u64>)>,
     /// The collective that each rank was seen in last.
     seen: Vec<Option<Head>>,
 }
@@ -106,7 +116,9 @@ impl World {
         let engine = Engine {
             transfers: HashMap::new(),
             next: 0,
+            spares: Spares::default(),
             circles: vec![circle.clone()],
+            retired: VecDeque::new(),
             seen: vec![None; size],
         };
         let world = Arc::new(Self {
@@ -116,7 +128,8 @@ impl World {
             rank,
             crowded: size > thread::available_parallelism().map_or(1, usize::from),
             failed: OnceLock::new(),
-            pool: Pool::default(),
+            buffers: Arc::default(),
+            empty: Arc::new(Message::new()),
             engine: Mutex::new(engine),
         });
         Ok(Member::new(world, circle))
@@ -139,21 +152,61 @@ impl World {
         self.failed.get().map_or(Ok(()), |cause| Err(failure(self.rank, cause)))
     }
 
-    /// Moves all exchanges on.
+    /// Moves all exchanges on, and frees what nobody uses any more.
     fn progress(&self, engine: &mut Engine) -> Result<()> {
-        let Engine { transfers, seen, .. } = engine;
+        self.say_goodbyes(engine)?;
+        let Engine { transfers, spares, seen, .. } = engine;
         let mut fault = None;
-        transfers.retain(|_, transfer| match transfer.progress(&self.mpi, &self.pool, seen) {
-            Ok(done) => !(done && transfer.abandoned),
-            Err(error) => {
-                fault.get_or_insert(error);
-                true
+        let over = transfers.extract_if(|_, transfer| {
+            match transfer.progress(&self.mpi, &self.buffers, spares, seen) {
+                Ok(done) => done && transfer.abandoned,
+                Err(error) => {
+                    fault.get_or_insert(error);
+                    false
+                }
             }
         });
-        match fault {
-            None => Ok(()),
-            Some(Fault::Here(cause) | Fault::Told(cause)) => Err(self.fail(engine, cause)),
+        let over: Vec<_> = over.collect();
+        over.into_iter().for_each(|(_, transfer)| self.let_go(spares, transfer));
+        if let Some(Fault::Here(cause) | Fault::Told(cause)) = fault {
+            return Err(self.fail(engine, cause));
         }
+        let Engine { transfers, circles, retired, .. } = engine;
+        let over = |(_, goodbye): &mut (_, Option<u64>)| {
+            goodbye.is_some_and(|goodbye| !transfers.contains_key(&goodbye))
+        };
+        // in order: all ranks free the same ones one after the other
+        while let Some((circle, _)) = retired.pop_front_if(over) {
+            circles.retain(|other| !Arc::ptr_eq(other, &circle));
+            self.mpi.free(circle.comm)?;
+        }
+        Ok(())
+    }
+
+    /// Begins the last exchange of every retired group: all its ranks leave; those that are still in
+    /// another collective learn from it that this one has left.
+    fn say_goodbyes(&self, engine: &mut Engine) -> Result<()> {
+        let place = At::new("", Step::Finish).into();
+        let head = Head { kind: Kind::Leave, dtype: Dtype::Bytes, root: 0, total: 0, place };
+        for at in 0..engine.retired.len() {
+            if let (circle, None) = &engine.retired[at] {
+                let circle = circle.clone();
+                let id = self.begin(engine, &circle, 0, (head, self.empty.clone()))?;
+                if let Some(transfer) = engine.transfers.get_mut(&id) {
+                    transfer.abandoned = true;
+                }
+                engine.retired[at].1 = Some(id);
+            }
+        }
+        Ok(())
+    }
+
+    /// A transfer that is over: what it held is used again.
+    fn let_go(&self, spares: &mut Spares, transfer: Transfer) {
+        if let Some(received) = transfer.received() {
+            self.buffers.keep(received.clone());
+        }
+        spares.keep(transfer, &self.empty);
     }
 
     /// Records the first failure, and tells all other ranks.
@@ -172,47 +225,66 @@ impl World {
         failure(self.rank, cause)
     }
 
-    fn start(&self, circle: &Arc<Circle>, number: u64, exchange: Exchange) -> Result<u64> {
+    fn start(
+        &self,
+        circle: &Arc<Circle>,
+        number: u64,
+        (head, message): (Head, Arc<Message>),
+    ) -> Result<u64> {
         let mut engine = self.engine();
         self.check_failed()?;
-        let head = exchange.head;
         engine.seen[self.rank] = Some(head);
-        match Transfer::start(&self.mpi, circle, number, exchange) {
+        self.begin(&mut engine, circle, number, (head, message))
+    }
+
+    fn begin(
+        &self,
+        engine: &mut Engine,
+        circle: &Arc<Circle>,
+        number: u64,
+        (head, message): (Head, Arc<Message>),
+    ) -> Result<u64> {
+        let spares = &mut engine.spares;
+        match Transfer::start(&self.mpi, spares, circle, number, (head, message)) {
             Ok(transfer) => {
                 let id = engine.next;
                 engine.next += 1;
                 engine.transfers.insert(id, transfer);
                 Ok(id)
             }
-            Err(error) => Err(self.fail(&engine, format!("{error}, in {head}"))),
+            Err(error) => Err(self.fail(engine, format!("{error}, in {head}"))),
+        }
+    }
+
+    /// The last handle of a group has been dropped.
+    fn retire(&self, circle: &Arc<Circle>) {
+        let mut engine = self.engine();
+        engine.retired.push_back((circle.clone(), None));
+        // A panic may end this rank, which then says so; if it goes on, so does this, later.
+        let go_on = !thread::panicking() && self.failed.get().is_none();
+        if go_on && self.check_thread().is_ok() {
+            // What fails here fails in the next call as well, which can return it.
+            let _ = self.progress(&mut engine);
         }
     }
 
     /// Ends MPI together with the other ranks, unless that cannot end well.
     fn leave(&self) {
-        if self.check_thread().and_then(|()| self.say_goodbye()).is_ok() {
+        if self.check_thread().and_then(|()| self.finish_goodbyes()).is_ok() {
             self.mpi.finalize();
         } else {
             self.desert();
         }
     }
 
-    /// One last exchange in every group, in which all ranks leave; those that are still in another
-    /// collective learn from it that this one has left.
-    fn say_goodbye(&self) -> Result<()> {
+    /// Waits until all ranks have left all groups.
+    fn finish_goodbyes(&self) -> Result<()> {
         self.check_failed()?;
-        let who = sighting(self.rank, self.engine().seen[self.rank].as_ref());
-        if thread::panicking() {
-            return Err(self.fail(&self.engine(), format!("{who}, panicked")));
-        }
-        let place = At::new("", Step::Finish).into();
-        let head = Head { kind: Kind::Leave, dtype: Dtype::Bytes, root: 0, total: 0, place };
-        let circles = self.engine().circles.clone();
-        for circle in circles {
-            let send = Arc::new(Elements::new(Dtype::Bytes));
-            self.start(&circle, 0, Exchange { head, send, spans: Spans::Whole })?;
-        }
         let mut engine = self.engine();
+        if thread::panicking() {
+            let who = sighting(self.rank, engine.seen[self.rank].as_ref());
+            return Err(self.fail(&engine, format!("{who}, panicked")));
+        }
         // There are no handles any more that would take what has come.
         engine.transfers.values_mut().for_each(|transfer| transfer.abandoned = true);
         let mut backoff = Backoff::new(self.crowded);
@@ -274,10 +346,21 @@ impl Backoff {
     }
 }
 
-/// One group of this process.
-struct Member {
+/// This rank's place in one group of this process; when it is dropped, the group is retired.
+struct Seat {
     world: Arc<World>,
     circle: Arc<Circle>,
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        self.world.retire(&self.circle);
+    }
+}
+
+/// A handle on one group of this process.
+struct Member {
+    seat: Arc<Seat>,
     /// The number of the next exchange.
     next: AtomicU64,
     traffic: TrafficCounter,
@@ -285,51 +368,54 @@ struct Member {
 
 impl Member {
     fn new(world: Arc<World>, circle: Arc<Circle>) -> Self {
-        Self { world, circle, next: AtomicU64::new(0), traffic: TrafficCounter::default() }
+        let seat = Arc::new(Seat { world, circle });
+        Self { seat, next: AtomicU64::new(0), traffic: TrafficCounter::default() }
     }
 }
 
 impl Communicator for Member {
     fn rank(&self) -> usize {
-        self.circle.rank
+        self.seat.circle.rank
     }
 
     fn size(&self) -> usize {
-        self.circle.members.len()
+        self.seat.circle.members.len()
     }
 
     fn name(&self) -> String {
-        self.world.mpi.version.clone()
+        self.seat.world.mpi.version.clone()
     }
 
-    fn start(&self, exchange: Exchange) -> Result<Box<dyn InFlight>> {
-        self.world.check_thread()?;
-        let head = exchange.head;
+    fn start(&self, head: Head, message: Arc<Message>) -> Result<Flight> {
+        let Seat { world, circle } = &*self.seat;
+        world.check_thread()?;
         let number = self.next.fetch_add(1, Ordering::Relaxed);
-        let id = self.world.start(&self.circle, number, exchange)?;
-        Ok(Box::new(Flight { world: self.world.clone(), id, head, waiting_since: None }))
+        let id = world.start(circle, number, (head, message))?;
+        Ok(Flight::new(id, head, self.seat.clone()))
     }
 
     fn split(&self, color: usize, key: usize) -> Result<Arc<dyn Communicator>> {
         let this: &dyn Communicator = self;
+        let Seat { world, circle } = &*self.seat;
         let members = this.split_members(color, key)?;
         // Color and key may be any size; these are small.
         let lowest = members.iter().min().copied().unwrap_or_default();
-        let rank = members.iter().position(|&member| member == self.circle.rank);
+        let rank = members.iter().position(|&member| member == circle.rank);
         let rank = rank.unwrap_or_default();
         // All ranks have just been here, so that this cannot wait for long.
-        let comm = self.world.mpi.split(self.circle.comm, lowest as i32, rank as i32)?;
-        let members = members.iter().map(|&member| self.circle.members[member]).collect();
+        let comm = world.mpi.split(circle.comm, lowest as i32, rank as i32)?;
+        let members = members.iter().map(|&member| circle.members[member]).collect();
         let circle = Arc::new(Circle { comm, rank, members });
-        self.world.engine().circles.push(circle.clone());
-        Ok(Arc::new(Self::new(self.world.clone(), circle)))
+        world.engine().circles.push(circle.clone());
+        Ok(Arc::new(Self::new(world.clone(), circle)))
     }
 
     fn abort(&self, reason: &str) {
-        if self.world.check_thread().is_ok() {
-            let engine = self.world.engine();
-            let who = sighting(self.world.rank, engine.seen[self.world.rank].as_ref());
-            self.world.fail(&engine, format!("{who}, gave up: {reason}"));
+        let world = &self.seat.world;
+        if world.check_thread().is_ok() {
+            let engine = world.engine();
+            let who = sighting(world.rank, engine.seen[world.rank].as_ref());
+            world.fail(&engine, format!("{who}, gave up: {reason}"));
         }
     }
 
@@ -337,70 +423,64 @@ impl Communicator for Member {
         &self.traffic
     }
 
-    fn pool(&self) -> &Pool {
-        &self.world.pool
+    fn buffers(&self) -> &Arc<Buffers> {
+        &self.seat.world.buffers
     }
 }
 
-/// The caller's handle on an exchange.
-struct Flight {
-    world: Arc<World>,
-    id: u64,
-    head: Head,
-    waiting_since: Option<Instant>,
-}
-
-impl Flight {
+impl Seat {
     /// Moves things on; whether the exchange is complete, and whether a rank is missing in it.
-    fn advance(&mut self) -> Result<(bool, bool)> {
+    fn advance(&self, exchange: &mut Underway) -> Result<(bool, bool)> {
         let world = &*self.world;
         world.check_thread()?;
         let mut engine = world.engine();
         world.check_failed()?;
         world.progress(&mut engine)?;
-        let Some(transfer) = engine.transfers.get(&self.id) else {
+        let Some(transfer) = engine.transfers.get(&exchange.number) else {
             return Ok((true, false));
         };
         if transfer.is_done() {
             return Ok((true, false));
         }
-        let since = *self.waiting_since.get_or_insert_with(Instant::now);
+        let since = *exchange.since.get_or_insert_with(Instant::now);
         if since.elapsed() >= world.timeout {
             let (waited, awaited) = (world.timeout.as_secs_f32(), transfer.awaited(&engine.seen));
-            let cause = format!("waited {waited} s in {} for {awaited}", self.head);
+            let cause = format!("waited {waited} s in {} for {awaited}", exchange.head);
             return Err(world.fail(&engine, cause));
         }
         Ok((false, transfer.lacks_ranks()))
     }
 }
 
-impl InFlight for Flight {
-    fn poll(&mut self) -> Result<bool> {
-        self.advance().map(|(done, _)| done)
-    }
-
-    fn wait(mut self: Box<Self>) -> Result<Arrived> {
+impl Exchanges for Seat {
+    fn arrive(&self, exchange: &mut Underway, block: bool) -> Result<bool> {
         let mut backoff = Backoff::new(self.world.crowded);
         loop {
-            match self.advance()? {
-                (true, _) => break,
-                (false, idle) => backoff.pause(idle),
+            match self.advance(exchange)? {
+                (false, idle) if block => backoff.pause(idle),
+                (done, _) => return Ok(done),
             }
         }
-        // Only this takes it out, once.
-        let transfer = self.world.engine().transfers.remove(&self.id);
-        let transfer = transfer.ok_or_else(|| failure(self.world.rank, "an exchange was lost"))?;
-        let (elements, counts, sent) = transfer.into_parts();
-        self.world.pool.keep(sent);
-        Ok(Arrived::Together(elements, counts))
     }
-}
 
-impl Drop for Flight {
-    fn drop(&mut self) {
-        // Still to be moved on, so that the others can finish.
-        if let Some(transfer) = self.world.engine().transfers.get_mut(&self.id) {
-            transfer.abandoned = true;
+    fn take(&self, exchange: &Underway, parts: &mut Vec<Part>) {
+        if let Some(transfer) = self.world.engine().transfers.get(&exchange.number) {
+            parts.extend(transfer.parts());
+        }
+    }
+
+    fn finish(&self, exchange: &Underway) {
+        let mut engine = self.world.engine();
+        let Engine { transfers, spares, .. } = &mut *engine;
+        match transfers.get_mut(&exchange.number) {
+            Some(transfer) if transfer.is_done() => {
+                if let Some(transfer) = transfers.remove(&exchange.number) {
+                    self.world.let_go(spares, transfer);
+                }
+            }
+            // Still to be moved on, so that the others can finish.
+            Some(transfer) => transfer.abandoned = true,
+            None => {}
         }
     }
 }
@@ -408,6 +488,31 @@ impl Drop for Flight {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// One test: MPI can be opened once in a process.
+    #[test]
+    fn a_failed_open_may_be_tried_again_and_communicators_are_freed() {
+        for _ in 0..2 {
+            let nowhere = Path::new("/nonexistent/libmpi.so");
+            let error = open_with(Options::default(), Some(nowhere)).err().unwrap().to_string();
+            assert!(error.contains("no MPI library found"), "{error}");
+        }
+        let world = match World::open(Options::default(), None) {
+            Ok(world) => world,
+            Err(error) if error.to_string().contains("no MPI library found") => {
+                return eprintln!("SKIPPED: there is no MPI (Debian: apt-get install openmpi-bin)");
+            }
+            Err(error) => panic!("{error}"),
+        };
+        let live = || world.seat.world.engine().circles.len();
+        for _ in 0..100 {
+            let part = world.split(0, 0).unwrap();
+            part.barrier(At::new("test", Step::Finish)).unwrap();
+            assert_eq!(live(), 2);
+            drop(part);
+            assert_eq!(live(), 1);
+        }
+    }
 
     #[test]
     fn a_world_of_one_under_a_launcher_of_many_is_refused() {

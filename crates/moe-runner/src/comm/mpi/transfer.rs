@@ -6,11 +6,10 @@
 //! who is in another collective, and who has failed.
 
 use std::ffi::c_int;
-use std::ops::Range;
 use std::sync::Arc;
 
 use super::library::{Handle, Mpi};
-use crate::comm::{Elements, Exchange, Head, Kind, Pool, Spans, sighting};
+use crate::comm::{Buffers, Head, Kind, Message, Part, sighting};
 use crate::{Error, Result};
 
 /// Bytes of the largest note.
@@ -27,7 +26,9 @@ const NOTE_TAG: c_int = 0;
 /// Bodies of successive exchanges have different tags; the standard allows up to 32767.
 const BODY_TAGS: u64 = 30_000;
 
-type Note = Box<[u8; NOTE]>;
+/// `NOTE` bytes. Not a box: MPI holds their address while the owner is moved, and a box that moves
+/// claims to be the only one who has it.
+type Note = Vec<u8>;
 
 /// A communicator, and who is in it.
 pub(super) struct Circle {
@@ -46,7 +47,7 @@ impl Circle {
 }
 
 /// A message under way, to or from a rank of the circle, and the buffer that it keeps for itself.
-struct Message<T> {
+struct Posted<T> {
     peer: usize,
     request: Handle,
     buffer: T,
@@ -58,21 +59,41 @@ pub(super) struct Transfer {
     circle: Arc<Circle>,
     head: Head,
     body_tag: c_int,
-    send: Arc<Elements>,
-    /// What of `send` this rank keeps for itself.
-    own: Range<usize>,
-    notes_out: Vec<Message<Note>>,
-    bodies_out: Vec<Message<()>>,
-    notes_in: Vec<Message<Note>>,
+    send: Arc<Message>,
+    notes_out: Vec<Posted<Note>>,
+    bodies_out: Vec<Posted<()>>,
+    notes_in: Vec<Posted<Note>>,
     /// The notes that have come, by sender.
     arrived: Vec<Option<Note>>,
-    bodies_in: Vec<Message<()>>,
-    received: Elements,
+    bodies_in: Vec<Posted<()>>,
+    /// What has come, once all notes have.
+    received: Option<Arc<Message>>,
+    /// Elements from each rank.
     counts: Vec<usize>,
-    /// All notes have come, and `received` is laid out.
-    laid_out: bool,
     /// The caller has dropped its handle.
     pub(super) abandoned: bool,
+}
+
+/// What exchanges that are over leave to those to come.
+#[derive(Default)]
+pub(super) struct Spares {
+    notes: Vec<Note>,
+    transfers: Vec<Transfer>,
+}
+
+impl Spares {
+    fn note(&mut self) -> Note {
+        self.notes.pop().unwrap_or_else(|| vec![0; NOTE])
+    }
+
+    /// Lets go of a transfer that is done.
+    pub(super) fn keep(&mut self, mut transfer: Transfer, empty: &Arc<Message>) {
+        debug_assert!(transfer.is_done());
+        self.notes.extend(transfer.arrived.drain(..).flatten());
+        transfer.send = empty.clone();
+        transfer.received = None;
+        self.transfers.push(transfer);
+    }
 }
 
 impl Transfer {
@@ -80,29 +101,35 @@ impl Transfer {
     /// had before.
     pub(super) fn start(
         mpi: &Mpi,
+        spares: &mut Spares,
         circle: &Arc<Circle>,
         number: u64,
-        exchange: Exchange,
+        (head, send): (Head, Arc<Message>),
     ) -> Result<Self> {
-        let Exchange { head, send, spans } = exchange;
         let size = circle.members.len();
-        let mut transfer = Self {
-            circle: circle.clone(),
-            head,
-            body_tag: 1 + (number % BODY_TAGS) as c_int,
-            own: spans.to(circle.rank, send.len()),
-            send,
-            notes_out: Vec::with_capacity(size),
-            bodies_out: Vec::new(),
-            notes_in: Vec::with_capacity(size),
-            arrived: (0..size).map(|_| None).collect(),
-            bodies_in: Vec::new(),
-            received: Elements::new(head.dtype),
-            counts: vec![0; size],
-            laid_out: false,
-            abandoned: false,
+        let body_tag = 1 + (number % BODY_TAGS) as c_int;
+        let mut transfer = match spares.transfers.pop() {
+            Some(spare) => Self { circle: circle.clone(), head, body_tag, send, ..spare },
+            None => Self {
+                circle: circle.clone(),
+                head,
+                body_tag,
+                send,
+                notes_out: Vec::new(),
+                bodies_out: Vec::new(),
+                notes_in: Vec::new(),
+                arrived: Vec::new(),
+                bodies_in: Vec::new(),
+                received: None,
+                counts: Vec::new(),
+                abandoned: false,
+            },
         };
-        match transfer.post(mpi, &spans) {
+        transfer.abandoned = false;
+        transfer.arrived.resize_with(size, || None);
+        transfer.counts.clear();
+        transfer.counts.resize(size, 0);
+        match transfer.post(mpi, spares) {
             Ok(()) => Ok(transfer),
             Err(error) => {
                 // What has been posted is under way for good.
@@ -112,46 +139,44 @@ impl Transfer {
         }
     }
 
-    fn post(&mut self, mpi: &Mpi, spans: &Spans) -> Result<()> {
+    fn post(&mut self, mpi: &Mpi, spares: &mut Spares) -> Result<()> {
         let circle = self.circle.clone();
         for peer in circle.others() {
-            self.expect_note(mpi, peer)?;
+            self.expect_note(mpi, spares.note(), peer)?;
         }
         for peer in circle.others() {
-            self.send_part(mpi, peer, spans.to(peer, self.send.len()))?;
+            self.send_part(mpi, spares.note(), peer)?;
         }
         Ok(())
     }
 
-    fn expect_note(&mut self, mpi: &Mpi, peer: usize) -> Result<()> {
-        let mut buffer = Box::new([0; NOTE]);
+    fn expect_note(&mut self, mpi: &Mpi, mut buffer: Note, peer: usize) -> Result<()> {
         let (room, comm) = (buffer.as_mut_ptr(), self.circle.comm);
         // SAFETY: the note is on the heap and stays in `notes_in`, untouched, until it is there.
         let request = unsafe { mpi.receive(room, NOTE as c_int, peer, NOTE_TAG, comm) }?;
-        self.notes_in.push(Message { peer, request, buffer });
+        self.notes_in.push(Posted { peer, request, buffer });
         Ok(())
     }
 
-    fn send_part(&mut self, mpi: &Mpi, peer: usize, span: Range<usize>) -> Result<()> {
+    fn send_part(&mut self, mpi: &Mpi, mut buffer: Note, peer: usize) -> Result<()> {
         let comm = self.circle.comm;
-        let count = span.len() as u64;
-        let part = bytes(&self.send, span);
+        let part = part(&self.send, peer);
+        let count = self.send.span(peer).len() as u64;
         let inline = if part.len() <= NOTE - INLINE { part } else { &[] };
-        let mut buffer = Box::new([0; NOTE]);
         buffer[..Head::WIRE].copy_from_slice(&self.head.encode());
         buffer[Head::WIRE..INLINE].copy_from_slice(&count.to_le_bytes());
         buffer[INLINE..INLINE + inline.len()].copy_from_slice(inline);
         let len = (INLINE + inline.len()) as c_int;
         // SAFETY: the note is on the heap and stays in `notes_out`, unchanged, until it is sent.
         let request = unsafe { mpi.send(buffer.as_ptr(), len, peer, NOTE_TAG, comm) }?;
-        self.notes_out.push(Message { peer, request, buffer });
+        self.notes_out.push(Posted { peer, request, buffer });
         if part.len() > inline.len() {
             for piece in part.chunks(PIECE) {
                 let (start, len) = (piece.as_ptr(), piece.len() as c_int);
                 // SAFETY: the elements are on the heap, shared and so unchanged, and `send` keeps
                 // them there until all bodies are sent.
                 let request = unsafe { mpi.send(start, len, peer, self.body_tag, comm) }?;
-                self.bodies_out.push(Message { peer, request, buffer: () });
+                self.bodies_out.push(Posted { peer, request, buffer: () });
             }
         }
         Ok(())
@@ -162,24 +187,27 @@ impl Transfer {
     pub(super) fn progress(
         &mut self,
         mpi: &Mpi,
-        pool: &Pool,
+        buffers: &Buffers,
+        spares: &mut Spares,
         seen: &mut [Option<Head>],
     ) -> Result<bool, Fault> {
-        take_done(mpi, &mut self.notes_out)?;
-        take_done(mpi, &mut self.bodies_out)?;
-        for Message { peer, buffer, .. } in take_done(mpi, &mut self.notes_in)? {
+        while let Some(sent) = take_done(mpi, &mut self.notes_out)? {
+            spares.notes.push(sent.buffer);
+        }
+        while take_done(mpi, &mut self.bodies_out)?.is_some() {}
+        while let Some(Posted { peer, buffer, .. }) = take_done(mpi, &mut self.notes_in)? {
             self.read_note(peer, &buffer, seen)?;
             self.arrived[peer] = Some(buffer);
         }
-        if !self.laid_out && self.notes_in.is_empty() {
-            self.lay_out(mpi, pool)?;
+        if self.received.is_none() && self.notes_in.is_empty() {
+            self.lay_out(mpi, buffers)?;
         }
-        take_done(mpi, &mut self.bodies_in)?;
+        while take_done(mpi, &mut self.bodies_in)?.is_some() {}
         Ok(self.is_done())
     }
 
     pub(super) fn is_done(&self) -> bool {
-        self.laid_out
+        self.received.is_some()
             && self.bodies_in.is_empty()
             && self.bodies_out.is_empty()
             && self.notes_out.is_empty()
@@ -217,44 +245,50 @@ impl Transfer {
         seen[sender] = Some(head);
         let mut count = [0; 8];
         count.copy_from_slice(&note[Head::WIRE..INLINE]);
-        self.counts[peer] = u64::from_le_bytes(count) as usize;
+        self.counts[peer] = part_size(u64::from_le_bytes(count), &head)
+            .map_err(|reason| Fault::Here(format!("rank {sender}: {reason}, in {mine}")))?;
         Ok(())
     }
 
     /// All lengths are known: makes room, fills in what is here, and asks for the rest.
-    fn lay_out(&mut self, mpi: &Mpi, pool: &Pool) -> Result<(), Fault> {
-        self.laid_out = true;
-        let width = self.head.dtype.size();
-        self.counts[self.circle.rank] = self.own.len();
-        self.received = pool.take(self.head.dtype, self.counts.iter().sum());
-        let mut start = self.received.as_mut_ptr();
-        for peer in 0..self.counts.len() {
-            let len = self.counts[peer] * width;
-            if peer == self.circle.rank {
-                let own = bytes(&self.send, self.own.clone());
-                // SAFETY: `received` has room for all counts, this part's is at `start`; the two
-                // buffers are different ones.
-                unsafe { start.copy_from_nonoverlapping(own.as_ptr(), len) };
-            } else if len <= NOTE - INLINE {
-                if let Some(note) = self.arrived[peer].take() {
-                    // SAFETY: as above; the note has room for a part of this length.
-                    unsafe { start.copy_from_nonoverlapping(note[INLINE..].as_ptr(), len) };
-                }
-            } else {
+    fn lay_out(&mut self, mpi: &Mpi, buffers: &Buffers) -> Result<(), Fault> {
+        let (width, me) = (self.head.dtype.size(), self.circle.rank);
+        self.counts[me] = self.send.span(me).len();
+        let total = total_size(&self.counts, width)
+            .map_err(|reason| Fault::Here(format!("{reason}, in {}", self.head)))?;
+        let mut received = buffers.take(self.head.dtype, total)?;
+        let room = Arc::get_mut(&mut received).map(Message::bytes_mut).unwrap_or_default();
+        let mut start = 0;
+        for (peer, count) in self.counts.iter().enumerate() {
+            let len = count * width;
+            let to = &mut room[start..start + len];
+            start += len;
+            if peer == me {
+                to.copy_from_slice(part(&self.send, me));
+            } else if len <= NOTE - INLINE
+                && let Some(note) = &self.arrived[peer]
+            {
+                to.copy_from_slice(&note[INLINE..INLINE + len]);
+            }
+        }
+        let (place, mut start) = (room.as_mut_ptr(), 0);
+        self.received = Some(received);
+        for (peer, count) in self.counts.iter().enumerate() {
+            let len = count * width;
+            if peer != me && len > NOTE - INLINE {
                 for offset in (0..len).step_by(PIECE) {
                     let piece = PIECE.min(len - offset) as c_int;
                     let (tag, comm) = (self.body_tag, self.circle.comm);
-                    // SAFETY: `received` has this room, on the heap, and is not touched again until
-                    // all bodies are there.
+                    // SAFETY: the sum of all parts was checked, and the message has room for it: on
+                    // the heap, this transfer's alone, and not touched again until all bodies are
+                    // there.
                     let request =
-                        unsafe { mpi.receive(start.add(offset), piece, peer, tag, comm) }?;
-                    self.bodies_in.push(Message { peer, request, buffer: () });
+                        unsafe { mpi.receive(place.add(start + offset), piece, peer, tag, comm) }?;
+                    self.bodies_in.push(Posted { peer, request, buffer: () });
                 }
             }
-            // SAFETY: the next part's place, or the end of `received`.
-            start = unsafe { start.add(len) };
+            start += len;
         }
-        self.arrived.clear();
         Ok(())
     }
 
@@ -277,10 +311,40 @@ impl Transfer {
         format!("the elements to or from {}", list(&mut incoming.chain(outgoing).chain(notes)))
     }
 
-    /// The received elements and their counts by sender, and the buffer that was sent.
-    pub(super) fn into_parts(self) -> (Elements, Vec<usize>, Arc<Elements>) {
-        debug_assert!(self.is_done());
-        (self.received, self.counts, self.send)
+    /// What came from every rank, in rank order. The exchange is done.
+    pub(super) fn parts(&self) -> impl Iterator<Item = Part> {
+        let mut start = 0;
+        let received = self.received.iter().flat_map(move |received| {
+            self.counts.iter().map(move |count| {
+                start += count;
+                (received.clone(), start - count..start)
+            })
+        });
+        received.into_iter()
+    }
+
+    /// The message that has come.
+    pub(super) fn received(&self) -> Option<&Arc<Message>> {
+        self.received.as_ref()
+    }
+}
+
+/// Elements of a part, as its sender says: no more than it brings.
+fn part_size(count: u64, head: &Head) -> Result<usize, String> {
+    match usize::try_from(count) {
+        Ok(size) if count <= head.total => Ok(size),
+        _ => Err(format!("a part of {count} of {} elements", head.total)),
+    }
+}
+
+/// Elements of all parts. They come from other processes: that they can be added up and held is
+/// theirs to say and ours to check.
+fn total_size(counts: &[usize], width: usize) -> Result<usize, String> {
+    let total = counts.iter().try_fold(0usize, |sum, count| sum.checked_add(*count));
+    let bytes = total.and_then(|total| total.checked_mul(width));
+    match (total, bytes) {
+        (Some(total), Some(bytes)) if bytes <= isize::MAX as usize => Ok(total),
+        _ => Err(format!("the ranks send parts of {counts:?} elements, more than memory can hold")),
     }
 }
 
@@ -298,18 +362,14 @@ impl From<Error> for Fault {
     }
 }
 
-/// Removes and returns the messages that are complete.
-fn take_done<T>(mpi: &Mpi, messages: &mut Vec<Message<T>>) -> Result<Vec<Message<T>>> {
-    let mut done = Vec::new();
-    let mut index = 0;
-    while index < messages.len() {
+/// Removes and returns a message that is complete, if there is one.
+fn take_done<T>(mpi: &Mpi, messages: &mut Vec<Posted<T>>) -> Result<Option<Posted<T>>> {
+    for index in 0..messages.len() {
         if mpi.test(&mut messages[index].request)? {
-            done.push(messages.swap_remove(index));
-        } else {
-            index += 1;
+            return Ok(Some(messages.swap_remove(index)));
         }
     }
-    Ok(done)
+    Ok(None)
 }
 
 /// Tells the others of `circle` that this rank has failed, as the next note that they expect from
@@ -332,17 +392,32 @@ pub(super) fn send_farewell(mpi: &Mpi, circle: &Circle, cause: &str) -> Vec<Hand
     circle.others().filter_map(|peer| send(peer).ok()).collect()
 }
 
-fn read_farewell(note: &Note) -> String {
+fn read_farewell(note: &[u8]) -> String {
     let len = usize::from(u16::from_le_bytes([note[1], note[2]]));
     String::from_utf8_lossy(&note[3..][..len.min(NOTE - 3)]).into_owned()
 }
 
-/// The bytes of `elements[span]`.
-fn bytes(elements: &Elements, span: Range<usize>) -> &[u8] {
-    assert!(span.end <= elements.len(), "a span beyond the buffer");
-    let width = elements.dtype().size();
-    // SAFETY: `span` lies in the buffer; no dtype has padding, so that all bytes are initialised.
-    unsafe {
-        std::slice::from_raw_parts(elements.as_ptr().add(span.start * width), span.len() * width)
+/// The bytes of the part for `rank`.
+fn part(message: &Message, rank: usize) -> &[u8] {
+    let (span, width) = (message.span(rank), message.dtype().size());
+    &message.bytes()[span.start * width..span.end * width]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::comm::{At, Dtype, Step};
+
+    #[test]
+    fn sizes_from_other_processes_are_checked() {
+        assert_eq!(total_size(&[1, 0, 5], 4), Ok(6));
+        for counts in [&[usize::MAX, 2][..], &[usize::MAX / 2 + 1; 2], &[1 << 62, 0]] {
+            let reason = total_size(counts, 4).unwrap_err();
+            assert!(reason.contains("more than memory can hold"), "{reason}");
+        }
+        let place = At::new("layer", Step::Combine).into();
+        let head = Head { kind: Kind::AllToAllV, dtype: Dtype::F32, root: 0, total: 7, place };
+        assert_eq!(part_size(7, &head), Ok(7));
+        assert!(part_size(8, &head).is_err() && part_size(u64::MAX, &head).is_err());
     }
 }

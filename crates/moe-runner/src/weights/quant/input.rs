@@ -116,3 +116,24 @@ fn wider(a: Qdq, b: Qdq) -> Option<Qdq> {
         (a, b) => (a == b).then_some(a),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_wider_range_wins_in_any_order() {
+        let [small, large] = [0.5, 4.0];
+        let pairs = [
+            [small, large].map(|scale| Qdq::Fp8Static { scale }),
+            [small, large].map(|scale| Qdq::Int8Static { scale }),
+            // the larger the encode scale, the smaller the range
+            [large, small].map(|scale| Qdq::Nvfp4 { global: EncodeScale(scale), rule: NVFP4_RULE }),
+        ];
+        for [narrow, wide] in pairs {
+            assert_eq!(wider(narrow, wide), Some(wide));
+            assert_eq!(wider(wide, narrow), Some(wide));
+        }
+        assert_eq!(wider(pairs[0][0], pairs[1][0]), None);
+    }
+}

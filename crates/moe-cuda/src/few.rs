@@ -87,8 +87,10 @@ impl FewShape {
     pub fn new(format: FewFormat, hidden: usize, inner: usize) -> Self {
         let all = hidden / format.columns();
         let (warps, records, stages, blocks): (usize, _, _, _) = match format {
+            // Long rows: one large block. Short ones: several, which hide each other's barriers.
+            FewFormat::Fp8Block if all < 32 => (4, 1, 3, 3),
             FewFormat::Bf16 | FewFormat::Fp8Block => (8, 1, 3, 1),
-            FewFormat::Int4 => (4, 1, 4, 4),
+            FewFormat::Int4 => (4, 2, 3, 3),
             // Five warps where they share the records evenly and four do not.
             FewFormat::Mxfp4 if all.is_multiple_of(5) && !all.is_multiple_of(4) => (5, 3, 2, 3),
             FewFormat::Mxfp4 => (4, 3, 2, 3),
@@ -96,7 +98,7 @@ impl FewShape {
         // Short rows of the second product are split among few warps, as far as the others divide
         // its features.
         let short = inner / format.columns() < 16;
-        let least = if format.packed() && !short { warps } else { 2 };
+        let least = if format.packed() && !short { warps } else { warps / 2 };
         let divides = |split: &usize| {
             warps.is_multiple_of(*split) && (hidden / 32).is_multiple_of(warps / split)
         };
@@ -121,14 +123,14 @@ impl FewShape {
         let ring = self.warps * self.stages * self.records * 2 * format.tile_bytes();
         let partial = 2 * self.warps * 256 * 4;
         let barriers = 8 * self.warps * self.stages;
-        ring + partial + barriers + 7 * FewExperts::MOST_SLOTS
+        ring + partial + barriers + 4 + 7 * FewExperts::MOST_SLOTS
     }
 }
 
 /// The shapes that [`FewShape::new`] can give, and the format of each.
 pub(crate) fn shapes() -> Vec<(FewFormat, FewShape)> {
     let formats = [FewFormat::Bf16, FewFormat::Fp8Block, FewFormat::Int4, FewFormat::Mxfp4];
-    let hidden = [2048, 2880, 3200];
+    let hidden = [2048, 2880, 7168];
     let all = formats.iter().flat_map(|&format| {
         hidden.iter().map(move |&hidden| (format, FewShape::new(format, hidden, 8192)))
     });

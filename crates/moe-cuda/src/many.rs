@@ -85,7 +85,8 @@ impl ManyExperts {
         let shared = shared_bytes(format) as u32;
         first.allow_shared(shared)?;
         second.allow_shared(shared)?;
-        let blocks = gpu.properties().multiprocessors as u32;
+        // Whole clusters of two blocks.
+        let blocks = gpu.properties().multiprocessors as u32 / 2 * 2;
         let launch = Launch { grid: (blocks, 1), block: 384, shared, cooperative: false };
         let rows = if format == FewFormat::Fp8Block { 64 } else { 128 };
         let map = |m| crate::few::map(gpu, m, rows);
@@ -108,7 +109,9 @@ impl ManyExperts {
         let inner_rows = Buffer::new(gpu, slots * inner, purpose)?;
         let inner_codes = Buffer::new(gpu, if fp8 { slots * inner } else { 0 }, purpose)?;
         let map = |address, cols| {
-            TensorMap::new(gpu, &Matrix { address, bytes, rows: slots, cols }, Self::TILE)
+            // Of FP8 rows, each block of a cluster of two loads half of a tile.
+            let tile = if fp8 { Self::TILE / 2 } else { Self::TILE };
+            TensorMap::new(gpu, &Matrix { address, bytes, rows: slots, cols }, tile)
         };
         let inner_address =
             if fp8 { inner_codes.view().address() } else { inner_rows.view().address() };

@@ -179,7 +179,8 @@ fn many_tokens_are_within_the_bound_of_bf16() {
     let Some(s) = setup() else { return };
     let mut n = Numbers(31);
     let batches = [(1, 3), (40, 2), (130, 3), (1000, 2)];
-    for (hidden, inner) in [(256, 384), (200, 136)] {
+    // the last one has several tiles for each block, some of them with rows for one team only
+    for (hidden, inner) in [(256, 384), (200, 136), (512, 3072)] {
         for (activation, bias) in [(Activation::Silu, false), (GPT_OSS, true)] {
             let dims = [7, hidden, inner];
             let host = Experts::new(&s, &mut n, BF16, dims, true, activation, bias);
@@ -205,7 +206,7 @@ fn many_tokens_quantise_rows_as_fp8_checkpoints_do() {
         );
         row.iter().map(|&x| x.into()).collect()
     };
-    for (hidden, inner) in [(256, 384), (640, 128)] {
+    for (hidden, inner) in [(256, 384), (640, 128), (512, 3072)] {
         let dims = [7, hidden, inner];
         let host = Experts::new(&s, &mut n, FP8, dims, true, Activation::Silu, false);
         let mut pass = Pass::new(&s, host.weights(), 2000, true).unwrap();

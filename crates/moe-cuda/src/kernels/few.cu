@@ -198,12 +198,13 @@ __device__ __forceinline__ void record(u32 at, const u32 (*x)[8], const float* s
 
 // A block's plan: entries {expert, first of its rows in `order`, rows}; `order` holds slots.
 struct Entries {
+  u32 count;
   u16 expert[MAX_SLOTS], first[MAX_SLOTS], order[MAX_SLOTS];
   u8 rows[MAX_SLOTS];
 };
 
-// At most 32 slots: every warp makes the whole plan by itself, all write the same. Returns the entries.
-__device__ __forceinline__ u32 plan_warp(const Few& p, Entries& e, u32 lane) {
+// At most 32 slots: by one warp.
+__device__ __forceinline__ void plan_warp(const Few& p, Entries& e, u32 lane) {
   u32 id = lane < p.slots ? p.ids[lane] : NO_EXPERT;
   bool valid = id < p.experts;
   u32 same = __match_any_sync(~0u, valid ? id : 0x80000000u | lane), leader = __ffs(same) - 1, rows = __popc(same);
@@ -214,7 +215,7 @@ __device__ __forceinline__ u32 plan_warp(const Few& p, Entries& e, u32 lane) {
     u32 a = __shfl_up_sync(~0u, tile, d), b = __shfl_up_sync(~0u, row, d);
     if (lane >= d) tile += a, row += b;
   }
-  u32 total = __shfl_sync(~0u, tile, 31);
+  if (lane == 31) e.count = tile;
   tile -= tiles, row -= own;
   if (leads)
     for (u32 i = 0; i < tiles; i++) {
@@ -224,12 +225,10 @@ __device__ __forceinline__ u32 plan_warp(const Few& p, Entries& e, u32 lane) {
     }
   u32 base = __shfl_sync(~0u, row, leader);
   if (valid) e.order[base + __popc(same & ((1u << lane) - 1))] = (u16)lane;
-  __syncwarp();
-  return total;
 }
 
 // More slots: from the plan's kernel.
-__device__ __forceinline__ u32 plan_block(const Few& p, Entries& e) {
+__device__ __forceinline__ void plan_block(const Few& p, Entries& e) {
   u32 total = *p.tile_count, planned = p.offsets[p.experts];
   for (u32 i = threadIdx.x; i < total; i += THREADS) {
     uint2 tile = p.tiles[i];
@@ -239,8 +238,7 @@ __device__ __forceinline__ u32 plan_block(const Few& p, Entries& e) {
     e.rows[i] = (u8)(rows < 8 ? rows : 8);
   }
   for (u32 i = threadIdx.x; i < planned; i += THREADS) e.order[i] = (u16)p.order[i];
-  __syncthreads();
-  return total;
+  if (threadIdx.x == 0) e.count = total;
 }
 
 // A walk over the units of both phases, the same for the filling and the emptying side of a ring.
@@ -282,8 +280,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     barrier_init_done();
     if (NATURAL) prefetch_map(&gate), prefetch_map(&up), prefetch_map(&down);
   }
-  __syncwarp();
-  const u32 total = p.slots <= 32 ? plan_warp(p, entries, lane) : plan_block(p, entries);
+  if (p.slots > 32) plan_block(p, entries);
+  else if (warp == 0) plan_warp(p, entries, lane);
+  __syncthreads();
+  const u32 total = entries.count;
 
   // this warp's records: of all in phase 1, of those of its group in phase 2
   const u32 records1 = p.hidden / RK, records2 = p.inner / RK, teams = WARPS / p.split;

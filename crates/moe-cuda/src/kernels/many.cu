@@ -5,8 +5,9 @@
 // its expert's last row belongs to another expert and is not stored. The first product has gate and up rows
 // in one tile, so that the activation is local to a thread. K ascends in one order for every element.
 //
-// FORMAT 0: bf16. FORMAT 1: E4M3 by E4M3; every 128 columns the sums are multiplied by the scales of rows
-// (one a row and 128 columns) and weights (128 x 128), and added up in f32.
+// FORMAT 0: bf16. FORMAT 1: E4M3 by E4M3, in clusters of two blocks that each load half of the rows for
+// both; every 128 columns the sums are multiplied by the scales of rows (one a row and 128 columns) and
+// weights (128 x 128), and added up in f32: the tensor cores alone add with some 13 bits.
 #include "ptx.cuh"
 
 #define BM 128
@@ -14,10 +15,12 @@
 #define BN 256   // features of a tile
 #define BK 64    // columns of a stage: 128 bytes
 #define STAGES 4
+#define CLUSTER 1
 #else
 #define BN 128
 #define BK 128
 #define STAGES 6
+#define CLUSTER 2  // blocks that take neighbouring features of the same rows, and share the loads of those
 #endif
 #define HALF (BN / 2)
 #define A_BYTES (BM * 128)
@@ -96,6 +99,11 @@ __device__ __forceinline__ u64 descriptor(u32 address) { return (u64)((address &
 __device__ __forceinline__ void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int N> __device__ __forceinline__ void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory"); }
+__device__ __forceinline__ float max_nan(float a, float b) {
+  float r;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+  return r;
+}
 // Nothing that uses the sums is moved across this.
 template <int N> __device__ __forceinline__ void pin(float (&d)[N]) {
 #pragma unroll
@@ -106,38 +114,44 @@ template <int N> __device__ __forceinline__ void pin(float (&d)[N]) {
 struct Piece {
   u32 expert, first, rows, feature;
 };
-__device__ __forceinline__ Piece piece(const Many& p, u32 i, u32 row_tiles, u32 feature_tiles) {
-  u32 in_group = GROUP * feature_tiles, g = i / in_group, first = g * GROUP;
+__device__ __forceinline__ Piece piece(const Many& p, u32 i, u32 row_tiles, u32 pairs, u32 rank) {
+  u32 in_group = GROUP * pairs, g = i / in_group, first = g * GROUP;
   u32 size = row_tiles - first < GROUP ? row_tiles - first : GROUP, rest = i - g * in_group;
   uint2 tile = p.tiles[first + rest % size];
   u32 rows = p.offsets[tile.x + 1] - tile.y;
-  return {tile.x, tile.y, rows < BM ? rows : BM, rest / size * (SECOND ? BN : HALF)};
+  return {tile.x, tile.y, rows < BM ? rows : BM, (rest / size * CLUSTER + rank) * (SECOND ? BN : HALF)};
 }
 
 extern "C" __global__ void __launch_bounds__(384, 1)
+#if CLUSTER > 1
+    __cluster_dims__(CLUSTER, 1, 1)
+#endif
     many(const __grid_constant__ Many p, const __grid_constant__ TensorMap rows, const __grid_constant__ TensorMap first, const __grid_constant__ TensorMap second) {
   extern __shared__ __align__(1024) u8 memory[];
   u32 a_tiles = shared_address(memory), b_tiles = a_tiles + STAGES * A_BYTES, full = b_tiles + STAGES * B_BYTES, empty = full + 8 * STAGES;
   u32 team = threadIdx.x / 128, tid = threadIdx.x % 128;
   if (threadIdx.x == 0) {
-    for (int i = 0; i < STAGES; i++) barrier_init(full + 8 * i, 1), barrier_init(empty + 8 * i, 2);
+    for (int i = 0; i < STAGES; i++) barrier_init(full + 8 * i, 1), barrier_init(empty + 8 * i, 2 * CLUSTER);
     barrier_init_done();
   }
   __syncthreads();
+  if constexpr (CLUSTER > 1) cluster_sync();
   const u32 row_tiles = *p.tile_count, step = SECOND ? BN : HALF, feature_tiles = (p.features + step - 1) / step;
-  const u32 pieces = row_tiles * feature_tiles, stages = (p.k + BK - 1) / BK;
+  const u32 rank = CLUSTER > 1 ? cluster_rank() : 0, pairs = (feature_tiles + CLUSTER - 1) / CLUSTER;
+  const u32 pieces = row_tiles * pairs, stages = (p.k + BK - 1) / BK;
   if (team == 0) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     if (tid == 0) {
       u32 stage = 0, phase = 0;
-      for (u32 i = blockIdx.x; i < pieces; i += gridDim.x) {
-        Piece t = piece(p, i, row_tiles, feature_tiles);
+      for (u32 i = blockIdx.x / CLUSTER; i < pieces; i += gridDim.x / CLUSTER) {
+        Piece t = piece(p, i, row_tiles, pairs, rank);
         u32 a = t.expert * p.rows_a + t.feature, b = SECOND ? a + HALF : t.expert * p.rows_b + t.feature;
         for (u32 k = 0; k < stages; k++) {
           barrier_wait(empty + 8 * stage, phase ^ 1);
           u32 barrier = full + 8 * stage, to = b_tiles + stage * B_BYTES;
           barrier_expect(barrier, A_BYTES + B_BYTES);
-          copy_tile(a_tiles + stage * A_BYTES, &rows, barrier, k * BK, t.first);
+          if constexpr (CLUSTER == 1) copy_tile(a_tiles + stage * A_BYTES, &rows, barrier, k * BK, t.first);
+          else copy_tile_to(a_tiles + stage * A_BYTES + rank * (A_BYTES / CLUSTER), &rows, barrier, k * BK, t.first + rank * (BM / CLUSTER), (1 << CLUSTER) - 1);
           copy_tile(to, &first, barrier, k * BK, a);
           copy_tile(to + B_BYTES / 2, &second, barrier, k * BK, b);
           if (++stage == STAGES) stage = 0, phase ^= 1;
@@ -148,8 +162,8 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
     u32 half = team - 1, lane = tid % 32, row = half * 64 + tid / 32 * 16 + lane / 4, stage = 0, phase = 0;
     float d[BN / 2];
-    for (u32 i = blockIdx.x; i < pieces; i += gridDim.x) {
-      Piece t = piece(p, i, row_tiles, feature_tiles);
+    for (u32 i = blockIdx.x / CLUSTER; i < pieces; i += gridDim.x / CLUSTER) {
+      Piece t = piece(p, i, row_tiles, pairs, rank);
       // sums begin with the biases. d[4 j + c]: feature 8 j + lane % 4 * 2 + c % 2, row + c / 2 * 8
 #pragma unroll
       for (int j = 0; j < BN / 8; j++)
@@ -178,28 +192,55 @@ extern "C" __global__ void __launch_bounds__(384, 1)
       pin(d);
       if (tid == 0) barrier_arrive(empty + 8 * before);
 #else
-      float part[BN / 2];
       // rows beyond the tile's have scales of others, or none
       u32 last = t.rows - 1, r0 = row < last ? row : last, r1 = row + 8 < last ? row + 8 : last;
-      const float *s0 = p.row_scales + (u64)(t.first + r0) * stages, *s1 = p.row_scales + (u64)(t.first + r1) * stages;
-      const float* wa = p.scales_a + (u64)t.expert * p.scale_step + t.feature / 128 * stages;
-      const float* wb = SECOND ? wa : p.scales_b + (u64)t.expert * p.scale_step + t.feature / 128 * stages;
-      float v0 = s0[0], v1 = s1[0], va = wa[0], vb = wb[0];
-      for (u32 k = 0; k < stages; k++) {
+      u32 s0 = (t.first + r0) * stages, s1 = (t.first + r1) * stages;
+      u32 w = t.expert * p.scale_step + (t.feature < p.features ? t.feature : p.features - 1) / 128 * stages;
+      u32 released = stage;
+      auto multiply = [&](float(&part)[BN / 2]) {
         barrier_wait(full + 8 * stage, phase);
         u32 a = a_tiles + stage * A_BYTES + half * 64 * 128, b = b_tiles + stage * B_BYTES;
+        pin(part);
         wgmma_begin();
 #pragma unroll
         for (int j = 0; j < 4; j++) wgmma(part, descriptor(a + j * 32), descriptor(b + j * 32), j != 0);
         wgmma_commit();
-        float a0 = v0 * va, a1 = v1 * va, b0 = v0 * vb, b1 = v1 * vb;
-        if (k + 1 < stages) v0 = s0[k + 1], v1 = s1[k + 1], va = wa[k + 1], vb = wb[k + 1];
-        wgmma_wait<0>();
+        if (++stage == STAGES) stage = 0, phase ^= 1;
+      };
+      // while one part is added up, the tensor cores work on the other
+      auto scales = [&](u32 k) { return make_float4(p.row_scales[s0 + k], p.row_scales[s1 + k], p.scales_a[w + k], SECOND ? 0.f : p.scales_b[w + k]); };
+      auto add = [&](float(&part)[BN / 2], float4 s) {
         pin(part);
-        if (tid == 0) barrier_arrive(empty + 8 * stage);
+        if (tid < CLUSTER) barrier_arrive_at(empty + 8 * released, tid);
+        if (++released == STAGES) released = 0;
+        float a0 = s.x * s.z, a1 = s.y * s.z, b0 = SECOND ? a0 : s.x * s.w, b1 = SECOND ? a1 : s.y * s.w;
 #pragma unroll
         for (int j = 0; j < BN / 2; j++) d[j] = fmaf(part[j], j < BN / 4 ? (j & 2 ? a1 : a0) : (j & 2 ? b1 : b0), d[j]);
-        if (++stage == STAGES) stage = 0, phase ^= 1;
+      };
+      float even[BN / 2], odd[BN / 2];
+      float4 now = scales(0);
+      multiply(even);
+      u32 k = 0;
+      for (; k + 2 < stages; k += 2) {
+        float4 next = scales(k + 1);
+        multiply(odd);
+        wgmma_wait<1>();
+        add(even, now);
+        now = scales(k + 2);
+        multiply(even);
+        wgmma_wait<1>();
+        add(odd, next);
+      }
+      if (k + 1 < stages) {
+        float4 next = scales(k + 1);
+        multiply(odd);
+        wgmma_wait<1>();
+        add(even, now);
+        wgmma_wait<0>();
+        add(odd, next);
+      } else {
+        wgmma_wait<0>();
+        add(even, now);
       }
 #endif
 #pragma unroll
@@ -210,27 +251,24 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         u64 target = SECOND && valid ? p.order[position] : position;
         u16* out = p.out + target * p.features;
         if constexpr (SECOND) {
-          u32 most = 0;  // magnitudes order as their bits do, NaN above all
+          float most = 0;  // NaN stays
 #pragma unroll
           for (int j = 0; j < BN / 8; j++)
 #pragma unroll
-            for (int c = 0; c < 2; c++) {
+            for (int c = 0; c < 2; c++)
               // what lies beyond the features is another expert's, and counts for nothing
-              u32 bits = t.feature + 8 * j < p.features ? __float_as_uint(d[4 * j + 2 * h + c]) & 0x7fffffffu : 0;
-              most = bits > most ? bits : most;
-            }
-          u32 other = __shfl_xor_sync(~0u, most, 1);
-          most = other > most ? other : most;
-          other = __shfl_xor_sync(~0u, most, 2);
-          most = other > most ? other : most;
-          float scale = most >= 0x7f800000u ? __uint_as_float(0x7fc00000u) : __uint_as_float(most) * (1.f / 32767.f);
-          float inverse = scale > 0.f ? __fdiv_rn(32767.f, __uint_as_float(most)) : 0.f;
-          if (valid && lane % 4 == 0) p.out_scales[target * feature_tiles + t.feature / BN] = scale;
+              most = max_nan(most, t.feature + 8 * j < p.features ? fabsf(d[4 * j + 2 * h + c]) : 0.f);
+          most = max_nan(most, __shfl_xor_sync(~0u, most, 1));
+          most = max_nan(most, __shfl_xor_sync(~0u, most, 2));
+          float scale = finite(most) ? most * (1.f / 32767.f) : __uint_as_float(0x7fc00000u);
+          float inverse = scale > 0.f ? __fdiv_rn(32767.f, most) : 0.f;
+          if (valid && t.feature < p.features && lane % 4 == 0) p.out_scales[target * feature_tiles + t.feature / BN] = scale;
 #pragma unroll
           for (int j = 0; j < BN / 8; j++) {
             u32 f = t.feature + 8 * j + lane % 4 * 2;
-            int q0 = __float2int_rn(d[4 * j + 2 * h] * inverse), q1 = __float2int_rn(d[4 * j + 2 * h + 1] * inverse);
-            if (valid && f < p.features) *(u32*)(out + f) = (u32)q0 & 0xffff | (u32)q1 << 16;
+            // 1.5 * 2^23 more: an integer in the low bits, rounded by the addition
+            u32 q0 = __float_as_uint(fmaf(d[4 * j + 2 * h], inverse, 12582912.f)), q1 = __float_as_uint(fmaf(d[4 * j + 2 * h + 1], inverse, 12582912.f));
+            if (valid && f < p.features) *(u32*)(out + f) = __byte_perm(q0, q1, 0x5410);
           }
         } else {
           Activation activation = p.activation;
@@ -251,6 +289,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
       }
     }
   }
+  if constexpr (CLUSTER > 1) cluster_sync();  // nobody leaves while others may still arrive at his barriers
 }
 
 // Rows by sorted position: to[i] = x[order[i] / top_k], of `pieces` times 16 bytes.
@@ -305,8 +344,12 @@ extern "C" __global__ void combine_slots(const uint4* y, const float* scales, co
       u32 words[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
       for (int k = 0; k < 4; k++) {
-        sum[2 * k] = __fadd_rn(sum[2 * k], __fmul_rn(w, __fmul_rn(scale, (float)(short)(words[k] & 0xffff))));
-        sum[2 * k + 1] = __fadd_rn(sum[2 * k + 1], __fmul_rn(w, __fmul_rn(scale, (float)(short)(words[k] >> 16))));
+        // 2^23 and an integer from 0 in the low bits: its value after one subtraction
+        u32 v = words[k] ^ 0x80008000u;
+        float low = __uint_as_float(__byte_perm(v, 0x4B000000u, 0x7610)) - 8421376.f;
+        float high = __uint_as_float(__byte_perm(v, 0x4B000000u, 0x7632)) - 8421376.f;
+        sum[2 * k] = __fadd_rn(sum[2 * k], __fmul_rn(w, __fmul_rn(scale, low)));
+        sum[2 * k + 1] = __fadd_rn(sum[2 * k + 1], __fmul_rn(w, __fmul_rn(scale, high)));
       }
     }
 #pragma unroll

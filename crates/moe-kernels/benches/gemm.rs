@@ -1,5 +1,5 @@
-//! Products with packed weights: bytes and operations a second for each format, beside the float
-//! kernel, and the speed of packing beside a copy.
+//! Products with packed weights: bytes and operations a second for each format; how fast they are
+//! packed, beside a copy; the functions between products; an empty region.
 //!
 //! `cargo bench -p moe-kernels --bench gemm -- [format]…` Experts of a layer with hidden size 2048
 //! and intermediate size 768, eight at a time out of more than 256 MiB, in an order without pattern.
@@ -8,11 +8,12 @@ use std::time::{Duration, Instant};
 
 use moe_kernels::gemm::{Gemm, gemm};
 use moe_kernels::isa::{Cpu, Features, physical_cores};
-use moe_kernels::kernel::{Kernel, Rows, RowsMut, WeightRows};
+use moe_kernels::kernel::{Activation, Kernel};
 use moe_kernels::numerics::ggml::BlockType;
 use moe_kernels::operand::OperandKind;
 use moe_kernels::pack::{Packed, pack};
 use moe_kernels::pool::Pool;
+use moe_kernels::rows::{Rows, RowsMut};
 use moe_kernels::stored::{
     Blocks, Codes, Element, FloatType, Floats, Granularity, Packing, ScaleType, Scales, View,
     ZeroPoints, Zeros,
@@ -230,26 +231,6 @@ fn packed(pool: &Pool, experts: &Experts<Packed>, tokens: &Tokens, layers: &[Vec
     })
 }
 
-/// Seconds of a pass with the float kernel.
-fn dot(
-    pool: &Pool,
-    kernel: Kernel,
-    experts: &Experts<WeightRows<'_>>,
-    tokens: &Tokens,
-    layers: &[Vec<usize>],
-) -> f64 {
-    best(Duration::from_millis(300), || {
-        pass(pool, layers, PARTS, &|expert, projection, part| {
-            let w = experts.of[expert][projection];
-            let w = w.slice(w.rows() * part / PARTS..w.rows() * (part + 1) / PARTS);
-            let x = Rows::new(&tokens.x[projection / 2], tokens.rows, w.cols(), w.cols());
-            with_output(tokens.rows * w.rows(), |out| {
-                kernel.dot(x, w, &mut RowsMut::new(out, tokens.rows, w.rows(), w.rows()));
-            });
-        });
-    })
-}
-
 /// Lends memory of the thread.
 fn with_output(len: usize, work: impl FnOnce(&mut [f32])) {
     thread_local!(static OUT: std::cell::RefCell<Vec<f32>> = const { std::cell::RefCell::new(Vec::new()) });
@@ -272,12 +253,35 @@ fn report(name: &str, bytes: usize, experts: usize, time: impl Fn(&Tokens) -> f6
     println!();
 }
 
+/// The functions between the products, and a copy into memory that nobody has touched, which is what
+/// packing is compared with.
+fn beside() {
+    let kernel = Kernel::detect();
+    let (values, mut gate) = (vec![0.7; 1 << 14], vec![0.5; 1 << 14]);
+    for activation in [Activation::Silu, Activation::Gelu, Activation::GeluTanh] {
+        let time = best(Duration::from_millis(50), || {
+            kernel.activate(activation, &mut gate, Some(&values));
+        });
+        println!("{activation:?}: {:.2} ns an element", time * 1e9 / gate.len() as f64);
+    }
+    let from = vec![1u8; LEAST];
+    let time = best(Duration::ZERO, || drop(std::hint::black_box(from.clone())));
+    println!("a copy on one thread: {:.2} GB/s", LEAST as f64 / time / 1e9);
+}
+
 fn main() {
+    beside();
     let wanted: Vec<String> = std::env::args().skip(1).filter(|arg| arg != "--bench").collect();
     let cores = physical_cores();
     let shapes = [[INTERMEDIATE, HIDDEN], [INTERMEDIATE, HIDDEN], [HIDDEN, INTERMEDIATE]];
     for threads in [1, cores] {
         let pool = Pool::new(threads).expect("the operating system starts threads");
+        let empty = best(Duration::from_millis(200), || pool.run(2 * threads, &|_, _| ()));
+        println!(
+            "{threads} threads: an empty region of {} items {:.2} µs",
+            2 * threads,
+            empty * 1e6
+        );
         println!("{threads} threads; rows an expert: 1, 4, 16, 128");
         for have in [Features::V4, Features::V3, Features::NONE] {
             let given = |name: &str| wanted.is_empty() || wanted.iter().any(|w| w == name);
@@ -310,21 +314,6 @@ fn main() {
                     ", {:.3} bytes a stored byte",
                     experts.bytes as f64 / (stored * count) as f64
                 );
-                if *name == "bf16" && have != Features::NONE {
-                    drop(experts);
-                    let all = vec![0x3B; stored * count];
-                    let of = (0..count).map(|i| {
-                        [0, 1, 2].map(|p| {
-                            let at = i * stored + p * stored / 3;
-                            let [n, k] = shapes[p];
-                            WeightRows::new(&all[at..], FloatType::Bf16, n, k, k)
-                        })
-                    });
-                    let experts = Experts { of: of.collect(), bytes: stored * count };
-                    let kernel = Kernel::detect();
-                    let tokens = |tokens: &Tokens| dot(&pool, kernel, &experts, tokens, &layers);
-                    report("bf16, Kernel::dot", experts.bytes, count, tokens);
-                }
             }
         }
     }

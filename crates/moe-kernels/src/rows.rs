@@ -1,12 +1,10 @@
-//! Views of the operands: rows of f32, rows of stored floats, and rows to write.
+//! Views of token rows: rows of f32, and rows to write.
 //!
 //! A view checks once, when it is made, that its rows lie inside its slice; the kernels rely on it.
 //! `stride` is the number of elements from the start of one row to the start of the next.
 
 use std::marker::PhantomData;
 use std::ops::Range;
-
-use crate::stored::FloatType;
 
 /// Elements from the start of the first row to the end of the last; `None` beyond `usize`.
 fn extent(rows: usize, cols: usize, stride: usize) -> Option<usize> {
@@ -60,14 +58,6 @@ impl<'a> Rows<'a> {
         self.cols
     }
 
-    pub(crate) fn stride(&self) -> usize {
-        self.stride
-    }
-
-    pub(crate) fn as_ptr(&self) -> *const f32 {
-        self.data.as_ptr()
-    }
-
     /// The rows of `range`.
     ///
     /// # Panics
@@ -76,83 +66,6 @@ impl<'a> Rows<'a> {
         assert_within(&range, self.rows, "rows");
         let data = if range.is_empty() { &[] } else { &self.data[range.start * self.stride..] };
         Rows { data, rows: range.len(), ..*self }
-    }
-}
-
-/// Rows of stored floats [rows, cols]: the weights of `rows` output features.
-#[derive(Clone, Copy, Debug)]
-pub struct WeightRows<'a> {
-    bytes: &'a [u8],
-    float: FloatType,
-    rows: usize,
-    cols: usize,
-    stride: usize,
-}
-
-impl<'a> WeightRows<'a> {
-    /// A view of f32 values in memory, `stride` apart.
-    ///
-    /// # Panics
-    /// As [`new`](WeightRows::new).
-    pub fn from_f32(values: &'a [f32], rows: usize, cols: usize, stride: usize) -> WeightRows<'a> {
-        // SAFETY: any f32 is four initialised bytes, and the borrow is the same. (Little-endian is
-        // this machine's order wherever the kernels run: see `new`.)
-        let bytes = unsafe {
-            std::slice::from_raw_parts(values.as_ptr().cast::<u8>(), size_of_val(values))
-        };
-        WeightRows::new(bytes, FloatType::F32, rows, cols, stride)
-    }
-
-    /// `rows` rows of `cols` elements, `stride` elements apart. The elements are little-endian and
-    /// need no alignment; `bytes` may go on after the last row.
-    ///
-    /// # Panics
-    /// If `bytes` is too short.
-    pub fn new(
-        bytes: &'a [u8],
-        float: FloatType,
-        rows: usize,
-        cols: usize,
-        stride: usize,
-    ) -> WeightRows<'a> {
-        let extent = extent(rows, cols, stride).and_then(|extent| extent.checked_mul(float.size()));
-        let fits = extent.is_some_and(|extent| extent <= bytes.len());
-        assert!(fits, "{float:?} [{rows}, {cols}] at stride {stride} in {} bytes", bytes.len());
-        WeightRows { bytes, float, rows, cols, stride }
-    }
-
-    /// Number of rows: output features.
-    pub fn rows(&self) -> usize {
-        self.rows
-    }
-
-    /// Elements of a row: input features.
-    pub fn cols(&self) -> usize {
-        self.cols
-    }
-
-    /// Type of the elements.
-    pub fn float(&self) -> FloatType {
-        self.float
-    }
-
-    pub(crate) fn stride(&self) -> usize {
-        self.stride
-    }
-
-    pub(crate) fn as_ptr(&self) -> *const u8 {
-        self.bytes.as_ptr()
-    }
-
-    /// The rows of `range`.
-    ///
-    /// # Panics
-    /// If they are not all there.
-    pub fn slice(&self, range: Range<usize>) -> WeightRows<'a> {
-        assert_within(&range, self.rows, "rows");
-        let start = range.start * self.stride * self.float.size();
-        let bytes = if range.is_empty() { &[] } else { &self.bytes[start..] };
-        WeightRows { bytes, rows: range.len(), ..*self }
     }
 }
 
@@ -198,10 +111,6 @@ impl<'a> RowsMut<'a> {
 
     pub(crate) fn stride(&self) -> usize {
         self.stride
-    }
-
-    pub(crate) fn as_mut_ptr(&mut self) -> *mut f32 {
-        self.data
     }
 
     /// Where the element `[row, col]` is, if it is there.
@@ -350,3 +259,6 @@ impl<'a> Iterator for Tiles<'a> {
 }
 
 impl ExactSizeIterator for Tiles<'_> {}
+
+#[cfg(test)]
+mod tests;

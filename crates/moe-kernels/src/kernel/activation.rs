@@ -120,6 +120,9 @@ trait Formula: Copy {
     }
 }
 
+/// Elements of the largest vector.
+const ONE_VECTOR: usize = 16;
+
 /// # Safety
 /// As [`Lanes`]; `gate` and `up` are of equal length.
 #[inline(always)]
@@ -135,8 +138,8 @@ unsafe fn apply<S: Lanes, F: Formula>(formula: F, gate: &mut [f32], up: Option<&
         }
         let rest = gate.len() - full;
         if rest > 0 {
-            let (mut g, mut u) = ([0.0; 16], [0.0; 16]);
-            debug_assert!(S::COUNT <= g.len());
+            const { assert!(S::COUNT <= ONE_VECTOR) }
+            let (mut g, mut u) = ([0.0; ONE_VECTOR], [0.0; ONE_VECTOR]);
             g[..rest].copy_from_slice(&gate[full..]);
             let up = up.map(|up| {
                 u[..rest].copy_from_slice(&up[full..]);

@@ -3,33 +3,11 @@
 use std::arch::x86_64::*;
 
 use super::activation::{self, Activation};
-use super::dot::{DotArgs, DotFns, dot};
-use super::lanes::{Bf16, F16, F32, Lanes};
+use super::lanes::Lanes;
 use super::probe::{self, Probes};
 
 /// To be entered only where the CPU has [`Isa::Avx2`](crate::isa::Isa::Avx2).
-pub(super) const DOT: DotFns = DotFns { f32: dot_f32, f16: dot_f16, bf16: dot_bf16 };
-
-/// As [`DOT`].
 pub(super) const PROBES: Probes = Probes { read, multiply_add };
-
-#[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn dot_f32(args: &DotArgs) {
-    // SAFETY: the caller's, and the instruction set is enabled here.
-    unsafe { dot::<Avx2, F32>(args) }
-}
-
-#[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn dot_f16(args: &DotArgs) {
-    // SAFETY: as above.
-    unsafe { dot::<Avx2, F16>(args) }
-}
-
-#[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn dot_bf16(args: &DotArgs) {
-    // SAFETY: as above.
-    unsafe { dot::<Avx2, Bf16>(args) }
-}
 
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) unsafe fn activate(kind: Activation, gate: &mut [f32], up: Option<&[f32]>) {
@@ -56,7 +34,6 @@ struct Avx2;
 impl Lanes for Avx2 {
     type V = __m256;
     const COUNT: usize = 8;
-    const REGISTERS: usize = 16;
 
     #[inline(always)]
     unsafe fn splat(value: f32) -> __m256 {
@@ -68,21 +45,6 @@ impl Lanes for Avx2 {
     unsafe fn load_f32(from: *const u8) -> __m256 {
         // SAFETY: see above.
         unsafe { _mm256_loadu_ps(from.cast()) }
-    }
-
-    #[inline(always)]
-    unsafe fn load_f16(from: *const u8) -> __m256 {
-        // SAFETY: see above.
-        unsafe { _mm256_cvtph_ps(_mm_loadu_si128(from.cast())) }
-    }
-
-    #[inline(always)]
-    unsafe fn load_bf16(from: *const u8) -> __m256 {
-        // SAFETY: see above.
-        unsafe {
-            let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast()));
-            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide))
-        }
     }
 
     #[inline(always)]

@@ -4,33 +4,11 @@ use std::arch::x86_64::*;
 
 use super::activation::{self, Activation};
 use super::avx2::{halves, sums_of_halves};
-use super::dot::{DotArgs, DotFns, dot};
-use super::lanes::{Bf16, F16, F32, Lanes};
+use super::lanes::Lanes;
 use super::probe::{self, Probes};
 
 /// To be entered only where the CPU has [`Isa::Avx512`](crate::isa::Isa::Avx512).
-pub(super) const DOT: DotFns = DotFns { f32: dot_f32, f16: dot_f16, bf16: dot_bf16 };
-
-/// As [`DOT`].
 pub(super) const PROBES: Probes = Probes { read, multiply_add };
-
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-unsafe fn dot_f32(args: &DotArgs) {
-    // SAFETY: the caller's, and the instruction set is enabled here.
-    unsafe { dot::<Avx512, F32>(args) }
-}
-
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-unsafe fn dot_f16(args: &DotArgs) {
-    // SAFETY: as above.
-    unsafe { dot::<Avx512, F16>(args) }
-}
-
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-unsafe fn dot_bf16(args: &DotArgs) {
-    // SAFETY: as above.
-    unsafe { dot::<Avx512, Bf16>(args) }
-}
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
 pub(super) unsafe fn activate(kind: Activation, gate: &mut [f32], up: Option<&[f32]>) {
@@ -57,7 +35,6 @@ struct Avx512;
 impl Lanes for Avx512 {
     type V = __m512;
     const COUNT: usize = 16;
-    const REGISTERS: usize = 32;
 
     #[inline(always)]
     unsafe fn splat(value: f32) -> __m512 {
@@ -69,21 +46,6 @@ impl Lanes for Avx512 {
     unsafe fn load_f32(from: *const u8) -> __m512 {
         // SAFETY: see above.
         unsafe { _mm512_loadu_ps(from.cast()) }
-    }
-
-    #[inline(always)]
-    unsafe fn load_f16(from: *const u8) -> __m512 {
-        // SAFETY: see above.
-        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(from.cast())) }
-    }
-
-    #[inline(always)]
-    unsafe fn load_bf16(from: *const u8) -> __m512 {
-        // SAFETY: see above.
-        unsafe {
-            let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
-            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide))
-        }
     }
 
     #[inline(always)]

@@ -12,19 +12,10 @@ pub(super) trait Lanes {
     /// Lanes of a vector.
     const COUNT: usize;
 
-    /// Vectors that the CPU's registers hold.
-    const REGISTERS: usize;
-
     unsafe fn splat(value: f32) -> Self::V;
 
     /// `COUNT` little-endian f32.
     unsafe fn load_f32(from: *const u8) -> Self::V;
-
-    /// `COUNT` little-endian f16, widened.
-    unsafe fn load_f16(from: *const u8) -> Self::V;
-
-    /// `COUNT` little-endian bf16, widened.
-    unsafe fn load_bf16(from: *const u8) -> Self::V;
 
     /// `COUNT` f32, in the CPU's byte order.
     unsafe fn store(v: Self::V, to: *mut f32);
@@ -60,67 +51,4 @@ pub(super) trait Lanes {
 
     /// Brings a cache line nearer; any address will do.
     unsafe fn prefetch(at: *const u8);
-}
-
-/// A stored element type of the weights.
-pub(super) trait Element {
-    const SIZE: usize;
-
-    /// # Safety
-    /// As [`Lanes`]; `from` is readable for `S::COUNT` elements.
-    unsafe fn load<S: Lanes>(from: *const u8) -> S::V;
-
-    /// The `count < S::COUNT` elements at `from`, then zeros.
-    ///
-    /// # Safety
-    /// As [`Lanes`]; `from` is readable for `count` elements.
-    #[inline(always)]
-    unsafe fn load_part<S: Lanes>(from: *const u8, count: usize) -> S::V {
-        let mut buffer = [0u8; 64];
-        debug_assert!(count < S::COUNT && S::COUNT * Self::SIZE <= buffer.len());
-        // SAFETY: `count` elements are readable, and fit the buffer, which holds `COUNT` of them.
-        unsafe {
-            std::ptr::copy_nonoverlapping(from, buffer.as_mut_ptr(), count * Self::SIZE);
-            Self::load::<S>(buffer.as_ptr())
-        }
-    }
-}
-
-/// IEEE binary32.
-pub(super) struct F32;
-
-impl Element for F32 {
-    const SIZE: usize = 4;
-
-    #[inline(always)]
-    unsafe fn load<S: Lanes>(from: *const u8) -> S::V {
-        // SAFETY: the caller's.
-        unsafe { S::load_f32(from) }
-    }
-}
-
-/// IEEE binary16.
-pub(super) struct F16;
-
-impl Element for F16 {
-    const SIZE: usize = 2;
-
-    #[inline(always)]
-    unsafe fn load<S: Lanes>(from: *const u8) -> S::V {
-        // SAFETY: the caller's.
-        unsafe { S::load_f16(from) }
-    }
-}
-
-/// bfloat16.
-pub(super) struct Bf16;
-
-impl Element for Bf16 {
-    const SIZE: usize = 2;
-
-    #[inline(always)]
-    unsafe fn load<S: Lanes>(from: *const u8) -> S::V {
-        // SAFETY: the caller's.
-        unsafe { S::load_bf16(from) }
-    }
 }

@@ -3,29 +3,10 @@
 use std::array::from_fn;
 
 use super::activation::{self, Activation};
-use super::dot::{DotArgs, DotFns, dot};
-use super::lanes::{Bf16, F16, F32, Lanes};
+use super::lanes::Lanes;
 use super::probe::{self, Probes};
 
-pub(super) const DOT: DotFns = DotFns { f32: dot_f32, f16: dot_f16, bf16: dot_bf16 };
-
-/// As [`DOT`].
 pub(super) const PROBES: Probes = Probes { read, multiply_add };
-
-unsafe fn dot_f32(args: &DotArgs) {
-    // SAFETY: the caller's; every CPU has this instruction set.
-    unsafe { dot::<Portable, F32>(args) }
-}
-
-unsafe fn dot_f16(args: &DotArgs) {
-    // SAFETY: as above.
-    unsafe { dot::<Portable, F16>(args) }
-}
-
-unsafe fn dot_bf16(args: &DotArgs) {
-    // SAFETY: as above.
-    unsafe { dot::<Portable, Bf16>(args) }
-}
 
 pub(super) unsafe fn activate(kind: Activation, gate: &mut [f32], up: Option<&[f32]>) {
     // SAFETY: as above.
@@ -49,7 +30,6 @@ const COUNT: usize = 8;
 impl Lanes for Portable {
     type V = [f32; COUNT];
     const COUNT: usize = COUNT;
-    const REGISTERS: usize = if cfg!(target_arch = "x86_64") { 8 } else { 16 };
 
     #[inline(always)]
     unsafe fn splat(value: f32) -> [f32; COUNT] {
@@ -61,20 +41,6 @@ impl Lanes for Portable {
         // SAFETY: readable for as many bytes, by the contract of `Lanes`.
         let bits: [u32; COUNT] = unsafe { from.cast::<[u32; COUNT]>().read_unaligned() };
         bits.map(|bits| f32::from_bits(u32::from_le(bits)))
-    }
-
-    #[inline(always)]
-    unsafe fn load_f16(from: *const u8) -> [f32; COUNT] {
-        // SAFETY: as above.
-        let bits: [u16; COUNT] = unsafe { from.cast::<[u16; COUNT]>().read_unaligned() };
-        bits.map(|bits| widen_f16(u16::from_le(bits)))
-    }
-
-    #[inline(always)]
-    unsafe fn load_bf16(from: *const u8) -> [f32; COUNT] {
-        // SAFETY: as above.
-        let bits: [u16; COUNT] = unsafe { from.cast::<[u16; COUNT]>().read_unaligned() };
-        bits.map(|bits| f32::from_bits(u32::from(u16::from_le(bits)) << 16))
     }
 
     #[inline(always)]
@@ -154,28 +120,4 @@ impl Lanes for Portable {
 
     #[inline(always)]
     unsafe fn prefetch(_at: *const u8) {}
-}
-
-/// f16 to f32, exactly and without branches, so that it can be vectorised: the exponent is corrected
-/// by a multiplication, which also makes subnormal numbers normal.
-#[inline(always)]
-fn widen_f16(bits: u16) -> f32 {
-    const SCALE: f32 = f32::from_bits((127 + 112) << 23); // 2^112: the exponents' biases are 127, 15
-    let bits = u32::from(bits);
-    let value = f32::from_bits((bits & 0x7fff) << 13) * SCALE;
-    let special = if bits & 0x7c00 == 0x7c00 { 0xff << 23 } else { 0 };
-    f32::from_bits(value.to_bits() | special | (bits & 0x8000) << 16)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn every_f16_is_widened_exactly() {
-        for bits in 0..=u16::MAX {
-            let (got, want) = (widen_f16(bits), half::f16::from_bits(bits).to_f32_const());
-            assert!(got.to_bits() == want.to_bits() || got.is_nan() && want.is_nan(), "{bits:#x}");
-        }
-    }
 }

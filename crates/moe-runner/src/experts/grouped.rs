@@ -15,8 +15,8 @@
 use std::ops::Range;
 
 use moe_kernels::arena::room;
-use moe_kernels::kernel::{RowsMut, Tile};
 use moe_kernels::region::{for_each, for_each_with, rows_together};
+use moe_kernels::rows::{RowsMut, Tile};
 
 use super::{ExpertCall, ExpertShape};
 use crate::Result;

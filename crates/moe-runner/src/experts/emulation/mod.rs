@@ -24,7 +24,7 @@ mod operand;
 mod product;
 
 use moe_kernels::isa::Isa;
-use moe_kernels::kernel::Tile;
+use moe_kernels::rows::Tile;
 
 use crate::experts::grouped::{self, Block, Product, Products};
 use crate::experts::reference::stored_bytes;

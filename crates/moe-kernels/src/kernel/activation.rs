@@ -1,7 +1,7 @@
 //! The functions between an expert's two products, in f32.
 //!
-//! Those of most models (SiLU and its clamped forms, ReLU) are vectors of the instruction set; the
-//! others are computed in f64, one element after another. All are within 4 ulp of the formula, all
+//! Those of most models (SiLU and its clamped forms, ReLU) are f32 vectors of the instruction set; the
+//! others are computed in f64, in loops without branches. All are within 4 ulp of the formula, all
 //! give NaN for NaN, and each element is computed alike wherever it lies.
 
 mod sigmoid;
@@ -9,7 +9,7 @@ mod tails;
 
 use super::lanes::Lanes;
 use sigmoid::times_sigmoid;
-use tails::{half_erfc, sigmoid};
+use tails::{half_erfc, sigmoid, tanh};
 
 /// The function between the two products. `g` is the gate projection, `u` the up projection;
 /// without a gate projection the function is applied to `u` alone.
@@ -79,9 +79,9 @@ pub(super) unsafe fn activate<S: Lanes>(
             }
             Activation::Situ { beta, lambda } => {
                 let beta = f64::from(beta);
-                let act = |g: f64| beta * (g / beta).tanh() * sigmoid(g);
+                let act = |g: f64| beta * tanh(g / beta) * sigmoid(g);
                 match lambda.map(f64::from) {
-                    Some(lambda) => apply_f64(gate, up, act, |u| lambda * (u / lambda).tanh()),
+                    Some(lambda) => apply_f64(gate, up, act, |u| lambda * tanh(u / lambda)),
                     None => apply_f64(gate, up, act, |u| u),
                 }
             }
@@ -89,7 +89,8 @@ pub(super) unsafe fn activate<S: Lanes>(
     }
 }
 
-/// Element by element in f64, rounded once.
+/// Element by element in f64, rounded once: a loop that the compiler makes vectors of.
+#[inline(always)]
 fn apply_f64(
     gate: &mut [f32],
     up: Option<&[f32]>,

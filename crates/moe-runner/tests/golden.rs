@@ -44,7 +44,7 @@ fn every_recorded_layer_is_reproduced_by_every_kernel() {
                         .unwrap_or_else(|error| panic!("{}: {error}", case.name));
                     let place =
                         format!("{} {} {} T={tokens}", case.name, entry.spec.name, kernel.name);
-                    recorded.expect_routing(&place, &report.routing);
+                    recorded.expect_routing(&place, &entry.spec, &report.routing);
                     if let (Some(shared), Some(want)) = (&report.shared, &recorded.shared_out)
                         && !recorded.fake_quantised
                     {

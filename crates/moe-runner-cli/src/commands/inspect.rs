@@ -93,7 +93,8 @@ pub(crate) fn run(args: &InspectArgs) -> Result<Report> {
 
 impl LayerJson {
     fn ok(&self) -> bool {
-        self.missing.is_empty() && self.wrong.is_empty() && self.duplicate.is_empty()
+        let lists = [&self.missing, &self.wrong, &self.duplicate, &self.unexpected];
+        lists.into_iter().all(Vec::is_empty)
     }
 }
 

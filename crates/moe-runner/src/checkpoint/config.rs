@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use serde_json::Value;
 
-use super::file::printable;
+use super::file::{printable, stands_for_another};
 use crate::{Error, Result};
 
 /// Longest `config.json`, in bytes.
@@ -53,6 +53,9 @@ impl Config {
     }
 
     fn parse(path: &Path, json: &[u8]) -> Result<Self> {
+        if let Some(reason) = stands_for_another(json) {
+            return Err(Error::file(path, reason));
+        }
         let json = Literals::find(json);
         if json.values > MAX_VALUES {
             let reason = format!("has more than {MAX_VALUES} values, which no model's config has");
@@ -94,7 +97,7 @@ impl Config {
         self.read(key, "an object", |value| self.object(key, value))
     }
 
-    /// Names of the object's values, sorted.
+    /// Names of the object's values, in the order of the file: rules are tried in that order.
     pub fn keys(&self) -> impl Iterator<Item = &str> {
         self.value.as_object().into_iter().flat_map(|object| object.keys().map(String::as_str))
     }

@@ -2,12 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use super::config::Config;
 use super::file::{Entry, MAX_TENSORS, StoredDtype, TensorFile, map};
 use super::folder::{Folder, INDEX};
-use super::tensor::Tensor;
+use super::quantization::Quantization;
+use super::tensor::{Bytes, Dtype, Tensor};
 use super::{gguf, safetensors};
 use crate::error::nearest;
 use crate::{Error, Result};
@@ -41,10 +42,31 @@ pub struct TensorInfo<'a> {
 #[derive(Clone)]
 pub struct Checkpoint {
     inner: Arc<Inner>,
+    /// What its tensors hold is not read.
+    blank: bool,
+}
+
+/// How much of a checkpoint there was to look at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Seen {
+    /// Its files, or those of them that hold something needed.
+    Files,
+    /// `config.json` and an index: names are known, number formats are as configured.
+    Index,
+    /// `config.json` alone: names are those of the architecture.
+    Config,
+}
+
+/// A tensor that is expected, not seen.
+pub(super) struct Blank {
+    pub(super) name: String,
+    pub(super) dtype: Dtype,
+    pub(super) shape: Vec<usize>,
 }
 
 struct Inner {
     path: PathBuf,
+    seen: Seen,
     container: Container,
     config: Option<Config>,
     metadata: Option<gguf::Metadata>,
@@ -53,6 +75,7 @@ struct Inner {
     table: Vec<(u32, u32)>,
     /// Tensors that must not be handed out, whether they are in the table or not.
     faults: BTreeMap<Box<str>, Fault>,
+    quantization: OnceLock<Option<Arc<Quantization>>>,
 }
 
 /// Why a tensor is not handed out. It need not be one that anybody asks for, so it is no reason
@@ -64,14 +87,17 @@ enum Fault {
     Unlisted,
     /// The index says it is in this file (by number), and it is not.
     Misplaced(u32),
+    /// It is in a file (of this name) that the index names and that is not there.
+    Absent(Box<str>),
 }
 
 impl Checkpoint {
     /// Opens a folder with `config.json` and safetensors files, or a GGUF file.
     ///
-    /// A folder's files are those that `model.safetensors.index.json` names; without an index,
-    /// `model.safetensors`; without that, all `model*.safetensors`. Of a split GGUF model, name
-    /// the first part.
+    /// A folder's files are those that `*.safetensors.index.json` names, of which some may be absent
+    /// (asking for their tensors is an error); without an index, `model.safetensors`; without that,
+    /// all shards, whatever their stem. A folder of the hub's cache stands for its snapshot. Of a
+    /// split GGUF model, name the first part.
     ///
     /// The files are mapped: nothing is copied, and while the checkpoint or one of its tensors is
     /// in use, nobody may write to them or shorten them. Whatever they hold, opening them allocates
@@ -112,7 +138,8 @@ impl Checkpoint {
     }
 
     fn open_folder(path: &Path) -> Result<Self> {
-        let Folder { files, index } = Folder::open(path)?;
+        let Folder { path, files, mut index, absent } = Folder::open(path)?;
+        let path = &*path;
         let config = path.join("config.json");
         if !config.exists() {
             return Err(Error::file(
@@ -123,7 +150,16 @@ impl Checkpoint {
         let config = Config::open(&config)?;
         let mut opened = Vec::with_capacity(files.len());
         let mut tensors = 0;
-        for file in files {
+        let mut absences = Vec::new();
+        let mut numbers = Vec::with_capacity(files.len());
+        for (number, file) in (0u32..).zip(files) {
+            numbers.push(opened.len() as u32);
+            if absent.contains(&number) {
+                let name = file.file_name().unwrap_or_default().to_string_lossy();
+                let lost = index.iter_mut().flatten().filter(|(_, shard)| *shard == number);
+                absences.extend(lost.map(|(tensor, _)| (tensor.clone(), Box::from(&*name))));
+                continue;
+            }
             let file = safetensors_file(&file)?;
             tensors += file.entries.len();
             if tensors > MAX_TENSORS {
@@ -131,7 +167,18 @@ impl Checkpoint {
             }
             opened.push(file);
         }
-        Self::new(path, Container::Safetensors, Some(config), None, opened, index)
+        if let Some(index) = &mut index {
+            index.retain(|(_, shard)| !absent.contains(shard));
+            index.iter_mut().for_each(|(_, shard)| *shard = numbers[*shard as usize]);
+        }
+        let files = opened;
+        let mut new = Self::new(path, Container::Safetensors, Some(config), None, files, index)?;
+        if let Some(inner) = Arc::get_mut(&mut new.inner) {
+            inner
+                .faults
+                .extend(absences.into_iter().map(|(name, file)| (name, Fault::Absent(file))));
+        }
+        Ok(new)
     }
 
     /// Makes the table of all tensors.
@@ -173,8 +220,87 @@ impl Checkpoint {
             }
         }
         let path = path.to_owned();
-        let inner = Inner { path, container, config, metadata, files, table, faults };
-        Ok(Self { inner: Arc::new(inner) })
+        let seen = Seen::Files;
+        let quantization = OnceLock::new();
+        let inner =
+            Inner { path, seen, container, config, metadata, files, table, faults, quantization };
+        Ok(Self { inner: Arc::new(inner), blank: false })
+    }
+
+    /// The same checkpoint by its headers alone: names, types and shapes are what they are, every
+    /// number is one, and no page of a tensor is touched.
+    pub fn outline(&self) -> Self {
+        Self { blank: true, ..self.clone() }
+    }
+
+    /// Opens a checkpoint by its headers; or, before it is fetched, by its `config.json`, and its
+    /// index where that is there. What those say is taken for what the files will hold.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open`], and what `architecture::layers` says about the configuration.
+    pub fn open_outline(path: &Path) -> Result<Self> {
+        let opened = match Self::open(path) {
+            Ok(opened) if opened.inner.files.iter().any(|file| !file.entries.is_empty()) => {
+                return Ok(opened.outline());
+            }
+            Ok(without_files) => without_files,
+            Err(error) => match Self::open_config(path)? {
+                Some(config) => config,
+                None => return Err(error),
+            },
+        };
+        let names: Vec<&str> = opened.inner.faults.keys().map(|name| &**name).collect();
+        let seen = if names.is_empty() { Seen::Config } else { Seen::Index };
+        // first the names, which tell how experts are stored, then what stands behind them
+        let unknown = |name: &&str| Entry {
+            name: (*name).into(),
+            dtype: StoredDtype::Unknown("?".into()),
+            shape: Box::new([]),
+            range: 0..0,
+        };
+        let named =
+            opened.with_entries(names.iter().map(unknown).collect(), seen, Vec::new().into())?;
+        let layers = super::architecture::layers(&named)?;
+        let blanks = super::outline::tensors(&named, &layers)?;
+        let largest = blanks.iter().map(Blank::bytes).max().unwrap_or(0);
+        let entry = |blank: Blank| Entry {
+            range: 0..blank.bytes(),
+            dtype: StoredDtype::Known(blank.dtype),
+            shape: blank.shape.into(),
+            name: blank.name.into(),
+        };
+        opened.with_entries(blanks.into_iter().map(entry).collect(), seen, zeros(path, largest)?)
+    }
+
+    /// A folder that holds a `config.json` and none of the model's files.
+    fn open_config(path: &Path) -> Result<Option<Self>> {
+        let config = if path.is_dir() { path.join("config.json") } else { path.to_owned() };
+        let is_config = config.file_name().is_some_and(|name| name == "config.json");
+        let folder = config.parent().unwrap_or(path).to_owned();
+        if !is_config || !config.is_file() || (path.is_dir() && super::folder::has_weights(path)?) {
+            return Ok(None);
+        }
+        let config = Some(Config::open(&config)?);
+        let container = Container::Safetensors;
+        Self::new(&folder, container, config, None, Vec::new(), None).map(Some)
+    }
+
+    /// The same configuration over a table of tensors without content.
+    fn with_entries(&self, mut entries: Vec<Entry>, seen: Seen, bytes: Bytes) -> Result<Self> {
+        let path = self.inner.path.clone();
+        super::file::sort_entries(&path, &mut entries)?;
+        let file = TensorFile { path: path.join("config.json"), bytes, entries };
+        let config = self.inner.config.clone();
+        let mut new = Self::new(&path, self.container(), config, None, vec![file], None)?;
+        if let Some(inner) = Arc::get_mut(&mut new.inner) {
+            inner.seen = seen;
+        }
+        Ok(new.outline())
+    }
+
+    /// How much of it there was to look at.
+    pub fn seen(&self) -> Seen {
+        self.inner.seen
     }
 
     /// The folder or file that was opened.
@@ -203,6 +329,26 @@ impl Checkpoint {
         self.inner.table.iter().map(|place| &*self.entry(*place).1.name)
     }
 
+    /// Those of the names that begin with `prefix`.
+    pub fn names_below<'a>(&'a self, prefix: &'a str) -> impl Iterator<Item = &'a str> {
+        let table = &self.inner.table;
+        let name = |place: &(u32, u32)| &*self.entry(*place).1.name;
+        let first = table.partition_point(|place| name(place) < prefix);
+        table[first..].iter().map(name).take_while(move |name| name.starts_with(prefix))
+    }
+
+    /// What the configuration says about number formats, read once.
+    ///
+    /// # Errors
+    /// As [`Quantization::of`].
+    pub fn quantization(&self) -> Result<Option<Arc<Quantization>>> {
+        if let Some(read) = self.inner.quantization.get() {
+            return Ok(read.clone());
+        }
+        let read = Quantization::of(self)?.map(Arc::new);
+        Ok(self.inner.quantization.get_or_init(|| read).clone())
+    }
+
     /// Whether a file holds a tensor of this name.
     pub fn contains(&self, name: &str) -> bool {
         self.find(name).is_some()
@@ -229,7 +375,8 @@ impl Checkpoint {
         if let Some(fault) = self.inner.faults.get(name) {
             return Err(Error::tensor(&self.inner.path, name, self.describe(fault)));
         }
-        self.find(name).map(|(file, entry)| file.tensor(entry)).transpose()
+        let tensor = self.find(name).map(|(file, entry)| file.tensor(entry)).transpose()?;
+        Ok(tensor.map(|tensor| Tensor { blank: self.blank, ..tensor }))
     }
 
     /// A tensor that must be there.
@@ -278,6 +425,9 @@ impl Checkpoint {
         };
         match fault {
             Fault::Duplicate(files) => format!("stands in more than one file: {}", names(files)),
+            Fault::Absent(file) => {
+                format!("is in '{file}', which {INDEX} names and which is not there: get that file")
+            }
             Fault::Unlisted => format!("is not listed in {INDEX}, though a shard holds it"),
             Fault::Misplaced(file) => {
                 format!("is in {} according to {INDEX}, but that does not hold it", names(&[*file]))
@@ -292,6 +442,26 @@ impl std::fmt::Debug for Checkpoint {
     }
 }
 
+impl Blank {
+    /// Its size. Shapes come from a configuration, which may say anything.
+    fn bytes(&self) -> usize {
+        let elements = self.shape.iter().try_fold(1usize, |all, size| all.checked_mul(*size));
+        elements.and_then(|n| n.checked_mul(self.dtype.size().unwrap_or(1))).unwrap_or(usize::MAX)
+    }
+}
+
+/// That many zeros, none of which takes memory before it is looked at.
+fn zeros(path: &Path, len: usize) -> Result<Bytes> {
+    if len == 0 {
+        return Ok(Vec::new().into());
+    }
+    let mapped = memmap2::MmapOptions::new().len(len).no_reserve_swap().map_anon();
+    let mapped = mapped.and_then(memmap2::MmapMut::make_read_only).map_err(|_| {
+        Error::file(path, format!("asks for a tensor of {len} bytes, which no address space holds"))
+    })?;
+    Ok(Bytes::new(Arc::new(mapped)))
+}
+
 fn safetensors_file(path: &Path) -> Result<TensorFile> {
     let bytes = map(path)?;
     let entries = safetensors::read(path, &bytes)?;
@@ -301,7 +471,6 @@ fn safetensors_file(path: &Path) -> Result<TensorFile> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::checkpoint::Dtype;
 
     /// The recorded checkpoints of the repository.
     fn golden() -> PathBuf {

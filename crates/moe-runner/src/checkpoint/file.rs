@@ -80,6 +80,7 @@ impl TensorFile {
             dtype,
             shape: entry.shape.to_vec(),
             bytes,
+            blank: false,
         })
     }
 }
@@ -104,7 +105,23 @@ pub(super) fn map(path: &Path) -> Result<Bytes> {
     // SAFETY: the mapping is read-only, and `Bytes` bounds every access by its length. That nobody
     // changes or shortens the file meanwhile cannot be checked; the documentation above asks for it.
     let mapped = unsafe { Mmap::map(&file) }.map_err(io("map"))?;
+    if let Some(reason) = stands_for_another(&mapped) {
+        return Err(Error::file(path, reason));
+    }
     Ok(Bytes::new(std::sync::Arc::new(mapped)))
+}
+
+/// What a file is that a download left in the place of another one.
+pub(super) fn stands_for_another(bytes: &[u8]) -> Option<&'static str> {
+    let start = &bytes[..bytes.len().min(64)];
+    let text = start.trim_ascii_start().to_ascii_lowercase();
+    if start.starts_with(b"version https://git-lfs") {
+        return Some("is a Git-LFS pointer, not the file itself: get that with 'git lfs pull'");
+    }
+    if text.starts_with(b"<!doctype") || text.starts_with(b"<html") || text.starts_with(b"<?xml") {
+        return Some("is a web page, such as the error of a failed download: get the file again");
+    }
+    None
 }
 
 /// Checks a tensor's name, which messages and tables are to show: not empty, not absurdly long,

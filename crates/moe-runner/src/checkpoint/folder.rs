@@ -20,36 +20,52 @@ const MAX_SHARDS: usize = 10_000;
 
 /// The files that make up a model.
 pub(super) struct Folder {
+    /// The folder they are in: the one that was asked for, or a snapshot below it.
+    pub(super) path: PathBuf,
     pub(super) files: Vec<PathBuf>,
     /// What the index says, if there is one: tensor and number of the file, sorted by tensor.
     pub(super) index: Option<Vec<(Box<str>, u32)>>,
+    /// Files that the index names and that are not there, by number.
+    pub(super) absent: Vec<u32>,
 }
 
 impl Folder {
     /// Looks a folder through. With an index, the files are what it names; without, they are
-    /// `model.safetensors`, or else all `model*.safetensors`. Other files are not the model's.
+    /// `model.safetensors`, or else all safetensors files that are shards or called `model*`.
     pub(super) fn open(path: &Path) -> Result<Self> {
-        let index = path.join(INDEX);
-        if index.exists() {
-            return Self::indexed(path, &index);
-        }
-        if path.join(SINGLE).exists() {
-            return Ok(Self { files: vec![path.join(SINGLE)], index: None });
-        }
+        let path = &snapshot(path)?;
         let names = file_names(path)?;
-        let mut shards: Vec<&String> = names
-            .iter()
-            .filter(|name| name.starts_with("model") && name.ends_with(".safetensors"))
-            .collect();
+        let indices: Vec<&String> =
+            names.iter().filter(|name| name.ends_with(".safetensors.index.json")).collect();
+        match indices.as_slice() {
+            [] => {}
+            [one] => return Self::indexed(path, &path.join(one)),
+            _ if path.join(INDEX).exists() => return Self::indexed(path, &path.join(INDEX)),
+            [first, second, ..] => {
+                let reason = format!("holds two indices, '{first}' and '{second}': whose is it?");
+                return Err(Error::file(path, reason));
+            }
+        }
+        let whole = |files| Self { path: path.clone(), files, index: None, absent: Vec::new() };
+        if path.join(SINGLE).exists() {
+            return Ok(whole(vec![path.join(SINGLE)]));
+        }
+        let shards = shards(&names);
         if shards.is_empty() {
+            if let Some(unfinished) = names.iter().find(|name| is_unfinished(name)) {
+                let reason = format!(
+                    "holds no checkpoint yet: '{}' is a file that is still being fetched",
+                    printable(unfinished)
+                );
+                return Err(Error::file(path, reason));
+            }
             return Err(Error::file(path, no_model(&names)));
         }
-        shards.sort();
         if let Some(missing) = missing_shard(&shards) {
             let reason = format!("holds '{}', but no '{missing}'", shards[0]);
             return Err(Error::file(path, reason));
         }
-        Ok(Self { files: shards.into_iter().map(|name| path.join(name)).collect(), index: None })
+        Ok(whole(shards.into_iter().map(|name| path.join(name)).collect()))
     }
 
     fn indexed(path: &Path, index: &Path) -> Result<Self> {
@@ -90,22 +106,85 @@ impl Folder {
             }
             files.push(path.join(shard));
         }
-        let missing: Vec<&String> = shards
-            .iter()
-            .zip(&files)
-            .filter(|(_, file)| !file.exists())
-            .map(|(name, _)| name)
-            .collect();
-        if let Some(first) = missing.first() {
-            let reason = format!(
-                "names {} shards, of which {} are not there, such as '{first}'; get the whole checkpoint",
-                shards.len(),
-                missing.len()
-            );
-            return Err(Error::file(index, reason));
-        }
-        Ok(Self { files, index: Some(tensors) })
+        // one that no layer needs may be absent: its tensors are what cannot be had
+        let numbered = (0..).zip(&files);
+        let absent =
+            numbered.filter(|(_, file)| !file.exists()).map(|(number, _)| number).collect();
+        Ok(Self { path: path.to_owned(), files, index: Some(tensors), absent })
     }
+}
+
+/// A folder of the hub's cache holds a model's files below `snapshots`, by revision. The newest one
+/// with a `config.json`, or the folder itself where it is no such folder.
+fn snapshot(path: &Path) -> Result<PathBuf> {
+    let below = path.join("snapshots");
+    if !below.is_dir() || path.join("config.json").exists() {
+        return Ok(path.to_owned());
+    }
+    let named = std::fs::read_to_string(path.join("refs").join("main")).unwrap_or_default();
+    let main = below.join(named.trim());
+    if !named.trim().is_empty() && !named.contains(['/', '\\']) && main.is_dir() {
+        return Ok(main);
+    }
+    let revisions: Vec<PathBuf> = file_names(&below)?
+        .iter()
+        .map(|name| below.join(name))
+        .filter(|folder| folder.join("config.json").exists())
+        .collect();
+    match revisions.as_slice() {
+        [one] => Ok(one.clone()),
+        [] => {
+            Err(Error::file(path, "is a folder of the hub's cache without a whole snapshot in it"))
+        }
+        [one, ..] => {
+            let reason = format!(
+                "is a folder of the hub's cache with {} snapshots; name one of them, such as {}",
+                revisions.len(),
+                one.display()
+            );
+            Err(Error::file(path, reason))
+        }
+    }
+}
+
+/// Whether a name is one that downloaders give to files that are not whole yet.
+fn is_unfinished(name: &str) -> bool {
+    [".incomplete", ".part", ".aria2", ".crdownload", ".download"]
+        .iter()
+        .any(|ending| name.ends_with(ending))
+}
+
+/// The shards of a model without an index, sorted: safetensors files that are numbered, or named
+/// for the layers and experts in them, or `model*`. Others belong to something else: adapters, the
+/// format of the model's author, recorded outputs.
+fn shards(names: &[String]) -> Vec<&String> {
+    let files: Vec<&String> = names
+        .iter()
+        .filter(|name| name.ends_with(".safetensors") && !name.starts_with("adapter_"))
+        .collect();
+    let models = || files.iter().copied().filter(|name| name.starts_with("model"));
+    let numbered = |name: &&String| {
+        let stem = name.trim_end_matches(".safetensors");
+        name.contains("-of-") || name.starts_with("layer") || stem.ends_with(char::is_numeric)
+    };
+    let shards: Vec<&String> =
+        files.iter().copied().filter(|name| name.starts_with("model") || numbered(name)).collect();
+    match shards.is_empty() {
+        // one file of any name
+        true if files.len() == 1 => files,
+        // the author's own format beside the model's
+        _ if models().next().is_some() && shards.iter().any(|n| n.starts_with("consolidated")) => {
+            models().collect()
+        }
+        _ => shards,
+    }
+}
+
+/// Whether a folder holds weights in any format, so that its `config.json` is not all there is.
+pub(super) fn has_weights(path: &Path) -> Result<bool> {
+    let endings = [".safetensors", ".gguf", ".bin", ".pt", ".pth"];
+    let names = file_names(path)?;
+    Ok(names.iter().any(|name| endings.iter().any(|ending| name.ends_with(ending))))
 }
 
 /// Names of the files in a folder, sorted; those that are no UTF-8 are none of ours.
@@ -131,23 +210,27 @@ fn no_model(names: &[String]) -> String {
     } else {
         String::new()
     };
-    format!("holds no checkpoint: no {INDEX}, {SINGLE} or model*.safetensors{also}")
+    format!("holds no checkpoint: no {INDEX}, {SINGLE} or numbered safetensors files{also}")
 }
 
-/// The first name that is absent from a set of shards named `…-00001-of-00003.safetensors`.
+/// The first name that is absent from sets of shards named `…-00001-of-00003.safetensors`.
 fn missing_shard(shards: &[&String]) -> Option<String> {
-    let (stem, count) = shards[0].strip_suffix(".safetensors")?.rsplit_once("-of-")?;
-    let (stem, number) = stem.rsplit_once('-')?;
-    let width = number.len();
     let digits = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
-    if !digits(number) || !digits(count) {
-        return None;
-    }
-    // A count that is no usable number is a name like any other.
-    let total: usize = count.parse().ok().filter(|total| *total <= MAX_SHARDS)?;
-    (1..=total)
-        .map(|number| format!("{stem}-{number:0width$}-of-{count}.safetensors"))
-        .find(|name| !shards.contains(&name))
+    let set = |name: &str| {
+        let (stem, count) = name.strip_suffix(".safetensors")?.rsplit_once("-of-")?;
+        let (stem, number) = stem.rsplit_once('-')?;
+        // A count that is no usable number is a name like any other.
+        let total: usize = count.parse().ok().filter(|total| *total <= MAX_SHARDS)?;
+        let counted = digits(number) && digits(count);
+        counted.then(|| (stem.to_string(), number.len(), count.to_string(), total))
+    };
+    let sets: std::collections::BTreeSet<_> = shards.iter().filter_map(|name| set(name)).collect();
+    let held: std::collections::BTreeSet<&str> = shards.iter().map(|name| name.as_str()).collect();
+    sets.into_iter().take(MAX_SHARDS).find_map(|(stem, width, count, total)| {
+        (1..=total)
+            .map(|number| format!("{stem}-{number:0width$}-of-{count}.safetensors"))
+            .find(|name| !held.contains(name.as_str()))
+    })
 }
 
 #[derive(Deserialize)]

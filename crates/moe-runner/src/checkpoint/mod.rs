@@ -10,13 +10,14 @@ mod container;
 mod file;
 mod folder;
 pub mod gguf;
+mod outline;
 pub mod quantization;
 mod safetensors;
 mod tensor;
 mod write;
 
 pub use config::Config;
-pub use container::{Checkpoint, Container, TensorInfo};
+pub use container::{Checkpoint, Container, Seen, TensorInfo};
 pub use file::StoredDtype;
 pub use tensor::{Bytes, Dtype, Tensor};
 pub use write::{NewTensor, Writer, write_safetensors};

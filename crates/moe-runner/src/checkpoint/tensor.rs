@@ -90,6 +90,8 @@ pub struct Tensor {
     pub shape: Vec<usize>,
     /// The content.
     pub bytes: Bytes,
+    /// The content is not to be read: an outline's numbers are all one.
+    pub(crate) blank: bool,
 }
 
 impl Tensor {
@@ -119,6 +121,10 @@ impl Tensor {
     /// # Errors
     /// [`Error::Tensor`] if the dtype is none of F32, F16, BF16, F64.
     pub fn to_f32(&self) -> Result<Vec<f32>> {
+        let float = matches!(self.dtype, Dtype::F32 | Dtype::F64 | Dtype::F16 | Dtype::Bf16);
+        if self.blank && float {
+            return Ok(vec![1.0; self.shape.iter().product()]);
+        }
         let bytes: &[u8] = &self.bytes;
         Ok(match self.dtype {
             Dtype::F32 => bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
@@ -140,6 +146,10 @@ impl Tensor {
     /// # Errors
     /// [`Error::Tensor`] if the dtype is none of I64, I32, U32, U8.
     pub fn to_i64(&self) -> Result<Vec<i64>> {
+        let integer = matches!(self.dtype, Dtype::I64 | Dtype::I32 | Dtype::U32 | Dtype::U8);
+        if self.blank && integer {
+            return Ok(vec![0; self.shape.iter().product()]);
+        }
         let bytes: &[u8] = &self.bytes;
         Ok(match self.dtype {
             Dtype::I64 => bytes.as_chunks().0.iter().map(|b| i64::from_le_bytes(*b)).collect(),

@@ -226,6 +226,14 @@ impl Branch<'_> {
 
     fn only_stacks(&self) -> Error {
         let kind = if self.shared { "shared experts" } else { "experts" };
+        if self.stored.bias.is_some() {
+            let reason = format!(
+                "holds the {kind} of layer {} as a stack with biases, which is not taken apart into \
+                 a module for each expert: ignore these experts",
+                self.entry.spec.index
+            );
+            return Error::tensor(self.checkpoint.path(), &self.stored.up, reason);
+        }
         Error::tensor(
             self.checkpoint.path(),
             &self.stored.up,

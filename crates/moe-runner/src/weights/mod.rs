@@ -12,7 +12,7 @@ mod synthetic;
 
 pub use activation::ActivationQuant;
 pub(crate) use load::float;
-pub use load::{Accounting, account, scan_finite};
+pub use load::{Accounting, account, scan_finite, survey};
 pub use matrix::Matrix;
 pub use quant::{Finding, FindingKind, diagnose};
 pub use synthetic::{RandomFormat, RandomScaled, random_layer, random_matrix};

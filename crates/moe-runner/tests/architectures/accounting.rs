@@ -105,10 +105,14 @@ fn wrong_dtype() {
 
 #[test]
 fn unexpected() {
-    // beside the experts: told, but harmless
-    let (account, error) = after(|model| model.add("model.layers.0.mlp.extra.weight", &[1]));
-    assert_eq!(account.unexpected, ["model.layers.0.mlp.extra.weight"]);
-    assert_eq!(error, None);
+    // beside the experts: what the layer computes without it is not what was meant
+    for name in ["model.layers.0.mlp.extra.weight", "model.layers.0.mlp.shared_expert.up_proj.bias"]
+    {
+        let (account, error) = after(|model| model.add(name, &[1]));
+        assert_eq!(account.unexpected, [name]);
+        assert!(!account.is_complete());
+        assert!(error.unwrap().contains(name));
+    }
 
     // among the experts: an expert too many, a second spelling, a tensor of an unknown scheme
     for name in [

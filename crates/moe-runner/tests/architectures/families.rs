@@ -590,8 +590,9 @@ const FAMILIES: &[Family] = &[
         },
     },
     Family {
-        types: &["bailing_hybrid"],
-        config: r#"{"num_experts": 4, "moe_intermediate_size": 4, "num_shared_experts": 3}"#,
+        types: &["bailing_hybrid", "bailing_moe_v2", "bailing_moe_linear"],
+        config: r#"{"num_experts": 4, "moe_intermediate_size": 4, "num_shared_experts": 3,
+            "n_group": 1, "topk_group": 1, "first_k_dense_replace": 2}"#,
         moe: &[2],
         layer: 2,
         block: "model.layers.2.mlp",
@@ -637,7 +638,7 @@ const FAMILIES: &[Family] = &[
     },
     Family {
         types: &["beam"],
-        config: r#"{"num_experts": 4, "moe_intermediate_size": 4, "n_group": 2, "topk_group": 1,
+        config: r#"{"n_group": 1, "topk_group": 1, "num_experts": 4, "moe_intermediate_size": 4, "n_group": 2, "topk_group": 1,
             "first_k_dense_replace": 0}"#,
         moe: &[0, 1, 2],
         layer: 0,
@@ -651,7 +652,7 @@ const FAMILIES: &[Family] = &[
     },
     Family {
         types: &["axk1"],
-        config: r#"{"n_routed_experts": 4, "moe_intermediate_size": 4, "n_shared_experts": 3}"#,
+        config: r#"{"n_group": 1, "topk_group": 1, "n_routed_experts": 4, "moe_intermediate_size": 4, "n_shared_experts": 3}"#,
         moe: &[1, 2],
         layer: 1,
         block: "model.layers.1.mlp",
@@ -675,7 +676,7 @@ const FAMILIES: &[Family] = &[
         },
     },
     Family {
-        types: &["hy_v4"],
+        types: &["hy_v4", "hy_v4_vl", "hy_v4_vl_text"],
         config: r#"{"n_routed_experts": 4, "moe_intermediate_size": 4, "n_shared_experts": 3}"#,
         moe: &[1, 2],
         layer: 1,
@@ -860,16 +861,19 @@ const FAMILIES: &[Family] = &[
             &["gate.bias 4"],
             W123,
             &[
-                "shared_experts.w1.weight 12 8",
-                "shared_experts.w3.weight 12 8",
-                "shared_experts.w2.weight 8 12",
+                "shared_experts.w1.weight 4 8",
+                "shared_experts.w3.weight 4 8",
+                "shared_experts.w2.weight 8 4",
             ],
         ],
+        // one shared expert, as wide as a routed one, whatever `n_shared_experts` says
         expect: |s| {
             v3_shared(s, 1.5);
             s.router.score = Score::SqrtSoftplus;
             s.expert.activation = clamped(1.0, 0.0, 10.0);
-            shared(s).activation = clamped(1.0, 0.0, 10.0);
+            let shared = shared(s);
+            shared.activation = clamped(1.0, 0.0, 10.0);
+            shared.intermediate = 4;
         },
     },
     Family {
@@ -931,7 +935,7 @@ const FAMILIES: &[Family] = &[
         },
     },
     Family {
-        types: &["inkling2", "inkling2_text"],
+        types: &["inkling2", "inkling2_text", "inkling2_loop", "inkling2_loop_text"],
         config: r#"{"n_routed_experts": 4, "moe_intermediate_size": 4, "mlp_gate_softcap": 3}"#,
         moe: &[0, 1, 2],
         layer: 1,
@@ -940,6 +944,123 @@ const FAMILIES: &[Family] = &[
         expect: |s| {
             v3(s, 8.0);
             s.expert.activation = Activation::Situ { beta: 3.0, lambda: Some(25.0) };
+        },
+    },
+    // the names of the hub, the bias in the gate
+    Family {
+        types: &["sarvam_moe", "sarvam_mla"],
+        config: r#"{"num_experts": 4, "moe_intermediate_size": 4, "num_shared_experts": 3}"#,
+        moe: &[1, 2],
+        layer: 1,
+        block: "model.layers.1.mlp",
+        tensors: &[GATE, &["gate.expert_bias 4"], EACH, SHARED],
+        expect: |s| v3_shared(s, 2.5),
+    },
+    Family {
+        types: &["deepseek"],
+        config: r#"{"n_routed_experts": 4, "moe_intermediate_size": 4, "n_shared_experts": 3,
+            "first_k_dense_replace": 1}"#,
+        moe: &[1, 2],
+        layer: 1,
+        block: "model.layers.1.mlp",
+        tensors: &[GATE, EACH, SHARED],
+        expect: |s| {
+            shared(s);
+        },
+    },
+    Family {
+        types: &["bailing_moe"],
+        config: r#"{"num_experts": 4, "moe_intermediate_size": 4, "num_shared_experts": 3}"#,
+        moe: &[0, 1, 2],
+        layer: 1,
+        block: "model.layers.1.mlp",
+        tensors: &[GATE, EACH, SHARED],
+        expect: |s| {
+            s.router.renormalise = SUM_20;
+            shared(s);
+        },
+    },
+    Family {
+        types: &["hunyuan"],
+        config: r#"{"num_experts": 4, "intermediate_size": 12, "moe_topk": [1, 1, 1],
+            "moe_intermediate_size": [6, 5, 4], "num_shared_expert": [0, 0, 1],
+            "num_experts_per_tok": null}"#,
+        moe: &[0, 1, 2],
+        layer: 2,
+        block: "model.layers.2.mlp",
+        tensors: &[&["gate.wg.weight 4 8"], EACH, SHARED_MLP],
+        expect: |s| {
+            s.router.top_k = 1;
+            shared(s);
+        },
+    },
+    Family {
+        types: &["lara_mini"],
+        config: r#"{"num_experts": 4, "moe_intermediate_size": 4,
+            "shared_expert_intermediate_size": 12}"#,
+        moe: &[0, 1, 2],
+        layer: 0,
+        block: "model.layers.0.mlp",
+        tensors: &[GATE, EACH, SHARED_ONE],
+        expect: |s| {
+            shared(s);
+            s.router.renormalise = SUM;
+        },
+    },
+    // routed experts between projections to a narrower width, with a norm after them
+    Family {
+        types: &["kimi_k3"],
+        config: r#"{"num_experts": 4, "moe_intermediate_size": 4, "num_shared_experts": 3,
+            "routed_expert_hidden_size": 6, "hidden_act": "situ", "activation_situ_beta": 4.0,
+            "activation_situ_linear_beta": 25.0, "routed_scaling_factor": 1.5}"#,
+        moe: &[1, 2],
+        layer: 1,
+        block: "language_model.model.layers.1.block_sparse_moe",
+        tensors: &[
+            GATE,
+            BIAS,
+            &[
+                "experts.{e}.w1.weight 4 6",
+                "experts.{e}.w3.weight 4 6",
+                "experts.{e}.w2.weight 6 4",
+            ],
+            SHARED,
+            &["routed_expert_down_proj.weight 6 8", "routed_expert_up_proj.weight 8 6"],
+            &["routed_expert_norm.weight 6"],
+        ],
+        expect: |s| {
+            v3_shared(s, 1.5);
+            let situ = Activation::Situ { beta: 4.0, lambda: Some(25.0) };
+            s.expert.activation = situ;
+            s.shared.as_mut().unwrap().activation = situ;
+            s.dims.routed_hidden = 6;
+            s.input_transform = Transform { steps: vec![TransformStep::Linear { width: 6 }] };
+            s.output_transform.steps =
+                vec![TransformStep::RmsNorm(norm(1e-5)), TransformStep::Linear { width: 8 }];
+        },
+    },
+    Family {
+        types: &["nemotron_h_omni", "nemo_speechlm"],
+        config: r#"{"llm_config": {"model_type": "nemotron_h", "hidden_size": 8,
+            "hybrid_override_pattern": "ME*", "num_experts_per_tok": 2, "n_group": 1,
+            "n_routed_experts": 4, "moe_intermediate_size": 4, "topk_group": 1,
+            "moe_shared_expert_intermediate_size": 12, "routed_scaling_factor": 2.5}}"#,
+        moe: &[1],
+        layer: 1,
+        block: "language_model.backbone.layers.1.mixer",
+        tensors: &[
+            GATE,
+            BIAS,
+            &["experts.{e}.up_proj.weight 4 8", "experts.{e}.down_proj.weight 8 4"],
+            &["shared_experts.up_proj.weight 12 8", "shared_experts.down_proj.weight 8 12"],
+        ],
+        expect: |s| {
+            v3(s, 2.5);
+            s.expert.gated = false;
+            s.expert.activation = Activation::Relu2;
+            let shared = shared(s);
+            shared.gated = false;
+            shared.activation = Activation::Relu2;
         },
     },
 ];
@@ -1085,8 +1206,12 @@ fn limits_by_layer() {
 #[test]
 fn unusable_configs_are_refused() {
     let cases = [
-        (r#"{"model_type": "qwen3_moe", "moe_intermediate_size": 4}"#, "num_experts"),
-        (r#"{"model_type": "qwen3_moe", "num_experts": 4}"#, "moe_intermediate_size"),
+        (r#"{"model_type": "bailing_moe", "num_experts": 4}"#, "moe_intermediate_size"),
+        (
+            r#"{"model_type": "deepseek_v2", "num_experts_per_tok": null}"#,
+            "'num_experts_per_tok': is missing",
+        ),
+        (r#"{"model_type": "qwen3_moe", "hidden_act": null}"#, "'hidden_act': is null"),
         (r#"{"model_type": "llama"}"#, "model_type"),
         (r#"{"model_type": "doge", "num_experts": 4}"#, "product keys"),
         (r#"{"model_type": "switch_transformers"}"#, "capacity"),

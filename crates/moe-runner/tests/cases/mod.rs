@@ -7,6 +7,7 @@ use moe_runner::checkpoint::Checkpoint;
 use moe_runner::checkpoint::architecture::{self, LayerEntry};
 use moe_runner::hidden::ActivationDtype;
 use moe_runner::router::Routing;
+use moe_runner::spec::{LayerSpec, ScaleOn};
 use moe_runner::weights::LoadedLayer;
 
 /// One checkpoint with its recordings.
@@ -104,15 +105,20 @@ impl Case {
 }
 
 impl Recorded {
-    /// Ids exact, weights within 1e-5; the order within a row carries no meaning.
-    pub fn expect_routing(&self, place: &str, routing: &Routing) {
+    /// Ids exact, weights within 1e-5; the order within a row carries no meaning. Recorded weights
+    /// hold the scaling factor, also where the layer applies it to the sum.
+    pub fn expect_routing(&self, place: &str, spec: &LayerSpec, routing: &Routing) {
+        let factor = match spec.routed_scale.on {
+            ScaleOn::Weights => 1.0,
+            ScaleOn::Output => spec.routed_scale.factor,
+        };
         assert_eq!(routing.top_k, self.top_k, "{place}");
         for t in 0..routing.tokens {
             let mut got: Vec<(i64, f32)> = routing
                 .ids_of(t)
                 .iter()
                 .map(|id| i64::from(id.0))
-                .zip(routing.weights_of(t).iter().copied())
+                .zip(routing.weights_of(t).iter().map(|weight| weight * factor))
                 .collect();
             got.sort_by_key(|(id, _)| *id);
             for (j, (id, weight)) in got.into_iter().enumerate() {

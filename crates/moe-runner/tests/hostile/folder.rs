@@ -68,15 +68,74 @@ fn shards_that_are_not_there() {
     let folder = folder();
     index(folder.path(), RIGHT);
     std::fs::remove_file(folder.path().join("model-00002-of-00002.safetensors")).unwrap();
-    refused(
-        folder.path(),
-        INDEX,
-        "of which 1 are not there, such as 'model-00002-of-00002.safetensors'",
-    );
+    // what it holds may never be asked for
+    let opened = Checkpoint::open(folder.path()).unwrap();
+    assert_eq!(opened.names().collect::<Vec<_>>(), ["a"]);
+    let message = one_line(opened.require("b").unwrap_err(), "");
+    assert!(message.contains("'b': is in 'model-00002-of-00002.safetensors', which"), "{message}");
     std::fs::remove_file(folder.path().join(INDEX)).unwrap();
     refused(folder.path(), "", "but no 'model-00002-of-00002.safetensors'");
     write(folder.path(), "model-00002-of-00002.safetensors", "");
     refused(folder.path(), "model-00002-of-00002.safetensors", "is empty");
+}
+
+#[test]
+fn shards_of_any_stem() {
+    let folder = folder();
+    write(folder.path(), "layer-0-experts-0-3.safetensors", shard("c"));
+    write(folder.path(), "golden.safetensors", shard("d"));
+    assert_eq!(names(folder.path()), ["a", "b", "c"]);
+    write(folder.path(), "other-00002-of-00002.safetensors", shard("e"));
+    refused(folder.path(), "", "but no 'other-00001-of-00002.safetensors'");
+    // the author's own format stands beside the hub's
+    std::fs::remove_file(folder.path().join("other-00002-of-00002.safetensors")).unwrap();
+    write(folder.path(), "consolidated-00001-of-00001.safetensors", shard("f"));
+    assert_eq!(names(folder.path()), ["a", "b"]);
+}
+
+#[test]
+fn a_folder_of_the_hubs_cache() {
+    let folder = tempfile::tempdir().unwrap();
+    let snapshots = folder.path().join("snapshots");
+    let revision = |name: &str| {
+        let path = snapshots.join(name);
+        std::fs::create_dir_all(&path).unwrap();
+        path
+    };
+    let first = revision("aaaa");
+    refused(folder.path(), "", "without a whole snapshot");
+    write(&first, "config.json", "{}");
+    write(&first, "model.safetensors", shard("a"));
+    assert_eq!(names(folder.path()), ["a"]);
+    let second = revision("bbbb");
+    write(&second, "config.json", "{}");
+    write(&second, "model.safetensors", shard("b"));
+    refused(folder.path(), "", "with 2 snapshots; name one of them");
+    std::fs::create_dir(folder.path().join("refs")).unwrap();
+    write(&folder.path().join("refs"), "main", "bbbb\n");
+    assert_eq!(names(folder.path()), ["b"]);
+}
+
+#[test]
+fn files_in_the_place_of_others() {
+    let pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n";
+    let page = "\n<!DOCTYPE html><html><body>503</body></html>";
+    for (text, wanted) in [(pointer, "is a Git-LFS pointer"), (page, "is a web page")] {
+        for file in ["model.safetensors", "config.json", INDEX] {
+            let folder = tempfile::tempdir().unwrap();
+            write(folder.path(), "config.json", "{}");
+            write(folder.path(), "model.safetensors", shard("a"));
+            write(folder.path(), file, text);
+            refused(folder.path(), file, wanted);
+        }
+        let folder = tempfile::tempdir().unwrap();
+        write(folder.path(), "model.gguf", text);
+        refused(&folder.path().join("model.gguf"), "model.gguf", wanted);
+    }
+    let folder = tempfile::tempdir().unwrap();
+    write(folder.path(), "config.json", "{}");
+    write(folder.path(), "model-00001-of-00002.safetensors.incomplete", "half");
+    refused(folder.path(), "", "a file that is still being fetched");
 }
 
 #[test]

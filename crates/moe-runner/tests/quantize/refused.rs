@@ -117,8 +117,7 @@ fn checkpoints_that_cannot_be_quantised() {
     says(&case("gguf_qwen3moe_f32/model.gguf"), Format::Fp8, "has no config.json");
     says(&case("quant_qwen3_moe_fp8_block"), Format::Fp8, "is quantised already (fp8)");
     says(&case("gpt_oss_mxfp4"), Format::Fp8, "is quantised already (mxfp4)");
-    says(&case("gpt_oss"), Format::Fp8, "no names for quantised experts are published");
-    says(&case("granitemoe"), Format::Fp8, "no names for quantised experts are published");
+    says(&case("gpt_oss"), Format::Fp8, "as a stack with biases");
     let sizes = case("olmoe_f16");
     says(&sizes, Format::W4a16 { group: 128 }, "has 64 columns, which groups of 128 (w4a16)");
     says(&sizes, Format::W4a16 { group: 128 }, "do not divide; groups of 64 do");
@@ -133,4 +132,16 @@ fn stacks_are_written_under_the_names_of_modules() {
     let entries: Vec<LayerEntry> = architecture::layers(&checkpoint).unwrap();
     let names = entries[0].tensors.experts_by_module.as_ref().unwrap();
     assert_eq!(names.up, "language_model.model.layers.1.feed_forward.experts.{e}.up_proj");
+}
+
+/// Stacks of an architecture whose quantised checkpoints are published with a module for each expert.
+#[test]
+fn stacks_become_modules() {
+    let to = tempfile::tempdir().unwrap();
+    write(&case("granitemoe"), &to.path().join("fp8"), &options(Format::Fp8)).unwrap();
+    let checkpoint = Checkpoint::open(&to.path().join("fp8")).unwrap();
+    for entry in moe_runner::checkpoint::architecture::layers(&checkpoint).unwrap() {
+        assert!(entry.tensors.experts.up.ends_with("block_sparse_moe.experts.{e}.up_proj"));
+        assert!(moe_runner::weights::account(&checkpoint, &entry).is_complete());
+    }
 }

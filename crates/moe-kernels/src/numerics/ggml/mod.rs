@@ -4,6 +4,7 @@
 //! Every decoded value is the exact one, rounded once to f32: scales are f16 and products of scale
 //! and code fit f32, so that only the subtraction of a minimum rounds.
 
+mod grids;
 mod k_quants;
 mod non_linear;
 mod simple;
@@ -46,6 +47,22 @@ pub enum BlockType {
     Tq2_0,
     /// 32 values of FP4 E2M1, E8M0 scale.
     Mxfp4,
+    /// 256 values in eights from a grid of 2048, 3-bit scales of 32.
+    Iq1S,
+    /// 256 values in eights from a grid of 2048, 3-bit scales of 16.
+    Iq1M,
+    /// 256 values in eights from a grid of 256, 4-bit scales of 32.
+    Iq2Xxs,
+    /// 256 values in eights from a grid of 512, 4-bit scales of 16.
+    Iq2Xs,
+    /// 256 values in eights from a grid of 1024, 4-bit scales of 16.
+    Iq2S,
+    /// 256 values in fours from a grid of 256, 4-bit scales of 32.
+    Iq3Xxs,
+    /// 256 values in fours from a grid of 512, 4-bit scales of 32.
+    Iq3S,
+    /// 64 values of FP4 E2M1, E4M3 scales of 16.
+    Nvfp4,
 }
 
 /// Most values that a block holds.
@@ -53,7 +70,7 @@ const MAX_BLOCK_LEN: usize = 256;
 
 impl BlockType {
     /// All of them.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 23] = [
         Self::Q4_0,
         Self::Q4_1,
         Self::Q5_0,
@@ -69,6 +86,14 @@ impl BlockType {
         Self::Tq1_0,
         Self::Tq2_0,
         Self::Mxfp4,
+        Self::Iq1S,
+        Self::Iq1M,
+        Self::Iq2Xxs,
+        Self::Iq2Xs,
+        Self::Iq2S,
+        Self::Iq3Xxs,
+        Self::Iq3S,
+        Self::Nvfp4,
     ];
 
     /// Number, name, values and bytes of a block.
@@ -89,6 +114,14 @@ impl BlockType {
             Self::Tq1_0 => (34, "TQ1_0", 256, 54),
             Self::Tq2_0 => (35, "TQ2_0", 256, 66),
             Self::Mxfp4 => (39, "MXFP4", 32, 17),
+            Self::Iq1S => (19, "IQ1_S", 256, 50),
+            Self::Iq1M => (29, "IQ1_M", 256, 56),
+            Self::Iq2Xxs => (16, "IQ2_XXS", 256, 66),
+            Self::Iq2Xs => (17, "IQ2_XS", 256, 74),
+            Self::Iq2S => (22, "IQ2_S", 256, 82),
+            Self::Iq3Xxs => (18, "IQ3_XXS", 256, 98),
+            Self::Iq3S => (21, "IQ3_S", 256, 110),
+            Self::Nvfp4 => (40, "NVFP4", 64, 36),
         }
     }
 
@@ -162,6 +195,14 @@ impl BlockType {
             Self::Tq1_0 => ternary::decode_tq1_0(block, out),
             Self::Tq2_0 => ternary::decode_tq2_0(block, out),
             Self::Mxfp4 => non_linear::decode_mxfp4(block, out),
+            Self::Iq1S => grids::decode_iq1_s(block, out),
+            Self::Iq1M => grids::decode_iq1_m(block, out),
+            Self::Iq2Xxs => grids::decode_iq2_xxs(block, out),
+            Self::Iq2Xs => grids::decode_iq2_xs(block, out),
+            Self::Iq2S => grids::decode_iq2_s(block, out),
+            Self::Iq3Xxs => grids::decode_iq3_xxs(block, out),
+            Self::Iq3S => grids::decode_iq3_s(block, out),
+            Self::Nvfp4 => grids::decode_nvfp4(block, out),
         }
     }
 

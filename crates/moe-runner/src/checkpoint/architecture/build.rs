@@ -4,7 +4,7 @@ use super::row::{Architecture, ExpertNames, Names, Renorm, Shared};
 use super::rules::listed_kind;
 use super::settings::Settings;
 use super::tensors::{Experts, Form, LayerTensors, Projection, SharedTensors, StepTensors};
-use super::{LayerEntry, TensorNames};
+use super::{LayerEntry, TensorNames, variants};
 use crate::Result;
 use crate::checkpoint::Checkpoint;
 use crate::spec::{
@@ -33,22 +33,33 @@ impl Model<'_> {
             }
         }
         let (stem, names) = self.spelling(&moe);
-        moe.into_iter().map(|layer| self.layer(stem, names, layer)).collect()
+        moe.into_iter().map(|layer| self.layer(&stem, &names, layer)).collect()
     }
 
-    /// Where layers stand and what their tensors are called: of the row's spellings the one that
-    /// the checkpoint has most of.
-    fn spelling(&self, moe: &[usize]) -> (&'static str, &'static Names) {
+    /// Where layers stand and what their tensors are called: of the known spellings the one that
+    /// the checkpoint has most of. The row's come first, and win where others have no more.
+    fn spelling(&self, moe: &[usize]) -> (String, Names) {
         let row = self.row;
-        let mut best = (row.stems[0], &row.names[0]);
+        let known = row.stems.iter().chain(variants::STEMS).map(|stem| (*stem).to_string());
+        let known: Vec<String> = known.filter(|stem| self.resolver.index.any_below(stem)).collect();
+        let found = self.best(&known, moe);
+        let found = found.or_else(|| self.best(&self.resolver.index.stems(), moe));
+        found.unwrap_or_else(|| (row.stems[0].to_string(), row.names[0]))
+    }
+
+    fn best(&self, stems: &[String], moe: &[usize]) -> Option<(String, Names)> {
+        let row = self.row;
+        let elsewhere = variants::BLOCKS.iter().map(|block| Names { block, ..row.names[0] });
+        let spellings: Vec<Names> = row.names.iter().copied().chain(elsewhere).collect();
+        let mut best = None;
         let mut most = 0;
-        for stem in row.stems.iter().copied().filter(|stem| self.resolver.index.any_below(stem)) {
-            for names in row.names {
+        for stem in stems {
+            for names in &spellings {
                 let found =
                     |layer: &usize| self.resolver.found(&Scope::new(stem, names, *layer), names);
                 let found = moe.iter().map(found).sum();
                 if found > most {
-                    (best, most) = ((stem, names), found);
+                    (best, most) = (Some((stem.clone(), *names)), found);
                 }
             }
         }
@@ -69,15 +80,16 @@ impl Model<'_> {
         let hidden = settings.need_size(row.hidden, layer)?;
         let intermediate = settings.need_size(row.intermediate, layer)?;
         let activation = settings.activation(row.activation.0, row.activation.1)?;
-        let factor = settings.number(row.scale.0, layer)?;
-        let default_scale = if settings.states_null(row.scale.0) { 1.0 } else { row.scale.1 };
+        // published configs have null here, also where the class would not take it
+        let factor = match settings.states_null(row.scale) {
+            true => 1.0,
+            false => settings.number(row.scale, layer)?.unwrap_or(1.0),
+        };
         let shared_width = match row.shared {
             Shared::No => 0,
-            Shared::Width(keys, Some(default)) => settings.size(keys, layer)?.unwrap_or(default),
-            Shared::Width(keys, None) => settings.need_size(keys, layer)?,
-            Shared::Times(keys, _) if settings.states_null(keys) => 0,
-            Shared::Times(keys, default) => {
-                settings.size(keys, layer)?.unwrap_or(default).saturating_mul(intermediate)
+            Shared::Width(keys) => settings.size(keys, layer)?.unwrap_or(0),
+            Shared::Times(keys) => {
+                settings.size(keys, layer)?.unwrap_or(0).saturating_mul(intermediate)
             }
             Shared::Same => intermediate,
         };
@@ -90,7 +102,7 @@ impl Model<'_> {
             expert: ExpertSpec { gated: true, activation, bias: row.expert_bias, norm: None },
             input_transform: Transform::default(),
             output_transform: Transform::default(),
-            routed_scale: RoutedScale { factor: factor.unwrap_or(default_scale), on: row.scale_on },
+            routed_scale: RoutedScale { factor, on: row.scale_on },
             shared: (shared_width > 0).then_some(SharedSpec {
                 count: 1,
                 intermediate: shared_width,
@@ -113,9 +125,7 @@ impl Model<'_> {
         let renormalise = match row.renormalise {
             Renorm::Never => Renormalise::None,
             Renorm::Always(eps) => Renormalise::Sum { eps },
-            Renorm::If(keys, default, eps) if settings.flag(keys, default)? => {
-                Renormalise::Sum { eps }
-            }
+            Renorm::If(keys, eps) if settings.flag(keys, false)? => Renormalise::Sum { eps },
             Renorm::If(..) => Renormalise::None,
         };
         let score = match settings.text(&["scoring_func"])? {
@@ -167,15 +177,64 @@ impl Resolver<'_> {
     fn found(&self, scope: &Scope, names: &Names) -> usize {
         let module = |name: &str| !name.is_empty() && self.index.has_module(&scope.resolve(name));
         [
-            module(names.gate),
-            module(names.correction),
-            module(names.shared.gate),
-            module(names.shared.down),
-            names.experts.iter().any(|experts| self.index.has_experts(scope, experts)),
+            module(self.gate(scope, names)),
+            module(self.correction(scope, names)),
+            self.shared(scope, names).iter().any(|shared| module(shared.up) || module(shared.down)),
+            self.shared(scope, names)
+                .iter()
+                .any(|shared| module(shared.gate) && module(shared.up) && module(shared.down)),
+            self.routed(names).any(|experts| self.index.has_experts(scope, &experts)),
         ]
         .into_iter()
         .filter(|found| *found)
         .count()
+    }
+
+    /// Whether other names than those of the row are looked for.
+    fn varies(&self) -> bool {
+        self.checkpoint.metadata().is_none()
+    }
+
+    /// Of `first` and `others` the name of a module that is there; `first`, if none is.
+    fn there<'n>(&self, scope: &Scope, first: &'n str, others: &[&'n str]) -> &'n str {
+        let there = |name: &&str| self.index.has_module(&scope.resolve(name));
+        let others = others.iter().copied().filter(|_| self.varies() && !first.is_empty());
+        std::iter::once(first).chain(others).find(there).unwrap_or(first)
+    }
+
+    fn gate(&self, scope: &Scope, names: &Names) -> &'static str {
+        // a gate has weights: other tensors may stand below its name
+        let weights = |name: &&str| {
+            let module = scope.resolve(name);
+            !name.is_empty()
+                && ["", ".weight", ".qweight", ".weight_packed"]
+                    .iter()
+                    .any(|ending| self.index.contains(&format!("{module}{ending}")))
+        };
+        let others = variants::GATES.iter().copied().filter(|_| self.varies());
+        std::iter::once(names.gate).chain(others).find(weights).unwrap_or(names.gate)
+    }
+
+    fn correction(&self, scope: &Scope, names: &Names) -> &'static str {
+        let others = variants::CORRECTIONS;
+        // the bias of a gate that has one corrects nothing
+        let others: Vec<&'static str> =
+            others.iter().copied().filter(|name| *name != names.gate_bias).collect();
+        self.there(scope, names.correction, &others)
+    }
+
+    /// Ways in which routed experts may be stored, published ones first.
+    fn routed(&self, names: &Names) -> impl Iterator<Item = ExpertNames> {
+        let first = names.experts[0];
+        let others = variants::EXPERTS.iter().filter(|_| self.varies()).copied();
+        let others = others.map(move |names| ExpertNames { norm: first.norm, ..names });
+        names.experts.iter().copied().chain(others)
+    }
+
+    /// Ways in which shared experts may be stored.
+    fn shared(&self, _: &Scope, names: &Names) -> Vec<ExpertNames> {
+        let others = variants::SHARED.iter().filter(|_| self.varies()).copied();
+        std::iter::once(names.shared).chain(others).collect()
     }
 
     /// Where the weights of a layer stand.
@@ -196,34 +255,38 @@ impl Resolver<'_> {
             steps.collect::<Vec<_>>()
         };
         let shared = spec.shared.as_ref().map(|shared| SharedTensors {
-            experts: Experts {
+            experts: self.best_way(scope, &self.shared(scope, names), |names| Experts {
                 count: shared.count,
                 intermediate: shared.intermediate,
                 hidden: spec.dims.hidden,
-                ..experts(scope, &names.shared, shared.gated, shared.bias, false)
-            },
+                ..experts(scope, names, shared.gated, shared.bias, false)
+            }),
             gate: needed(shared.sigmoid_gate, names.shared_gate),
             input_norm: needed(shared.input_norm.is_some(), names.shared_norms[0]),
             output_norm: needed(shared.output_norm.is_some(), names.shared_norms[1]),
         });
         LayerTensors {
             gate: Projection::whole(
-                scope.resolve(names.gate),
+                scope.resolve(self.gate(scope, names)),
                 spec.router.logits(),
                 spec.dims.hidden,
             ),
             gate_bias: needed(spec.gate.bias, names.gate_bias),
-            correction: needed(spec.router.correction != Correction::None, names.correction),
+            correction: needed(
+                spec.router.correction != Correction::None,
+                self.correction(scope, names),
+            ),
             per_expert_scale: needed(spec.router.per_expert_scale, names.per_expert_scale),
             gate_input_scale: needed(spec.gate.scaled_rms_eps.is_some(), names.gate_input_scale),
             global_scale: given(names.global_scale),
             hash_table: needed(hash, names.hash_table),
-            experts: self.stored_experts(scope, names, spec),
-            experts_by_module: names
-                .experts
-                .iter()
+            experts: self.best_way(scope, &self.routed(names).collect::<Vec<_>>(), |names| {
+                routed_experts(scope, names, spec)
+            }),
+            experts_by_module: self
+                .routed(names)
                 .find(|names| names.form == Form::Each)
-                .map(|names| routed_experts(scope, names, spec)),
+                .map(|names| routed_experts(scope, &names, spec)),
             input_transform: steps(&spec.input_transform, names.input_transform, spec.dims.hidden),
             output_transform: steps(
                 &spec.output_transform,
@@ -240,27 +303,39 @@ impl Resolver<'_> {
         }
     }
 
-    /// The way in which this checkpoint stores the layer's experts. Where two ways have the same
-    /// names, the shapes decide; where the shapes fit both, the order in the row does.
-    fn stored_experts(&self, scope: &Scope, names: &Names, spec: &LayerSpec) -> Experts {
-        let ways: Vec<Experts> = names
-            .experts
+    /// The way in which this checkpoint stores experts: the first of which every projection is there
+    /// in a shape that fits, else the first that is whole, else the first that is there at all.
+    fn best_way(
+        &self,
+        scope: &Scope,
+        ways: &[ExpertNames],
+        experts: impl Fn(&ExpertNames) -> Experts,
+    ) -> Experts {
+        let there: Vec<Experts> = ways
             .iter()
             .filter(|names| self.index.has_experts(scope, names))
-            .chain(&names.experts[..1])
-            .map(|names| routed_experts(scope, names, spec))
+            .map(|names| (names, experts(names)))
+            // experts without a gate have one projection of that width, which stands alone
+            .filter(|(names, way)| way.gate.is_some() || names.gate != names.up)
+            .map(|(_, way)| way)
             .collect();
+        let whole = |way: &&Experts| {
+            let expert = way.get(0);
+            let projections = expert.gate.iter().chain([&expert.up, &expert.down]);
+            projections.into_iter().all(|projection| self.index.has_module(&projection.module))
+        };
         let fits = |way: &&Experts| {
             let expert = way.get(0);
             [&expert.up, &expert.down].iter().all(|projection| {
-                let info = self
-                    .checkpoint
-                    .info(&format!("{}.weight", projection.module))
-                    .or_else(|| self.checkpoint.info(&projection.module));
-                info.is_none_or(|info| info.shape == projection.stored_shape())
+                let info = [".weight", "", ".weight_packed", "_packed", ".qweight"]
+                    .iter()
+                    .find_map(|e| self.checkpoint.info(&format!("{}{e}", projection.module)));
+                info.is_none_or(|info| projection.may_be_stored_as(info.shape))
             })
         };
-        ways.iter().find(fits).unwrap_or(&ways[0]).clone()
+        let best = there.iter().find(|way| whole(way) && fits(way));
+        let best = best.or_else(|| there.iter().find(whole)).or(there.first());
+        best.cloned().unwrap_or_else(|| experts(&ways[0]))
     }
 }
 
@@ -326,6 +401,24 @@ impl TensorNames<'_> {
             .any(|name| matches!(name.as_bytes().get(module.len()), None | Some(b'.' | b'_')))
     }
 
+    /// Beginnings of names that look like a list of layers, in order.
+    pub(super) fn stems(&self) -> Vec<String> {
+        let mut stems: Vec<String> = Vec::new();
+        for name in self.below("") {
+            let Some((before, _)) = name.split_once("layers.") else { continue };
+            let stem = format!("{before}layers.");
+            if stems.len() < 64 && stems.last() != Some(&stem) && !stems.contains(&stem) {
+                stems.push(stem);
+            }
+        }
+        stems
+    }
+
+    /// Whether a tensor has this very name.
+    pub(super) fn contains(&self, name: &str) -> bool {
+        self.names.binary_search(&name).is_ok()
+    }
+
     /// Whether experts stored in this way are there: any of their up or down projections.
     fn has_experts(&self, scope: &Scope, names: &ExpertNames) -> bool {
         [names.up, names.down].into_iter().any(|name| {
@@ -333,20 +426,26 @@ impl TensorNames<'_> {
             match module.split_once("{e}") {
                 None if names.marker.is_empty() => self.has_module(&module),
                 None => self.any_below(&(module + names.marker)),
-                Some((before, after)) => self.below(before).iter().any(|name| {
-                    let rest = &name[before.len()..];
-                    let after_index = rest.trim_start_matches(|c: char| c.is_ascii_digit());
-                    after_index.len() < rest.len() && after_index.starts_with(after)
-                }),
+                // of one expert, and of another where that one lacks it
+                Some((before, after)) => {
+                    let names = self.below(before);
+                    names.first().into_iter().chain(names.last()).any(|name| {
+                        let rest = &name[before.len()..];
+                        let digits = rest.len() - rest.trim_start_matches(char::is_numeric).len();
+                        digits > 0
+                            && self.has_module(&format!("{before}{}{after}", &rest[..digits]))
+                    })
+                }
             }
         })
     }
 }
 
-/// The kind of an MoE layer in `mlp_layer_types`, for rows that tell kinds apart.
+/// The kind of an MoE layer in `mlp_layer_types`, for rows that tell kinds apart. Without that list,
+/// the first `num_hash_layers` (three, where the key is absent) choose by token.
 pub(super) fn is_hash_layer(settings: &Settings, layer: usize) -> Result<bool> {
     Ok(match listed_kind(settings, layer)? {
         Some(kind) => kind == "hash_moe",
-        None => layer < settings.size(&["num_hash_layers"], 0)?.unwrap_or(0),
+        None => layer < settings.size(&["num_hash_layers"], 0)?.unwrap_or(3),
     })
 }

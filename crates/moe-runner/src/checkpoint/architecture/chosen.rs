@@ -2,6 +2,7 @@
 
 use super::row::{Architecture, ExpertNames, Names, Renorm, Shared};
 use super::rules::LayerRule;
+use super::sigmoid::biased_shared;
 use super::softmax::WHOLE_WIDTH;
 use super::tensors::Form;
 use crate::spec::{
@@ -25,7 +26,7 @@ const LINEARS: ExpertNames = ExpertNames {
 const GRANITE: Architecture = Architecture {
     model_types: &["granitemoe", "granitemoe_swa"],
     classes: &["GraniteMoeForCausalLM", "GraniteMoeSWAForCausalLM"],
-    shared: Shared::Width(&["shared_intermediate_size"], Some(0)),
+    shared: Shared::Width(&["shared_intermediate_size"]),
     names: &[Names {
         block: "block_sparse_moe",
         gate: "router.layer",
@@ -47,12 +48,13 @@ const GPT_OSS: Architecture = Architecture {
     model_types: &["gpt_oss"],
     classes: &["GptOssForCausalLM"],
     expert_bias: true,
+    activation: (&[], Activation::Silu),
     adjust: |settings, _, spec| {
         spec.gate.bias = true;
         spec.expert.activation = Activation::ClampedSwiglu {
-            alpha: settings.number(&["swiglu_alpha"], 0)?.unwrap_or(1.702),
+            alpha: settings.need_number(&["swiglu_alpha"])?,
             beta: 1.0,
-            limit: settings.number(&["swiglu_limit"], 0)?.unwrap_or(7.0),
+            limit: settings.need_number(&["swiglu_limit"])?,
         };
         Ok(())
     },
@@ -62,6 +64,9 @@ const GPT_OSS: Architecture = Architecture {
         experts: &[
             ExpertNames { interleaved: true, marker: "_blocks", ..ExpertNames::STACKED },
             ExpertNames { interleaved: true, ..ExpertNames::STACKED_TRANSPOSED },
+            ExpertNames { interleaved: true, ..ExpertNames::STACKED },
+            ExpertNames::EACH,
+            ExpertNames { interleaved: true, ..ExpertNames::EACH_FUSED },
         ],
         ..Names::MLP
     }],
@@ -78,7 +83,7 @@ pub(super) const ROWS: &[Architecture] = &[
     Architecture {
         model_types: &["granitemoehybrid"],
         classes: &["GraniteMoeHybridForCausalLM"],
-        shared: Shared::Width(&["shared_intermediate_size"], Some(1024)),
+        shared: Shared::Width(&["shared_intermediate_size"]),
         ..GRANITE
     },
     GPT_OSS,
@@ -98,10 +103,10 @@ pub(super) const ROWS: &[Architecture] = &[
     Architecture {
         model_types: &["aria", "aria_text"],
         classes: &["AriaForConditionalGeneration", "AriaTextForCausalLM"],
-        shared: Shared::Times(&["moe_num_shared_experts"], 2),
-        adjust: |_, _, spec| {
+        shared: Shared::Times(&["moe_num_shared_experts"]),
+        adjust: |settings, _, spec| {
             spec.expert.activation = Activation::Silu;
-            Ok(())
+            biased_shared(settings, spec)
         },
         names: &[Names {
             gate: "router",
@@ -132,8 +137,8 @@ pub(super) const ROWS: &[Architecture] = &[
     Architecture {
         model_types: &["cohere2_moe"],
         classes: &["Cohere2MoeForCausalLM"],
-        moe_layers: LayerRule::AfterDense(&["first_k_dense_replace"], 0),
-        shared: Shared::Times(&["num_shared_experts"], 0),
+        moe_layers: LayerRule::AfterDense(&["first_k_dense_replace"]),
+        shared: Shared::Times(&["num_shared_experts"]),
         adjust: |settings, _, spec| {
             match settings.text(&["expert_selection_fn"])? {
                 None | Some("softmax") => {}
@@ -186,7 +191,7 @@ pub(super) const ROWS: &[Architecture] = &[
         classes: &["PhimoeForCausalLM", "PhiMoEForCausalLM"],
         weight_from: WeightFrom::Score,
         adjust: |settings, _, spec| {
-            let eps = settings.number(&["router_jitter_noise"], 0)?.unwrap_or(0.01);
+            let eps = settings.need_number(&["router_jitter_noise"])?;
             spec.router.selection = Selection::SparseMixer { eps };
             Ok(())
         },
@@ -199,8 +204,8 @@ pub(super) const ROWS: &[Architecture] = &[
         intermediate: &["moe_intermediate_size"],
         correction: Correction::OnLogits,
         weight_from: WeightFrom::SigmoidChosen,
-        renormalise: Renorm::If(&["norm_topk_prob"], false, 0.0),
-        shared: Shared::Width(&["shared_expert_intermediate_size"], None),
+        renormalise: Renorm::If(&["norm_topk_prob"], 0.0),
+        shared: Shared::Width(&["shared_expert_intermediate_size"]),
         names: &[Names {
             correction: "../moe.router.expert_bias",
             scopes: &["", "../moe.router."],

@@ -8,11 +8,12 @@ use crate::Result;
 use crate::checkpoint::gguf::Metadata;
 use crate::spec::{
     Activation, Correction, Dims, ExpertSpec, GateSpec, GroupFill, GroupScore, Groups, LayerSpec,
-    OutputSpec, Renormalise, RoutedScale, RouterSpec, ScaleOn, Score, SharedCombine, SharedSpec,
-    Transform, WeightFrom, WeightOn,
+    OutputSpec, Renormalise, RmsNorm, RoutedScale, RouterSpec, ScaleOn, Score, Selection,
+    SharedCombine, SharedSpec, Transform, TransformStep, WeightFrom, WeightOn,
 };
 
-/// What an architecture fixes, where the file's keys do not say otherwise.
+/// What an architecture fixes, where the file's keys do not say otherwise. Absent keys are read as
+/// llama.cpp reads them for that architecture.
 #[derive(Clone, Copy)]
 struct Row {
     name: &'static str,
@@ -22,7 +23,23 @@ struct Row {
     renormalise: bool,
     /// Weights multiply the experts' input.
     on_input: bool,
+    /// Experts have a gate projection.
+    gated: bool,
     activation: Activation,
+    /// What else differs.
+    form: RowForm,
+}
+
+/// Blocks that are more than a router, experts, and shared experts.
+#[derive(Clone, Copy, PartialEq)]
+enum RowForm {
+    Plain,
+    /// Norms around every branch, a dense branch in every layer, scales of the router.
+    Gemma4,
+    /// Projections to a narrower width around the routed experts, where the file has them.
+    Latent,
+    /// Clamped by `swiglu_clamp_exp`; some layers choose by token.
+    DeepseekV4,
 }
 
 /// `expert_gating_func`: how logits become weights.
@@ -34,6 +51,8 @@ enum Gating {
     Sigmoid,
     /// 3: softmax over the chosen logits.
     SoftmaxChosen,
+    /// 4
+    SqrtSoftplus,
     /// Sigmoid of the chosen logit; no number, fixed by the architecture.
     SigmoidChosen,
 }
@@ -43,24 +62,61 @@ const SOFTMAX: Row = Row {
     gating: Gating::Softmax,
     renormalise: true,
     on_input: false,
+    gated: true,
     activation: Activation::Silu,
+    form: RowForm::Plain,
 };
+
+/// Routers whose files say how they weigh.
+const STATED: Row = Row { renormalise: false, ..SOFTMAX };
 
 const SIGMOID: Row = Row { gating: Gating::Sigmoid, ..SOFTMAX };
 
 const ROWS: &[Row] = &[
     Row { name: "llama", ..SOFTMAX },
+    Row { name: "mistral3", ..SOFTMAX },
+    Row { name: "minicpm", ..SOFTMAX },
     Row { name: "qwen3moe", ..SOFTMAX },
     Row { name: "qwen3vlmoe", ..SOFTMAX },
     Row { name: "qwen3next", ..SOFTMAX },
-    Row { name: "qwen2moe", renormalise: false, ..SOFTMAX },
-    Row { name: "olmoe", renormalise: false, ..SOFTMAX },
+    Row { name: "qwen35moe", ..SOFTMAX },
+    Row { name: "rnd1", ..SOFTMAX },
+    Row { name: "dbrx", ..SOFTMAX },
+    Row { name: "hunyuan-moe", ..SOFTMAX },
+    Row { name: "ernie4_5-moe", ..SOFTMAX },
+    Row { name: "qwen2moe", ..STATED },
+    Row { name: "olmoe", ..STATED },
+    Row { name: "llada-moe", ..STATED },
+    Row { name: "jamba", ..STATED },
     // a softmax over the chosen logits is a renormalised softmax over all of them
     Row { name: "granitemoe", ..SOFTMAX },
-    Row { name: "deepseek2", renormalise: false, ..SOFTMAX },
+    Row { name: "granitehybrid", ..SOFTMAX },
+    Row { name: "deepseek", ..STATED },
+    Row { name: "deepseek2", ..STATED },
+    Row { name: "deepseek2-ocr", ..STATED },
+    Row { name: "mistral4", ..STATED },
+    Row { name: "bailingmoe", ..STATED },
+    Row { name: "bailingmoe2", gating: Gating::Sigmoid, ..STATED },
+    Row { name: "glm-dsa", gating: Gating::Sigmoid, ..STATED },
+    Row { name: "exaone-moe", gating: Gating::Sigmoid, ..STATED },
+    Row { name: "afmoe", gating: Gating::Sigmoid, ..STATED },
     Row { name: "glm4moe", ..SIGMOID },
     Row { name: "dots1", ..SIGMOID },
     Row { name: "minimax-m2", ..SIGMOID },
+    Row { name: "mimo2", ..SIGMOID },
+    Row { name: "lfm2moe", ..SIGMOID },
+    Row { name: "kimi-linear", ..SIGMOID },
+    Row { name: "hy-v3", ..SIGMOID },
+    Row { name: "step35", form: RowForm::Plain, ..SIGMOID },
+    Row {
+        name: "nemotron_h_moe",
+        gated: false,
+        activation: Activation::Relu2,
+        form: RowForm::Latent,
+        ..SIGMOID
+    },
+    Row { name: "deepseek4", gating: Gating::SqrtSoftplus, form: RowForm::DeepseekV4, ..SOFTMAX },
+    Row { name: "gemma4", activation: Activation::GeluTanh, form: RowForm::Gemma4, ..SOFTMAX },
     Row {
         name: "llama4",
         gating: Gating::SigmoidChosen,
@@ -77,11 +133,26 @@ const ROWS: &[Row] = &[
     },
 ];
 
+/// Architectures with experts that do not fit, and why.
+const REFUSED: &[(&str, &str)] = &[
+    ("phimoe", "its router (sparsemixer) is not the one that llama.cpp computes for such files"),
+    ("grok", "a dense branch is added before a factor that the file does not state"),
+    ("arctic", "the experts see another input than the router's block, with a norm of its own"),
+    ("smallthinker", "the router sees the layer's input, the experts what attention makes of it"),
+    ("grovemoe", "groups of experts share further experts of their own"),
+    ("nomic-bert-moe", "it is an encoder whose experts have no gate and a GELU with biases"),
+];
+
 const NAMES: Names = Names {
     block: "",
     gate: "ffn_gate_inp",
     gate_bias: "ffn_gate_inp.bias",
     correction: "exp_probs_b.bias",
+    per_expert_scale: "ffn_down_exps.scale",
+    gate_input_scale: "ffn_gate_inp.scale",
+    hash_table: "ffn_gate_tid2eid.weight",
+    input_transform: &["ffn_latent_down"],
+    output_transform: &["ffn_latent_up"],
     experts: &[
         ExpertNames {
             form: Form::Stacked,
@@ -106,8 +177,20 @@ const NAMES: Names = Names {
         "ffn_gate_shexp",
         "ffn_up_shexp",
         "ffn_down_shexp",
+        "ffn_latent_",
     ],
     ..Names::MLP
+};
+
+/// Gemma 4 has a dense branch in every layer, and norms of each.
+const GEMMA4: Names = Names {
+    shared: ExpertNames::mlp("ffn_gate", "ffn_up", "ffn_down"),
+    shared_gate: "",
+    shared_norms: ["ffn_norm.weight", "post_ffw_norm_1.weight"],
+    input_transform: &["pre_ffw_norm_2.weight"],
+    output_transform: &["post_ffw_norm_2.weight"],
+    output_norm: "post_ffw_norm.weight",
+    ..NAMES
 };
 
 /// Keys of a GGUF file, under the name of its architecture.
@@ -123,6 +206,22 @@ impl Keys<'_> {
 
     fn size(&self, key: &str) -> Result<Option<usize>> {
         self.metadata.usize(&self.key(key))
+    }
+
+    /// A size, or the `layer`-th of an array of them.
+    fn layer_size(&self, key: &str, layer: usize) -> Result<Option<usize>> {
+        match self.metadata.usize_list(&self.key(key)) {
+            Ok(Some(list)) => Ok(list.get(layer).copied()),
+            _ => self.size(key),
+        }
+    }
+
+    /// A number, or the `layer`-th of an array of them.
+    fn number(&self, key: &str, layer: usize) -> Result<Option<f32>> {
+        match self.metadata.f32_list(&self.key(key)) {
+            Ok(Some(list)) => Ok(list.get(layer).copied()),
+            _ => self.metadata.f32(&self.key(key)),
+        }
     }
 
     fn need(&self, key: &str) -> Result<usize> {
@@ -145,6 +244,14 @@ pub(super) fn describe(metadata: &Metadata) -> Result<Description> {
 /// All layers that have experts.
 pub(super) fn layers(metadata: &Metadata, resolver: &Resolver) -> Result<Vec<LayerEntry>> {
     let architecture = architecture(metadata)?;
+    if let Some((_, reason)) = REFUSED.iter().find(|(name, _)| *name == architecture) {
+        let known: Vec<&str> = ROWS.iter().map(|row| row.name).collect();
+        let reason = format!(
+            "is '{architecture}', which cannot be run: {reason}; what can be is {}",
+            known.join(", ")
+        );
+        return Err(metadata.error("general.architecture", reason));
+    }
     let row = ROWS.iter().find(|row| row.name == architecture).ok_or_else(|| {
         let known: Vec<&str> = ROWS.iter().map(|row| row.name).collect();
         metadata.error(
@@ -162,18 +269,96 @@ pub(super) fn layers(metadata: &Metadata, resolver: &Resolver) -> Result<Vec<Lay
         return Err(metadata.error(&keys.key("block_count"), format!("is {count}")));
     }
     let mut layers = Vec::new();
+    let names = if row.form == RowForm::Gemma4 { &GEMMA4 } else { &NAMES };
     for index in 0..count {
-        let scope = Scope::new("blk.", &NAMES, index);
+        let scope = Scope::new("blk.", names, index);
         let has = |name: &str| resolver.index.has_module(&scope.resolve(name));
         if !["ffn_gate_inp", "ffn_down_exps", "ffn_up_exps"].into_iter().any(has) {
             continue;
         }
-        let spec = spec(row, &keys, scope.block.clone(), index, has)?;
+        let shape = |name: &str| {
+            let info = resolver.checkpoint.info(&format!("{}.weight", scope.resolve(name)));
+            info.map(|info| info.shape.to_vec())
+        };
+        let mut spec = spec(row, &keys, scope.block.clone(), index, has, shape)?;
+        form(row, &keys, &mut spec, has, shape)?;
         spec.validate()?;
-        let tensors = resolver.tensors(&scope, &NAMES, &spec);
+        let tensors = resolver.tensors(&scope, names, &spec);
         layers.push(LayerEntry { spec, tensors });
     }
     Ok(layers)
+}
+
+/// What blocks of special forms have besides.
+fn form(
+    row: &Row,
+    keys: &Keys,
+    spec: &mut LayerSpec,
+    has: impl Fn(&str) -> bool,
+    shape: impl Fn(&str) -> Option<Vec<usize>>,
+) -> Result<()> {
+    let clamp = |key: &str, plain: Activation| {
+        let limit = keys.number(key, spec.index)?.filter(|limit| *limit > 0.0);
+        Ok::<_, crate::Error>(limit.map_or(plain, |limit| Activation::ClampedSwiglu {
+            alpha: 1.0,
+            beta: 0.0,
+            limit,
+        }))
+    };
+    match row.form {
+        RowForm::Plain => {}
+        RowForm::Latent => {
+            let width = shape("ffn_latent_down").and_then(|shape| shape.first().copied());
+            if let Some(width) = width {
+                spec.input_transform.steps = vec![TransformStep::Linear { width }];
+                spec.output_transform.steps =
+                    vec![TransformStep::Linear { width: spec.dims.hidden }];
+                spec.dims.routed_hidden = width;
+            }
+        }
+        RowForm::DeepseekV4 => {
+            let routed = clamp("swiglu_clamp_exp", row.activation)?;
+            let shared = match keys.number("swiglu_clamp_shexp", spec.index)? {
+                Some(_) => clamp("swiglu_clamp_shexp", row.activation)?,
+                None => routed,
+            };
+            spec.expert.activation = routed;
+            if let Some(branch) = &mut spec.shared {
+                branch.activation = shared;
+            }
+            if has("ffn_gate_tid2eid") {
+                let vocabulary = shape("ffn_gate_tid2eid").and_then(|shape| shape.first().copied());
+                spec.router.selection =
+                    Selection::HashTable { vocabulary: vocabulary.unwrap_or_default() };
+                spec.router.correction = Correction::None;
+            }
+        }
+        RowForm::Gemma4 => {
+            let eps = keys.number("attention.layer_norm_rms_epsilon", 0)?.unwrap_or(1e-6);
+            let norm = RmsNorm { eps, unit_offset: false, scale_first: false };
+            spec.gate.scaled_rms_eps = Some(eps);
+            spec.router.per_expert_scale = has("ffn_down_exps.scale");
+            spec.input_transform.steps = vec![TransformStep::RmsNorm(norm)];
+            spec.output_transform.steps = vec![TransformStep::RmsNorm(norm)];
+            spec.output.norm = Some(norm);
+            let stored = shape("ffn_up").and_then(|shape| shape.first().copied());
+            spec.shared = Some(SharedSpec {
+                count: 1,
+                intermediate: match stored {
+                    Some(width) => width,
+                    None => keys.need("feed_forward_length")?,
+                },
+                gated: true,
+                activation: row.activation,
+                bias: false,
+                sigmoid_gate: false,
+                combine: SharedCombine::Add,
+                input_norm: Some(norm),
+                output_norm: Some(norm),
+            });
+        }
+    }
+    Ok(())
 }
 
 fn spec(
@@ -182,15 +367,25 @@ fn spec(
     name: String,
     index: usize,
     has: impl Fn(&str) -> bool,
+    shape: impl Fn(&str) -> Option<Vec<usize>>,
 ) -> Result<LayerSpec> {
     let hidden = keys.need("embedding_length")?;
-    let intermediate = match keys.size("expert_feed_forward_length")? {
-        Some(width) => width,
-        None => keys.need("feed_forward_length")?,
+    let stored = |name: &str, axis: usize| shape(name).and_then(|shape| shape.get(axis).copied());
+    let intermediate = match keys.layer_size("expert_feed_forward_length", index)? {
+        Some(width) if width > 0 => width,
+        // not stated in files of models that have no other width
+        _ => match stored("ffn_down_exps", 2) {
+            Some(width) => width,
+            None => keys.need("feed_forward_length")?,
+        },
     };
-    let shared_width = match keys.size("expert_shared_feed_forward_length")? {
+    // some architectures' key is the width of all shared experts, others' that of one
+    let shared_width = match stored("ffn_up_shexp", 0) {
         Some(width) => width,
-        None => keys.size("expert_shared_count")?.unwrap_or(1).saturating_mul(intermediate),
+        None => match keys.size("expert_shared_feed_forward_length")? {
+            Some(width) => width,
+            None => keys.size("expert_shared_count")?.unwrap_or(1).saturating_mul(intermediate),
+        },
     };
     let bias = has("ffn_gate_exps.bias") || has("ffn_gate_up_exps.bias");
     Ok(LayerSpec {
@@ -199,7 +394,7 @@ fn spec(
         dims: Dims { hidden, routed_hidden: hidden, intermediate },
         gate: GateSpec { bias: has("ffn_gate_inp.bias"), scaled_rms_eps: None },
         router: router(row, keys, has("exp_probs_b.bias"))?,
-        expert: ExpertSpec { gated: true, activation: row.activation, bias, norm: None },
+        expert: ExpertSpec { gated: row.gated, activation: row.activation, bias, norm: None },
         input_transform: Transform::default(),
         output_transform: Transform::default(),
         routed_scale: RoutedScale {
@@ -214,7 +409,7 @@ fn spec(
         shared: ["ffn_up_shexp", "ffn_down_shexp"].into_iter().any(&has).then(|| SharedSpec {
             count: 1,
             intermediate: shared_width,
-            gated: true,
+            gated: row.gated,
             activation: row.activation,
             bias: false,
             sigmoid_gate: has("ffn_gate_inp_shexp"),
@@ -228,21 +423,40 @@ fn spec(
 
 fn router(row: &Row, keys: &Keys, corrected: bool) -> Result<RouterSpec> {
     let gating = match keys.size("expert_gating_func")? {
+        // DeepSeek-V2 has no bias: a file with one comes from a model with sigmoids
+        None | Some(0)
+            if row.gating == Gating::Softmax && corrected && row.name != "ernie4_5-moe" =>
+        {
+            Gating::Sigmoid
+        }
+        // GLM-4.7-Flash under the name of DeepSeek-V2
+        None | Some(0)
+            if row.name == "deepseek2"
+                && matches!(keys.size("block_count")?, Some(47 | 48))
+                && keys.size("vocab_size")? == Some(154_880) =>
+        {
+            Gating::Sigmoid
+        }
         None | Some(0) => row.gating,
         Some(1) => Gating::Softmax,
         Some(2) if row.gating == Gating::SigmoidChosen => Gating::SigmoidChosen,
         Some(2) => Gating::Sigmoid,
         Some(3) => Gating::SoftmaxChosen,
+        Some(4) => Gating::SqrtSoftplus,
         Some(other) => {
             return Err(keys.metadata.error(
                 &keys.key("expert_gating_func"),
-                format!("is {other}; known are 1 (softmax), 2 (sigmoid) and 3 (softmax of chosen)"),
+                format!(
+                    "is {other}; known are 1 (softmax), 2 (sigmoid), 3 (softmax of chosen) and 4 \
+                     (square root of softplus)"
+                ),
             ));
         }
     };
     let (score, weight_from) = match gating {
         Gating::Softmax => (Score::Softmax, WeightFrom::Score),
         Gating::Sigmoid => (Score::Sigmoid, WeightFrom::Score),
+        Gating::SqrtSoftplus => (Score::SqrtSoftplus, WeightFrom::Score),
         Gating::SoftmaxChosen => (Score::Logits, WeightFrom::SoftmaxChosen),
         Gating::SigmoidChosen => (Score::Logits, WeightFrom::SigmoidChosen),
     };
@@ -269,7 +483,9 @@ fn router(row: &Row, keys: &Keys, corrected: bool) -> Result<RouterSpec> {
         correction: if corrected { Correction::OnScore } else { Correction::None },
         groups,
         renormalise: match normed.unwrap_or(row.renormalise) {
-            true if score == Score::Sigmoid => Renormalise::Sum { eps: 1e-20 },
+            true if matches!(score, Score::Sigmoid | Score::SqrtSoftplus) => {
+                Renormalise::Sum { eps: 1e-20 }
+            }
             true => Renormalise::Sum { eps: 0.0 },
             false => Renormalise::None,
         },

@@ -8,6 +8,7 @@
 
 mod build;
 mod chosen;
+mod classes;
 mod gguf;
 mod refused;
 mod row;
@@ -17,6 +18,7 @@ mod sigmoid;
 mod softmax;
 mod tensors;
 mod ungrouped;
+pub(super) mod variants;
 
 pub use tensors::{
     ExpertTensors, Experts, Form, LayerTensors, Part, Projection, SharedTensors, Stack,
@@ -27,6 +29,7 @@ use super::{Checkpoint, Config};
 use crate::spec::LayerSpec;
 use crate::{Error, Result};
 use build::{Model, Resolver};
+use classes::Class;
 use row::Architecture;
 use settings::Settings;
 
@@ -119,8 +122,18 @@ fn identify(checkpoint: &Checkpoint) -> Result<(&'static Architecture, Settings)
         None => find(config)?,
     };
     let row = row.ok_or_else(|| unknown(config))?;
+    let class = class(config, text.as_ref(), row)?;
     let text = text.unwrap_or_else(|| config.clone());
-    Ok((row, Settings::new(text, row.layers)?))
+    Ok((row, Settings::new(text, class, row.layers)?))
+}
+
+/// The configuration class of a model: by the type of its text part, by its own, by the row's.
+fn class(config: &Config, text: Option<&Config>, row: &Architecture) -> Result<&'static Class> {
+    let own =
+        [text.map(|text| text.str("model_type")).transpose()?, Some(config.str("model_type")?)];
+    let types = own.into_iter().flatten().flatten().chain(row.model_types.iter().copied());
+    let recorded = types.into_iter().find(|name| Class::is_recorded(name));
+    Ok(recorded.map_or_else(|| Class::of(""), Class::of))
 }
 
 /// The row for one level of a config.
@@ -145,7 +158,7 @@ fn unknown(config: &Config) -> Error {
 }
 
 /// The names of a checkpoint's tensors, sorted: answers which ones begin with something.
-pub(crate) struct TensorNames<'a> {
+pub(super) struct TensorNames<'a> {
     names: Vec<&'a str>,
 }
 

@@ -6,7 +6,7 @@ use crate::{Error, Result};
 /// `model_type`s, and what does not fit.
 const REFUSED: &[(&[&str], &str)] = &[
     (
-        &["switch_transformers", "nllb_moe"],
+        &["switch_transformers", "nllb-moe", "nllb_moe"],
         "tokens beyond an expert's capacity are dropped, so a token's output depends on the others",
     ),
     (&["doge"], "experts are chosen by product keys and are pairs of embeddings, not projections"),

@@ -3,6 +3,7 @@
 use super::rules::LayerRule;
 use super::settings::Settings;
 use super::tensors::Form;
+use super::variants;
 use crate::Result;
 use crate::spec::{
     Activation, Correction, GroupFill, GroupScore, LayerSpec, ScaleOn, Score, SharedCombine,
@@ -46,8 +47,8 @@ pub(super) struct Architecture {
     pub weight_on: WeightOn,
     /// What is done to the k weights.
     pub renormalise: Renorm,
-    /// `routed_scaling_factor`: spellings, and the value where it is absent.
-    pub scale: (Keys, f32),
+    /// `routed_scaling_factor`: spellings. One that is nowhere is 1.
+    pub scale: Keys,
     /// Who applies it.
     pub scale_on: ScaleOn,
     /// The function between an expert's products: the keys that name it, and the default.
@@ -60,10 +61,11 @@ pub(super) struct Architecture {
     pub combine: SharedCombine,
     /// What else the config changes, for one layer.
     pub adjust: fn(&Settings, usize, &mut LayerSpec) -> Result<()>,
-    /// Where layers stand: the first of these that the checkpoint has, followed by the layer's
-    /// index and a dot.
+    /// Where layers stand, followed by the layer's index and a dot: of these the one that the
+    /// checkpoint has most of, or else wherever such layers are found.
     pub stems: &'static [&'static str],
-    /// Names of the tensors; the first whose gate is in the checkpoint counts.
+    /// Names of the tensors as they are published; those that the checkpoint has most of count.
+    /// What `variants` lists is found besides.
     pub names: &'static [Names],
 }
 
@@ -74,8 +76,8 @@ pub(super) enum Renorm {
     Never,
     /// Divided by their sum plus this.
     Always(f32),
-    /// So if the key says so, which by default is the second.
-    If(Keys, bool, f32),
+    /// So if the key says so.
+    If(Keys, f32),
 }
 
 /// Width of the dense branch.
@@ -83,10 +85,10 @@ pub(super) enum Renorm {
 pub(super) enum Shared {
     /// There is none.
     No,
-    /// Its own key, or as default; zero: there is none. No default: the key is required.
-    Width(Keys, Option<usize>),
-    /// This many times I; the count's default where the key is absent.
-    Times(Keys, usize),
+    /// Its own key; zero: there is none.
+    Width(Keys),
+    /// This many times I.
+    Times(Keys),
     /// I.
     Same,
 }
@@ -110,7 +112,7 @@ pub(super) struct Names {
     pub global_scale: &'static str,
     /// Tensor of the hash table.
     pub hash_table: &'static str,
-    /// Ways in which the routed experts are stored; the first that is there counts.
+    /// Ways in which the routed experts are published; `variants::EXPERTS` follow.
     pub experts: &'static [ExpertNames],
     /// The shared experts.
     pub shared: ExpertNames,
@@ -164,19 +166,6 @@ pub(super) const TOP_K: Keys = &[
     "moe_top_k",
     "top_k_experts",
 ];
-/// Where decoder layers stand in published checkpoints.
-pub(super) const STEMS: &[&str] = &[
-    "model.layers.",
-    "language_model.model.layers.",
-    "model.language_model.layers.",
-    "model.language_model.model.layers.",
-    "thinker.model.layers.",
-    "model.llm.layers.",
-    "backbone.layers.",
-    "language_model.layers.",
-    "layers.",
-];
-
 impl Architecture {
     /// The starting point: softmax over all experts, top-k, weights renormalised if
     /// `norm_topk_prob` (absent: not), every layer MoE, names as in Qwen's models.
@@ -195,15 +184,15 @@ impl Architecture {
         groups: None,
         weight_from: WeightFrom::Score,
         weight_on: WeightOn::Output,
-        renormalise: Renorm::If(&["norm_topk_prob"], false, 0.0),
-        scale: (&[], 1.0),
+        renormalise: Renorm::If(&["norm_topk_prob"], 0.0),
+        scale: &[],
         scale_on: ScaleOn::Weights,
         activation: (&["hidden_act"], Activation::Silu),
         expert_bias: false,
         shared: Shared::No,
         combine: SharedCombine::Add,
         adjust: |_, _, _| Ok(()),
-        stems: STEMS,
+        stems: variants::STEMS,
         names: &[Names::MLP],
     };
 
@@ -211,14 +200,14 @@ impl Architecture {
     /// `+ 1e-20`, scaled; shared experts as one MLP.
     pub(super) const SIGMOID: Self = Self {
         layers: &["num_hidden_layers"],
-        moe_layers: LayerRule::AfterDense(&["first_k_dense_replace"], 0),
+        moe_layers: LayerRule::AfterDense(&["first_k_dense_replace"]),
         score: Score::Sigmoid,
         scoring_func: true,
         correction: Correction::OnScore,
         groups: Some((GroupScore::TopTwoSum, GroupFill::NegativeInfinity)),
-        renormalise: Renorm::If(&["norm_topk_prob", "moe_renormalize"], true, 1e-20),
-        scale: (&["routed_scaling_factor"], 1.0),
-        shared: Shared::Times(&["n_shared_experts", "num_shared_experts"], 1),
+        renormalise: Renorm::If(&["norm_topk_prob", "moe_renormalize"], 1e-20),
+        scale: &["routed_scaling_factor"],
+        shared: Shared::Times(&["n_shared_experts", "num_shared_experts"]),
         names: &[Names::DEEPSEEK],
         ..Self::SOFTMAX
     };
@@ -283,6 +272,10 @@ impl ExpertNames {
 
     /// `experts.{e}.w1` (gate), `.w3` (up), `.w2` (down).
     pub(super) const W123: Self = Self::mlp("experts.{e}.w1", "experts.{e}.w3", "experts.{e}.w2");
+
+    /// `experts.{e}.gate_up_proj` `[2I, H]`, `experts.{e}.down_proj`.
+    pub(super) const EACH_FUSED: Self =
+        Self::mlp("experts.{e}.gate_up_proj", "experts.{e}.gate_up_proj", "experts.{e}.down_proj");
 
     /// `experts.gate_up_proj` `[E, 2I, H]`, `experts.down_proj` `[E, H, I]`.
     pub(super) const STACKED: Self = Self {

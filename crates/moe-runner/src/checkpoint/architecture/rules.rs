@@ -11,9 +11,9 @@ use crate::Result;
 pub(super) enum LayerRule {
     /// All.
     Every,
-    /// All from the number on that the key gives (or the default), and of those the ones that
-    /// `moe_layer_freq` leaves, a period or a list of 0 and 1.
-    AfterDense(Keys, usize),
+    /// All from the number on that the key gives, and of those the ones that `moe_layer_freq`
+    /// leaves, a period or a list of 0 and 1.
+    AfterDense(Keys),
     /// Not in `mlp_only_layers` (default: these), and `(layer+1) % decoder_sparse_step == 0`.
     SparseStep(&'static [usize]),
     /// `layer % expert_layer_period == expert_layer_offset` (jamba).
@@ -26,8 +26,8 @@ pub(super) enum LayerRule {
     Pattern,
     /// In `moe_layers_enum`, a list or a string with commas; absent: all from 3 on (step3p7).
     Enumerated,
-    /// `enable_moe_block`: all or none (gemma4); the default where the key is absent.
-    Enabled(bool),
+    /// `enable_moe_block`: all or none (gemma4).
+    Enabled,
 }
 
 impl LayerRule {
@@ -44,11 +44,12 @@ impl LayerRule {
         }
         Ok(match self {
             Self::Every => true,
-            Self::AfterDense(keys, default) => {
-                layer >= size(keys, default)? && in_frequency(settings, layer)?
+            Self::AfterDense(keys) => {
+                let dense = settings.class.dense.unwrap_or(0);
+                layer >= size(keys, dense)? && in_frequency(settings, layer)?
             }
             Self::SparseStep(default) => {
-                let dense = settings.config.usize_list("mlp_only_layers")?;
+                let dense = settings.list(&["mlp_only_layers"])?;
                 !dense.as_deref().unwrap_or(default).contains(&layer)
                     && (layer + 1).is_multiple_of(period(&["decoder_sparse_step"], 1)?)
             }
@@ -56,7 +57,7 @@ impl LayerRule {
                 layer % period(&["expert_layer_period"], 2)? == size(&["expert_layer_offset"], 1)?
             }
             Self::Interval => {
-                let end = match settings.config.i64("moe_layer_end_index")? {
+                let end = match settings.integer(&["moe_layer_end_index"])? {
                     None | Some(-1) => settings.layers,
                     Some(end) => usize::try_from(end).map_err(|_| {
                         settings.error(&["moe_layer_end_index"], "must be a layer, or -1")
@@ -65,7 +66,7 @@ impl LayerRule {
                 (size(&["moe_layer_start_index"], 1)?..=end).contains(&layer)
                     && (layer + 1).is_multiple_of(period(&["moe_layer_interval"], 1)?)
             }
-            Self::Interleave => match settings.config.usize_list("moe_layers")? {
+            Self::Interleave => match settings.list(&["moe_layers"])? {
                 Some(list) => list.contains(&layer),
                 None => (layer + 1).is_multiple_of(period(&["interleave_moe_layer_step"], 1)?),
             },
@@ -91,7 +92,7 @@ impl LayerRule {
                     Some(list) => list.split(',').any(|item| item.trim().parse() == Ok(layer)),
                 }
             }
-            Self::Enabled(default) => settings.flag(&["enable_moe_block"], default)?,
+            Self::Enabled => settings.flag(&["enable_moe_block"], false)?,
         })
     }
 }

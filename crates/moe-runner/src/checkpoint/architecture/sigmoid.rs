@@ -13,8 +13,8 @@ use crate::spec::{
 const V3: Architecture = Architecture {
     model_types: &["deepseek_v3", "deepseek_v32", "kimi_k2", "kimi_k25", "glm_moe_dsa"],
     classes: &["DeepseekV3ForCausalLM", "DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM"],
-    moe_layers: LayerRule::AfterDense(&["first_k_dense_replace"], 3),
-    scale: (&["routed_scaling_factor"], 2.5),
+    moe_layers: LayerRule::AfterDense(&["first_k_dense_replace"]),
+    scale: &["routed_scaling_factor"],
     adjust: |settings, _, _| check_method(settings, &["noaux_tc"]),
     ..Architecture::SIGMOID
 };
@@ -30,18 +30,18 @@ const V2: Architecture = Architecture {
         "unlimited_ocr",
     ],
     classes: &["DeepseekV2ForCausalLM"],
-    moe_layers: LayerRule::AfterDense(&["first_k_dense_replace"], 0),
+    moe_layers: LayerRule::AfterDense(&["first_k_dense_replace"]),
     score: Score::Softmax,
     correction: Correction::None,
     groups: Some((GroupScore::Max, GroupFill::Zero)),
     renormalise: Renorm::Never,
-    shared: Shared::Times(&["n_shared_experts"], 2),
+    shared: Shared::Times(&["n_shared_experts"]),
     adjust: |settings, _, spec| {
         check_method(settings, &["greedy", "group_limited_greedy"])?;
         if settings.text(&["topk_method"])?.unwrap_or("greedy") == "greedy" {
             spec.router.groups = None;
         }
-        Ok(())
+        biased_shared(settings, spec)
     },
     ..Architecture::SIGMOID
 };
@@ -49,7 +49,7 @@ const V2: Architecture = Architecture {
 const GLM4: Architecture = Architecture {
     model_types: &["glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm4v_moe_text"],
     classes: &["Glm4MoeForCausalLM", "Glm4MoeLiteForCausalLM", "Glm4vMoeForConditionalGeneration"],
-    moe_layers: LayerRule::AfterDense(&["first_k_dense_replace"], 1),
+    moe_layers: LayerRule::AfterDense(&["first_k_dense_replace"]),
     ..Architecture::SIGMOID
 };
 
@@ -67,8 +67,8 @@ const MISTRAL4: Architecture = Architecture {
 const GLM5: Architecture = Architecture {
     model_types: &["glm5_next", "glm5_next_text"],
     classes: &["Glm5NextForConditionalGeneration"],
-    moe_layers: LayerRule::AfterDense(&["first_k_dense_replace"], 3),
-    scale: (&["routed_scaling_factor"], 2.5),
+    moe_layers: LayerRule::AfterDense(&["first_k_dense_replace"]),
+    scale: &["routed_scaling_factor"],
     adjust: |settings, _, spec| {
         let activation = clamped(settings, spec.expert.activation)?;
         both(spec, activation);
@@ -84,48 +84,80 @@ pub(super) const SHARED_W123: ExpertNames =
 pub(super) const ROWS: &[Architecture] = &[
     V3,
     V2,
+    // the first one, and those that follow it
+    Architecture {
+        model_types: &["deepseek", "bailing_moe"],
+        classes: &["DeepseekForCausalLM", "BailingMoeForCausalLM"],
+        score: Score::Softmax,
+        correction: Correction::None,
+        groups: None,
+        renormalise: Renorm::If(&["norm_topk_prob"], 1e-20),
+        scale: &[],
+        adjust: |settings, _, _| check_method(settings, &["greedy"]),
+        ..Architecture::SIGMOID
+    },
     GLM4,
     Architecture {
         model_types: &["solar_open"],
         classes: &["SolarOpenForCausalLM"],
-        moe_layers: LayerRule::AfterDense(&["first_k_dense_replace"], 0),
+        moe_layers: LayerRule::AfterDense(&["first_k_dense_replace"]),
         ..GLM4
     },
     Architecture {
         model_types: &["dots1"],
         classes: &["Dots1ForCausalLM"],
-        moe_layers: LayerRule::AfterDense(&["first_k_dense_replace"], 0),
-        renormalise: Renorm::If(&["norm_topk_prob"], false, 1e-20),
-        shared: Shared::Times(&["n_shared_experts"], 0),
+        moe_layers: LayerRule::AfterDense(&["first_k_dense_replace"]),
+        renormalise: Renorm::If(&["norm_topk_prob"], 1e-20),
+        shared: Shared::Times(&["n_shared_experts"]),
         ..GLM4
     },
     Architecture {
         model_types: &["dots3_note", "dots3_note_text"],
         classes: &["Dots3NoteForConditionalGeneration"],
-        moe_layers: LayerRule::AfterDense(&["first_k_dense_replace"], 1),
-        shared: Shared::Width(
-            &["shared_experts_intermediate_size", "moe_shared_expert_intermediate_size"],
-            None,
-        ),
+        moe_layers: LayerRule::AfterDense(&["first_k_dense_replace"]),
+        shared: Shared::Width(&[
+            "shared_experts_intermediate_size",
+            "moe_shared_expert_intermediate_size",
+        ]),
         ..Architecture::SIGMOID
     },
     Architecture {
         model_types: &["exaone_moe"],
         classes: &["ExaoneMoeForCausalLM"],
-        moe_layers: LayerRule::AfterDense(&["first_k_dense_replace"], 1),
-        scale: (&["routed_scaling_factor"], 2.5),
+        moe_layers: LayerRule::AfterDense(&["first_k_dense_replace"]),
+        scale: &["routed_scaling_factor"],
         names: &[Names { correction: "e_score_correction_bias", ..Names::DEEPSEEK }],
         ..Architecture::SIGMOID
     },
     Architecture {
-        model_types: &["kimi_linear"],
-        classes: &["KimiLinearForCausalLM"],
-        moe_layers: LayerRule::AfterDense(&["first_k_dense_replace"], 1),
-        scale: (&["routed_scaling_factor"], 2.446),
+        model_types: &["kimi_linear", "kimi_k3"],
+        classes: &["KimiLinearForCausalLM", "KimiK3ForConditionalGeneration"],
+        moe_layers: LayerRule::AfterDense(&["first_k_dense_replace"]),
+        scale: &["routed_scaling_factor"],
+        adjust: |settings, _, spec| {
+            // Kimi-K3: the routed experts stand between projections to a narrower width
+            let Some(latent) = settings.size(&["routed_expert_hidden_size"], 0)? else {
+                return Ok(());
+            };
+            const NORM: &[&str] = &["latent_moe_use_norm"];
+            if !settings.flag(NORM, true)? {
+                return Err(settings.error(NORM, "is false; only true is known"));
+            }
+            let eps = settings.need_number(&["rms_norm_eps"])?;
+            spec.input_transform.steps = vec![TransformStep::Linear { width: latent }];
+            spec.output_transform.steps = vec![
+                TransformStep::RmsNorm(RmsNorm { eps, unit_offset: false, scale_first: false }),
+                TransformStep::Linear { width: spec.dims.hidden },
+            ];
+            spec.dims.routed_hidden = latent;
+            Ok(())
+        },
         names: &[
             Names {
                 block: "block_sparse_moe",
                 experts: &[ExpertNames::W123, ExpertNames::EACH, ExpertNames::STACKED],
+                input_transform: &["routed_expert_down_proj"],
+                output_transform: &["routed_expert_norm.weight", "routed_expert_up_proj"],
                 ..Names::DEEPSEEK
             },
             Names::DEEPSEEK,
@@ -133,26 +165,40 @@ pub(super) const ROWS: &[Architecture] = &[
         ..Architecture::SIGMOID
     },
     Architecture {
-        model_types: &["bailing_hybrid"],
-        classes: &["BailingHybridForCausalLM", "BailingMoeV2_5ForCausalLM"],
-        moe_layers: LayerRule::AfterDense(&["first_k_dense_replace"], 2),
-        scale: (&["routed_scaling_factor"], 2.5),
+        model_types: &[
+            "bailing_hybrid",
+            "bailing_moe_v2",
+            "bailing_moe_linear",
+            "sarvam_moe",
+            "sarvam_mla",
+        ],
+        classes: &[
+            "BailingHybridForCausalLM",
+            "BailingMoeV2_5ForCausalLM",
+            "BailingMoeV2ForCausalLM",
+            "BailingMoeLinearForCausalLM",
+            "BailingMoeLinearV2ForCausalLM",
+            "SarvamMoEForCausalLM",
+            "SarvamMLAForCausalLM",
+        ],
+        moe_layers: LayerRule::AfterDense(&["first_k_dense_replace"]),
+        scale: &["routed_scaling_factor"],
         names: &[Names { correction: "gate.expert_bias", ..Names::DEEPSEEK }],
         ..Architecture::SIGMOID
     },
     Architecture {
         model_types: &["mimo_v2_flash"],
         classes: &["MiMoV2FlashForCausalLM"],
-        moe_layers: LayerRule::AfterDense(&["first_k_dense_replace"], 1),
+        moe_layers: LayerRule::AfterDense(&["first_k_dense_replace"]),
         shared: Shared::No,
         ..Architecture::SIGMOID
     },
     Architecture {
-        model_types: &["nemotron_h"],
+        model_types: &["nemotron_h", "nemotron_h_omni", "nemo_speechlm"],
         classes: &["NemotronHForCausalLM"],
         moe_layers: LayerRule::Pattern,
         activation: (&["mlp_hidden_act"], Activation::Relu2),
-        shared: Shared::Width(&["moe_shared_expert_intermediate_size"], None),
+        shared: Shared::Width(&["moe_shared_expert_intermediate_size"]),
         adjust: |settings, _, spec| {
             spec.expert.gated = false;
             spec.expert.bias = settings.flag(&["mlp_bias"], false)?;
@@ -190,8 +236,8 @@ pub(super) const ROWS: &[Architecture] = &[
     Architecture {
         model_types: &["beam"],
         classes: &["BeamForCausalLM"],
-        moe_layers: LayerRule::AfterDense(&["first_k_dense_replace"], 3),
-        scale: (&["routed_scaling_factor"], 2.5),
+        moe_layers: LayerRule::AfterDense(&["first_k_dense_replace"]),
+        scale: &["routed_scaling_factor"],
         scale_on: ScaleOn::Output,
         shared: Shared::No,
         ..Architecture::SIGMOID
@@ -199,10 +245,10 @@ pub(super) const ROWS: &[Architecture] = &[
     Architecture {
         model_types: &["axk1"],
         classes: &["AXK1ForCausalLM"],
-        moe_layers: LayerRule::AfterDense(&["first_k_dense_replace"], 1),
-        scale: (&["routed_scaling_factor"], 2.5),
+        moe_layers: LayerRule::AfterDense(&["first_k_dense_replace"]),
+        scale: &["routed_scaling_factor"],
         adjust: |settings, _, spec| {
-            let eps = settings.number(&["rms_norm_eps"], 0)?.unwrap_or(1e-6);
+            let eps = settings.need_number(&["rms_norm_eps"])?;
             spec.output.norm = Some(RmsNorm { eps, unit_offset: false, scale_first: false });
             Ok(())
         },
@@ -212,17 +258,17 @@ pub(super) const ROWS: &[Architecture] = &[
     Architecture {
         model_types: &["axk2"],
         classes: &["AXK2ForCausalLM"],
-        moe_layers: LayerRule::AfterDense(&["first_k_dense_replace"], 1),
-        scale: (&["routed_scaling_factor"], 2.5),
+        moe_layers: LayerRule::AfterDense(&["first_k_dense_replace"]),
+        scale: &["routed_scaling_factor"],
         groups: Some((GroupScore::TopTwoSum, GroupFill::Zero)),
         ..Architecture::SIGMOID
     },
     // only the routed experts are clamped; a save by the library renames `gate_proj`
     Architecture {
-        model_types: &["hy_v4"],
-        classes: &["HYV4ForCausalLM"],
-        moe_layers: LayerRule::AfterDense(&["first_k_dense_replace"], 1),
-        scale: (&["routed_scaling_factor"], 2.827),
+        model_types: &["hy_v4", "hy_v4_vl", "hy_v4_vl_text"],
+        classes: &["HYV4ForCausalLM", "HYV4VLForConditionalGeneration"],
+        moe_layers: LayerRule::AfterDense(&["first_k_dense_replace"]),
+        scale: &["routed_scaling_factor"],
         adjust: |settings, _, spec| {
             spec.expert.activation = clamped(settings, spec.expert.activation)?;
             Ok(())
@@ -245,7 +291,7 @@ pub(super) const ROWS: &[Architecture] = &[
     Architecture {
         model_types: &["mistral_large4", "mistral_large4_text"],
         classes: &["MistralLarge4ForConditionalGeneration"],
-        moe_layers: LayerRule::AfterDense(&["first_k_dense_replace"], 1),
+        moe_layers: LayerRule::AfterDense(&["first_k_dense_replace"]),
         renormalise: Renorm::Always(1e-20),
         names: &[
             Names {
@@ -278,13 +324,27 @@ fn check_method(settings: &Settings, known: &[&str]) -> Result<()> {
     }
 }
 
-/// `silu(min(g, limit)) · clamp(u, ±limit)` by `swiglu_limit` (absent: 10); zero or less: `plain`.
+/// `silu(min(g, limit)) · clamp(u, ±limit)` by `swiglu_limit`; zero or less: `plain`.
 pub(super) fn clamped(settings: &Settings, plain: Activation) -> Result<Activation> {
-    let limit = settings.number(&["swiglu_limit"], 0)?.unwrap_or(10.0);
-    Ok(match limit > 0.0 {
-        true => Activation::ClampedSwiglu { alpha: 1.0, beta: 0.0, limit },
-        false => plain,
-    })
+    let limit = settings.need_number(&["swiglu_limit"])?;
+    match limit > 0.0 {
+        true if plain == Activation::Silu => {
+            Ok(Activation::ClampedSwiglu { alpha: 1.0, beta: 0.0, limit })
+        }
+        true => Err(settings.error(
+            &["hidden_act"],
+            "is clamped by swiglu_limit in this model; with that only silu is known",
+        )),
+        false => Ok(plain),
+    }
+}
+
+/// Biases of the shared experts, where `mlp_bias` says so: routed ones have none.
+pub(super) fn biased_shared(settings: &Settings, spec: &mut LayerSpec) -> Result<()> {
+    if let Some(shared) = &mut spec.shared {
+        shared.bias = settings.flag(&["mlp_bias"], false)?;
+    }
+    Ok(())
 }
 
 /// Routed and shared experts alike.

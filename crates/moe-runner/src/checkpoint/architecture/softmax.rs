@@ -23,7 +23,7 @@ const QWEN2: Architecture = Architecture {
     model_types: &["qwen2_moe"],
     classes: &["Qwen2MoeForCausalLM"],
     moe_layers: LayerRule::SparseStep(&[]),
-    shared: Shared::Width(&["shared_expert_intermediate_size"], None),
+    shared: Shared::Width(&["shared_expert_intermediate_size"]),
     names: &[Names::QWEN2],
     ..Architecture::SOFTMAX
 };
@@ -47,12 +47,12 @@ const OLMOE: Architecture = Architecture {
 const GEMMA4: Architecture = Architecture {
     model_types: &["gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"],
     classes: &["Gemma4ForCausalLM", "Gemma4ForConditionalGeneration"],
-    moe_layers: LayerRule::Enabled(false),
+    moe_layers: LayerRule::Enabled,
     renormalise: Renorm::Always(0.0),
     activation: (&["hidden_activation", "hidden_act"], Activation::GeluTanh),
-    shared: Shared::Width(&["intermediate_size"], None),
+    shared: Shared::Width(&["intermediate_size"]),
     adjust: |settings, _, spec| {
-        let eps = settings.number(&["rms_norm_eps"], 0)?.unwrap_or(1e-6);
+        let eps = settings.need_number(&["rms_norm_eps"])?;
         let norm = RmsNorm { eps, unit_offset: false, scale_first: false };
         spec.gate.scaled_rms_eps = Some(eps);
         spec.router.per_expert_scale = true;
@@ -82,20 +82,46 @@ const GEMMA4: Architecture = Architecture {
     ..Architecture::SOFTMAX
 };
 
+const HUNYUAN: Architecture = Architecture {
+    model_types: &["hunyuan_v1_moe"],
+    classes: &["HunYuanMoEV1ForCausalLM"],
+    intermediate: WHOLE_WIDTH,
+    renormalise: Renorm::Always(0.0),
+    shared: Shared::Same,
+    names: &[Names {
+        gate: "gate.wg",
+        shared: ExpertNames::mlp(
+            "shared_mlp.gate_proj",
+            "shared_mlp.up_proj",
+            "shared_mlp.down_proj",
+        ),
+        ..Names::MLP
+    }],
+    ..Architecture::SOFTMAX
+};
+
 pub(super) const ROWS: &[Architecture] = &[
     MIXTRAL,
     QWEN2,
     Architecture {
         model_types: &["qwen3_next"],
         classes: &["Qwen3NextForCausalLM"],
-        renormalise: Renorm::If(&["norm_topk_prob"], true, 0.0),
+        renormalise: Renorm::If(&["norm_topk_prob"], 0.0),
+        ..QWEN2
+    },
+    // the shared expert has no gate
+    Architecture {
+        model_types: &["lara_mini"],
+        classes: &["LaraMiniForCausalLM"],
+        moe_layers: LayerRule::Every,
+        names: &[Names { shared_gate: "", ..Names::QWEN2 }],
         ..QWEN2
     },
     Architecture {
         model_types: &["qwen4_exp", "qwen4_exp_text"],
         classes: &["Qwen4ExpForCausalLM", "Qwen4ExpForConditionalGeneration"],
         moe_layers: LayerRule::Every,
-        renormalise: Renorm::If(&["norm_topk_prob"], true, 0.0),
+        renormalise: Renorm::If(&["norm_topk_prob"], 0.0),
         ..QWEN2
     },
     Architecture {
@@ -110,14 +136,14 @@ pub(super) const ROWS: &[Architecture] = &[
         model_types: &["mellum"],
         classes: &["MellumForCausalLM"],
         moe_layers: LayerRule::Every,
-        renormalise: Renorm::If(&["norm_topk_prob"], true, 0.0),
+        renormalise: Renorm::If(&["norm_topk_prob"], 0.0),
         ..QWEN3
     },
     // the thinker; the talker is a model of its own in the same files
     Architecture {
         model_types: &["qwen3_omni_moe", "qwen3_omni_moe_thinker", "qwen3_omni_moe_text"],
         classes: &["Qwen3OmniMoeForConditionalGeneration"],
-        renormalise: Renorm::If(&["norm_topk_prob"], true, 0.0),
+        renormalise: Renorm::If(&["norm_topk_prob"], 0.0),
         ..QWEN3
     },
     Architecture {
@@ -140,22 +166,26 @@ pub(super) const ROWS: &[Architecture] = &[
         names: &[Names { block: "feed_forward", gate: "router", ..Names::MLP }],
         ..Architecture::SOFTMAX
     },
+    HUNYUAN,
+    // the first: a narrower width for routed experts, layer by layer; one expert keeps its score
     Architecture {
-        model_types: &["hunyuan_v1_moe"],
-        classes: &["HunYuanMoEV1ForCausalLM"],
-        intermediate: WHOLE_WIDTH,
-        renormalise: Renorm::Always(0.0),
-        shared: Shared::Same,
-        names: &[Names {
-            gate: "gate.wg",
-            shared: ExpertNames::mlp(
-                "shared_mlp.gate_proj",
-                "shared_mlp.up_proj",
-                "shared_mlp.down_proj",
-            ),
-            ..Names::MLP
-        }],
-        ..Architecture::SOFTMAX
+        model_types: &["hunyuan"],
+        classes: &["HunYuanForCausalLM", "HunYuanMoEForCausalLM"],
+        intermediate: &["moe_intermediate_size", "intermediate_size"],
+        adjust: |settings, layer, spec| {
+            if spec.router.top_k == 1 {
+                spec.router.renormalise = Renormalise::None;
+            }
+            let mixed = settings.flag(&["use_mixed_mlp_moe"], true)?;
+            let count = settings.size(&["num_shared_expert"], layer)?.filter(|_| mixed);
+            let width = settings.need_size(WHOLE_WIDTH, layer)?;
+            match (count.unwrap_or(0).saturating_mul(width), &mut spec.shared) {
+                (width @ 1.., Some(shared)) => shared.intermediate = width,
+                _ => spec.shared = None,
+            }
+            Ok(())
+        },
+        ..HUNYUAN
     },
     Architecture {
         model_types: &["dbrx"],
@@ -200,13 +230,13 @@ pub(super) const ROWS: &[Architecture] = &[
         top_k: &["moe_k"],
         moe_layers: LayerRule::Interval,
         correction: Correction::OnScore,
-        shared: Shared::Times(&["moe_num_shared_experts"], 2),
+        shared: Shared::Times(&["moe_num_shared_experts"]),
         adjust: |settings, _, spec| {
-            let floor = settings.number(&["moe_norm_min"], 0)?.unwrap_or(1e-12);
+            let floor = settings.need_number(&["moe_norm_min"])?;
             spec.router.renormalise = Renormalise::SumFloor { floor };
-            spec.expert.bias = settings.flag(&["use_bias"], false)?;
+            // routed experts have none
             if let Some(shared) = &mut spec.shared {
-                shared.bias = spec.expert.bias;
+                shared.bias = settings.flag(&["use_bias"], false)?;
             }
             Ok(())
         },
@@ -223,7 +253,7 @@ pub(super) const ROWS: &[Architecture] = &[
         intermediate: &["expert_ffn_hidden_size"],
         correction: Correction::OnScore,
         renormalise: Renorm::Never,
-        scale: (&["routed_scaling_factor"], 6.0),
+        scale: &["routed_scaling_factor"],
         adjust: |settings, _, spec| {
             match settings.text(&["zero_expert_type"])? {
                 None | Some("identity") => {}

@@ -233,6 +233,28 @@ impl Projection {
         Self { module, rows, cols, part: Part::whole(rows), transposed: false }
     }
 
+    /// Whether an array of this shape can hold the weights, one number for each or several packed
+    /// into one along the input features.
+    pub(super) fn may_be_stored_as(&self, shape: &[usize]) -> bool {
+        let plain = self.stored_shape();
+        let mut packed = plain.clone();
+        let axis = packed.len() - if self.transposed { 2 } else { 1 };
+        // codes of 4 and 6 bits in bytes, of 4 and 8 bits in words
+        shape == plain
+            || [2, 4, 8].iter().any(|count| {
+                packed[axis] = plain[axis].div_ceil(*count);
+                shape == packed
+            })
+            || (plain[axis].is_multiple_of(4) && {
+                packed[axis] = plain[axis] / 4 * 3;
+                shape == packed
+            })
+            // K first: GPTQ's and AWQ's words
+            || (self.part.stack.is_none() && !self.transposed && shape.len() == 2)
+            // blocks of MXFP4
+            || (self.part.stack.is_some() && shape.len() > plain.len())
+    }
+
     /// Shape of the stored array where it holds one number for each weight.
     pub fn stored_shape(&self) -> Vec<usize> {
         let (rows, cols) = match self.transposed {

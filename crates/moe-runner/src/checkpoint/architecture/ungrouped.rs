@@ -3,7 +3,7 @@
 use super::build::is_hash_layer;
 use super::row::{Architecture, ExpertNames, Names, Renorm, Shared};
 use super::rules::LayerRule;
-use super::sigmoid::{SHARED_W123, both, clamped};
+use super::sigmoid::{SHARED_W123, biased_shared, both, clamped};
 use super::softmax::WHOLE_WIDTH;
 use super::tensors::Form;
 use crate::spec::{
@@ -19,7 +19,7 @@ const MINIMAX_M2: Architecture = Architecture {
     moe_layers: LayerRule::Every,
     groups: None,
     renormalise: Renorm::Always(0.0),
-    scale: (&[], 1.0),
+    scale: &[],
     shared: Shared::No,
     names: &[Names { correction: "e_score_correction_bias", ..Names::MIXTRAL }],
     ..Architecture::SIGMOID
@@ -28,15 +28,17 @@ const MINIMAX_M2: Architecture = Architecture {
 const MINIMAX_M3: Architecture = Architecture {
     model_types: &["minimax_m3_vl", "minimax_m3_vl_text"],
     classes: &["MiniMaxM3VLForConditionalGeneration"],
-    moe_layers: LayerRule::AfterDense(&["first_k_dense_replace"], 0),
-    scale: (&["routed_scaling_factor"], 2.0),
+    moe_layers: LayerRule::AfterDense(&["first_k_dense_replace"]),
+    scale: &["routed_scaling_factor"],
     scale_on: ScaleOn::Output,
-    shared: Shared::Width(&["shared_intermediate_size"], None),
+    shared: Shared::Width(&["shared_intermediate_size"]),
+    // whatever `hidden_act` says
+    activation: (&[], Activation::Silu),
     adjust: |settings, _, spec| {
         let activation = Activation::ClampedSwiglu {
-            alpha: settings.number(&["swiglu_alpha"], 0)?.unwrap_or(1.702),
+            alpha: settings.need_number(&["swiglu_alpha"])?,
             beta: 1.0,
-            limit: settings.number(&["swiglu_limit"], 0)?.unwrap_or(7.0),
+            limit: settings.need_number(&["swiglu_limit"])?,
         };
         both(spec, activation);
         Ok(())
@@ -60,11 +62,11 @@ pub(super) const ROWS: &[Architecture] = &[
     Architecture {
         model_types: &["afmoe"],
         classes: &["AfmoeForCausalLM"],
-        moe_layers: LayerRule::AfterDense(&["num_dense_layers"], 1),
+        moe_layers: LayerRule::AfterDense(&["num_dense_layers"]),
         groups: None,
         renormalise: Renorm::Always(1e-20),
-        scale: (&["route_scale"], 1.0),
-        shared: Shared::Times(&["num_shared_experts"], 2),
+        scale: &["route_scale"],
+        shared: Shared::Times(&["num_shared_experts"]),
         names: &[Names { gate: "router.gate", correction: "expert_bias", ..Names::DEEPSEEK }],
         ..Architecture::SIGMOID
     },
@@ -78,8 +80,8 @@ pub(super) const ROWS: &[Architecture] = &[
         top_k: &["num_experts_per_tok", "moe_top_k"],
         intermediate: &["moe_intermediate_size"],
         moe_layers: LayerRule::Enumerated,
-        scale: (&["moe_router_scaling_factor"], 1.0),
-        shared: Shared::Width(&["share_expert_dim", "share_expert_dims"], None),
+        scale: &["moe_router_scaling_factor"],
+        shared: Shared::Width(&["share_expert_dim", "share_expert_dims"]),
         adjust: |settings, layer, spec| {
             let stepped = |keys| {
                 let limit = settings.number(keys, layer)?.filter(|limit| *limit != 0.0);
@@ -113,10 +115,11 @@ pub(super) const ROWS: &[Architecture] = &[
     Architecture {
         model_types: &["hy_v3"],
         classes: &["HYV3ForCausalLM"],
-        moe_layers: LayerRule::AfterDense(&["first_k_dense_replace"], 1),
+        moe_layers: LayerRule::AfterDense(&["first_k_dense_replace"]),
         groups: None,
         renormalise: Renorm::Always(1e-20),
-        scale: (&["router_scaling_factor"], 2.826),
+        scale: &["router_scaling_factor"],
+        adjust: |settings, _, spec| biased_shared(settings, spec),
         names: &[Names {
             gate: "router.gate",
             correction: "expert_bias",
@@ -132,9 +135,9 @@ pub(super) const ROWS: &[Architecture] = &[
     Architecture {
         model_types: &["lfm2_moe"],
         classes: &["Lfm2MoeForCausalLM"],
-        moe_layers: LayerRule::AfterDense(&["num_dense_layers"], 2),
+        moe_layers: LayerRule::AfterDense(&["num_dense_layers"]),
         groups: None,
-        renormalise: Renorm::If(&["norm_topk_prob"], true, 1e-6),
+        renormalise: Renorm::If(&["norm_topk_prob"], 1e-6),
         shared: Shared::No,
         adjust: |settings, _, spec| {
             if !settings.flag(&["use_expert_bias"], true)? {
@@ -153,12 +156,12 @@ pub(super) const ROWS: &[Architecture] = &[
     Architecture {
         model_types: &["laguna"],
         classes: &["LagunaForCausalLM"],
-        moe_layers: LayerRule::AfterDense(&["first_k_dense_replace"], 1),
+        moe_layers: LayerRule::AfterDense(&["first_k_dense_replace"]),
         groups: None,
         renormalise: Renorm::Always(0.0),
-        scale: (&["moe_routed_scaling_factor"], 1.0),
+        scale: &["moe_routed_scaling_factor"],
         scale_on: ScaleOn::Output,
-        shared: Shared::Width(&["shared_expert_intermediate_size"], None),
+        shared: Shared::Width(&["shared_expert_intermediate_size"]),
         adjust: |settings, _, spec| {
             const ON_INPUT: &[&str] = &["moe_apply_router_weight_on_input"];
             if settings.flag(ON_INPUT, false)? {
@@ -181,9 +184,9 @@ pub(super) const ROWS: &[Architecture] = &[
         moe_layers: LayerRule::SparseStep(&[0, 1]),
         correction: Correction::None,
         groups: None,
-        renormalise: Renorm::If(&["norm_topk_prob"], true, 0.0),
-        scale: (&[], 1.0),
-        shared: Shared::Width(&["shared_expert_intermediate_size"], None),
+        renormalise: Renorm::If(&["norm_topk_prob"], 0.0),
+        scale: &[],
+        shared: Shared::Width(&["shared_expert_intermediate_size"]),
         names: &[Names { shared_gate: "", ..Names::QWEN2 }],
         ..Architecture::SIGMOID
     },
@@ -191,13 +194,16 @@ pub(super) const ROWS: &[Architecture] = &[
     Architecture {
         model_types: &["deepseek_v4"],
         classes: &["DeepseekV4ForCausalLM"],
+        renormalise: Renorm::Always(1e-20),
+        shared: Shared::Same,
         moe_layers: LayerRule::Every,
         score: Score::SqrtSoftplus,
         groups: None,
-        scale: (&["routed_scaling_factor"], 1.5),
+        scale: &["routed_scaling_factor"],
         adjust: |settings, layer, spec| {
             let activation = clamped(settings, spec.expert.activation)?;
             both(spec, activation);
+            biased_shared(settings, spec)?;
             if is_hash_layer(settings, layer)? {
                 let vocabulary = settings.need_size(&["vocab_size"], 0)?;
                 spec.router.selection = Selection::HashTable { vocabulary };
@@ -218,15 +224,14 @@ pub(super) const ROWS: &[Architecture] = &[
     Architecture {
         model_types: &["muse_spark", "muse_spark_text"],
         classes: &["MuseSparkForConditionalGeneration"],
-        moe_layers: LayerRule::AfterDense(&["first_k_dense_replace"], 0),
+        moe_layers: LayerRule::AfterDense(&["first_k_dense_replace"]),
         groups: None,
         renormalise: Renorm::Always(1e-15),
         shared: Shared::No,
         adjust: |settings, _, spec| {
-            let eps = settings.number(&["rms_norm_eps"], 0)?.unwrap_or(1e-5);
+            let eps = settings.need_number(&["rms_norm_eps"])?;
             let latent = settings.need_size(&["moe_hidden_size"], 0)?;
-            spec.router.logit_multiplier =
-                settings.number(&["output_multiplier"], 0)?.unwrap_or(0.176_776_7);
+            spec.router.logit_multiplier = settings.need_number(&["output_multiplier"])?;
             spec.dims.routed_hidden = latent;
             spec.input_transform.steps = vec![
                 TransformStep::Linear { width: latent },
@@ -234,7 +239,7 @@ pub(super) const ROWS: &[Architecture] = &[
             ];
             spec.output_transform.steps = vec![TransformStep::Linear { width: spec.dims.hidden }];
             spec.expert.norm = Some(RmsNorm {
-                eps: settings.number(&["post_norm_eps"], 0)?.unwrap_or(1e-8),
+                eps: settings.need_number(&["post_norm_eps"])?,
                 unit_offset: true,
                 scale_first: true,
             });
@@ -256,10 +261,10 @@ pub(super) const ROWS: &[Architecture] = &[
         model_types: &["inkling", "inkling_text", "inkling_mm_model"],
         classes: &["InklingForConditionalGeneration"],
         intermediate: &["moe_intermediate_size", "intermediate_size"],
-        moe_layers: LayerRule::AfterDense(&["dense_mlp_idx"], 0),
+        moe_layers: LayerRule::AfterDense(&["dense_mlp_idx"]),
         groups: None,
         renormalise: Renorm::Never,
-        scale: (&["route_scale"], 8.0),
+        scale: &["route_scale"],
         shared: Shared::Same,
         combine: SharedCombine::RouterWeighted,
         adjust: |settings, _, spec| {
@@ -292,17 +297,18 @@ pub(super) const ROWS: &[Architecture] = &[
         ..Architecture::SIGMOID
     },
     Architecture {
-        model_types: &["inkling2", "inkling2_text"],
-        classes: &["Inkling2ForConditionalGeneration"],
+        model_types: &["inkling2", "inkling2_text", "inkling2_loop", "inkling2_loop_text"],
+        classes: &["Inkling2ForConditionalGeneration", "Inkling2LoopForConditionalGeneration"],
+        activation: (&[], Activation::Silu),
         moe_layers: LayerRule::Every,
         groups: None,
         renormalise: Renorm::Always(1e-20),
-        scale: (&["route_scale"], 8.0),
+        scale: &["route_scale"],
         shared: Shared::No,
         adjust: |settings, _, spec| {
             spec.expert.activation = Activation::Situ {
-                beta: settings.number(&["mlp_gate_softcap"], 0)?.unwrap_or(4.0),
-                lambda: Some(settings.number(&["mlp_up_softcap"], 0)?.unwrap_or(25.0)),
+                beta: settings.need_number(&["mlp_gate_softcap"])?,
+                lambda: Some(settings.need_number(&["mlp_up_softcap"])?),
             };
             Ok(())
         },

@@ -47,25 +47,17 @@ impl GgmlType {
 
 /// The types that are not among [`BlockType`]s, plain ones and those that cannot be decoded: number,
 /// name, elements and bytes of a block.
-const OTHERS: [(u32, &str, usize, usize); 20] = [
+const OTHERS: [(u32, &str, usize, usize); 12] = [
     (0, "F32", 1, 4),
     (1, "F16", 1, 2),
     (9, "Q8_1", 32, 4 + 32),
     (15, "Q8_K", 256, 4 + 256 + 32),
-    (16, "IQ2_XXS", 256, 2 + 64),
-    (17, "IQ2_XS", 256, 2 + 64 + 8),
-    (18, "IQ3_XXS", 256, 2 + 64 + 32),
-    (19, "IQ1_S", 256, 2 + 32 + 16),
-    (21, "IQ3_S", 256, 2 + 64 + 32 + 8 + 4),
-    (22, "IQ2_S", 256, 2 + 64 + 16),
     (24, "I8", 1, 1),
     (25, "I16", 1, 2),
     (26, "I32", 1, 4),
     (27, "I64", 1, 8),
     (28, "F64", 1, 8),
-    (29, "IQ1_M", 256, 32 + 16 + 8),
     (30, "BF16", 1, 2),
-    (40, "NVFP4", 64, 4 + 32),
     (41, "Q1_0", 128, 2 + 16),
     (42, "Q2_0", 64, 2 + 16),
 ];

@@ -25,23 +25,27 @@ pub(super) fn read(config: &Config) -> Result<Rules> {
         return Err(config.error("transform_config.config_groups", reason));
     }
     let groups = config.sub("config_groups")?.ok_or_else(|| config.missing("config_groups"))?;
-    // a module's own name counts before the name of its class
-    let (mut by_name, mut by_class) = (Vec::new(), Vec::new());
+    // a module's own name counts before the name of its class, and experts' before that of all
+    let (mut by_name, mut experts, mut by_class) = (Vec::new(), Vec::new(), Vec::new());
     for name in groups.keys() {
         let Some(group) = groups.entry(name)? else { continue };
         let scheme = group_scheme(config, &group)?;
         let targets = group.str_list("targets")?.ok_or_else(|| group.missing("targets"))?;
         let (classes, names): (Vec<&str>, Vec<&str>) =
-            targets.into_iter().partition(|target| is_class(target));
+            targets.into_iter().partition(|target| is_class(target) || is_experts(target));
         let modules = names
             .into_iter()
             .map(|name| Pattern::name_or_regex(&group, "targets", name))
             .collect::<Result<Vec<_>>>()?;
         by_name.push(Rule { modules, scheme: scheme.clone() });
-        if !classes.is_empty() {
+        if classes.iter().any(|target| is_experts(target)) {
+            experts.push(Rule { modules: vec![Pattern::Experts], scheme: scheme.clone() });
+        }
+        if classes.iter().any(|target| is_class(target)) {
             by_class.push(Rule { modules: vec![Pattern::All], scheme });
         }
     }
+    by_name.append(&mut experts);
     by_name.append(&mut by_class);
     let ignored = patterns(config, "ignore", Pattern::name_or_regex)?;
     Ok(Rules { ignored, rules: by_name })
@@ -51,6 +55,12 @@ pub(super) fn read(config: &Config) -> Result<Rules> {
 /// which no module of a model's layers has as its full name.
 fn is_class(target: &str) -> bool {
     !target.starts_with("re:") && !target.contains('.') && target.ends_with("Linear")
+}
+
+/// Whether a target is the name of a class of modules that hold routed experts.
+fn is_experts(target: &str) -> bool {
+    let identifier = !target.starts_with("re:") && !target.contains('.');
+    identifier && (target.ends_with("Experts") || target.ends_with("MoE"))
 }
 
 /// Arguments of one kind of tensor.

@@ -66,6 +66,55 @@ impl Options {
     }
 }
 
+/// AutoRound: the tensors of GPTQ or AWQ, with exceptions by name in `extra_config`.
+pub(super) fn auto_round(config: &Config) -> Result<Rules> {
+    const PACKING: &str = "packing_format";
+    let default = Options {
+        bits: config.usize("bits")?.ok_or_else(|| config.missing("bits"))?,
+        group: group(config, "group_size")?.ok_or_else(|| config.missing("group_size"))?,
+        symmetric: config.bool("sym")?.unwrap_or(true),
+    };
+    let packing = config.str(PACKING)?.unwrap_or("auto_round:auto_gptq");
+    let awq = match packing.split(':').next_back().unwrap_or_default() {
+        "auto_gptq" | "gptq" | "auto_round" => false,
+        "auto_awq" | "awq" => true,
+        other => {
+            let reason = format!("is '{other}'; supported are 'auto_gptq' and 'auto_awq'");
+            return Err(config.error(PACKING, reason));
+        }
+    };
+    let scheme = |options: Options| match (awq, options.bits) {
+        (_, 16..) => Ok(Scheme::FLOAT),
+        (false, _) => options.scheme(true),
+        (true, 4) => Ok(Scheme::weights_only(WeightScheme::KFirst {
+            group: options.group,
+            symmetric: false,
+            interleaved: true,
+            signed: false,
+        })),
+        (true, bits) => Err(Unsupported::new("bits", format!("is {bits}; supported is 4"))),
+    };
+    let mut rules = Vec::new();
+    if let Some(extra) = config.sub("extra_config")? {
+        for name in extra.keys() {
+            let Some(own) = extra.entry(name)? else { continue };
+            let options = Options {
+                bits: own.usize("bits")?.unwrap_or(default.bits),
+                group: group(&own, "group_size")?.unwrap_or(default.group),
+                symmetric: own.bool("sym")?.unwrap_or(default.symmetric),
+            };
+            let pattern = match name.contains(['*', '(', '|', '\\']) {
+                true => Pattern::regex(config, "extra_config", name)?,
+                false => Pattern::Name(name.to_string()),
+            };
+            rules.push(Rule { modules: vec![pattern], scheme: scheme(options) });
+        }
+    }
+    rules.push(Rule { modules: vec![Pattern::All], scheme: scheme(default) });
+    let ignored = patterns(config, "modules_to_not_convert", Pattern::components)?;
+    Ok(Rules { ignored, rules })
+}
+
 /// The size at `key`; −1 is all of a row.
 fn group(config: &Config, key: &str) -> Result<Option<Option<usize>>> {
     match config.i64(key)? {

@@ -86,7 +86,9 @@ impl Quantization {
         let Some(config) = checkpoint.config() else { return Ok(None) };
         for key in KEYS {
             if let Some(quantization) = config.sub(key)? {
-                return Self::read(&quantization).map(Some);
+                let outer = config.str("expert_dtype")?;
+                let inner = config.str("text_config.expert_dtype")?;
+                return Self::with_experts(&quantization, outer.or(inner)).map(Some);
             }
         }
         let beside = checkpoint.path().join(MODELOPT_FILE);
@@ -103,15 +105,27 @@ impl Quantization {
     /// # Errors
     /// As [`Quantization::of`].
     pub fn read(config: &Config) -> Result<Self> {
+        Self::with_experts(config, None)
+    }
+
+    /// As [`Quantization::read`]; `experts` is the model's own word for how routed experts are stored
+    /// (DeepSeek-V4's `expert_dtype`).
+    fn with_experts(config: &Config, experts: Option<&str>) -> Result<Self> {
+        let experts = config.str("expert_dtype")?.or(experts);
         let method = config.str("quant_method")?.unwrap_or_default();
         let rules = match method {
             "compressed-tensors" => compressed_tensors::read(config)?,
             // older files of compressed-tensors do not name themselves
             "" if config.get("config_groups").is_some() => compressed_tensors::read(config)?,
-            "fp8" => native::fp8(config)?,
+            // copies that ModelOpt made of models with FP8 of their own
+            "fp8" if config.get("quant_algo").is_some() => {
+                modelopt::over(config, native::fp8(config, experts)?)?
+            }
+            "fp8" => native::fp8(config, experts)?,
             "mxfp4" => native::mxfp4(config)?,
             "gptq" | "gptq_marlin" => gptq::gptq(config)?,
             "awq" | "awq_marlin" => gptq::awq(config)?,
+            "auto-round" | "intel/auto-round" => gptq::auto_round(config)?,
             "quark" => quark::read(config)?,
             name if name.starts_with("modelopt") => modelopt::read(config)?,
             "" => return Err(config.missing("quant_method")),
@@ -120,7 +134,7 @@ impl Quantization {
                     "quant_method",
                     format!(
                         "is '{other}'; supported are fp8, compressed-tensors, modelopt, quark, \
-                         gptq, awq and mxfp4"
+                         gptq, awq, auto-round and mxfp4"
                     ),
                 ));
             }
@@ -183,6 +197,19 @@ impl Quantization {
             }
         }
         Ok(common.map_or(Scheme::FLOAT, |(_, scheme)| scheme))
+    }
+
+    /// Checks that the gate and up projections of an expert, which multiply the same rows, do not
+    /// want them quantised in different ways. Their weights may be stored differently.
+    ///
+    /// # Errors
+    /// As [`Quantization::common_scheme`].
+    pub fn common_input(&self, gate: &str, up: &str) -> Result<()> {
+        let schemes = [self.scheme(gate)?, self.scheme(up)?];
+        match schemes[0].input == schemes[1].input {
+            true => Ok(()),
+            false => Err(self.mixed([gate, up], schemes)),
+        }
     }
 
     fn mixed(&self, modules: [&str; 2], schemes: [Scheme; 2]) -> Error {

@@ -30,6 +30,15 @@ pub(super) fn read(config: &Config) -> Result<Rules> {
     Ok(Rules { ignored, rules })
 }
 
+/// Rules of ModelOpt, in front of those of the model that it made a copy of.
+pub(super) fn over(config: &Config, model: Rules) -> Result<Rules> {
+    let mut rules = read(config)?;
+    // what ModelOpt left alone is stored as the model has it: its rules stand before the list
+    rules.rules.extend(model.rules);
+    rules.ignored = model.ignored;
+    Ok(rules)
+}
+
 fn scheme(algorithm: &str) -> std::result::Result<Scheme, Unsupported> {
     let fp8 = |scales| WeightScheme::Codes { number: Number::Fp8, scales };
     Ok(match algorithm.to_uppercase().as_str() {
@@ -39,7 +48,7 @@ fn scheme(algorithm: &str) -> std::result::Result<Scheme, Unsupported> {
         }
         "FP8_PB_WO" => Scheme::weights_only(fp8(ScaleShape::Block([128, 128]))),
         "NVFP4" => Scheme { weights: WeightScheme::Nvfp4, input: InputScheme::Nvfp4 },
-        "W4A16_NVFP4" => Scheme::weights_only(WeightScheme::Nvfp4),
+        "W4A16_NVFP4" | "NVFP4_W4A16" => Scheme::weights_only(WeightScheme::Nvfp4),
         "MXFP8" => Scheme {
             weights: WeightScheme::Mx(MxElement::Fp8),
             input: InputScheme::Mx(MxElement::Fp8),

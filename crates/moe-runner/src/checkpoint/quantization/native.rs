@@ -2,7 +2,8 @@
 
 use super::pattern::Pattern;
 use super::{
-    InputScheme, MxElement, Number, Rules, ScaleShape, Scheme, WeightScheme, block_size, patterns,
+    InputScheme, MxElement, Number, Rule, Rules, ScaleShape, Scheme, WeightScheme, block_size,
+    patterns,
 };
 use crate::Result;
 use crate::checkpoint::Config;
@@ -14,8 +15,9 @@ fn ignored(config: &Config) -> Result<Vec<Pattern>> {
     Ok(ignored)
 }
 
-/// FP8, one scale for a tensor or for each block.
-pub(super) fn fp8(config: &Config) -> Result<Rules> {
+/// FP8, one scale for a tensor or for each block. `experts`: what the model says about its routed
+/// experts, which may be FP4 in blocks of 32 (DeepSeek-V4); their rows are quantised as all others.
+pub(super) fn fp8(config: &Config, experts: Option<&str>) -> Result<Rules> {
     let is_static = match config.str("activation_scheme")? {
         None | Some("dynamic") => false,
         Some("static") => true,
@@ -47,7 +49,20 @@ pub(super) fn fp8(config: &Config) -> Result<Rules> {
         None => (ScaleShape::Tensor, InputScheme::Fp8Token),
     };
     let weights = WeightScheme::Codes { number: Number::Fp8, scales };
-    Ok(Rules::all(ignored(config)?, Ok(Scheme { weights, input })))
+    let mut rules = Rules::all(ignored(config)?, Ok(Scheme { weights, input }));
+    let fp4 = WeightScheme::Mx(MxElement::Fp4);
+    match experts {
+        None | Some("fp8" | "bf16" | "bfloat16") => {}
+        Some("fp4" | "mxfp4") => rules.rules.insert(
+            0,
+            Rule { modules: vec![Pattern::Experts], scheme: Ok(Scheme { weights: fp4, input }) },
+        ),
+        Some(other) => {
+            let reason = format!("is '{other}'; known are 'fp4', 'fp8' and 'bf16'");
+            return Err(config.error("expert_dtype", reason));
+        }
+    }
+    Ok(rules)
 }
 
 /// gpt-oss.

@@ -1,9 +1,10 @@
 //! Which tensors of a layer have been asked for, and what was wrong with them.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
+use std::sync::Arc;
 
-use crate::checkpoint::architecture::{ExpertTensors, Form, LayerEntry, TensorNames};
+use crate::checkpoint::architecture::{ExpertTensors, Form, LayerEntry};
 use crate::checkpoint::quantization::{Quantization, Scheme};
 use crate::checkpoint::{Checkpoint, Tensor};
 use crate::{Error, Result};
@@ -15,7 +16,8 @@ pub struct Accounting {
     pub missing: Vec<String>,
     /// Tensors that are there, but of the wrong shape, dtype or content.
     pub wrong: Vec<Error>,
-    /// Tensors that belong to the block, but have no role in it.
+    /// Tensors that belong to the block, but have no role in it: what is computed without them is
+    /// not what the model's author meant.
     pub unexpected: Vec<String>,
     /// As `unexpected`, of the routed experts: an expert too many, a second copy under another
     /// spelling, a scale that no format asked for.
@@ -36,6 +38,7 @@ impl Accounting {
         self.missing.len()
             + self.wrong.len()
             + self.unexpected_experts.len()
+            + self.unexpected.len()
             + self.duplicates.len()
     }
 
@@ -65,8 +68,12 @@ impl Accounting {
         if let Some(name) = self.missing.first() {
             return about(name, "is missing".into());
         }
-        let name = self.unexpected_experts.first()?;
-        about(name, "belongs to the experts, but the model as configured has no use for it".into())
+        if let Some(name) = self.unexpected_experts.first() {
+            let reason = "belongs to the experts, but the model as configured has no use for it";
+            return about(name, reason.into());
+        }
+        let name = self.unexpected.first()?;
+        about(name, "belongs to the block, but the model as configured has no use for it".into())
     }
 }
 
@@ -80,7 +87,11 @@ pub(crate) struct Loader<'a> {
     /// Tensors with a problem noted: a stack of experts is asked for once for each.
     noted: BTreeSet<String>,
     /// What the configuration says about number formats.
-    quantization: Option<Quantization>,
+    quantization: Option<Arc<Quantization>>,
+    /// A tensor that has a role elsewhere, though its name is that of a matrix's scale.
+    reserved: Option<String>,
+    /// Whether any tensor's name ends so: looked up once, asked for each that is missing.
+    usual: BTreeMap<String, bool>,
 }
 
 impl<'a> Loader<'a> {
@@ -97,13 +108,15 @@ impl<'a> Loader<'a> {
                 .collect(),
             noted: BTreeSet::new(),
             quantization: None,
+            reserved: None,
+            usual: BTreeMap::new(),
         }
         .with_quantization()
     }
 
     /// Reads the configuration; what is wrong with it is noted.
     fn with_quantization(mut self) -> Self {
-        let quantization = Quantization::of(self.checkpoint);
+        let quantization = self.checkpoint.quantization();
         self.quantization = self.note(quantization).flatten();
         self
     }
@@ -116,15 +129,36 @@ impl<'a> Loader<'a> {
         self.quantization.as_ref().map_or(Ok(Scheme::FLOAT), |q| q.scheme(module))
     }
 
-    /// The scheme of all projections of an expert.
+    /// Checks that the projections of an expert that multiply the same rows agree about them.
     ///
     /// # Errors
-    /// As [`Quantization::common_scheme`].
-    pub(super) fn common_scheme(&self, tensors: &ExpertTensors) -> Result<Scheme> {
-        let Some(quantization) = &self.quantization else { return Ok(Scheme::FLOAT) };
-        let modules = tensors.gate.iter().chain([&tensors.up, &tensors.down]);
-        let modules: Vec<&str> = modules.map(|projection| projection.module.as_str()).collect();
-        quantization.common_scheme(&modules)
+    /// As [`Quantization::common_input`].
+    pub(super) fn common_input(&self, tensors: &ExpertTensors) -> Result<()> {
+        match (&self.quantization, &tensors.gate) {
+            (Some(quantization), Some(gate)) if gate.module != tensors.up.module => {
+                quantization.common_input(&gate.module, &tensors.up.module)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether names of this checkpoint's tensors end so.
+    pub(crate) fn is_usual(&mut self, ending: &str) -> bool {
+        let checkpoint = self.checkpoint;
+        *self
+            .usual
+            .entry(ending.to_string())
+            .or_insert_with(|| checkpoint.names().any(|name| name.ends_with(ending)))
+    }
+
+    /// Keeps a tensor for another role than that of a matrix's scale.
+    pub(super) fn reserve(&mut self, name: &Option<String>) {
+        self.reserved.clone_from(name);
+    }
+
+    /// Whether a tensor is kept for another role.
+    pub(crate) fn is_reserved(&self, name: &str) -> bool {
+        self.reserved.as_deref() == Some(name)
     }
 
     /// The checkpoint that is loaded from: formats look here at what is there.
@@ -181,6 +215,12 @@ impl<'a> Loader<'a> {
     }
 
     pub(super) fn note_missing(&mut self, name: String) {
+        // in a file that is absent, or elsewhere than the index says
+        let found = self.checkpoint.tensor(&name);
+        if found.is_err() {
+            self.note(found);
+            return;
+        }
         if self.noted.insert(name.clone()) {
             self.accounting.missing.push(name);
         }
@@ -188,23 +228,23 @@ impl<'a> Loader<'a> {
 
     /// The account, with the tensors of the block that nothing asked for.
     pub(super) fn finish(mut self, entry: &LayerEntry) -> Accounting {
-        let index = TensorNames::new(self.checkpoint);
         let mut unclaimed: Vec<&str> = Vec::new();
         for scope in &entry.tensors.scopes {
-            unclaimed.extend(index.below(scope).iter().filter(|n| !self.claimed.contains(**n)));
+            let names = self.checkpoint.names_below(scope);
+            unclaimed.extend(names.filter(|name| !self.claimed.contains(*name)));
         }
         self.duplicates.retain(|(name, _)| {
             self.claimed.contains(name) || entry.tensors.scopes.iter().any(|s| name.starts_with(s))
         });
-        self.accounting.duplicates = self.duplicates;
+        self.accounting.duplicates = std::mem::take(&mut self.duplicates);
         if self.accounting.wrong.iter().any(|error| matches!(error, Error::Config { .. })) {
             // without a format, nobody could ask for the tensors that make it up
             return self.accounting;
         }
+        unclaimed.retain(|name| !is_idle_expert(entry, name));
+        unclaimed.dedup();
+        self.describe_what_is_there(entry, &unclaimed);
         for name in unclaimed {
-            if is_idle_expert(entry, name) {
-                continue;
-            }
             let accounting = &mut self.accounting;
             match name.contains(".experts.") {
                 true => accounting.unexpected_experts.push(name.to_string()),
@@ -212,6 +252,50 @@ impl<'a> Loader<'a> {
             }
         }
         self.accounting
+    }
+}
+
+impl Loader<'_> {
+    /// Where no expert's weights are there under a known name, but others are: says what was found
+    /// before what is missing.
+    fn describe_what_is_there(&mut self, entry: &LayerEntry, unclaimed: &[&str]) {
+        let experts = &entry.tensors.experts;
+        let first = experts.get(0);
+        let needed = [&first.up.module, &first.down.module];
+        let lacks = |module: &String| {
+            self.accounting.missing.iter().any(|name| name.starts_with(module.as_str()))
+        };
+        if !needed.into_iter().all(lacks) {
+            return;
+        }
+        let mut kinds: Vec<String> = Vec::new();
+        let mut example = None;
+        for name in unclaimed.iter().filter(|name| name.contains("exp")) {
+            let Some(info) = self.checkpoint.info(name) else { continue };
+            let inside = entry.tensors.scopes.iter().find_map(|s| name.strip_prefix(s.as_str()));
+            let parts = inside.unwrap_or(name).split('.').map(|part| match part.parse::<u32>() {
+                Ok(_) => "{e}",
+                Err(_) => part,
+            });
+            let name_of_kind = parts.collect::<Vec<_>>().join(".");
+            if kinds.iter().any(|kind| kind.starts_with(&format!("'{name_of_kind}'"))) {
+                continue;
+            }
+            kinds.push(format!("'{name_of_kind}' {} {:?}", info.dtype, info.shape));
+            example = example.or(Some((info.file, *name)));
+            if kinds.len() == 4 {
+                break;
+            }
+        }
+        let Some((file, name)) = example else { return };
+        let reason = format!(
+            "experts are stored as {}, which is no layout that is known for this model; one that is \
+             known needs '{}' {:?}",
+            kinds.join(", "),
+            first.up.module,
+            first.up.stored_shape()
+        );
+        self.accounting.wrong.insert(0, Error::tensor(file, name, reason));
     }
 }
 

@@ -41,6 +41,14 @@ impl LoadedLayer {
     }
 }
 
+/// A layer's weights, and what is missing, wrong, unexpected or duplicate in it, in one pass; no
+/// weights where something is missing or wrong.
+pub fn survey(checkpoint: &Checkpoint, entry: &LayerEntry) -> (Option<LoadedLayer>, Accounting) {
+    let mut loader = Loader::new(checkpoint);
+    let layer = loader.layer(entry);
+    (layer, loader.finish(entry))
+}
+
 /// What is missing, wrong, unexpected or duplicate in a layer, without failing.
 pub fn account(checkpoint: &Checkpoint, entry: &LayerEntry) -> Accounting {
     let mut loader = Loader::new(checkpoint);
@@ -60,10 +68,11 @@ impl Loader<'_> {
     /// All of a layer; `None` where something is missing or wrong, which is noted.
     fn layer(&mut self, entry: &LayerEntry) -> Option<LoadedLayer> {
         let (mut spec, tensors) = (entry.spec.clone(), &entry.tensors);
+        self.reserve(&tensors.per_expert_scale);
         let gate = self.gate(&spec, tensors);
         let experts = self.experts(&tensors.experts);
-        let input_transform = self.steps(&tensors.input_transform, spec.dims.routed_hidden);
-        let output_transform = self.steps(&tensors.output_transform, spec.dims.hidden);
+        let input_transform = self.steps(&tensors.input_transform, spec.dims.hidden);
+        let output_transform = self.steps(&tensors.output_transform, spec.dims.routed_hidden);
         let shared = match &tensors.shared {
             Some(shared) => self.shared(shared, spec.dims.hidden).map(Some),
             None => Some(None),
@@ -115,7 +124,7 @@ impl Loader<'_> {
     }
 
     fn expert(&mut self, tensors: &ExpertTensors) -> Option<Expert> {
-        let common = self.common_scheme(tensors);
+        let common = self.common_input(tensors);
         self.note(common)?;
         let gate = tensors.gate.as_ref().map(|gate| self.matrix(gate));
         let up = self.matrix(&tensors.up);
@@ -149,12 +158,15 @@ impl Loader<'_> {
         Some(shared)
     }
 
-    /// The weights of a transform's steps; norms have `width` elements.
-    fn steps(&mut self, steps: &[StepTensors], width: usize) -> Option<Vec<StepWeights>> {
+    /// The weights of a transform's steps, which rows enter with `width` elements.
+    fn steps(&mut self, steps: &[StepTensors], mut width: usize) -> Option<Vec<StepWeights>> {
         let loaded: Vec<Option<StepWeights>> = steps
             .iter()
             .map(|step| match step {
-                StepTensors::Linear(projection) => self.matrix(projection).map(StepWeights::Linear),
+                StepTensors::Linear(projection) => {
+                    width = projection.rows;
+                    self.matrix(projection).map(StepWeights::Linear)
+                }
                 StepTensors::RmsNorm(name) => self.vector(name, width).map(StepWeights::RmsNorm),
             })
             .collect();
@@ -166,7 +178,16 @@ impl Loader<'_> {
         for format in FORMATS {
             match format(self, projection) {
                 None => {}
-                Some(Ok(matrix)) => return Some(matrix),
+                Some(Ok(matrix)) if self.checkpoint().metadata().is_none() => return Some(matrix),
+                Some(Ok(matrix)) => {
+                    let scaled = quant::times_its_scale(self, projection, matrix);
+                    return self.note(scaled.map_err(|problem| match problem {
+                        Problem::Wrong(error) => error,
+                        Problem::Missing(name) => {
+                            Error::tensor(self.checkpoint().path(), name, "is missing")
+                        }
+                    }));
+                }
                 Some(Err(Problem::Wrong(error))) => return self.note(Err(error)),
                 Some(Err(Problem::Missing(name))) => {
                     self.note_missing(name);

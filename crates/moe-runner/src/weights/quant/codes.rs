@@ -70,7 +70,7 @@ fn scales(
 
 /// Zero points beside the scales, one byte each. All zero, they say nothing.
 fn zero_points(tensor: &Tensor, scales: &Scales) -> Result<Zeros> {
-    if tensor.bytes.iter().all(|b| *b == 0) {
+    if tensor.blank || tensor.bytes.iter().all(|b| *b == 0) {
         return Ok(Zeros::None);
     }
     let zeros = match tensor.dtype {

@@ -198,6 +198,9 @@ fn look(loader: &mut Loader, projection: &Projection, findings: &mut Findings) -
 }
 
 fn weight_scales(tensor: &Tensor, findings: &mut Findings) {
+    if tensor.blank {
+        return;
+    }
     let Some(kind) = scale_of(tensor.dtype) else { return };
     let Ok(scales) = Scales::vector(tensor.bytes.clone(), kind) else { return };
     // blocks of zeros have a scale of zero, or the smallest one; powers of two go further
@@ -235,6 +238,9 @@ fn input_scale(module: &mut Module, scheme: InputScheme, findings: &mut Findings
             return None;
         }
     };
+    if tensor.blank {
+        return None;
+    }
     let problem = match scale_value(&tensor) {
         Ok(1.0) => Some("is exactly 1, which a quantiser writes before it has seen data".into()),
         Ok(scale) if !(1e-12..=1e12).contains(&scale) => Some(format!("is {scale}")),

@@ -9,11 +9,13 @@ mod k_first;
 mod module;
 pub(crate) mod names;
 mod packed;
+mod scaled_blocks;
 mod small_floats;
 
 pub use diagnose::{Finding, FindingKind, diagnose};
 pub(crate) use input::share_input_scale;
 pub(crate) use module::Problem;
+pub(crate) use scaled_blocks::times_its_scale;
 
 use moe_kernels::numerics::ggml::BlockType;
 

@@ -58,11 +58,8 @@ impl Module<'_, '_> {
         if let Some(tensor) = self.find(endings)? {
             return Ok(tensor);
         }
-        let checkpoint = self.loader.checkpoint();
-        let usual = endings
-            .iter()
-            .filter(|ending| !ending.is_empty())
-            .find(|ending| checkpoint.names().any(|name| name.ends_with(*ending)));
+        let mut named = endings.iter().filter(|ending| !ending.is_empty());
+        let usual = named.find(|ending| self.loader.is_usual(ending));
         Err(Problem::Missing(format!("{}{}", self.projection.module, usual.unwrap_or(&endings[0]))))
     }
 
@@ -82,6 +79,9 @@ impl Module<'_, '_> {
     pub(super) fn set_zero_bias_aside(&mut self) -> Result<()> {
         let Some(name) = self.name(names::BIAS) else { return Ok(()) };
         let bias = self.loader.checkpoint().tensor(&name)?;
+        if bias.as_ref().is_some_and(|bias| bias.blank) {
+            return self.set_aside(names::BIAS);
+        }
         match bias.map(|bias| bias.to_f32()).transpose()? {
             Some(values) if values.iter().all(|b| *b == 0.0) => self.set_aside(names::BIAS),
             _ => Ok(()),

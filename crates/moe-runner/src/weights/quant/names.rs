@@ -3,7 +3,7 @@
 //!
 //! | scheme | codes | scales | tensor's scale | other |
 //! |---|---|---|---|---|
-//! | FP8, INT8 | `.weight` F8_E4M3 or I8 `[N, K]` | `.weight_scale` `[]`, `[N, 1]`, `[⌈N/bn⌉, ⌈K/bk⌉]` | | `.input_scale` `[]` |
+//! | FP8, INT8 | `.weight` F8_E4M3 or I8 `[N, K]` | `.weight_scale` (`.weight_scale_inv`, `.scale`, …) `[]`, `[N, 1]`, `[⌈N/bn⌉, ⌈K/bk⌉]` | | `.input_scale` `[]` |
 //! | INT4, INT8 packed | `.weight_packed` I32 `[N, K·b/32]` | `.weight_scale` `[N, K/g]` | | `.weight_shape` `[2]`, `.weight_zero_point` I32 `[N·b/32, K/g]`, `.weight_g_idx` I32 `[K]` |
 //! | NVFP4 | `.weight_packed` U8 `[N, K/2]` | `.weight_scale` F8_E4M3 `[N, K/16]` | `.weight_global_scale` `[1]`, divides | `.input_global_scale` `[1]` |
 //! | NVFP4, ModelOpt | `.weight` | `.weight_scale` | `.weight_scale_2` `[]`, multiplies | `.input_scale` `[]` |
@@ -33,6 +33,7 @@ pub(crate) const SCALES: &[&str] = &[
     "_weight_scale",
     "_weight_scale_inv",
     "_scale",
+    ".scale",
 ];
 /// A tensor's scale that divides.
 pub(crate) const ENCODE_SCALE: &[&str] = &[".weight_global_scale", "_weight_global_scale"];
@@ -45,13 +46,13 @@ pub(crate) const GROUPS: &[&str] = &[".weight_g_idx", "_weight_g_idx"];
 /// The true shape of packed weights.
 pub(crate) const SHAPE: &[&str] = &[".weight_shape", "_weight_shape"];
 /// Codes of GPTQ and AWQ.
-pub(crate) const QWEIGHT: &[&str] = &[".qweight"];
+pub(crate) const QWEIGHT: &[&str] = &[".qweight", "_qweight"];
 /// Their scales.
-pub(crate) const QSCALES: &[&str] = &[".scales"];
+pub(crate) const QSCALES: &[&str] = &[".scales", "_scales"];
 /// Their zero points.
-pub(crate) const QZEROS: &[&str] = &[".qzeros"];
+pub(crate) const QZEROS: &[&str] = &[".qzeros", "_qzeros"];
 /// Groups of columns of GPTQ.
-pub(crate) const G_IDX: &[&str] = &[".g_idx"];
+pub(crate) const G_IDX: &[&str] = &[".g_idx", "_g_idx"];
 /// A stored scale of activations that takes codes back to values.
 pub(crate) const INPUT_SCALE: &[&str] = &[".input_scale", "_input_scale"];
 /// The same, on the second of two levels (Quark's NVFP4).

@@ -42,7 +42,8 @@ fn blocks(
     let tensor = module.need(names::PACKED_FLOATS)?;
     let dtypes: &[Dtype] = match element {
         Element::E4m3 => &[Dtype::F8E4M3, Dtype::U8],
-        _ => &[Dtype::U8],
+        // DeepSeek-V4's FP4 is two codes in a byte of I8
+        _ => &[Dtype::U8, Dtype::I8],
     };
     expect_dtype(&tensor, dtypes)?;
     if !cols.is_multiple_of(size) {

@@ -1,0 +1,230 @@
+//! A checkpoint before it is fetched: the tensors of its layers as `config.json` describes them, and
+//! an index, where there is one, names them. Nothing in it can be read.
+
+use super::architecture::{
+    Experts, LayerEntry, LayerTensors, Part, Projection, Stack, StepTensors,
+};
+use super::container::Blank;
+use super::quantization::InputScheme;
+use super::quantization::{MxElement, Number, Quantization, ScaleShape, Scheme, WeightScheme};
+use super::{Checkpoint, Dtype};
+use crate::Result;
+use std::sync::Arc;
+
+/// Tensors of all layers, as their configuration says that they are stored.
+pub(super) fn tensors(checkpoint: &Checkpoint, layers: &[LayerEntry]) -> Result<Vec<Blank>> {
+    let quantization = checkpoint.quantization()?;
+    let float = match checkpoint.config() {
+        Some(config) => dtype(config)?,
+        None => Dtype::Bf16,
+    };
+    let mut outline = Outline { quantization, float, tensors: Vec::new() };
+    for layer in layers {
+        outline.layer(layer)?;
+    }
+    let mut tensors = outline.tensors;
+    tensors.sort_by(|a, b| a.name.cmp(&b.name));
+    tensors.dedup_by(|a, b| a.name == b.name);
+    Ok(tensors)
+}
+
+/// The dtype that the model is published in.
+fn dtype(config: &super::Config) -> Result<Dtype> {
+    let keys = ["torch_dtype", "dtype", "text_config.torch_dtype", "text_config.dtype"];
+    for key in keys {
+        if let Some(name) = config.str(key)? {
+            return Ok(match name {
+                "float32" => Dtype::F32,
+                "float16" => Dtype::F16,
+                _ => Dtype::Bf16,
+            });
+        }
+    }
+    Ok(Dtype::Bf16)
+}
+
+struct Outline {
+    quantization: Option<Arc<Quantization>>,
+    float: Dtype,
+    tensors: Vec<Blank>,
+}
+
+impl Outline {
+    fn add(&mut self, name: String, dtype: Dtype, shape: Vec<usize>) {
+        self.tensors.push(Blank { name, dtype, shape });
+    }
+
+    fn layer(&mut self, entry: &LayerEntry) -> Result<()> {
+        let (spec, tensors) = (&entry.spec, &entry.tensors);
+        let LayerTensors { gate_bias, correction, per_expert_scale, gate_input_scale, .. } =
+            tensors;
+        let router = &spec.router;
+        let hidden = spec.dims.hidden;
+        let vectors = [
+            (gate_bias, router.logits()),
+            (correction, router.choices()),
+            (per_expert_scale, router.experts),
+            (gate_input_scale, hidden),
+            (&tensors.global_scale, 1),
+            (&tensors.output_bias, hidden),
+            (&tensors.output_norm, hidden),
+        ];
+        for (name, len) in vectors {
+            if let Some(name) = name {
+                self.add(name.clone(), Dtype::F32, vec![len]);
+            }
+        }
+        if let (Some(name), crate::spec::Selection::HashTable { vocabulary }) =
+            (&tensors.hash_table, router.selection)
+        {
+            self.add(name.clone(), Dtype::I64, vec![vocabulary, router.top_k]);
+        }
+        self.projection(&tensors.gate)?;
+        self.experts(&tensors.experts)?;
+        self.steps(&tensors.input_transform, hidden)?;
+        self.steps(&tensors.output_transform, spec.dims.routed_hidden)?;
+        if let Some(shared) = &tensors.shared {
+            self.experts(&shared.experts)?;
+            for name in
+                [&shared.gate, &shared.input_norm, &shared.output_norm].into_iter().flatten()
+            {
+                self.add(name.clone(), self.float, vec![hidden]);
+            }
+        }
+        Ok(())
+    }
+
+    fn steps(&mut self, steps: &[StepTensors], mut width: usize) -> Result<()> {
+        for step in steps {
+            match step {
+                StepTensors::Linear(projection) => {
+                    width = projection.rows;
+                    self.projection(projection)?;
+                }
+                StepTensors::RmsNorm(name) => self.add(name.clone(), self.float, vec![width]),
+            }
+        }
+        Ok(())
+    }
+
+    fn experts(&mut self, experts: &Experts) -> Result<()> {
+        let arrays = if experts.get(0).up.part.stack.is_some() { 1 } else { experts.count };
+        for index in 0..arrays.min(experts.count) {
+            let expert = experts.get(index);
+            for projection in expert.gate.iter().chain([&expert.up, &expert.down]) {
+                self.projection(projection)?;
+            }
+            for bias in
+                [&expert.gate_bias, &expert.up_bias, &expert.down_bias].into_iter().flatten()
+            {
+                let Part { of, stack, .. } = bias.part;
+                let shape = stack.map(|stack| stack.count).into_iter().chain([of]).collect();
+                self.add(bias.tensor.clone(), self.float, shape);
+            }
+            if let Some(norm) = &expert.norm {
+                self.add(norm.clone(), self.float, vec![expert.down.rows]);
+            }
+        }
+        Ok(())
+    }
+
+    /// The tensors of one module, all of a stack at once.
+    fn projection(&mut self, projection: &Projection) -> Result<()> {
+        let module = &projection.module;
+        let scheme = match &self.quantization {
+            Some(quantization) => quantization.scheme(module)?,
+            None => Scheme::FLOAT,
+        };
+        let stack = projection.part.stack;
+        let [rows, cols] = [projection.part.of, projection.cols];
+        let shape = |dims: [usize; 2]| shape(stack, projection.transposed, dims);
+        let add = |outline: &mut Self, ending: &str, dtype, shape| {
+            outline.add(format!("{module}{ending}"), dtype, shape);
+        };
+        let scales = |of: ScaleShape| match of {
+            ScaleShape::Tensor => [1, 1],
+            ScaleShape::Channel => [rows, 1],
+            ScaleShape::Group(size) => [rows, cols.div_ceil(size.max(1))],
+            ScaleShape::Block([r, c]) => [rows.div_ceil(r.max(1)), cols.div_ceil(c.max(1))],
+        };
+        let gpt_oss = stack.is_some() && scheme.weights == WeightScheme::Mx(MxElement::Fp4);
+        match scheme.weights {
+            WeightScheme::Float => {
+                let ending = if stack.is_some() { "" } else { ".weight" };
+                add(self, ending, self.float, projection.stored_shape());
+            }
+            WeightScheme::Codes { number, scales: of } => {
+                let dtype = if number == Number::Fp8 { Dtype::F8E4M3 } else { Dtype::I8 };
+                add(self, ".weight", dtype, projection.stored_shape());
+                add(self, ".weight_scale", Dtype::F32, shape(scales(of)));
+            }
+            WeightScheme::Packed { bits, scales: of, symmetric } => {
+                let words = 32 / bits.clamp(1, 32);
+                add(self, ".weight_packed", Dtype::I32, shape([rows, cols.div_ceil(words)]));
+                add(self, ".weight_scale", self.float, shape(scales(of)));
+                if !symmetric {
+                    let [down, groups] = scales(of);
+                    let zeros = [down.div_ceil(words), groups];
+                    add(self, ".weight_zero_point", Dtype::I32, shape(zeros));
+                }
+            }
+            WeightScheme::Nvfp4 => {
+                add(self, ".weight_packed", Dtype::U8, shape([rows, cols / 2]));
+                add(self, ".weight_scale", Dtype::F8E4M3, shape([rows, cols / 16]));
+                add(self, ".weight_global_scale", Dtype::F32, vec![1]);
+            }
+            WeightScheme::Mx(_) if gpt_oss => {
+                let blocks = [rows, cols / 32];
+                let mut codes = shape(blocks);
+                codes.push(16);
+                add(self, "_blocks", Dtype::U8, codes);
+                add(self, "_scales", Dtype::U8, shape(blocks));
+            }
+            WeightScheme::Mx(element) => {
+                let (dtype, bytes) = match element {
+                    MxElement::Fp4 => (Dtype::U8, cols / 2),
+                    MxElement::Fp6E2m3 | MxElement::Fp6E3m2 => (Dtype::U8, cols / 4 * 3),
+                    MxElement::Fp8 => (Dtype::F8E4M3, cols),
+                };
+                add(self, ".weight", dtype, shape([rows, bytes]));
+                add(self, ".weight_scale", Dtype::U8, shape([rows, cols / 32]));
+            }
+            WeightScheme::Gptq { bits, group, .. } => {
+                let words = 32 / bits.clamp(1, 32);
+                let groups = group.map_or(1, |size| cols.div_ceil(size.max(1)));
+                add(self, ".qweight", Dtype::I32, vec![cols / words, rows]);
+                add(self, ".scales", Dtype::F16, vec![groups, rows]);
+                add(self, ".qzeros", Dtype::I32, vec![groups, rows / words]);
+            }
+            WeightScheme::KFirst { group, .. } => {
+                let groups = group.map_or(1, |size| cols.div_ceil(size.max(1)));
+                add(self, ".qweight", Dtype::I32, vec![cols, rows / 8]);
+                add(self, ".scales", Dtype::F16, vec![groups, rows]);
+                add(self, ".qzeros", Dtype::I32, vec![groups, rows / 8]);
+            }
+            WeightScheme::Int4TwoScales => {
+                add(self, ".weight", Dtype::I32, shape([rows, cols / 8]));
+                add(self, ".weight_scale_2", Dtype::F32, vec![rows]);
+                add(self, ".weight_scale", Dtype::F32, vec![1]);
+            }
+        }
+        match scheme.input {
+            InputScheme::Fp8Static | InputScheme::Int8Static => {
+                add(self, ".input_scale", Dtype::F32, vec![1]);
+            }
+            InputScheme::Nvfp4 => add(self, ".input_global_scale", Dtype::F32, vec![1]),
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+/// A matrix, or a stack of them; as it is stored.
+fn shape(stack: Option<Stack>, transposed: bool, [rows, cols]: [usize; 2]) -> Vec<usize> {
+    let dims = if transposed { [cols, rows] } else { [rows, cols] };
+    match stack {
+        Some(Stack { count, flat: true, .. }) => vec![count * dims[0], dims[1]],
+        Some(Stack { count, .. }) => vec![count, dims[0], dims[1]],
+        None => dims.to_vec(),
+    }
+}

@@ -62,6 +62,39 @@ pub(super) fn layout(block: BlockType) -> (Layout, Vec<f32>) {
             let scale = Some(Number::E8m0);
             (Layout { scale, ..Layout::plain(Codes::Table4) }, e2m1::VALUES.to_vec())
         }
+        BlockType::Nvfp4 => {
+            let (group, scale) = (Group::Sixteen, Some(Number::E4m3));
+            (Layout { group, scale, ..Layout::plain(Codes::Table4) }, e2m1::VALUES.to_vec())
+        }
+        BlockType::Iq1S | BlockType::Iq2Xxs | BlockType::Iq3Xxs | BlockType::Iq3S => {
+            (two(Codes::Table4, Group::ThirtyTwo), grid_values(block).to_vec())
+        }
+        BlockType::Iq1M | BlockType::Iq2Xs | BlockType::Iq2S => {
+            (two(Codes::Table4, Group::Sixteen), grid_values(block).to_vec())
+        }
+    }
+}
+
+/// The coordinates of the grids of a type, with their signs and shifts, for the scale 1.
+fn grid_values(block: BlockType) -> &'static [f32; 16] {
+    const fn signed(magnitudes: [f32; 8]) -> [f32; 16] {
+        let mut all = [0.0; 16];
+        let mut i = 0;
+        while i < 8 {
+            (all[i], all[i + 8]) = (magnitudes[i], -magnitudes[i]);
+            i += 1;
+        }
+        all
+    }
+    static IQ1: [f32; 16] = signed([0.125, 0.875, 1.125, 0.0, 0.0, 0.0, 0.0, 0.0]);
+    static IQ2: [f32; 16] = signed([1.0, 3.125, 5.375, 0.0, 0.0, 0.0, 0.0, 0.0]);
+    static IQ3_XXS: [f32; 16] = signed([1.0, 3.0, 5.0, 7.0, 9.0, 11.0, 13.0, 15.5]);
+    static IQ3_S: [f32; 16] = signed([1.0, 3.0, 5.0, 7.0, 9.0, 11.0, 13.0, 15.0]);
+    match block {
+        BlockType::Iq1S | BlockType::Iq1M => &IQ1,
+        BlockType::Iq3Xxs => &IQ3_XXS,
+        BlockType::Iq3S => &IQ3_S,
+        _ => &IQ2,
     }
 }
 
@@ -171,6 +204,66 @@ pub(super) fn take_apart(block: BlockType, bytes: &[u8], parts: &mut Parts) {
             parts.scale = two(64);
             pairs(&bytes[..64], &mut parts.codes);
         }
+        BlockType::Nvfp4 => {
+            for (sub, scale) in parts.scales[..4].iter_mut().enumerate() {
+                // unsigned, and zero where E4M3 would not be a number
+                *scale = if bytes[sub] == 0x7f { 0 } else { bytes[sub] & 0x7f };
+                for (i, byte) in bytes[4 + sub * 8..][..8].iter().enumerate() {
+                    parts.codes[sub * 16 + i] = byte & 15;
+                    parts.codes[sub * 16 + 8 + i] = byte >> 4;
+                }
+            }
+        }
+        BlockType::Iq1S
+        | BlockType::Iq1M
+        | BlockType::Iq2Xxs
+        | BlockType::Iq2Xs
+        | BlockType::Iq2S
+        | BlockType::Iq3Xxs
+        | BlockType::Iq3S => grid(block, bytes, parts),
+    }
+}
+
+/// A block of points of a grid: its values for the scale 1 tell the codes. Scales of groups are odd
+/// numbers of few bits.
+fn grid(block: BlockType, bytes: &[u8], parts: &mut Parts) {
+    const ONE: [u8; 2] = [0x00, 0x3c];
+    let mut unit = [0; 128];
+    let unit = &mut unit[..bytes.len()];
+    unit.copy_from_slice(bytes);
+    let nibble = |at: usize, i: usize| bytes[at + i / 2] >> (i % 2 * 4) & 15;
+    let word = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
+    if block == BlockType::Iq1M {
+        // the scale's nibbles are the high ones of four words
+        let high = |i: usize| word(48 + 2 * i) >> 12;
+        parts.scale = (high(0) | high(1) << 4 | high(2) << 8 | high(3) << 12).to_le_bytes();
+        for (i, nibble) in [0x00, 0x00, 0xc0, 0x30].into_iter().enumerate() {
+            let byte = &mut unit[49 + 2 * i];
+            *byte = *byte & 15 | nibble;
+        }
+    } else {
+        parts.scale = [bytes[0], bytes[1]];
+        unit[..2].copy_from_slice(&ONE);
+    }
+    let groups =
+        if matches!(block, BlockType::Iq1M | BlockType::Iq2Xs | BlockType::Iq2S) { 16 } else { 8 };
+    for (i, scale) in parts.scales[..groups].iter_mut().enumerate() {
+        *scale = 1 + 2 * match block {
+            BlockType::Iq1S => (word(34 + 2 * i) >> 12 & 7) as u8,
+            BlockType::Iq1M => (word(48 + i / 4 * 2) >> (i % 4 * 3) & 7) as u8,
+            BlockType::Iq2Xxs => bytes[2 + i * 8 + 7] >> 4,
+            BlockType::Iq2Xs => nibble(66, i),
+            BlockType::Iq2S => nibble(74, i),
+            BlockType::Iq3Xxs => bytes[66 + i * 4 + 3] >> 4,
+            _ => nibble(106, i),
+        };
+    }
+    let mut values = [0.0; 256];
+    block.decode(unit, &mut values);
+    let known = grid_values(block);
+    for (k, (code, value)) in parts.codes.iter_mut().zip(values).enumerate() {
+        let point = value / f32::from(parts.scales[k * groups / 256]);
+        *code = known.iter().position(|known| *known == point).unwrap_or_default() as u8;
     }
 }
 

@@ -123,7 +123,8 @@ impl Plan {
         if !numbers.is_empty() {
             table = std::array::from_fn(|i| numbers[i % numbers.len()]);
         }
-        let finish = Finish { power: 1.0, global: None };
+        let power = if layout.scale == Some(Number::E4m3) { 256.0 } else { 1.0 };
+        let finish = Finish { power, global: None };
         Plan { layout, columns, table, finish, recode: Recode::Same }
     }
 }

@@ -231,6 +231,15 @@ fn blocks(numbers: &mut Numbers, [n, k]: [usize; 2], all: &mut Vec<(String, View
                 match block {
                     BlockType::Mxfp4 if odd && i % 5 == 2 => block_bytes[0] = [0, 255][i / 5 % 2],
                     BlockType::Mxfp4 => block_bytes[0] = 122 + numbers.below(8) as u8,
+                    // the f16 lies in the high nibbles of four words
+                    BlockType::Iq1M => {
+                        let scale = f16::from_f32(numbers.scale()).to_bits();
+                        for i in 0..4 {
+                            let high = (scale >> (4 * i) & 15) as u8;
+                            let byte = &mut block_bytes[49 + 2 * i];
+                            *byte = *byte & 15 | high << 4;
+                        }
+                    }
                     _ => f16_fields(block).iter().for_each(|at| {
                         let scale = f16::from_f32(numbers.scale());
                         block_bytes[*at..*at + 2].copy_from_slice(&scale.to_le_bytes());
@@ -252,7 +261,7 @@ fn f16_fields(block: BlockType) -> &'static [usize] {
         BlockType::Q6K => &[208],
         BlockType::Tq1_0 => &[52],
         BlockType::Tq2_0 => &[64],
-        BlockType::Mxfp4 => &[],
+        BlockType::Mxfp4 | BlockType::Nvfp4 | BlockType::Iq1M => &[],
         _ => &[0],
     }
 }

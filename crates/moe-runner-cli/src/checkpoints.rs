@@ -7,7 +7,7 @@ use std::path::Path;
 use anyhow::Result;
 use moe_runner::Error;
 use moe_runner::checkpoint::architecture::{self, Description, LayerEntry};
-use moe_runner::checkpoint::{Checkpoint, Container};
+use moe_runner::checkpoint::{Checkpoint, Container, Seen};
 use moe_runner::hidden::ActivationDtype;
 use moe_runner::spec::WeightFormat;
 use moe_runner::weights::LoadedLayer;
@@ -27,6 +27,10 @@ impl Opened {
     pub(crate) fn open(path: &Path) -> Result<Self> {
         let path = &*snapshot(path);
         let checkpoint = Checkpoint::open(path)?;
+        Self::of(path, checkpoint)
+    }
+
+    fn of(path: &Path, checkpoint: Checkpoint) -> Result<Self> {
         let description = architecture::describe(&checkpoint)?;
         let layers = architecture::layers(&checkpoint)?;
         if layers.is_empty() {
@@ -37,6 +41,29 @@ impl Opened {
             .into());
         }
         Ok(Self { checkpoint, description, layers })
+    }
+
+    /// As [`open`](Self::open), by headers alone: nothing that tensors hold is read, and before the
+    /// files are fetched, `config.json`, and an index beside it, will do.
+    pub(crate) fn open_outline(path: &Path) -> Result<Self> {
+        Self::of(path, Checkpoint::open_outline(&snapshot(path))?)
+    }
+
+    /// What was not there to look at, in a sentence; `None` where the files were.
+    pub(crate) fn unseen(&self) -> Option<&'static str> {
+        match self.checkpoint.seen() {
+            Seen::Files => None,
+            Seen::Index => Some(
+                "from config.json and the index, before the files are there: shapes and number \
+                 formats are as configured; the rest of the model, and what is in the files, is \
+                 not known",
+            ),
+            Seen::Config => Some(
+                "from config.json alone, before the files are there: shapes and number formats are \
+                 as configured; the names of tensors, the rest of the model, and what is in the \
+                 files, is not known",
+            ),
+        }
     }
 
     /// The chosen layers, in the model's order.

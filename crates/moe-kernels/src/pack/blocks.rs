@@ -207,7 +207,11 @@ pub(super) fn take_apart(block: BlockType, bytes: &[u8], parts: &mut Parts) {
         BlockType::Nvfp4 => {
             for (sub, scale) in parts.scales[..4].iter_mut().enumerate() {
                 // unsigned, and zero where E4M3 would not be a number
-                *scale = if bytes[sub] == 0x7f { 0 } else { bytes[sub] & 0x7f };
+                *scale = match bytes[sub] {
+                    0x7f => 0,
+                    0xff => 0xff,
+                    byte => byte & 0x7f,
+                };
                 for (i, byte) in bytes[4 + sub * 8..][..8].iter().enumerate() {
                     parts.codes[sub * 16 + i] = byte & 15;
                     parts.codes[sub * 16 + 8 + i] = byte >> 4;

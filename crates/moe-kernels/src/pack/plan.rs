@@ -1,7 +1,7 @@
 //! What a stored matrix becomes: its layout, its columns, its numbers.
 
 use super::blocks;
-use super::layout::{Codes, Group, Layout, Number, Offset, STEP};
+use super::layout::{BLOCK, Codes, Group, Layout, Number, Offset, STEP};
 use super::order::Columns;
 use crate::numerics::e8m0;
 use crate::stored::{self, Element, FloatType, Global, ScaleType, Stored, View, Zeros};
@@ -114,9 +114,19 @@ impl Plan {
                 layout.scale = Some(Number::Bf16);
             }
         }
+        // ggml reads a code with a sign that E4M3 has no number for
+        if layout.scale == Some(Number::E4m3) {
+            let rows = (0..view.rows()).map(|row| stored.row(view.stored_row(row)));
+            let mut blocks = rows.flat_map(|row| row.chunks_exact(block.block_bytes()));
+            if blocks.any(|block| block[..4].contains(&0xff)) {
+                layout.scale = Some(Number::F16);
+            }
+        }
         let cols = view.stored_cols();
         let columns = match layout.group {
             Group::Block => Columns::runs(cols, block.block_len()),
+            // blocks of fewer columns than others
+            Group::Sixteen if block.block_len() < BLOCK => Columns::runs(cols, block.block_len()),
             group => Columns::blocks(cols, group),
         };
         let mut table = [0.0; 64];

@@ -8,6 +8,7 @@ use super::layout::{BLOCK, Codes, Group, Number, Offset, STEP};
 use super::order::PADDING;
 use super::plan::{Plan, Recode, is_nan, zero};
 use super::unit::{code_bytes, row_codes};
+use crate::numerics::ggml::unsigned_e4m3;
 use crate::numerics::{DecodeScale, EncodeScale, e4m3, e5m2};
 use crate::stored::{Global, Stored, View};
 
@@ -155,6 +156,8 @@ fn block_row(view: &View, plan: &Plan, stored: &crate::stored::Blocks, row: usiz
         };
         let outer = match layout.scale {
             Some(Number::E8m0 | Number::Bf16) => crate::numerics::e8m0::decode(parts.scale[0]),
+            Some(Number::E4m3) => unsigned_e4m3(sub) / 256.0,
+            Some(Number::F16) if layout.group == Group::Sixteen => unsigned_e4m3(sub),
             _ => f16(parts.scale),
         };
         groups.push(Numbers {

@@ -12,6 +12,7 @@ use super::order::{Order, PADDING};
 use super::plan::{Plan, Recode, is_nan, zero};
 use crate::isa::Cpu;
 use crate::numerics::e8m0;
+use crate::numerics::ggml::unsigned_e4m3;
 use crate::stored::{self, Stored, View};
 
 /// What is to be packed, and how.
@@ -231,6 +232,12 @@ fn block_scale(layout: &Layout, parts: &Parts, group: usize, field: &mut impl Fn
         // MXFP4's, where a code is not among those that kernels read.
         Some(Number::Bf16) => {
             field(&bf16::from_f32_const(e8m0::decode(parts.scale[0])).to_le_bytes());
+        }
+        // NVFP4 has one for each group, and none for the block.
+        Some(Number::E4m3) => field(&parts.scales[group..group + 1]),
+        Some(Number::F16) if layout.group == Group::Sixteen => {
+            let scale = unsigned_e4m3(parts.scales[group]);
+            field(&f16::from_f32_const(scale).to_le_bytes());
         }
         Some(number) => field(&parts.scale[..number.size()]),
         None => {}

@@ -57,7 +57,7 @@ pub(crate) fn run(args: &ExplainArgs, common: &Common) -> Result<Report> {
         Some(name) => Machine::named(name).map_err(|error| unusable(error.to_string()))?,
         None => Machine::detect(),
     };
-    let opened = Opened::open(&args.checkpoint)?;
+    let opened = Opened::open_outline(&args.checkpoint)?;
     let mut layers = Vec::new();
     for entry in opened.select(&args.layers)? {
         let layer = opened.load(entry)?;

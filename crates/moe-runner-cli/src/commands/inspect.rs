@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 
 use anyhow::Result;
 use moe_runner::checkpoint::Container;
-use moe_runner::checkpoint::architecture::LayerEntry;
+use moe_runner::checkpoint::architecture::{LayerEntry, overlooked};
 use moe_runner::spec::LayerSpec;
-use moe_runner::weights::{Accounting, Expert, Finding, LoadedLayer, Matrix, account, diagnose};
+use moe_runner::weights::{Accounting, Expert, Finding, LoadedLayer, Matrix, diagnose, survey};
 use serde::Serialize;
 
 use crate::args::InspectArgs;
@@ -23,6 +23,10 @@ struct InspectJson {
     architecture: String,
     decoder_layers: usize,
     moe_layers: Vec<usize>,
+    /// What was not there to look at.
+    unseen: Option<&'static str>,
+    /// What is wrong with layers that are no MoE layers.
+    overlooked: Vec<String>,
     tensors: usize,
     bytes: Bytes,
     layers: Vec<LayerJson>,
@@ -65,7 +69,7 @@ struct LayerJson {
 
 /// Runs the command.
 pub(crate) fn run(args: &InspectArgs) -> Result<Report> {
-    let opened = Opened::open(&args.checkpoint)?;
+    let opened = Opened::open_outline(&args.checkpoint)?;
     let checkpoint = &opened.checkpoint;
     let chosen = opened.select(&args.layers)?;
     let layers = chosen.iter().map(|entry| layer(&opened, entry)).collect::<Vec<_>>();
@@ -74,8 +78,12 @@ pub(crate) fn run(args: &InspectArgs) -> Result<Report> {
     let (experts, shared_experts, gate) =
         (sum(|b| b.experts), sum(|b| b.shared_experts), sum(|b| b.gate));
     let rest = usize::saturating_sub(total, experts + shared_experts + gate);
+    let overlooked = overlooked(checkpoint)?;
+    let overlooked: Vec<String> = overlooked.iter().map(ToString::to_string).collect();
     let json = InspectJson {
-        ok: layers.iter().all(LayerJson::ok),
+        ok: layers.iter().all(LayerJson::ok) && overlooked.is_empty(),
+        unseen: opened.unseen(),
+        overlooked,
         path: checkpoint.path().display().to_string(),
         container: match checkpoint.container() {
             Container::Safetensors => "safetensors",
@@ -100,18 +108,11 @@ impl LayerJson {
 
 fn layer(opened: &Opened, entry: &LayerEntry) -> LayerJson {
     let spec = &entry.spec;
-    let accounting = account(&opened.checkpoint, entry);
-    let loaded = opened.load(entry);
-    // a layer that loads has no such problem, and the other way round
+    let (loaded, accounting) = survey(&opened.checkpoint, entry);
     let mut wrong: Vec<String> = accounting.wrong.iter().map(ToString::to_string).collect();
-    if let Err(error) = &loaded
-        && accounting.is_complete()
-    {
-        wrong.push(error.to_string());
-    }
     let (formats, bytes) = match &loaded {
-        Ok(loaded) => (formats(loaded), layer_bytes(loaded, &accounting)),
-        Err(_) => (
+        Some(loaded) => (formats(loaded), layer_bytes(loaded, &accounting)),
+        None => (
             BTreeMap::new(),
             Bytes { rest: accounting.bytes, total: accounting.bytes, ..Bytes::default() },
         ),
@@ -320,8 +321,17 @@ fn completeness(json: &InspectJson) -> String {
             }
         }
     }
+    for problem in &json.overlooked {
+        out += &format!("overlooked: {}\n", one_line(problem));
+    }
+    if let Some(unseen) = json.unseen {
+        return out + &toned(Tone::Title, unseen);
+    }
     let broken = json.layers.iter().filter(|layer| !layer.ok()).count();
     out + &match broken {
+        0 if !json.overlooked.is_empty() => {
+            toned(Tone::Bad, "INCOMPLETE: layers are not what the configuration says")
+        }
         0 => toned(Tone::Good, "complete: every tensor of every MoE layer is there, once"),
         _ => toned(
             Tone::Bad,

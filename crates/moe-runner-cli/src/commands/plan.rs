@@ -109,7 +109,7 @@ pub(crate) fn run(args: &PlanArgs) -> Result<Report> {
     if args.tokens == Some(0) {
         return Err(unusable("--tokens 0: there must be at least one"));
     }
-    let opened = Opened::open(&args.checkpoint)?;
+    let opened = Opened::open_outline(&args.checkpoint)?;
     let entries = opened.select(&args.layers)?;
     let trace = args.trace.as_deref().map(|path| load_trace(path, &entries)).transpose()?;
     let mut planned = Vec::new();

@@ -183,7 +183,7 @@ pub(super) fn decode_nvfp4(block: &[u8], out: &mut [f32]) {
 
 /// E4M3 without a sign; the code that would be NaN is zero, as in ggml.
 #[inline(always)]
-fn unsigned_e4m3(code: u8) -> f32 {
+pub(crate) fn unsigned_e4m3(code: u8) -> f32 {
     let (exponent, mantissa) = (i32::from(code >> 3 & 15), f32::from(code & 7));
     match (code, exponent) {
         (0 | 0x7f, _) => 0.0,

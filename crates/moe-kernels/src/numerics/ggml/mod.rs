@@ -12,6 +12,7 @@ mod ternary;
 
 use super::vectorised::for_each_isa;
 use crate::isa::Cpu;
+pub(crate) use grids::unsigned_e4m3;
 
 /// A block type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

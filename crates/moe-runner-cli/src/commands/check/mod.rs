@@ -9,6 +9,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::Result;
+use moe_runner::checkpoint::architecture::overlooked;
 use moe_runner::comm::Sizes;
 use serde::Serialize;
 
@@ -59,6 +60,10 @@ pub(crate) fn run(args: &CheckArgs, common: &Common, json: bool) -> Result<Repor
         (None, None) => unreachable!("one of both is there"),
     };
     let opened = Opened::open(&path)?;
+    // layers that no check of a layer would look at
+    if let Some(problem) = overlooked(&opened.checkpoint)?.into_iter().next() {
+        return Err(problem.into());
+    }
     let entries = opened.select(&args.layers)?;
     let single = args.layers.is_single();
     let input = match &args.input {

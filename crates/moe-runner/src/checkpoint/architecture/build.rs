@@ -5,12 +5,12 @@ use super::rules::listed_kind;
 use super::settings::Settings;
 use super::tensors::{Experts, Form, LayerTensors, Projection, SharedTensors, StepTensors};
 use super::{LayerEntry, TensorNames, variants};
-use crate::Result;
 use crate::checkpoint::Checkpoint;
 use crate::spec::{
     Correction, Dims, ExpertSpec, GateSpec, Groups, LayerSpec, OutputSpec, Renormalise,
     RoutedScale, RouterSpec, Score, Selection, SharedSpec, Transform, TransformStep,
 };
+use crate::{Error, Result};
 
 /// Everything that the layers of a model have in common.
 pub(super) struct Model<'a> {
@@ -34,6 +34,48 @@ impl Model<'_> {
         }
         let (stem, names) = self.spelling(&moe);
         moe.into_iter().map(|layer| self.layer(&stem, &names, layer)).collect()
+    }
+
+    /// What is wrong with the layers that are no MoE layers.
+    pub(super) fn overlooked(&self) -> Result<Vec<Error>> {
+        let (mut moe, mut dense) = (Vec::new(), Vec::new());
+        let experts = self.settings.size(self.row.experts, 0)? != Some(0);
+        for layer in 0..self.settings.layers {
+            match experts && self.row.moe_layers.is_moe(&self.settings, layer)? {
+                true => moe.push(layer),
+                false => dense.push(layer),
+            }
+        }
+        let (stem, names) = self.spelling(&moe);
+        let hybrid = self.settings.pattern()?.is_some();
+        let index = self.resolver.index;
+        let error = |layer: usize, reason: String| {
+            Error::file(self.resolver.checkpoint.path(), format!("layer {layer} {reason}"))
+        };
+        let mut found = Vec::new();
+        // a checkpoint of a few layers of a model is none of which the others lack something
+        let layers = moe.iter().chain(&dense);
+        let there = |layer: &&usize| index.any_below(&format!("{stem}{layer}."));
+        for layer in layers.filter(there) {
+            let scope = Scope::new(&stem, &names, *layer);
+            let routed =
+                self.resolver.routed(&names).find(|names| index.has_experts(&scope, names));
+            if let Some(routed) = routed.filter(|_| dense.contains(layer)) {
+                let name = scope.resolve(routed.up);
+                found.push(error(
+                    *layer,
+                    format!("is dense by the configuration, but holds experts ('{name}')"),
+                ));
+                continue;
+            }
+            let below = index.below(&format!("{stem}{layer}.")).iter();
+            let fed =
+                below.copied().any(|name| FEED_FORWARD.iter().any(|part| name.contains(part)));
+            if !fed && !hybrid {
+                found.push(error(*layer, "has no feed-forward, neither dense nor experts".into()));
+            }
+        }
+        Ok(found)
     }
 
     /// Where layers stand and what their tensors are called: of the known spellings the one that
@@ -165,6 +207,24 @@ impl Model<'_> {
         })
     }
 }
+
+/// Parts of the names of feed-forward weights.
+const FEED_FORWARD: &[&str] = &[
+    ".mlp",
+    ".ffn",
+    "feed_forward",
+    ".moe",
+    "_moe.",
+    ".mixer",
+    "shared_mlp",
+    "experts.",
+    ".fc1",
+    ".fc2",
+    ".gate_proj",
+    ".up_proj",
+    ".wi",
+    ".w1",
+];
 
 /// Finds the tensors of layers.
 pub(super) struct Resolver<'a> {

@@ -4,13 +4,13 @@ use super::build::{Resolver, Scope};
 use super::row::{ExpertNames, Names};
 use super::tensors::Form;
 use super::{Description, LayerEntry};
-use crate::Result;
 use crate::checkpoint::gguf::Metadata;
 use crate::spec::{
     Activation, Correction, Dims, ExpertSpec, GateSpec, GroupFill, GroupScore, Groups, LayerSpec,
     OutputSpec, Renormalise, RmsNorm, RoutedScale, RouterSpec, ScaleOn, Score, Selection,
     SharedCombine, SharedSpec, Transform, TransformStep, WeightFrom, WeightOn,
 };
+use crate::{Error, Result};
 
 /// What an architecture fixes, where the file's keys do not say otherwise. Absent keys are read as
 /// llama.cpp reads them for that architecture.
@@ -287,6 +287,29 @@ pub(super) fn layers(metadata: &Metadata, resolver: &Resolver) -> Result<Vec<Lay
         layers.push(LayerEntry { spec, tensors });
     }
     Ok(layers)
+}
+
+/// What is wrong with the blocks that have no experts, or are not to have any.
+pub(super) fn overlooked(metadata: &Metadata, resolver: &Resolver) -> Result<Vec<Error>> {
+    let architecture = architecture(metadata)?;
+    let keys = Keys { metadata, architecture };
+    let dense = keys.size("leading_dense_block_count")?.unwrap_or(0);
+    // blocks of attention or of a state-space model alone
+    let hybrid = ["nemotron_h_moe", "granitehybrid", "jamba"].contains(&architecture);
+    let mut found = Vec::new();
+    for index in 0..keys.need("block_count")?.min(super::settings::MAX_LAYERS) {
+        let stem = format!("blk.{index}.");
+        let below = resolver.index.below(&stem);
+        let error = |reason: &str| {
+            Error::file(resolver.checkpoint.path(), format!("layer {index} {reason}"))
+        };
+        if index < dense && below.iter().any(|name| name.contains("_exps")) {
+            found.push(error("is dense by leading_dense_block_count, but holds experts"));
+        } else if !below.is_empty() && !hybrid && !below.iter().any(|name| name.contains(".ffn_")) {
+            found.push(error("has no feed-forward, neither dense nor experts"));
+        }
+    }
+    Ok(found)
 }
 
 /// What blocks of special forms have besides.

@@ -25,7 +25,7 @@ pub use tensors::{
     StepTensors, VectorPart,
 };
 
-use super::{Checkpoint, Config};
+use super::{Checkpoint, Config, Seen};
 use crate::spec::LayerSpec;
 use crate::{Error, Result};
 use build::{Model, Resolver};
@@ -65,6 +65,27 @@ pub fn layers(checkpoint: &Checkpoint) -> Result<Vec<LayerEntry>> {
         None => {
             let (row, settings) = identify(checkpoint)?;
             Model { row, settings, resolver }.layers()
+        }
+    }
+}
+
+/// What is wrong with the layers that [`layers`] does not list: experts in one that the
+/// configuration calls dense, and layers without any feed-forward. Each error names the layer.
+/// Nothing, where the files are not there to look at.
+///
+/// # Errors
+/// As [`layers`].
+pub fn overlooked(checkpoint: &Checkpoint) -> Result<Vec<Error>> {
+    if checkpoint.seen() != Seen::Files {
+        return Ok(Vec::new());
+    }
+    let index = TensorNames::new(checkpoint);
+    let resolver = Resolver { checkpoint, index: &index };
+    match checkpoint.metadata() {
+        Some(metadata) => gguf::overlooked(metadata, &resolver),
+        None => {
+            let (row, settings) = identify(checkpoint)?;
+            Model { row, settings, resolver }.overlooked()
         }
     }
 }

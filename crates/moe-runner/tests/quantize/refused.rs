@@ -138,8 +138,8 @@ fn stacks_are_written_under_the_names_of_modules() {
 #[test]
 fn stacks_become_modules() {
     let to = tempfile::tempdir().unwrap();
-    write(&case("granitemoe"), &to.path().join("fp8"), &options(Format::Fp8)).unwrap();
-    let checkpoint = Checkpoint::open(&to.path().join("fp8")).unwrap();
+    write(&case("granitemoe"), to.path(), &options(Format::Fp8)).unwrap();
+    let checkpoint = Checkpoint::open(&to.path().join("out")).unwrap();
     for entry in moe_runner::checkpoint::architecture::layers(&checkpoint).unwrap() {
         assert!(entry.tensors.experts.up.ends_with("block_sparse_moe.experts.{e}.up_proj"));
         assert!(moe_runner::weights::account(&checkpoint, &entry).is_complete());

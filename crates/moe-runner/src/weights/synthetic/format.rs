@@ -219,6 +219,8 @@ fn scale_of(block: BlockType) -> Option<(usize, Option<(usize, f32)>)> {
         BlockType::Q5K => (0, Some((2, 15.5))),
         BlockType::Q6K => (208, None),
         BlockType::Iq4Nl | BlockType::Iq4Xs => (0, None),
+        BlockType::Iq1S | BlockType::Iq2Xxs | BlockType::Iq2Xs => (0, None),
+        BlockType::Iq2S | BlockType::Iq3Xxs | BlockType::Iq3S => (0, None),
         BlockType::Tq1_0 => (52, None),
         BlockType::Tq2_0 => (64, None),
         // an E8M0 scale, its first byte; or a type that is newer than this table

@@ -93,13 +93,14 @@ impl Columns {
         columns
     }
 
-    /// Columns `cols` of an array in blocks of [`BLOCK`], with groups of sixteen or of a step.
-    pub(crate) fn blocks(cols: Range<usize>, group: Group) -> Columns {
+    /// Columns `cols` of an array in blocks of `len`, at most [`BLOCK`], with groups of sixteen or of a
+    /// step.
+    pub(crate) fn blocks(cols: Range<usize>, group: Group, len: usize) -> Columns {
         let size = if group == Group::Sixteen { 16 } else { STEP };
         let mut columns = Columns::straight(cols.start % STEP, cols.len());
         let mut at = first_place(&cols);
         while at < cols.end {
-            let end = ((at / BLOCK + 1) * BLOCK).min(cols.end.next_multiple_of(STEP));
+            let end = ((at / len + 1) * len).min(cols.end.next_multiple_of(STEP));
             columns.push((end - at) / STEP);
             // A group of padding alone must not bring its scale in: it may be NaN.
             let number = |at: usize| match at < cols.end && at + size > cols.start {
@@ -158,11 +159,11 @@ mod tests {
         assert_eq!((columns.blocks, columns.groups), (vec![3, 3], vec![0, 1]));
         let columns = Columns::runs(0..700, 384);
         assert_eq!((columns.blocks, columns.groups), (vec![8, 4, 8, 2], vec![0, 0, 1, 1]));
-        let columns = Columns::blocks(32..48, Group::Sixteen);
+        let columns = Columns::blocks(32..48, Group::Sixteen, BLOCK);
         assert_eq!((columns.blocks, columns.groups), (vec![1], vec![2, PADDING]));
-        let columns = Columns::blocks(224..300, Group::ThirtyTwo);
+        let columns = Columns::blocks(224..300, Group::ThirtyTwo, BLOCK);
         assert_eq!((columns.blocks, columns.groups), (vec![1, 2], vec![7, 8, 9]));
-        let columns = Columns::blocks(221..250, Group::Sixteen);
+        let columns = Columns::blocks(221..250, Group::Sixteen, BLOCK);
         assert_eq!((columns.blocks, columns.groups), (vec![2], vec![PADDING, 13, 14, 15]));
         assert_eq!(Columns::ungrouped(300).blocks, vec![8, 2]);
         for empty in [Columns::ungrouped(0), Columns::runs(40..40, 32)] {

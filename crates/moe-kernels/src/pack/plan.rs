@@ -88,7 +88,7 @@ impl Plan {
         let cols = view.stored_cols();
         let columns = match stored.group_of() {
             Some(groups) => Columns::gathered(cols, |k| groups[k]),
-            None if sixteen => Columns::blocks(cols, Group::Sixteen),
+            None if sixteen => Columns::blocks(cols, Group::Sixteen, BLOCK),
             None if group >= stored.cols() => Columns::ungrouped(cols.len()),
             None if group.is_multiple_of(STEP) => Columns::runs(cols, group),
             None => Columns::gathered(cols, |k| (k / group) as u32),
@@ -125,9 +125,7 @@ impl Plan {
         let cols = view.stored_cols();
         let columns = match layout.group {
             Group::Block => Columns::runs(cols, block.block_len()),
-            // blocks of fewer columns than others
-            Group::Sixteen if block.block_len() < BLOCK => Columns::runs(cols, block.block_len()),
-            group => Columns::blocks(cols, group),
+            group => Columns::blocks(cols, group, block.block_len().min(BLOCK)),
         };
         let mut table = [0.0; 64];
         if !numbers.is_empty() {

@@ -40,13 +40,16 @@ pub fn for_each_with<S, T: Send>(
     pool.run(workers, &|_, _| {
         let mut mine = None;
         loop {
-            // A binding of its own: the lock is released before the work begins.
-            let item = next(&items);
-            let Some(item) = item else { return };
+            let mut batch = [const { None }; BATCH];
+            take(&items, workers, &mut batch);
+            if batch[0].is_none() {
+                return;
+            }
             if mine.is_none() {
                 mine = next(&scratch);
             }
-            work(mine.as_mut().expect("scratch for every thread"), item);
+            let mine = mine.as_mut().expect("scratch for every thread");
+            batch.into_iter().flatten().for_each(|item| work(mine, item));
         }
     });
     assert!(next(&items).is_none(), "the thread pool did not run all items");
@@ -61,6 +64,18 @@ pub fn rows_together(rows: usize, row_bytes: usize, threads: usize) -> usize {
         0 | 1 => rows.max(1),
         _ => rows.div_ceil(4 * threads).min(WORTHWHILE.div_ceil(row_bytes.max(1))).max(1),
     }
+}
+
+/// Items that a thread takes at once, at most.
+const BATCH: usize = 8;
+
+/// Some of the next items, in order: many while many are left, so that sixteen threads do not queue
+/// for every one, and single ones at the end, so that all threads end together.
+fn take<T>(items: &Mutex<impl Iterator<Item = T>>, threads: usize, batch: &mut [Option<T>; BATCH]) {
+    let mut items = items.lock().unwrap_or_else(PoisonError::into_inner);
+    let left = items.size_hint().1.unwrap_or(0);
+    let count = (left / threads).clamp(1, BATCH);
+    batch[..count].iter_mut().for_each(|item| *item = items.next());
 }
 
 /// The iterators run no code of others under their locks but `next`; one that panicked there yields

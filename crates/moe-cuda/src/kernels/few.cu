@@ -251,10 +251,11 @@ struct Walk {
     if (phase == 0 && start[0] >= count[0]) phase = 1;
     if (phase == 1 && start[1] >= count[1]) phase = 2;
     if (phase == 2) return;
-    u32 i = phase;
-    unit = start[i];
-    entry = unit / units[i];
-    group = unit - entry * units[i];
+    // selected, not indexed: an index would put the arrays into memory
+    u32 n = phase == 0 ? units[0] : units[1];
+    unit = phase == 0 ? start[0] : start[1];
+    entry = unit / n;
+    group = unit - entry * n;
   }
   __device__ __forceinline__ void next() {
     bool one = phase == 0;
@@ -297,6 +298,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   Walk to;  // the emptying side
   to.grid = gridDim.x;
   to.units[0] = p.inner / 16, to.units[1] = groups2 / teams;
+#pragma unroll
   for (int i = 0; i < 2; i++) {
     to.count[i] = to.units[i] * total;
     to.step_entry[i] = to.grid / to.units[i];

@@ -24,10 +24,12 @@ fn bound(recorded: &Recorded) -> f64 {
 
 #[test]
 fn every_recorded_layer_is_reproduced_by_every_kernel() {
-    let isas = oracle::Machine::detect().isas;
+    let features = oracle::Machine::detect().features;
     for case in all_cases() {
         for (entry, layer) in case.layers() {
-            for kernel in KERNELS.iter().filter(|kernel| isas.contains(&kernel.isa)) {
+            for kernel in
+                KERNELS.iter().filter(|kernel| features.contains(kernel.target.features()))
+            {
                 let ready = match layer.ready(&options(Some(kernel.name), ActivationDtype::F32)) {
                     Ok(ready) => ready,
                     Err(Error::NoKernel(_)) => continue,

@@ -5,11 +5,14 @@ use std::path::Path;
 
 use moe_runner::Error;
 use moe_runner::checkpoint::{Checkpoint, architecture};
-use moe_runner::experts::{Device, Formats, KERNELS, KernelDesc, RowFormat};
+use moe_runner::experts::{
+    Archs, Caps, Device, Formats, Functions, KERNELS, KernelDesc, ProductFormat, RowFormat, Scheme,
+    Target,
+};
 use moe_runner::hidden::ActivationDtype::{self, Bf16, F16, F32};
 use moe_runner::oracle::{Machine, Request, failing_conditions, select};
 use moe_runner::runner::Options;
-use moe_runner::spec::{ActivationFormat, Granularity, WeightFormat};
+use moe_runner::spec::{Activation, ActivationFormat, Granularity, WeightFormat};
 use moe_runner::weights::LoadedLayer;
 use proptest::prelude::*;
 use proptest::sample::{select as one_of, subsequence};
@@ -17,33 +20,55 @@ use proptest::sample::{select as one_of, subsequence};
 /// A kernel that no build has, with every requirement that a description can state.
 const CUDA: KernelDesc = KernelDesc {
     name: "made_up_cuda",
-    device: Device::Cuda,
-    compute_capability: 100,
-    weights: Formats::Only(&[WeightFormat::Nvfp4, WeightFormat::Mxfp4]),
-    activations: Formats::Only(&[ActivationFormat::Nvfp4]),
+    target: Target::Cuda(Archs::AtLeast(100)),
+    schemes: &[Scheme {
+        weights: Formats::Only(&[WeightFormat::Nvfp4, WeightFormat::Mxfp4]),
+        groups: Formats::Only(&[[1, 16], [1, 32]]),
+        rows: Formats::Only(&[ActivationFormat::Nvfp4]),
+        itself: None,
+    }],
+    functions: Functions::Only(&[Activation::Silu]),
     dtypes: &[Bf16, F16],
     multiples: (128, 64),
-    biases: false,
-    norms: false,
+    caps: Caps::ROUTES.with(Caps::CAPTURES),
     row_formats: &[RowFormat::Batched],
-    monolithic: true,
-    by_name_only: false,
     ..*KERNELS[0]
 };
 
 /// One that asks for less.
 const CUDA_ANY: KernelDesc = KernelDesc {
     name: "made_up_cuda_any",
-    compute_capability: 0,
+    target: Target::Cuda(Archs::AtLeast(0)),
     row_formats: &[RowFormat::Standard],
-    monolithic: false,
-    weights: Formats::All,
-    activations: Formats::All,
+    caps: Caps::CAPTURES,
+    schemes: &[Scheme::ANY],
+    functions: Functions::All,
     ..CUDA
 };
 
+/// One for a single architecture, which pairs its formats: FP8 with FP8 rows, and MXFP4 with rows
+/// that it quantises by itself.
+const CUDA_HOPPER: KernelDesc = KernelDesc {
+    name: "made_up_cuda_sm90a",
+    target: Target::Cuda(Archs::Exactly(&[90])),
+    schemes: &[
+        Scheme {
+            weights: Formats::Only(&[WeightFormat::Fp8(Granularity::Channel)]),
+            rows: Formats::Only(&[ActivationFormat::Fp8Token]),
+            ..Scheme::ANY
+        },
+        Scheme {
+            weights: Formats::Only(&[WeightFormat::Mxfp4]),
+            groups: Formats::Only(&[[1, 32]]),
+            rows: Formats::Only(&[ActivationFormat::Unquantised]),
+            itself: Some(ActivationFormat::Fp8Token),
+        },
+    ],
+    ..CUDA_ANY
+};
+
 fn kernels() -> Vec<&'static KernelDesc> {
-    [&CUDA, &CUDA_ANY].into_iter().chain(KERNELS.iter().copied()).collect()
+    [&CUDA, &CUDA_ANY, &CUDA_HOPPER].into_iter().chain(KERNELS.iter().copied()).collect()
 }
 
 const WEIGHTS: [WeightFormat; 7] = [
@@ -67,8 +92,10 @@ const ACTIVATIONS: [ActivationFormat; 6] = [
 
 fn requests() -> impl Strategy<Value = Request> {
     let formats = (
-        subsequence(WEIGHTS.to_vec(), 1..=3),
-        subsequence(ACTIVATIONS.to_vec(), 1..=2),
+        // each format of weights with one of rows
+        (subsequence(WEIGHTS.to_vec(), 1..=3), one_of(ACTIVATIONS.to_vec())),
+        one_of(vec![None, Some([1, 32]), Some([128, 128])]),
+        one_of(vec![Activation::Silu, Activation::Gelu]),
         one_of(vec![F32, Bf16, F16]),
     );
     let sizes = (
@@ -82,19 +109,24 @@ fn requests() -> impl Strategy<Value = Request> {
         any::<bool>(),
         one_of(vec![None, Some("the routing is replayed")]),
     );
-    (formats, sizes, flags).prop_map(|((weights, activations, dtype), sizes, flags)| Request {
-        layer: "model.layers.3.mlp".into(),
-        kernel: None,
-        device: flags.0,
-        dtype,
-        weights,
-        activations,
-        hidden: sizes.0,
-        intermediate: sizes.1,
-        biases: flags.1,
-        norms: flags.2,
-        row_format: sizes.2,
-        routed_outside: flags.3,
+    (formats, sizes, flags).prop_map(|(((weights, rows), group, function, dtype), sizes, flags)| {
+        Request {
+            layer: "model.layers.3.mlp".into(),
+            kernel: None,
+            device: flags.0,
+            dtype,
+            products: weights
+                .into_iter()
+                .map(|weights| ProductFormat { weights, group, rows })
+                .collect(),
+            function,
+            hidden: sizes.0,
+            intermediate: sizes.1,
+            biases: flags.1,
+            norms: flags.2,
+            row_format: sizes.2,
+            routed_outside: flags.3,
+        }
     })
 }
 
@@ -114,7 +146,7 @@ proptest! {
     fn every_kernel_is_accounted_for(request in requests(), machine in machines()) {
         let kernels = kernels();
         let fails = |kernel: &KernelDesc| failing_conditions(kernel, &request, &machine);
-        let first = kernels.iter().find(|kernel| fails(kernel).is_empty() && !kernel.by_name_only);
+        let first = kernels.iter().find(|kernel| fails(kernel).is_empty() && !kernel.caps.has(Caps::BY_NAME_ONLY));
         match select(&kernels, &request, &machine) {
             Ok(choice) => {
                 prop_assert_eq!(choice.kernel.name, first.unwrap().name);
@@ -201,8 +233,12 @@ fn reasons_and_fixes_in_words() {
         kernel: None,
         device: Some(Device::Cpu),
         dtype: F32,
-        weights: vec![WeightFormat::Int8(Granularity::Channel)],
-        activations: vec![ActivationFormat::Int8Token],
+        products: vec![ProductFormat {
+            weights: WeightFormat::Int8(Granularity::Channel),
+            group: Some([1, 130]),
+            rows: ActivationFormat::Int8Token,
+        }],
+        function: Activation::Gelu,
         hidden: 130,
         intermediate: 64,
         biases: true,
@@ -222,7 +258,10 @@ fn reasons_and_fixes_in_words() {
             "needs an NVIDIA GPU of sm100 (Blackwell: B200, GB200); sm90 has sm90 (Hopper: H100, \
              H200, GH200) (an NVIDIA GPU of sm100 (Blackwell: B200, GB200) or newer)",
             "cannot read int8 (channel) weights (a checkpoint in nvfp4, mxfp4)",
+            "reads no weights of which 1 × 130 share a scale (a checkpoint with a scale for each \
+             1 × 16 or 1 × 32)",
             "does not take activations as int8 (token) (a checkpoint with activations as nvfp4)",
+            "does not compute Gelu between the products (experts with Silu)",
             "does not take f32 hidden states (--dtype bf16 or f16)",
             "needs a hidden size in multiples of 128; it is 130 (a hidden size of 256)",
             "adds no biases to the experts' products (experts without biases)",
@@ -234,9 +273,44 @@ fn reasons_and_fixes_in_words() {
         ]
     );
     assert_eq!(reasons("sm100").len(), reasons("sm90").len() - 1);
-    let avx512 = reasons("avx2");
-    assert!(avx512[1].starts_with("needs avx512, which avx2 does not have"), "{avx512:?}");
-    assert!(avx512[2].starts_with("needs an NVIDIA GPU, which avx2 does not have"), "{avx512:?}");
+    let avx2 = reasons("avx2");
+    assert!(avx2[1].starts_with("needs an NVIDIA GPU, which avx2 does not have"), "{avx2:?}");
+    let machine = Machine::named("avx2").unwrap();
+    let reason = &failing_conditions(KERNELS[0], &request, &machine)[0];
+    assert_eq!(
+        reason.to_string(),
+        "needs avx512, which avx2 does not have (a processor with avx512)"
+    );
+}
+
+/// Code for sm_90a runs on that architecture alone, not on newer ones; and a kernel takes formats
+/// together, not each for itself.
+#[test]
+fn exact_architectures_and_pairs_of_formats() {
+    let request = |weights, rows| Request {
+        products: vec![ProductFormat { weights, group: Some([1, 32]), rows }],
+        ..Request::of(&layer("quant_qwen3_moe_nvfp4"), Bf16)
+    };
+    let reasons = |weights, rows, machine: &str| {
+        let machine = Machine::named(machine).unwrap();
+        let all = failing_conditions(&CUDA_HOPPER, &request(weights, rows), &machine);
+        all.iter().map(ToString::to_string).collect::<Vec<_>>()
+    };
+    let fp8 = WeightFormat::Fp8(Granularity::Channel);
+    let (token, none) = (ActivationFormat::Fp8Token, ActivationFormat::Unquantised);
+    assert_eq!(reasons(fp8, token, "sm90a"), [] as [&str; 0]);
+    assert_eq!(reasons(WeightFormat::Mxfp4, none, "sm90"), [] as [&str; 0]);
+    let newer = reasons(fp8, token, "sm100");
+    assert_eq!(newer.len(), 1, "{newer:?}");
+    assert!(newer[0].ends_with("(an NVIDIA GPU of sm90 (Hopper: H100, H200, GH200))"), "{newer:?}");
+    assert_eq!(
+        reasons(WeightFormat::Mxfp4, token, "sm90"),
+        ["does not take activations as fp8 (token) (a checkpoint with activations as unquantised)"]
+    );
+    // what it makes of rows by itself is where the reference quantises too
+    let product = |weights, rows| ProductFormat { weights, group: Some([1, 32]), rows };
+    assert_eq!(CUDA_HOPPER.rows_of(&product(WeightFormat::Mxfp4, none)), token);
+    assert_eq!(CUDA_HOPPER.rows_of(&product(fp8, token)), token);
 }
 
 #[test]

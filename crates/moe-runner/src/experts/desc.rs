@@ -1,13 +1,13 @@
 //! What a kernel is, as data: the oracle, `explain`, the tests and the documentation read the same.
 
-use moe_kernels::isa::Isa;
+use moe_kernels::isa::Features;
 
 use super::{BuildCall, BuiltKernel};
 use crate::Result;
 use crate::hidden::ActivationDtype;
-use crate::spec::{ActivationFormat, WeightFormat};
+use crate::spec::{Activation, ActivationFormat, WeightFormat};
 
-/// A kernel's properties.
+/// A kernel: what it needs, what it can do, and how it is built.
 #[derive(Clone, Copy, Debug)]
 pub struct KernelDesc {
     /// The name that users write.
@@ -15,38 +15,21 @@ pub struct KernelDesc {
     /// One line: what it is.
     pub summary: &'static str,
     /// Where it runs.
-    pub device: Device,
-    /// The instruction set it needs, of the processor that it runs on or is launched from.
-    pub isa: Isa,
-    /// The compute capability that it needs of an NVIDIA GPU, ten times: 90 for sm90.
-    pub compute_capability: u32,
-    /// The number formats of weights it can read.
-    pub weights: Formats<WeightFormat>,
-    /// The quantisations of activations it can apply.
-    pub activations: Formats<ActivationFormat>,
+    pub target: Target,
+    /// The number formats that it takes. Two entries have no format of weights in common.
+    pub schemes: &'static [Scheme],
     /// Dtypes of hidden states.
     pub dtypes: &'static [ActivationDtype],
+    /// The functions that it computes between the products.
+    pub functions: Functions,
     /// The hidden and the intermediate size must be multiples of these.
     pub multiples: (usize, usize),
-    /// Takes rows that are quantised already, as codes and scales travel between ranks.
-    pub takes_quantised: bool,
+    /// How it computes: the error that is right follows from it.
+    pub arithmetic: Arithmetic,
+    /// What it can do beside the products.
+    pub caps: Caps,
     /// How rows may come to it.
     pub row_formats: &'static [RowFormat],
-    /// Adds biases after the two products.
-    pub biases: bool,
-    /// Normalises the experts' outputs.
-    pub norms: bool,
-    /// Stores every intermediate result in the activations' dtype: that rounding is part of what it
-    /// computes, and of its distance to the reference.
-    pub rounds: bool,
-    /// Multiplies its rows by the router's weights, before it rounds them: the combine only adds.
-    pub weighs: bool,
-    /// Routes by itself; takes logits, returns weighted sums.
-    pub monolithic: bool,
-    /// Shared experts may run while this kernel's rows are on their way.
-    pub overlaps_shared: bool,
-    /// Chosen only when the user names it: it exists to compare with, not to be fast.
-    pub by_name_only: bool,
     /// How far its results repeat.
     pub determinism: Determinism,
     /// Builds it.
@@ -67,7 +50,8 @@ impl KernelDesc {
     /// one or two values of a hundred. The bounds hold for a single token, in which a few such values
     /// weigh most: too wide there to notice a small defect. The same kernel in f32 notices it.
     pub fn bound(&self, dtype: ActivationDtype, quantised: bool) -> f64 {
-        match (dtype, quantised, self.rounds) {
+        let rounds = self.arithmetic == Arithmetic::Rounded;
+        match (dtype, quantised, rounds) {
             (ActivationDtype::F32, false, _) => 1e-11,
             (ActivationDtype::F16, false, _) => 1e-6,
             (ActivationDtype::Bf16, false, false) => 1e-5,
@@ -77,9 +61,184 @@ impl KernelDesc {
             (ActivationDtype::Bf16, true, true) => 2e-2,
         }
     }
+
+    /// The entry that takes `product`, if one does.
+    pub fn scheme(&self, product: &ProductFormat) -> Option<&'static Scheme> {
+        self.schemes.iter().find(|scheme| scheme.takes(product))
+    }
+
+    /// How the rows of `product` are quantised when this kernel multiplies them: as the checkpoint
+    /// says, or where it says nothing, as the kernel does by itself. The reference quantises at the
+    /// same points.
+    pub fn rows_of(&self, product: &ProductFormat) -> ActivationFormat {
+        match (product.rows, self.scheme(product).and_then(|scheme| scheme.itself)) {
+            (ActivationFormat::Unquantised, Some(itself)) => itself,
+            (rows, _) => rows,
+        }
+    }
+}
+
+/// The number formats of one projection: of its weights, and of the rows that it multiplies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct ProductFormat {
+    /// Of the weights.
+    pub weights: WeightFormat,
+    /// Rows and columns that share a scale, where the weights have scales.
+    pub group: Option<[usize; 2]>,
+    /// Of the rows.
+    pub rows: ActivationFormat,
+}
+
+/// Number formats that a kernel takes together: any of the weights with any of the rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Scheme {
+    /// Of weights.
+    pub weights: Formats<WeightFormat>,
+    /// Rows and columns that share a scale.
+    pub groups: Formats<[usize; 2]>,
+    /// Of rows, as the checkpoint asks for them.
+    pub rows: Formats<ActivationFormat>,
+    /// What the kernel makes of rows that the checkpoint leaves as they are.
+    pub itself: Option<ActivationFormat>,
+}
+
+impl Scheme {
+    /// Everything that can be loaded, rows as the checkpoint says.
+    pub const ANY: Scheme =
+        Scheme { weights: Formats::All, groups: Formats::All, rows: Formats::All, itself: None };
+
+    /// The entry of `schemes` that reads `weights` or, where none does, the first.
+    pub fn nearest(schemes: &'static [Scheme], weights: WeightFormat) -> Option<&'static Scheme> {
+        let reads = |scheme: &&Scheme| scheme.weights.contains(&weights);
+        schemes.iter().find(reads).or(schemes.first())
+    }
+
+    /// True if all of `product`'s formats are among these.
+    pub fn takes(&self, product: &ProductFormat) -> bool {
+        self.weights.contains(&product.weights)
+            && product.group.is_none_or(|group| self.groups.contains(&group))
+            && self.rows.contains(&product.rows)
+    }
 }
 
 /// Where a kernel runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// A processor with these features.
+    Cpu(Features),
+    /// An NVIDIA GPU.
+    Cuda(Archs),
+}
+
+impl Target {
+    /// The kind of device.
+    pub fn device(&self) -> Device {
+        match self {
+            Self::Cpu(_) => Device::Cpu,
+            Self::Cuda(_) => Device::Cuda,
+        }
+    }
+
+    /// What it needs of the processor that it runs on or is launched from.
+    pub fn features(&self) -> Features {
+        match self {
+            Self::Cpu(features) => *features,
+            Self::Cuda(_) => Features::NONE,
+        }
+    }
+}
+
+/// NVIDIA's architectures, by compute capability times ten: 90 for sm_90.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Archs {
+    /// This one and all newer ones.
+    AtLeast(u32),
+    /// These alone: code for sm_90a does not run on sm_100.
+    Exactly(&'static [u32]),
+}
+
+impl Archs {
+    /// True if a GPU of this compute capability runs the code.
+    pub fn contain(&self, capability: u32) -> bool {
+        match self {
+            Self::AtLeast(least) => capability >= *least,
+            Self::Exactly(archs) => archs.contains(&capability),
+        }
+    }
+}
+
+/// The functions between the products that a kernel computes.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Functions {
+    /// All.
+    All,
+    /// These, whatever their parameters.
+    Only(&'static [Activation]),
+}
+
+impl Functions {
+    /// True if `function` is among them.
+    pub fn contain(&self, function: Activation) -> bool {
+        let same =
+            |other: &Activation| std::mem::discriminant(other) == std::mem::discriminant(&function);
+        match self {
+            Self::All => true,
+            Self::Only(functions) => functions.iter().any(same),
+        }
+    }
+}
+
+/// How a kernel computes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Arithmetic {
+    /// In float64, rounded to f32 once.
+    F64,
+    /// Products and sums in f32; nothing is rounded to 16 bits between the layer's ends.
+    F32,
+    /// In f32, every intermediate result stored in the activations' dtype: that rounding is part of
+    /// what the kernel computes, and of its distance to the reference.
+    Rounded,
+}
+
+/// What a kernel can do, as a set.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Caps(u16);
+
+impl Caps {
+    /// Nothing beside the products.
+    pub const NONE: Caps = Caps(0);
+    /// Takes rows that are quantised already, as codes and scales travel between ranks.
+    pub const QUANTISED_ROWS: Caps = Caps(1);
+    /// Adds biases after the two products.
+    pub const BIASES: Caps = Caps(1 << 1);
+    /// Normalises the experts' outputs.
+    pub const NORMS: Caps = Caps(1 << 2);
+    /// Multiplies its rows by the router's weights, before it rounds them: the combine only adds.
+    pub const WEIGHS: Caps = Caps(1 << 3);
+    /// Monolithic: routes by itself; takes logits, returns weighted sums.
+    pub const ROUTES: Caps = Caps(1 << 4);
+    /// Can be captured in a graph of launches.
+    pub const CAPTURES: Caps = Caps(1 << 5);
+    /// Chosen only when the user names it: it exists to compare with, not to be fast.
+    pub const BY_NAME_ONLY: Caps = Caps(1 << 6);
+
+    /// Those of either set.
+    pub const fn with(self, other: Caps) -> Caps {
+        Caps(self.0 | other.0)
+    }
+
+    /// Those that `other` has not.
+    pub const fn without(self, other: Caps) -> Caps {
+        Caps(self.0 & !other.0)
+    }
+
+    /// True if all of `other` are among them.
+    pub const fn has(self, other: Caps) -> bool {
+        self.0 & other.0 == other.0
+    }
+}
+
+/// A kind of device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Device {
     /// The processor.
@@ -107,7 +266,7 @@ pub enum Formats<F: 'static> {
     Only(&'static [F]),
 }
 
-impl<F: PartialEq + std::fmt::Display> Formats<F> {
+impl<F: PartialEq> Formats<F> {
     /// True if `format` belongs to the set.
     pub fn contains(&self, format: &F) -> bool {
         match self {
@@ -115,7 +274,9 @@ impl<F: PartialEq + std::fmt::Display> Formats<F> {
             Self::Only(formats) => formats.contains(format),
         }
     }
+}
 
+impl<F: std::fmt::Display> Formats<F> {
     /// The formats, for people.
     pub fn list(&self) -> String {
         match self {

@@ -1,7 +1,7 @@
 //! The experts' two products, and every kernel that computes them.
 //!
 //! A kernel gets rows and a [`Plan`]; it returns one row for each planned slot. Weights (unless the kernel
-//! [`weighs`](KernelDesc::weighs), because it rounds after that) and sums are the exchange's
+//! [`weighs`](Caps::WEIGHS), because it rounds after that) and sums are the exchange's
 //! business, after the rows have come back to their token's rank, so that there is one order of
 //! summation for all kernels and all splits.
 
@@ -12,7 +12,10 @@ mod grouped;
 pub mod reference;
 mod rows;
 
-pub use desc::{Build, Determinism, Device, Formats, KernelDesc, RowFormat};
+pub use desc::{
+    Archs, Arithmetic, Build, Caps, Determinism, Device, Formats, Functions, KernelDesc,
+    ProductFormat, RowFormat, Scheme, Target,
+};
 
 use moe_kernels::arena::Arena;
 use moe_kernels::pool::{Inline, ThreadPool};
@@ -153,12 +156,12 @@ pub struct ExpertCall<'a> {
     /// The slots of these rows, by local expert.
     pub plan: &'a Plan,
     /// Weight of each slot `[rows · k]`; kernels use it where weights multiply the input, and where
-    /// they [weigh](KernelDesc::weighs) their rows.
+    /// they [weigh](Caps::WEIGHS) their rows.
     pub weights: &'a [f32],
     /// One output row for each planned slot, `[places, H]`, in the plan's order. Overwritten.
     pub out: &'a mut [f32],
     /// The rows are quantised already, as the first product asks for it
-    /// ([`KernelDesc::takes_quantised`]).
+    /// ([`Caps::QUANTISED_ROWS`]).
     pub quantised: bool,
     /// Given where experts are cut into slices and the rows between the two products are quantised
     /// with one scale for a whole row.

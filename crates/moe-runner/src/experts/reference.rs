@@ -1,11 +1,10 @@
 //! The truth: every expert in scalar float64 arithmetic, for every format. Slow and obvious.
 
-use moe_kernels::isa::Cpu;
-use moe_kernels::isa::Isa;
+use moe_kernels::isa::{Cpu, Features};
 
 use crate::experts::{
-    BuildCall, BuiltKernel, Determinism, Device, ExpertCall, ExpertShape, Experts, Formats,
-    KernelDesc, MonolithicCall, MonolithicExperts, RowFormat, RowMax,
+    Arithmetic, BuildCall, BuiltKernel, Caps, Determinism, ExpertCall, ExpertShape, Experts,
+    Functions, KernelDesc, MonolithicCall, MonolithicExperts, RowFormat, RowMax, Scheme, Target,
 };
 use crate::hidden::ActivationDtype;
 use crate::plan::Plan;
@@ -18,22 +17,14 @@ use crate::{Error, Result};
 pub const REFERENCE: KernelDesc = KernelDesc {
     name: "reference",
     summary: "scalar float64, every format: the truth that the others are measured against",
-    device: Device::Cpu,
-    isa: Isa::Portable,
-    compute_capability: 0,
-    weights: Formats::All,
-    activations: Formats::All,
+    target: Target::Cpu(Features::NONE),
+    schemes: &[Scheme::ANY],
     dtypes: &[ActivationDtype::F32, ActivationDtype::Bf16, ActivationDtype::F16],
+    functions: Functions::All,
     multiples: (1, 1),
+    arithmetic: Arithmetic::F64,
+    caps: Caps::QUANTISED_ROWS.with(Caps::BIASES).with(Caps::NORMS).with(Caps::BY_NAME_ONLY),
     row_formats: RowFormat::ALL,
-    takes_quantised: true,
-    biases: true,
-    norms: true,
-    rounds: false,
-    weighs: false,
-    monolithic: false,
-    overlaps_shared: true,
-    by_name_only: true,
     determinism: Determinism::AnyBatch,
     build: |_, call| Ok(BuiltKernel::Modular(Box::new(Reference::new(call)))),
     dense: None,
@@ -43,8 +34,7 @@ pub const REFERENCE: KernelDesc = KernelDesc {
 pub const REFERENCE_MONOLITHIC: KernelDesc = KernelDesc {
     name: "reference_monolithic",
     summary: "scalar float64, routes by itself and sums in float64: the monolithic contract",
-    monolithic: true,
-    overlaps_shared: false,
+    caps: REFERENCE.caps.with(Caps::ROUTES),
     build: |_, call| Ok(BuiltKernel::Monolithic(Box::new(ReferenceMonolithic::new(call)))),
     dense: Some(&REFERENCE),
     ..REFERENCE

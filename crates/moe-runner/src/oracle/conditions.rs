@@ -1,8 +1,8 @@
 //! Every condition of a kernel: the one place where a description meets a request and a machine.
 
-use super::machine::{Machine, gpu_name};
-use super::{Change, Reason, Request};
-use crate::experts::{Device, KernelDesc};
+use super::machine::{Machine, archs_name, features_name, gpu_name};
+use super::{Change, Entry, Reason, Request};
+use crate::experts::{Caps, KernelDesc, ProductFormat, Scheme, Target};
 
 /// Every condition of `kernel` that `request` on `machine` does not meet.
 pub fn failing_conditions(
@@ -12,49 +12,55 @@ pub fn failing_conditions(
 ) -> Vec<Reason> {
     let mut reasons = Vec::new();
     let mut fail = |what: String, fix: Change| reasons.push(Reason { what, fix });
+    let device_of = kernel.target.device();
     if let Some(device) = request.device
-        && device != kernel.device
+        && device != device_of
     {
         fail(
-            format!("runs on {}, {} was asked for", kernel.device.name(), device.name()),
-            Change::Device(kernel.device),
+            format!("runs on {}, {} was asked for", device_of.name(), device.name()),
+            Change::Device(device_of),
         );
     }
-    if !machine.isas.contains(&kernel.isa) {
+    let needs = kernel.target.features();
+    if !machine.features.contains(needs) {
         fail(
-            format!("needs {}, which {} does not have", kernel.isa.name(), machine.name),
-            Change::Processor(kernel.isa),
+            format!("needs {}, which {} does not have", features_name(needs), machine.name),
+            Change::Processor(needs),
         );
     }
-    if kernel.device == Device::Cuda {
-        let needed = kernel.compute_capability;
+    if let Target::Cuda(archs) = kernel.target {
         match machine.compute_capability {
             None => fail(
                 format!("needs an NVIDIA GPU, which {} does not have", machine.name),
-                Change::Gpu(needed),
+                Change::Gpu(archs),
             ),
-            Some(has) if has < needed => fail(
+            Some(has) if !archs.contain(has) => fail(
                 format!(
                     "needs an NVIDIA GPU of {}; {} has {}",
-                    gpu_name(needed),
+                    archs_name(archs),
                     machine.name,
                     gpu_name(has)
                 ),
-                Change::Gpu(needed),
+                Change::Gpu(archs),
             ),
             Some(_) => {}
         }
     }
-    for format in request.weights.iter().filter(|format| !kernel.weights.contains(format)) {
-        fail(
-            format!("cannot read {format} weights"),
-            Change::Weights { from: *format, to: kernel.weights },
-        );
+    let mut formats = Vec::new();
+    for product in &request.products {
+        formats.extend(product_reasons(kernel, product));
     }
-    for format in request.activations.iter().filter(|f| !kernel.activations.contains(f)) {
+    // weights first; what several projections have in common is told once
+    formats.sort_by_key(|reason| matches!(reason.fix, Change::Activations { .. }));
+    for (i, reason) in formats.iter().enumerate() {
+        if !formats[..i].contains(reason) {
+            fail(reason.what.clone(), reason.fix.clone());
+        }
+    }
+    if !kernel.functions.contain(request.function) {
         fail(
-            format!("does not take activations as {format}"),
-            Change::Activations { from: *format, to: kernel.activations },
+            format!("does not compute {:?} between the products", request.function),
+            Change::Function(kernel.functions),
         );
     }
     if !kernel.dtypes.contains(&request.dtype) {
@@ -75,10 +81,10 @@ pub fn failing_conditions(
             );
         }
     }
-    if request.biases && !kernel.biases {
+    if request.biases && !kernel.caps.has(Caps::BIASES) {
         fail("adds no biases to the experts' products".into(), Change::WithoutBiases);
     }
-    if request.norms && !kernel.norms {
+    if request.norms && !kernel.caps.has(Caps::NORMS) {
         fail("does not normalise the experts' outputs".into(), Change::WithoutNorms);
     }
     if !kernel.row_formats.contains(&request.row_format) {
@@ -90,12 +96,41 @@ pub fn failing_conditions(
         );
     }
     if let Some(why) = request.routed_outside
-        && kernel.monolithic
+        && kernel.caps.has(Caps::ROUTES)
     {
         fail(
             format!("routes by itself, but routing must happen outside: {why}"),
             Change::RoutingInside,
         );
+    }
+    reasons
+}
+
+/// What `kernel` does not take of `product`: what the entry with its weights does not or, where no
+/// entry reads them, the first one.
+fn product_reasons(kernel: &KernelDesc, product: &ProductFormat) -> Vec<Reason> {
+    let mut reasons = Vec::new();
+    let Some(scheme) = Scheme::nearest(kernel.schemes, product.weights) else { return reasons };
+    let of = Entry { scheme, among: kernel.schemes };
+    if !scheme.weights.contains(&product.weights) {
+        reasons.push(Reason {
+            what: format!("cannot read {} weights", product.weights),
+            fix: Change::Weights { from: product.weights, to: scheme.weights },
+        });
+    }
+    if let Some(group) = product.group
+        && !scheme.groups.contains(&group)
+    {
+        reasons.push(Reason {
+            what: format!("reads no weights of which {} × {} share a scale", group[0], group[1]),
+            fix: Change::Groups { from: group, of },
+        });
+    }
+    if !scheme.rows.contains(&product.rows) {
+        reasons.push(Reason {
+            what: format!("does not take activations as {}", product.rows),
+            fix: Change::Activations { from: product.rows, of },
+        });
     }
     reasons
 }

@@ -1,7 +1,8 @@
 //! The machine that kernels are chosen for: this one, or one described by a name.
 
-use moe_kernels::isa::Isa;
+use moe_kernels::isa::{Cpu, Features};
 
+use crate::experts::Archs;
 use crate::{Error, Result};
 
 /// What decides whether a kernel can run.
@@ -9,18 +10,15 @@ use crate::{Error, Result};
 pub struct Machine {
     /// For messages: "this machine", or the name that it was described by.
     pub name: String,
-    /// Instruction sets of its processor.
-    pub isas: Vec<Isa>,
+    /// Features of its processor.
+    pub features: Features,
     /// Compute capability of its NVIDIA GPU, ten times: 90 for sm90.
     pub compute_capability: Option<u32>,
 }
 
-/// Processors by name, and their instruction sets.
-const PROCESSORS: [(&str, &[Isa]); 3] = [
-    ("portable", &[Isa::Portable]),
-    ("avx2", &[Isa::Portable, Isa::Avx2]),
-    ("avx512", &[Isa::Portable, Isa::Avx2, Isa::Avx512]),
-];
+/// Processors by name, and their features.
+const PROCESSORS: [(&str, Features); 3] =
+    [("portable", Features::NONE), ("avx2", Features::V3), ("avx512", Features::V4)];
 
 /// NVIDIA's architectures with tensor cores: compute capability, ten times, and where it is found.
 const GPUS: [(u32, &str); 12] = [
@@ -46,11 +44,30 @@ pub(super) fn gpu_name(capability: u32) -> String {
     }
 }
 
+/// "avx512" for all that x86-64-v4 is; the features' own names otherwise.
+pub(super) fn features_name(features: Features) -> String {
+    match PROCESSORS.iter().find(|(_, known)| *known == features) {
+        Some((name, _)) => (*name).into(),
+        None => features.to_string(),
+    }
+}
+
+/// "sm100 (Blackwell: B200, GB200)", or several with "or" between them.
+pub(super) fn archs_name(archs: Archs) -> String {
+    match archs {
+        Archs::AtLeast(least) => gpu_name(least),
+        Archs::Exactly(archs) => {
+            archs.iter().map(|arch| gpu_name(*arch)).collect::<Vec<_>>().join(" or ")
+        }
+    }
+}
+
 impl Machine {
     /// This machine.
     pub fn detect() -> Self {
         // CUDA kernels are not part of this build, so no GPU is looked for.
-        Self { name: "this machine".into(), isas: Isa::available(), compute_capability: None }
+        let features = Cpu::detect().features();
+        Self { name: "this machine".into(), features, compute_capability: None }
     }
 
     /// Every name that [`Self::named`] knows, with what it stands for.
@@ -71,10 +88,10 @@ impl Machine {
     /// [`Error::Input`] listing the names.
     pub fn named(name: &str) -> Result<Self> {
         let lower = name.to_ascii_lowercase().replace('_', "");
-        if let Some((name, isas)) = PROCESSORS.iter().find(|(known, _)| *known == lower) {
+        if let Some((name, features)) = PROCESSORS.iter().find(|(known, _)| *known == lower) {
             return Ok(Self {
                 name: (*name).into(),
-                isas: isas.to_vec(),
+                features: *features,
                 compute_capability: None,
             });
         }
@@ -83,7 +100,7 @@ impl Machine {
         match GPUS.iter().find(|(known, _)| Some(*known) == capability) {
             Some((capability, _)) => Ok(Self {
                 name: format!("sm{capability}"),
-                isas: PROCESSORS[PROCESSORS.len() - 1].1.to_vec(),
+                features: PROCESSORS[PROCESSORS.len() - 1].1,
                 compute_capability: Some(*capability),
             }),
             None => {

@@ -10,11 +10,11 @@ mod reason;
 
 pub use conditions::failing_conditions;
 pub use machine::Machine;
-pub use reason::{Change, Reason, Rejection};
+pub use reason::{Change, Entry, Reason, Rejection};
 
-use crate::experts::{Device, KernelDesc, RowFormat};
+use crate::experts::{Caps, Device, KernelDesc, ProductFormat, RowFormat};
 use crate::hidden::ActivationDtype;
-use crate::spec::{ActivationFormat, WeightFormat};
+use crate::spec::Activation;
 use crate::weights::LoadedLayer;
 use crate::{Error, Result};
 
@@ -29,10 +29,10 @@ pub struct Request {
     pub device: Option<Device>,
     /// Dtype of the hidden states.
     pub dtype: ActivationDtype,
-    /// Formats of the routed experts' weights.
-    pub weights: Vec<WeightFormat>,
-    /// Quantisations of the rows that they multiply.
-    pub activations: Vec<ActivationFormat>,
+    /// Number formats of the routed experts' projections, each once.
+    pub products: Vec<ProductFormat>,
+    /// The function between the products.
+    pub function: Activation,
     /// Width of the experts' rows.
     pub hidden: usize,
     /// Width between the two products, on this rank.
@@ -50,25 +50,25 @@ pub struct Request {
 impl Request {
     /// What `layer` needs; automatic choice, on any device, rows in any order.
     pub fn of(layer: &LoadedLayer, dtype: ActivationDtype) -> Self {
-        let mut weights = Vec::new();
-        let mut activations = Vec::new();
+        let mut products = Vec::new();
         let matrices = layer.experts.iter().flat_map(|e| e.gate.iter().chain([&e.up, &e.down]));
         for matrix in matrices {
-            weights.push(matrix.format());
-            activations.push(matrix.input.format());
+            products.push(ProductFormat {
+                weights: matrix.format(),
+                group: matrix.codes().map(|codes| codes.scales().block()),
+                rows: matrix.input.format(),
+            });
         }
-        weights.sort_unstable();
-        weights.dedup();
-        activations.sort_unstable();
-        activations.dedup();
+        products.sort_unstable();
+        products.dedup();
         let first = layer.experts.first();
         Self {
             layer: layer.spec.name.clone(),
             kernel: None,
             device: None,
             dtype,
-            weights,
-            activations,
+            products,
+            function: layer.spec.expert.activation,
             hidden: first.map_or(layer.spec.dims.routed_hidden, |e| e.up.cols()),
             intermediate: first.map_or(layer.spec.dims.intermediate, |e| e.up.rows()),
             biases: layer.spec.expert.bias,
@@ -114,7 +114,7 @@ pub fn select(
     }
     let (chosen, why) = match &request.kernel {
         Some(name) => (named(kernels, name, &able, &rejected, request)?, "named".to_owned()),
-        None => match able.iter().find(|kernel| !kernel.by_name_only) {
+        None => match able.iter().find(|kernel| !kernel.caps.has(Caps::BY_NAME_ONLY)) {
             Some(kernel) => (*kernel, format!("{} on {}", among(able.len()), machine.name)),
             None => return Err(none_able(request, machine, &able, &rejected)),
         },
@@ -171,7 +171,7 @@ fn none_able(
 fn why_not(kernel: &KernelDesc, chosen: &KernelDesc, request: &Request) -> String {
     if request.kernel.is_some() {
         format!("could run, but '{}' was named", chosen.name)
-    } else if kernel.by_name_only {
+    } else if kernel.caps.has(Caps::BY_NAME_ONLY) {
         format!("could run, but only when named (--kernel {})", kernel.name)
     } else {
         format!("could run, but '{}' is preferred (--kernel {})", chosen.name, kernel.name)

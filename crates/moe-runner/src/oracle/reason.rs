@@ -2,16 +2,18 @@
 
 use std::fmt;
 
-use moe_kernels::isa::Isa;
+use moe_kernels::isa::Features;
 
 use super::Request;
-use super::machine::{Machine, gpu_name};
-use crate::experts::{Device, Formats, KernelDesc, RowFormat};
+use super::machine::{Machine, archs_name, features_name};
+use crate::experts::{
+    Archs, Device, Formats, Functions, KernelDesc, ProductFormat, RowFormat, Scheme,
+};
 use crate::hidden::ActivationDtype;
 use crate::spec::{ActivationFormat, WeightFormat};
 
 /// One condition that a kernel fails, and the smallest change that would remove it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Reason {
     /// The condition, with what is needed and what is there.
     pub what: String,
@@ -45,14 +47,14 @@ impl fmt::Display for Rejection {
 }
 
 /// A change of the request or of the machine that removes one [`Reason`], and brings no other.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Change {
     /// Ask for another device.
     Device(Device),
-    /// A processor with this instruction set.
-    Processor(Isa),
-    /// An NVIDIA GPU of at least this compute capability, ten times; 0: any.
-    Gpu(u32),
+    /// A processor with these features.
+    Processor(Features),
+    /// An NVIDIA GPU of one of these architectures.
+    Gpu(Archs),
     /// Weights stored in another format.
     Weights {
         /// The format that the kernel does not read.
@@ -64,9 +66,18 @@ pub enum Change {
     Activations {
         /// The way that the kernel does not take.
         from: ActivationFormat,
-        /// Those that it takes.
-        to: Formats<ActivationFormat>,
+        /// The entry that says which ones it takes.
+        of: Entry,
     },
+    /// Scales for other blocks of weights.
+    Groups {
+        /// Rows and columns that the kernel does not read.
+        from: [usize; 2],
+        /// The entry that says which ones it reads.
+        of: Entry,
+    },
+    /// One of these functions between the products.
+    Function(Functions),
     /// Hidden states of one of these dtypes.
     Dtype(&'static [ActivationDtype]),
     /// Another width of the experts' rows: the next larger one that fits.
@@ -83,17 +94,52 @@ pub enum Change {
     RoutingInside,
 }
 
+/// An entry of a kernel's schemes, among the others: it speaks for the projections whose weights it
+/// reads, or is the nearest to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// The entry.
+    pub scheme: &'static Scheme,
+    /// All of the kernel's.
+    pub among: &'static [Scheme],
+}
+
+impl Entry {
+    fn products(self, request: &mut Request) -> impl Iterator<Item = &mut ProductFormat> {
+        let mine = move |product: &&mut ProductFormat| {
+            Scheme::nearest(self.among, product.weights) == Some(self.scheme)
+        };
+        request.products.iter_mut().filter(mine)
+    }
+}
+
 impl Change {
     /// Makes the change.
     pub fn apply(&self, request: &mut Request, machine: &mut Machine) {
         match *self {
             Self::Device(device) => request.device = Some(device),
-            Self::Processor(isa) => machine.isas.push(isa),
-            Self::Gpu(capability) => {
-                machine.compute_capability = machine.compute_capability.max(Some(capability));
+            Self::Processor(features) => machine.features = machine.features.with(features),
+            Self::Gpu(archs) => {
+                machine.compute_capability = match archs {
+                    Archs::AtLeast(least) => machine.compute_capability.max(Some(least)),
+                    Archs::Exactly(archs) => archs.first().copied(),
+                };
             }
-            Self::Weights { from, to } => replace(&mut request.weights, from, to),
-            Self::Activations { from, to } => replace(&mut request.activations, from, to),
+            Self::Weights { from, to } => {
+                replace(request.products.iter_mut().map(|product| &mut product.weights), from, to);
+            }
+            Self::Activations { from, of } => {
+                replace(of.products(request).map(|p| &mut p.rows), from, of.scheme.rows);
+            }
+            Self::Groups { from, of } => {
+                let groups = of.products(request).filter_map(|p| p.group.as_mut());
+                replace(groups, from, of.scheme.groups);
+            }
+            Self::Function(functions) => {
+                if let Functions::Only(&[first, ..]) = functions {
+                    request.function = first;
+                }
+            }
             Self::Dtype(dtypes) => request.dtype = dtypes.first().copied().unwrap_or(request.dtype),
             Self::Hidden(size) => request.hidden = size,
             Self::Intermediate(size) => request.intermediate = size,
@@ -107,9 +153,13 @@ impl Change {
     }
 }
 
-fn replace<F: Copy + PartialEq>(formats: &mut [F], from: F, to: Formats<F>) {
+fn replace<'a, F: Copy + PartialEq + 'a>(
+    formats: impl Iterator<Item = &'a mut F>,
+    from: F,
+    to: Formats<F>,
+) {
     if let Formats::Only(&[first, ..]) = to {
-        formats.iter_mut().filter(|format| **format == from).for_each(|format| *format = first);
+        formats.filter(|format| **format == from).for_each(|format| *format = first);
     }
 }
 
@@ -117,14 +167,34 @@ impl fmt::Display for Change {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Device(device) => write!(f, "--device {}", device.name()),
-            Self::Processor(isa) => write!(f, "a processor with {}", isa.name()),
-            Self::Gpu(0) => f.write_str("a machine with an NVIDIA GPU and its driver"),
-            Self::Gpu(capability) => {
-                write!(f, "an NVIDIA GPU of {} or newer", gpu_name(*capability))
+            Self::Processor(features) => write!(f, "a processor with {}", features_name(*features)),
+            Self::Gpu(Archs::AtLeast(0)) => {
+                f.write_str("a machine with an NVIDIA GPU and its driver")
+            }
+            Self::Gpu(archs @ Archs::AtLeast(_)) => {
+                write!(f, "an NVIDIA GPU of {} or newer", archs_name(*archs))
+            }
+            Self::Gpu(archs) => write!(f, "an NVIDIA GPU of {}", archs_name(*archs)),
+            Self::Groups { of, .. } => {
+                let list = |groups: &[[usize; 2]]| {
+                    let each = groups.iter().map(|[rows, cols]| format!("{rows} × {cols}"));
+                    each.collect::<Vec<_>>().join(" or ")
+                };
+                match of.scheme.groups {
+                    Formats::All => f.write_str("a checkpoint with any scales"),
+                    Formats::Only(groups) => {
+                        write!(f, "a checkpoint with a scale for each {}", list(groups))
+                    }
+                }
+            }
+            Self::Function(Functions::All) => f.write_str("any function"),
+            Self::Function(Functions::Only(functions)) => {
+                let names: Vec<String> = functions.iter().map(|f| format!("{f:?}")).collect();
+                write!(f, "experts with {}", names.join(" or "))
             }
             Self::Weights { to, .. } => write!(f, "a checkpoint in {}", to.list()),
-            Self::Activations { to, .. } => {
-                write!(f, "a checkpoint with activations as {}", to.list())
+            Self::Activations { of, .. } => {
+                write!(f, "a checkpoint with activations as {}", of.scheme.rows.list())
             }
             Self::Dtype(dtypes) => {
                 let names: Vec<&str> = dtypes.iter().map(|dtype| dtype.name()).collect();

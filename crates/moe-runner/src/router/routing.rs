@@ -131,11 +131,15 @@ impl Routing {
         })
     }
 
-    /// Bytes that the routing of `tokens` tokens takes, on `threads` threads.
-    pub(crate) fn bytes(router: &RouterSpec, tokens: usize, threads: usize) -> usize {
+    /// Bytes that the routing of `tokens` tokens to `top_k` experts takes, on `threads` threads.
+    pub(crate) fn bytes(
+        router: &RouterSpec,
+        (tokens, top_k): (usize, usize),
+        threads: usize,
+    ) -> usize {
         let shared = router.logits() - router.choices();
         let scratch = size_of::<Scratch>() + Scratch::lens(router).iter().sum::<usize>() * 8;
-        tokens * (router.top_k * 8 + shared * 4) + threads * scratch
+        tokens * (top_k * 8 + shared * 4) + threads * scratch
     }
 
     /// One scratch for each thread, as large as `router` needs.

@@ -1,7 +1,7 @@
 //! The gate, ready to run: `logits = norm(x)·Wgᵀ + b`, in f32 whatever the activation dtype.
 
 use moe_kernels::arena::Arena;
-use moe_kernels::isa::Isa;
+use moe_kernels::isa::Features;
 use moe_kernels::pool::ThreadPool;
 use moe_kernels::region::{for_each, rows_together};
 
@@ -21,7 +21,7 @@ pub(crate) struct Gate {
 }
 
 impl Gate {
-    pub(crate) fn new(spec: GateSpec, weights: &GateWeights, isa: Isa) -> Result<Self> {
+    pub(crate) fn new(spec: GateSpec, weights: &GateWeights, features: Features) -> Result<Self> {
         let root = (weights.weight.cols() as f64).sqrt();
         let scale = weights
             .input_scale
@@ -29,7 +29,7 @@ impl Gate {
             .map(|scale| scale.iter().map(|v| (f64::from(*v) / root) as f32).collect());
         let norm = |eps| RmsNorm { eps, unit_offset: false, scale_first: false };
         Ok(Self {
-            linear: Linear::new(&weights.weight, isa)?,
+            linear: Linear::new(&weights.weight, features)?,
             bias: weights.bias.clone(),
             input_norm: spec.scaled_rms_eps.map(norm).zip(scale),
         })

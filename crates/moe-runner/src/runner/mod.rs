@@ -9,6 +9,7 @@
 //! parts that execute this very call; nothing is remembered between calls.
 
 mod batch;
+mod experts;
 mod finish;
 mod gate;
 mod input;
@@ -30,6 +31,7 @@ use std::sync::Arc;
 use moe_kernels::arena::room;
 
 pub use batch::{Batch, BatchOutput, Pass, RankedRunner, forward_batch};
+pub use experts::RoutedExperts;
 pub use model::Model;
 pub use ready::{NonFinite, Options, QuantMethod, ReadyLayer, SharedPool};
 pub use timeline::{Span, Timeline};
@@ -275,9 +277,14 @@ impl MoeRunner {
     /// [`shared_input`](ForwardInput::shared_input) takes one more row of H a token. How many rows
     /// other ranks send is known when they come: slots are taken to be spread evenly.)
     pub fn workspace_bytes(&self, tokens: usize) -> usize {
+        self.workspace_bytes_of(tokens, self.layer.spec.router.top_k)
+    }
+
+    /// The same for routing of `top_k` slots a token.
+    fn workspace_bytes_of(&self, tokens: usize, top_k: usize) -> usize {
         let threads = self.layer.pool.threads();
         let router = &self.layer.spec.router;
-        let most = tokens.div_ceil(self.micro_batches) * router.top_k;
+        let most = tokens.div_ceil(self.micro_batches) * top_k;
         let lengths = Lengths::of(&self.layer, tokens, &Given::default());
         let lanes = match &self.layer.method.kernel {
             BuiltKernel::Modular(kernel) => {
@@ -298,7 +305,7 @@ impl MoeRunner {
             + self.scratch_bytes(tokens, most)
             + lanes
             + shared
-            + Routing::bytes(router, tokens, threads)
+            + Routing::bytes(router, (tokens, top_k), threads)
             + Workspace::own_bytes(self.micro_batches)
     }
 
@@ -326,7 +333,9 @@ impl MoeRunnerInterface for MoeRunner {
     ) -> Result<ForwardOutput> {
         let tokens = input::check(&self.layer, input, &output)?;
         let workspaces = self.layer.workspaces.clone();
-        let mut workspace = workspaces.take(self.workspace_bytes(tokens));
+        let top_k = input.routing.and_then(|routing| routing.ids.len().checked_div(tokens));
+        let top_k = top_k.unwrap_or(self.layer.spec.router.top_k);
+        let mut workspace = workspaces.take(self.workspace_bytes_of(tokens, top_k));
         let result = self.pass(tokens, input, output, report, &mut workspace);
         workspaces.give(workspace);
         result

@@ -11,7 +11,7 @@ use crate::exchange::{
     AllToAllExchange, BatchedExchange, Completeness, Exchange, ExpertMap, GatherExchange,
     LocalExchange, Wire,
 };
-use crate::experts::{self, BuildCall, RowFormat};
+use crate::experts::{self, BuildCall, Caps, RowFormat};
 use crate::oracle::{self, Request};
 use crate::parallel::{Parallel, Route, shard};
 use crate::spec::LayerSpec;
@@ -50,7 +50,7 @@ impl MoeRunner {
         parallel: &Parallel,
         map: Arc<ExpertMap>,
     ) -> Result<Self> {
-        layer.spec.validate()?;
+        layer.validate()?;
         let (sizes, rank) = (groups.sizes, groups.world.rank());
         let mut share = shard(layer, sizes, rank, &map)?;
         // chosen by the whole layer, so that all ranks choose alike, even one without experts
@@ -65,7 +65,8 @@ impl MoeRunner {
         };
         let choice = oracle::select(experts::KERNELS, &request, &options.machine)?;
         let wire = Wire::of_layer(layer, options.dtype);
-        let wire = if choice.kernel.takes_quantised { wire } else { wire.unquantised() };
+        let wire =
+            if choice.kernel.caps.has(Caps::QUANTISED_ROWS) { wire } else { wire.unquantised() };
         let exchange = exchange(&layer.spec, wire, groups, parallel, map)?;
         let slices = |experts: &[Expert], sliced: bool, group: &Arc<dyn Communicator>| {
             let wide = experts.first().is_some_and(|expert| expert.down.input.is_row_wide());

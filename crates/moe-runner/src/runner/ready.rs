@@ -2,14 +2,16 @@
 
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-use moe_kernels::isa::Isa;
+use moe_kernels::isa::{Cpu, Features};
 use moe_kernels::pool::{Pool, ThreadPool};
 
 use super::gate::Gate;
 use super::transform::TransformOp;
 use super::workspace::Workspaces;
 use crate::exchange::{Exchange, LocalExchange};
-use crate::experts::{self, BuildCall, BuiltKernel, Device, ExpertSet, KernelDesc, Progress};
+use crate::experts::{
+    self, BuildCall, BuiltKernel, Caps, Device, ExpertSet, KernelDesc, Progress, Target,
+};
 use crate::hidden::ActivationDtype;
 use crate::oracle::{self, Choice, Machine, Request};
 use crate::router::{Router, RouterTensors};
@@ -239,7 +241,8 @@ impl LoadedLayer {
     /// Chooses a kernel and packs the weights for it, on all threads.
     ///
     /// # Errors
-    /// [`Error::Spec`] for a contradictory description, [`Error::NoKernel`] where no kernel can run
+    /// [`Error::Spec`] for a contradictory description and for weights that are not as it
+    /// [says](LoadedLayer::validate), [`Error::NoKernel`] where no kernel can run
     /// it or the named one cannot.
     pub fn ready(&self, options: &Options) -> Result<ReadyLayer> {
         self.clone().into_ready(options, &mut |_| ())
@@ -255,7 +258,7 @@ impl LoadedLayer {
         options: &Options,
         progress: &mut (dyn FnMut(Progress) + Send),
     ) -> Result<ReadyLayer> {
-        self.spec.validate()?;
+        self.validate()?;
         let choice = self.choose(options)?;
         let experts = std::mem::take(&mut self.experts);
         let exchange = Box::new(LocalExchange::new(experts.len()));
@@ -271,7 +274,7 @@ impl LoadedLayer {
     ) -> Result<ReadyLayer> {
         let spec = &self.spec;
         method.check(spec)?;
-        let isa = dense_isa(choice.kernel);
+        let features = dense_features(choice.kernel);
         let tensors = match &self.gate {
             Some(gate) => RouterTensors {
                 correction: gate.correction.clone(),
@@ -320,13 +323,21 @@ impl LoadedLayer {
         Ok(ReadyLayer {
             spec: Arc::new(spec.clone()),
             dtype: options.dtype,
-            gate: self.gate.as_ref().map(|gate| Gate::new(spec.gate, gate, isa)).transpose()?,
+            gate: self
+                .gate
+                .as_ref()
+                .map(|gate| Gate::new(spec.gate, gate, features))
+                .transpose()?,
             router,
-            input_transform: TransformOp::new(&spec.input_transform, &self.input_transform, isa)?,
+            input_transform: TransformOp::new(
+                &spec.input_transform,
+                &self.input_transform,
+                features,
+            )?,
             output_transform: TransformOp::new(
                 &spec.output_transform,
                 &self.output_transform,
-                isa,
+                features,
             )?,
             method,
             shared,
@@ -352,11 +363,12 @@ pub(super) fn build(
     (kernel.build)(kernel, BuildCall { spec, weight_on, experts, dtype, pool, progress })
 }
 
-/// The instruction set for the dense products beside a kernel: the kernel's own, so that a kernel
-/// named for comparison is compared as a whole; the reference's neighbours use the best there is.
-fn dense_isa(kernel: &KernelDesc) -> Isa {
-    match kernel.by_name_only {
-        true => Isa::detect(),
-        false => kernel.isa,
+/// What the dense products beside a kernel may use: the kernel's own features, so that a kernel named
+/// for comparison is compared as a whole; the neighbours of those that exist to compare with, and of
+/// a GPU's, use all there are.
+fn dense_features(kernel: &KernelDesc) -> Features {
+    match kernel.target {
+        Target::Cpu(features) if !kernel.caps.has(Caps::BY_NAME_ONLY) => features,
+        _ => Cpu::detect().features(),
     }
 }

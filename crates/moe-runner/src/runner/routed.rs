@@ -20,7 +20,7 @@ use super::slices::Slices;
 use super::timeline::Timeline;
 use super::workspace::{Lane, Workspace};
 use crate::exchange::{Completeness, LocalRows, SlotRows, Sum, share};
-use crate::experts::{BuiltKernel, ExpertCall, MonolithicCall};
+use crate::experts::{BuiltKernel, Caps, ExpertCall, MonolithicCall};
 use crate::router::{OnBadLogits, Router, Routing, Simulator};
 use crate::shared_experts::Point;
 use crate::spec::{LayerSpec, WeightOn};
@@ -121,7 +121,8 @@ impl RoutedCall<'_> {
         let count = self.micro_batches.max(1);
         let rows = |lane| all.slice(share(tokens, lane, count));
         let lanes = Workspace::lanes(self.lanes, count);
-        let weighted = kernel.desc().weighs || self.layer.router.weight_on == WeightOn::Input;
+        let weighted =
+            kernel.desc().caps.has(Caps::WEIGHS) || self.layer.router.weight_on == WeightOn::Input;
 
         for lane in 0..count {
             let rows = rows(lane);
@@ -133,7 +134,7 @@ impl RoutedCall<'_> {
             let dispatched = timeline.span("wait for dispatch", Some(lane), || {
                 exchange.finish_dispatch(lane, rows(lane), pool)
             })?;
-            if dispatched.quantised && !kernel.desc().takes_quantised {
+            if dispatched.quantised && !kernel.desc().caps.has(Caps::QUANTISED_ROWS) {
                 return Err(Error::input(
                     "quant method",
                     format!(

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use moe_kernels::arena::Arena;
-use moe_kernels::isa::Isa;
+use moe_kernels::isa::Features;
 use moe_kernels::pool::ThreadPool;
 use moe_kernels::region::{for_each, rows_together};
 
@@ -27,13 +27,17 @@ enum Step {
 }
 
 impl TransformOp {
-    pub(crate) fn new(spec: &Transform, weights: &[StepWeights], isa: Isa) -> Result<Self> {
+    pub(crate) fn new(
+        spec: &Transform,
+        weights: &[StepWeights],
+        features: Features,
+    ) -> Result<Self> {
         if spec.steps.len() != weights.len() {
             return Err(Error::input("transform", "its steps and its weights differ in number"));
         }
         let steps = spec.steps.iter().zip(weights).map(|(step, weights)| match (step, weights) {
             (TransformStep::Linear { .. }, StepWeights::Linear(matrix)) => {
-                Ok(Step::Linear(Arc::new(Linear::new(matrix, isa)?)))
+                Ok(Step::Linear(Arc::new(Linear::new(matrix, features)?)))
             }
             (TransformStep::RmsNorm(norm), StepWeights::RmsNorm(weight)) => {
                 Ok(Step::RmsNorm(*norm, weight.clone().into()))

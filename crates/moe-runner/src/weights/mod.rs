@@ -8,13 +8,16 @@ mod load;
 mod matrix;
 pub mod portable;
 mod quant;
+mod stacked;
 mod synthetic;
+mod validate;
 
 pub use activation::ActivationQuant;
 pub(crate) use load::float;
 pub use load::{Accounting, account, scan_finite, survey};
 pub use matrix::Matrix;
 pub use quant::{Finding, FindingKind, diagnose};
+pub use stacked::{GateUp, Stack, StackedExperts};
 pub use synthetic::{RandomFormat, RandomScaled, random_layer, random_matrix};
 
 pub use moe_kernels::stored::{

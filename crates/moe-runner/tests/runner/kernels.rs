@@ -3,7 +3,7 @@
 
 use moe_kernels::arena::Arena;
 use moe_kernels::pool::Inline;
-use moe_runner::experts::{BuiltKernel, ExpertCall, build, reference};
+use moe_runner::experts::{BuiltKernel, Caps, ExpertCall, build, reference};
 use moe_runner::hidden::ActivationDtype::F32;
 use moe_runner::hidden::{Rows, RowsMut};
 use moe_runner::plan::{NO_EXPERT, NO_PLACE, Plan};
@@ -26,7 +26,7 @@ fn layer(experts: usize, hidden: usize, intermediate: usize) -> LoadedLayer {
 }
 
 fn modular() -> Vec<&'static str> {
-    kernels().into_iter().filter(|name| !desc(name).monolithic).collect()
+    kernels().into_iter().filter(|name| !desc(name).caps.has(Caps::ROUTES)).collect()
 }
 
 /// Runs `kernel` on `ids` `[T, k]` and compares every slot with the float64 expert; slots without an

@@ -7,6 +7,7 @@ mod layers;
 mod ablation;
 mod defects;
 mod doubles;
+mod handmade;
 mod inputs;
 mod kernels;
 mod model;

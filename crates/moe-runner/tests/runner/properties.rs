@@ -3,7 +3,7 @@
 use std::sync::{Arc, OnceLock};
 
 use moe_kernels::pool::Pool;
-use moe_runner::experts::Determinism;
+use moe_runner::experts::{Caps, Determinism};
 use moe_runner::hidden::ActivationDtype::F32;
 use moe_runner::hidden::{Rows, RowsMut};
 use moe_runner::router::LogicalId;
@@ -159,7 +159,7 @@ proptest! {
             (0..5 * top_k).map(|i| LogicalId(((first(i / top_k) + i % top_k * 3) % 8) as u32)).collect();
         let mut turned = given.clone();
         turned.chunks_mut(top_k).for_each(|row| row.rotate_left(turn % top_k));
-        for kernel in kernels().into_iter().filter(|name| !desc(name).monolithic) {
+        for kernel in kernels().into_iter().filter(|name| !desc(name).caps.has(Caps::ROUTES)) {
             let [y, want] = [&turned, &given].map(|ids| given_ids(&mut on(&layer, kernel), &hidden, ids));
             if top_k == 2 {
                 prop_assert_eq!(y, want);

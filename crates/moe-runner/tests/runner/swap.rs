@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use moe_runner::Error;
 use moe_runner::exchange::{Completeness, ExpertMap, LocalExchange};
-use moe_runner::experts::{BuiltKernel, ExpertSet, build};
+use moe_runner::experts::{BuiltKernel, Caps, ExpertSet, build};
 use moe_runner::hidden::ActivationDtype::F32;
 use moe_runner::router::LogicalId;
 use moe_runner::runner::{MoeRunnerInterface, QuantMethod};
@@ -72,7 +72,7 @@ fn a_method_of_another_shape_is_refused_and_the_old_one_stays() {
             (kernel(name, many.expert_set()), local(8), "holds 9 experts, it is to run 8"),
             (kernel(name, few), local(8), "holds 4 experts, it is to run 8"),
         ];
-        if !desc(name).monolithic {
+        if !desc(name).caps.has(Caps::ROUTES) {
             cases.push((kernel(name, layer.expert_set()), half(), "it is to run 4 of 8"));
         }
         for (kernel, exchange, says) in cases {

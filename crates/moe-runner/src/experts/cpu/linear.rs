@@ -1,7 +1,7 @@
 //! A single projection on all threads: the gate, the latent projections.
 
 use moe_kernels::arena::{Arena, room};
-use moe_kernels::isa::{Cpu, Isa};
+use moe_kernels::isa::{Cpu, Features};
 use moe_kernels::pack::UNIT;
 use moe_kernels::pool::ThreadPool;
 use moe_kernels::region::{for_each, for_each_with, rows_together};
@@ -21,14 +21,13 @@ pub struct Linear {
 }
 
 impl Linear {
-    /// Packs `matrix` for `isa`, or for the best there is where this processor lacks it.
+    /// Packs `matrix` for a processor with `features`.
     ///
     /// # Errors
     /// [`Error::NoKernel`] if no product reads it.
-    pub fn new(matrix: &Matrix, isa: Isa) -> Result<Self> {
-        let isa = if isa.is_available() { isa } else { Isa::detect() };
-        let weights = Projection::new(matrix, None, isa.features()).map_err(Error::NoKernel)?;
-        let cpu = Cpu::detect().only(isa.features());
+    pub fn new(matrix: &Matrix, features: Features) -> Result<Self> {
+        let weights = Projection::new(matrix, None, features).map_err(Error::NoKernel)?;
+        let cpu = Cpu::detect().only(features);
         Ok(Self { weights, input: matrix.input, cpu })
     }
 

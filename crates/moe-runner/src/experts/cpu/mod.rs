@@ -7,7 +7,7 @@
 mod linear;
 mod packed;
 
-use moe_kernels::isa::{Cpu, Isa};
+use moe_kernels::isa::{Cpu, Features, Isa};
 use moe_kernels::kernel::{self, Kernel};
 use moe_kernels::pack::UNIT;
 use moe_kernels::rows::{RowsMut, Tile};
@@ -16,8 +16,8 @@ pub use linear::Linear;
 
 use crate::experts::grouped::{self, Block, Product, Products};
 use crate::experts::{
-    BuildCall, BuiltKernel, Determinism, Device, ExpertCall, ExpertShape, Experts, Formats,
-    KernelDesc, RowFormat, rms_norm,
+    Arithmetic, BuildCall, BuiltKernel, Caps, Determinism, ExpertCall, ExpertShape, Experts,
+    Functions, KernelDesc, RowFormat, Scheme, Target, rms_norm,
 };
 use crate::hidden::ActivationDtype;
 use crate::plan::Plan;
@@ -25,26 +25,18 @@ use crate::spec::{Activation, ExpertSpec, WeightOn};
 use crate::{Error, Result};
 use packed::PackedExpert;
 
-const fn desc(name: &'static str, summary: &'static str, isa: Isa) -> KernelDesc {
+const fn desc(name: &'static str, summary: &'static str, features: Features) -> KernelDesc {
     KernelDesc {
         name,
         summary,
-        device: Device::Cpu,
-        isa,
-        compute_capability: 0,
-        weights: Formats::All,
-        activations: Formats::All,
+        target: Target::Cpu(features),
+        schemes: &[Scheme::ANY],
         dtypes: &[ActivationDtype::F32, ActivationDtype::Bf16, ActivationDtype::F16],
+        functions: Functions::All,
         multiples: (1, 1),
+        arithmetic: Arithmetic::F32,
+        caps: Caps::QUANTISED_ROWS.with(Caps::BIASES).with(Caps::NORMS),
         row_formats: RowFormat::ALL,
-        takes_quantised: true,
-        biases: true,
-        norms: true,
-        rounds: false,
-        weighs: false,
-        monolithic: false,
-        overlaps_shared: true,
-        by_name_only: false,
         determinism: Determinism::AnyBatch,
         build: |desc, call| Ok(BuiltKernel::Modular(Box::new(CpuExperts::new(desc, call)?))),
         dense: None,
@@ -53,15 +45,15 @@ const fn desc(name: &'static str, summary: &'static str, isa: Isa) -> KernelDesc
 
 /// With AVX-512.
 pub const CPU_AVX512: KernelDesc =
-    desc("cpu_avx512", "f32 arithmetic on all threads, 16 lanes (AVX-512)", Isa::Avx512);
+    desc("cpu_avx512", "f32 arithmetic on all threads, 16 lanes (AVX-512)", Features::V4);
 
 /// With AVX2.
 pub const CPU_AVX2: KernelDesc =
-    desc("cpu_avx2", "f32 arithmetic on all threads, 8 lanes (AVX2, FMA, F16C)", Isa::Avx2);
+    desc("cpu_avx2", "f32 arithmetic on all threads, 8 lanes (AVX2, FMA, F16C)", Features::V3);
 
 /// On any processor.
 pub const CPU_PORTABLE: KernelDesc =
-    desc("cpu_portable", "f32 arithmetic on all threads, any processor", Isa::Portable);
+    desc("cpu_portable", "f32 arithmetic on all threads, any processor", Features::NONE);
 
 /// One of the float kernels, with its weights.
 pub struct CpuExperts {
@@ -82,15 +74,24 @@ impl CpuExperts {
     /// [`Error::NoKernel`] if this processor lacks the instruction set, and for weights that no
     /// product reads.
     pub fn new(desc: &'static KernelDesc, call: BuildCall<'_>) -> Result<Self> {
-        let kernel = Kernel::new(desc.isa).ok_or_else(|| {
-            Error::NoKernel(format!("{}: this processor has no {}", desc.name, desc.isa.name()))
-        })?;
+        let needs = desc.target.features();
+        if !Cpu::detect().has(needs) {
+            return Err(Error::NoKernel(format!("{}: this processor has no {needs}", desc.name)));
+        }
+        let kernel = activations(needs);
         let (spec, weight_on, shape) = (*call.spec, call.weight_on, call.shape());
         let experts = packed::pack_all(desc, call)?;
         let most = |len: fn(&PackedExpert) -> usize| experts.iter().map(len).max().unwrap_or(0);
         let row_lens = [most(PackedExpert::first_len), most(|expert| expert.down.row_len())];
         Ok(Self { desc, kernel, spec, weight_on, experts, shape, row_lens })
     }
+}
+
+/// The functions between the products, on the best instruction set within `features`.
+fn activations(features: Features) -> Kernel {
+    let within = |isa: &Isa| features.contains(isa.features());
+    let isa = Isa::ALL.into_iter().rev().find(within);
+    isa.and_then(Kernel::new).unwrap_or_else(Kernel::detect)
 }
 
 /// The kernel crate's name for an activation: that crate knows nothing of layers.

@@ -114,7 +114,7 @@ impl PackedExpert {
 /// numbers are let go of as soon as it is packed.
 pub(super) fn pack_all(desc: &KernelDesc, call: BuildCall<'_>) -> Result<Vec<PackedExpert>> {
     let BuildCall { experts, pool, progress, .. } = call;
-    let features = desc.isa.features();
+    let features = desc.target.features();
     let (mut rest, mut jobs) = (Vec::new(), Vec::new());
     for expert in experts {
         let bytes = stored_bytes(&expert);

@@ -23,14 +23,14 @@
 mod operand;
 mod product;
 
-use moe_kernels::isa::Isa;
+use moe_kernels::isa::Features;
 use moe_kernels::rows::Tile;
 
 use crate::experts::grouped::{self, Block, Product, Products};
 use crate::experts::reference::stored_bytes;
 use crate::experts::{
-    BuildCall, BuiltKernel, Determinism, Device, ExpertCall, ExpertShape, Experts, Formats,
-    KernelDesc, RowFormat,
+    Arithmetic, BuildCall, BuiltKernel, Caps, Determinism, ExpertCall, ExpertShape, Experts,
+    Formats, Functions, KernelDesc, RowFormat, Scheme, Target,
 };
 use crate::hidden::ActivationDtype;
 use crate::plan::Plan;
@@ -43,22 +43,17 @@ use operand::Operand;
 pub const EMULATION_NVFP4: KernelDesc = KernelDesc {
     name: "emulation_nvfp4",
     summary: "what native NVFP4 arithmetic gives: W4A4, intermediate results in the activations' dtype",
-    device: Device::Cpu,
-    isa: Isa::Portable,
-    compute_capability: 0,
-    weights: Formats::Only(&[WeightFormat::Nvfp4]),
-    activations: Formats::Only(&[ActivationFormat::Nvfp4, ActivationFormat::Nvfp4Token]),
+    target: Target::Cpu(Features::NONE),
+    schemes: &[scheme(
+        &[WeightFormat::Nvfp4],
+        &[ActivationFormat::Nvfp4, ActivationFormat::Nvfp4Token],
+    )],
     dtypes: &[ActivationDtype::F32, ActivationDtype::Bf16, ActivationDtype::F16],
+    functions: Functions::All,
     multiples: (16, 16),
-    biases: false,
-    norms: false,
-    rounds: true,
-    weighs: true,
+    arithmetic: Arithmetic::Rounded,
+    caps: Caps::WEIGHS.with(Caps::BY_NAME_ONLY),
     row_formats: RowFormat::ALL,
-    takes_quantised: false,
-    monolithic: false,
-    overlaps_shared: true,
-    by_name_only: true,
     determinism: Determinism::AnyBatch,
     build: |desc, call| Ok(BuiltKernel::Modular(Box::new(Emulation::new(desc, call)?))),
     dense: None,
@@ -69,22 +64,24 @@ pub const EMULATION_NVFP4: KernelDesc = KernelDesc {
 pub const EMULATION_OCP_MX: KernelDesc = KernelDesc {
     name: "emulation_ocp_mx",
     summary: "what native OCP MX arithmetic gives: MXFP4, MXFP6 and MXFP8, mixed as the checkpoint says",
-    weights: Formats::Only(&[
-        WeightFormat::Mxfp4,
-        WeightFormat::Mxfp6E2m3,
-        WeightFormat::Mxfp6E3m2,
-        WeightFormat::Mxfp8,
-    ]),
-    activations: Formats::Only(&[
-        ActivationFormat::Unquantised,
-        ActivationFormat::Mxfp4,
-        ActivationFormat::Mxfp6E2m3,
-        ActivationFormat::Mxfp6E3m2,
-        ActivationFormat::Mxfp8,
-        ActivationFormat::Fp8Static,
-    ]),
+    schemes: &[scheme(
+        &[
+            WeightFormat::Mxfp4,
+            WeightFormat::Mxfp6E2m3,
+            WeightFormat::Mxfp6E3m2,
+            WeightFormat::Mxfp8,
+        ],
+        &[
+            ActivationFormat::Unquantised,
+            ActivationFormat::Mxfp4,
+            ActivationFormat::Mxfp6E2m3,
+            ActivationFormat::Mxfp6E3m2,
+            ActivationFormat::Mxfp8,
+            ActivationFormat::Fp8Static,
+        ],
+    )],
     multiples: (32, 32),
-    biases: true,
+    caps: EMULATION_NVFP4.caps.with(Caps::BIASES),
     ..EMULATION_NVFP4
 };
 
@@ -93,10 +90,13 @@ pub const EMULATION_OCP_MX: KernelDesc = KernelDesc {
 pub const EMULATION_MXFP8: KernelDesc = KernelDesc {
     name: "emulation_mxfp8",
     summary: "what native MXFP8 arithmetic gives: W8A8, activations quantised too",
-    weights: Formats::Only(&[WeightFormat::Mxfp8]),
-    activations: Formats::Only(&[ActivationFormat::Mxfp8]),
+    schemes: &[scheme(&[WeightFormat::Mxfp8], &[ActivationFormat::Mxfp8])],
     ..EMULATION_OCP_MX
 };
+
+const fn scheme(weights: &'static [WeightFormat], rows: &'static [ActivationFormat]) -> Scheme {
+    Scheme { weights: Formats::Only(weights), rows: Formats::Only(rows), ..Scheme::ANY }
+}
 
 /// One of the emulation kernels, with its weights.
 pub struct Emulation {

@@ -138,6 +138,10 @@ impl Exchange for AllToAllExchange {
         true
     }
 
+    fn quantises_rows(&self) -> bool {
+        self.wire.quantises()
+    }
+
     fn workspace_bytes(&self, tokens: usize, top_k: usize, width: usize) -> usize {
         let (own, ranks) = (self.own(tokens).len(), self.group.size());
         let copies = own * top_k.min(ranks);

@@ -135,6 +135,10 @@ impl Exchange for BatchedExchange {
         self.inner.moves_rows()
     }
 
+    fn quantises_rows(&self) -> bool {
+        self.inner.quantises_rows()
+    }
+
     fn workspace_bytes(&self, tokens: usize, top_k: usize, width: usize) -> usize {
         let slots = tokens * top_k;
         let rows = self.capacity.map_or(slots, |capacity| self.local_experts() * capacity);

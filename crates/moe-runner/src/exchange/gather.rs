@@ -72,6 +72,10 @@ impl Exchange for GatherExchange {
         true
     }
 
+    fn quantises_rows(&self) -> bool {
+        self.wire.quantises()
+    }
+
     fn workspace_bytes(&self, tokens: usize, top_k: usize, width: usize) -> usize {
         let row_bytes = self.wire.row_bytes(top_k, width);
         let rows = tokens * self.group.size();

@@ -159,6 +159,11 @@ pub trait Exchange: Send + std::fmt::Debug {
     /// they are on their way.
     fn moves_rows(&self) -> bool;
 
+    /// Rows are quantised before they leave, as the experts' first product asks for it.
+    fn quantises_rows(&self) -> bool {
+        false
+    }
+
     /// Bytes that are held for one lane of `tokens` rows of `width` columns with `top_k` slots, if
     /// all ranks have as many and their slots are spread evenly over the experts.
     fn workspace_bytes(&self, tokens: usize, top_k: usize, width: usize) -> usize;

@@ -45,6 +45,11 @@ impl Wire {
         Self { quantised, ..exact }
     }
 
+    /// Rows are quantised before they leave.
+    pub(super) fn quantises(&self) -> bool {
+        self.quantised.is_some()
+    }
+
     /// The same for experts that quantise rows themselves.
     pub fn unquantised(self) -> Self {
         Self { quantised: None, ..self }

@@ -261,7 +261,8 @@ impl MoeRunner {
         self.layer.dtype
     }
 
-    /// Which kernel was chosen when the layer was made ready, and why no other.
+    /// Which kernel runs the routed experts, and why no other: what was chosen when the layer was made
+    /// ready, or what was given since.
     pub fn choice(&self) -> &Choice {
         &self.layer.choice
     }
@@ -350,7 +351,13 @@ impl MoeRunnerInterface for MoeRunner {
     }
 
     fn replace_quant_method(&mut self, method: QuantMethod) -> Result<QuantMethod> {
-        method.check(&self.layer.spec)?;
+        method.check(&self.layer.spec, self.layer.dtype)?;
+        self.layer.choice = Choice {
+            kernel: method.desc(),
+            why: "given in place of another".into(),
+            able: Vec::new(),
+            rejected: Vec::new(),
+        };
         Ok(std::mem::replace(&mut self.layer.method, method))
     }
 }

@@ -123,9 +123,10 @@ impl QuantMethod {
         }
     }
 
-    /// Checks that the kernel, the exchange and the layer mean the same experts: as wide, as many.
-    pub(super) fn check(&self, spec: &LayerSpec) -> Result<()> {
-        let kernel = self.desc().name;
+    /// Checks that the kernel, the exchange and the layer mean the same experts, as wide and as many,
+    /// and that the kernel takes rows as the exchange and the layer hand them over.
+    pub(super) fn check(&self, spec: &LayerSpec, dtype: ActivationDtype) -> Result<()> {
+        let (desc, kernel) = (self.desc(), self.desc().name);
         let exchange = self.exchange.name();
         let fail = |reason: String| Err(Error::Spec { layer: spec.name.clone(), reason });
         if self.exchange.experts() != spec.router.experts {
@@ -133,6 +134,18 @@ impl QuantMethod {
                 "the {exchange} exchange knows {} experts, the layer has {}",
                 self.exchange.experts(),
                 spec.router.experts
+            ));
+        }
+        let rows = self.exchange.row_format();
+        if !desc.row_formats.contains(&rows) {
+            return fail(format!("'{kernel}' takes no {} rows", rows.name()));
+        }
+        if !desc.dtypes.contains(&dtype) {
+            return fail(format!("'{kernel}' takes no {} hidden states", dtype.name()));
+        }
+        if self.exchange.quantises_rows() && !desc.caps.has(Caps::QUANTISED_ROWS) {
+            return fail(format!(
+                "'{kernel}' quantises rows itself, the {exchange} exchange sends them quantised"
             ));
         }
         let (shape, held) = match &self.kernel {
@@ -273,7 +286,7 @@ impl LoadedLayer {
         options: &Options,
     ) -> Result<ReadyLayer> {
         let spec = &self.spec;
-        method.check(spec)?;
+        method.check(spec, options.dtype)?;
         let features = dense_features(choice.kernel);
         let tensors = match &self.gate {
             Some(gate) => RouterTensors {

@@ -28,6 +28,7 @@ fn a_swapped_kernel_gives_what_a_fresh_one_gives() {
             let method = layer.quant_method(desc(kernel), &options).unwrap();
             swapped.replace_quant_method(method).unwrap();
             assert_eq!(swapped.method().desc().name, kernel);
+            assert_eq!(swapped.choice().kernel.name, kernel);
             let y = forward(&mut swapped, &hidden);
             let error = nmse(&y, &truth);
             assert!(error <= 1e-11, "{name}, {kernel}: NMSE {error:e}");

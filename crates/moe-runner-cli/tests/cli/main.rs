@@ -10,6 +10,7 @@ mod check;
 mod describe;
 mod files;
 mod interface;
+mod outline;
 mod plan;
 mod quantize;
 mod run;

@@ -18,13 +18,13 @@ const BASE: &str = r#"{
     "hidden_size": 8, "num_hidden_layers": 3, "num_experts_per_tok": 2, "rms_norm_eps": 1e-5
 }"#;
 
-struct Family {
-    types: &'static [&'static str],
+pub(crate) struct Family {
+    pub(crate) types: &'static [&'static str],
     /// Laid over `BASE`.
     config: &'static str,
     moe: &'static [usize],
     /// The layer that is checked, and its block's path.
-    layer: usize,
+    pub(crate) layer: usize,
     block: &'static str,
     /// "name shape", relative to the block, `../` to the layer; `{e}` for each expert.
     tensors: &'static [&'static [&'static str]],
@@ -158,7 +158,7 @@ const GRANITE: &[&str] =
 const GRANITE_SHARED: &[&str] =
     &["../shared_mlp.input_linear.weight 24 8", "../shared_mlp.output_linear.weight 8 12"];
 
-const FAMILIES: &[Family] = &[
+pub(crate) const FAMILIES: &[Family] = &[
     Family {
         types: &["mixtral", "minimax", "minimax_text_01"],
         config: r#"{"num_local_experts": 4, "intermediate_size": 4}"#,
@@ -1066,7 +1066,7 @@ const FAMILIES: &[Family] = &[
 ];
 
 impl Family {
-    fn model(&self, model_type: &str) -> Model {
+    pub(crate) fn model(&self, model_type: &str) -> Model {
         let mut model = Model { config: merged(BASE, self.config), ..Model::default() };
         model.config["model_type"] = model_type.into();
         let layer = self.block.split_inclusive(&format!("{}.", self.layer)).next();

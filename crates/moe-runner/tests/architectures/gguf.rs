@@ -207,3 +207,131 @@ fn unknown_architectures_are_refused_by_name() {
     let error = architecture::layers(&Checkpoint::open(&path).unwrap()).unwrap_err().to_string();
     assert!(error.contains("phimoe") && error.contains("qwen3moe"), "{error}");
 }
+
+/// A bias that only chooses comes with sigmoids, whether the file says so or not.
+#[test]
+fn a_bias_without_a_gating_function() {
+    let tensors = with(&["blk.1.exp_probs_b.bias 4"]);
+    let spec = &specs("deepseek2", vec![], &tensors)[0];
+    assert_eq!(spec.router.score, Score::Sigmoid);
+    assert_eq!(spec.router.correction, Correction::OnScore);
+    let keys = || vec![("vocab_size", U32(154_880))];
+    let mut tensors = EXPERTS.to_vec();
+    assert_eq!(specs("deepseek2", keys(), &tensors)[0].router.score, Score::Softmax);
+    tensors.push("blk.0.ffn_up.weight 4 8");
+    assert_eq!(specs("glm-dsa", keys(), &tensors)[0].router.score, Score::Sigmoid);
+}
+
+/// Gate and up in one array, gate first.
+#[test]
+fn merged_gate_and_up() {
+    let tensors = [
+        "blk.1.ffn_gate_inp.weight 4 8",
+        "blk.1.ffn_gate_up_exps.weight 4 8 8",
+        "blk.1.ffn_down_exps.weight 4 8 4",
+    ];
+    for name in ["qwen3moe", "qwen35moe", "lfm2moe", "mimo2", "bailingmoe2", "exaone-moe"] {
+        assert_eq!(specs(name, vec![], &tensors)[0].dims.intermediate, 4, "{name}");
+    }
+}
+
+#[test]
+fn deepseek4() {
+    let tensors = [
+        "blk.0.ffn_gate_inp.weight 4 8",
+        "blk.0.ffn_gate_exps.weight 4 4 8",
+        "blk.0.ffn_up_exps.weight 4 4 8",
+        "blk.0.ffn_down_exps.weight 4 8 4",
+        "blk.0.exp_probs_b.bias 4",
+        "blk.0.ffn_gate_shexp.weight 4 8",
+        "blk.0.ffn_up_shexp.weight 4 8",
+        "blk.0.ffn_down_shexp.weight 8 4",
+    ];
+    let spec = &specs("deepseek4", vec![("swiglu_clamp_exp", F32(10.0))], &tensors)[0];
+    assert_eq!(spec.router.score, Score::SqrtSoftplus);
+    assert_eq!(spec.router.renormalise, Renormalise::Sum { eps: 1e-20 });
+    let clamped = Activation::ClampedSwiglu { alpha: 1.0, beta: 0.0, limit: 10.0 };
+    assert_eq!(spec.expert.activation, clamped);
+    assert_eq!(spec.shared.as_ref().unwrap().activation, clamped);
+}
+
+#[test]
+fn nemotron_h_moe() {
+    let tensors = [
+        "blk.1.ffn_gate_inp.weight 4 8",
+        "blk.1.ffn_up_exps.weight 4 4 6",
+        "blk.1.ffn_down_exps.weight 4 6 4",
+        "blk.1.exp_probs_b.bias 4",
+        "blk.1.ffn_latent_down.weight 6 8",
+        "blk.1.ffn_latent_up.weight 8 6",
+        "blk.1.ffn_up_shexp.weight 5 8",
+        "blk.1.ffn_down_shexp.weight 8 5",
+    ];
+    let spec = &specs("nemotron_h_moe", vec![("expert_weights_scale", F32(2.5))], &tensors)[0];
+    assert!(!spec.expert.gated && !spec.shared.as_ref().unwrap().gated);
+    assert_eq!(spec.expert.activation, Activation::Relu2);
+    assert_eq!((spec.dims.routed_hidden, spec.shared.as_ref().unwrap().intermediate), (6, 5));
+}
+
+#[test]
+fn gemma4() {
+    let mut tensors = vec![
+        "blk.0.ffn_gate_inp.weight 4 8",
+        "blk.0.ffn_gate_inp.scale 8",
+        "blk.0.ffn_gate_up_exps.weight 4 8 8",
+        "blk.0.ffn_down_exps.weight 4 8 4",
+        "blk.0.ffn_down_exps.scale 4",
+        "blk.0.ffn_gate.weight 6 8",
+        "blk.0.ffn_up.weight 6 8",
+        "blk.0.ffn_down.weight 8 6",
+    ];
+    tensors.extend(["blk.0.ffn_norm.weight 8", "blk.0.post_ffw_norm.weight 8"]);
+    tensors.extend(["blk.0.pre_ffw_norm_2.weight 8", "blk.0.post_ffw_norm_1.weight 8"]);
+    tensors.push("blk.0.post_ffw_norm_2.weight 8");
+    let spec = &specs("gemma4", vec![], &tensors)[0];
+    assert!(spec.router.per_expert_scale && spec.gate.scaled_rms_eps.is_some());
+    assert_eq!(spec.shared.as_ref().unwrap().intermediate, 6);
+    assert_eq!(spec.expert.activation, Activation::GeluTanh);
+}
+
+/// Scales of whole matrices stand beside them, and multiply.
+#[test]
+fn scales_of_matrices() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.gguf");
+    let keys = [
+        ("block_count", U32(2)),
+        ("embedding_length", U32(8)),
+        ("feed_forward_length", U32(4)),
+        ("expert_count", U32(4)),
+        ("expert_used_count", U32(2)),
+    ];
+    let plain = with(&[]);
+    let scaled = with(&["blk.1.ffn_up_exps.scale 4", "blk.1.ffn_gate_exps.bias 4 4"]);
+    for (tensors, unexpected) in [(plain, 0), (scaled, 1)] {
+        write(&path, "qwen3moe", &keys, &tensors);
+        let checkpoint = Checkpoint::open(&path).unwrap();
+        let layers = architecture::layers(&checkpoint).unwrap();
+        let accounting = account(&checkpoint, &layers[0]);
+        // one bias alone makes the layer one with biases, of which others are missing
+        assert_eq!(accounting.missing.len(), 2 * unexpected, "{accounting:?}");
+    }
+}
+
+/// Layers that have nothing to do with experts, and should.
+#[test]
+fn layers_that_nobody_looks_at() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.gguf");
+    let write = |tensors: &[&str]| {
+        write(&path, "qwen3moe", &[("block_count", U32(2))], tensors);
+        let found = architecture::overlooked(&Checkpoint::open(&path).unwrap()).unwrap();
+        found.iter().map(ToString::to_string).collect::<Vec<_>>()
+    };
+    assert!(write(&with(&["blk.0.ffn_up.weight 4 8"])).is_empty());
+    let found = write(&with(&["blk.0.attn_q.weight 8 8"]));
+    assert!(
+        matches!(&found[..], [one] if one.contains("layer 0 has no feed-forward")),
+        "{found:?}"
+    );
+}

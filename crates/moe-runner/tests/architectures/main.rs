@@ -2,8 +2,10 @@
 
 mod accounting;
 mod block;
+mod defaults;
 mod families;
 mod gguf;
 mod golden;
 mod layouts;
 mod synthetic;
+mod variants;

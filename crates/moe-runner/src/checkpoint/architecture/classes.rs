@@ -24,8 +24,8 @@ pub(super) struct Class {
     pub null: Option<Config>,
     /// Keys that must not be `null`.
     refused: BTreeSet<String>,
-    /// Other spellings that the class accepts.
-    aliases: BTreeSet<String>,
+    /// Other spellings that the class accepts, and the keys that they stand for.
+    aliases: BTreeMap<String, String>,
     /// How many layers are dense before the first with experts, where no key says so.
     pub dense: Option<usize>,
 }
@@ -44,9 +44,21 @@ impl Class {
 
     /// Whether the class reads `key`.
     pub(super) fn reads(&self, key: &str) -> bool {
-        self.aliases.contains(key)
+        self.aliases.contains_key(key)
+            || self.aliases.values().any(|of| of == key)
             || self.refused.contains(key)
             || self.values.as_ref().is_some_and(|values| values.get(key).is_some())
+    }
+
+    /// Another spelling of one of `keys` that `has` knows.
+    pub(super) fn other_spelling(
+        &'static self,
+        keys: &[&str],
+        has: impl Fn(&str) -> bool,
+    ) -> Option<&'static str> {
+        let pairs = self.aliases.iter().flat_map(|(a, b)| [(a, b), (b, a)]);
+        let mut others = pairs.filter(|(_, of)| keys.contains(&of.as_str()));
+        others.find(|(other, _)| has(other)).map(|(other, _)| other.as_str())
     }
 
     /// Whether a `null` at `key` is an error.
@@ -95,7 +107,7 @@ impl Entry {
             values: part(&self.values),
             null: part(&self.null),
             refused: self.refused.clone(),
-            aliases: self.aliases.iter().flat_map(|(a, b)| [a.clone(), b.clone()]).collect(),
+            aliases: self.aliases.clone(),
             dense: self.dense,
         }
     }

@@ -44,6 +44,7 @@ impl Settings {
         let has = |key: &&'static str| self.config.get(key).is_some();
         let own = keys.iter().copied().filter(|key| self.class.reads(key)).find(has);
         own.or_else(|| keys.iter().copied().find(has))
+            .or_else(|| self.class.other_spelling(keys, |key| self.config.get(key).is_some()))
     }
 
     /// Whether none of `keys` has a value, but one is written as `null`.

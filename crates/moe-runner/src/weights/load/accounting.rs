@@ -88,8 +88,8 @@ pub(crate) struct Loader<'a> {
     noted: BTreeSet<String>,
     /// What the configuration says about number formats.
     quantization: Option<Arc<Quantization>>,
-    /// A tensor that has a role elsewhere, though its name is that of a matrix's scale.
-    reserved: Option<String>,
+    /// Tensors that have a role elsewhere, though their names are those of matrices' scales.
+    reserved: Vec<String>,
     /// Whether any tensor's name ends so: looked up once, asked for each that is missing.
     usual: BTreeMap<String, bool>,
 }
@@ -108,7 +108,7 @@ impl<'a> Loader<'a> {
                 .collect(),
             noted: BTreeSet::new(),
             quantization: None,
-            reserved: None,
+            reserved: Vec::new(),
             usual: BTreeMap::new(),
         }
         .with_quantization()
@@ -151,14 +151,14 @@ impl<'a> Loader<'a> {
             .or_insert_with(|| checkpoint.names().any(|name| name.ends_with(ending)))
     }
 
-    /// Keeps a tensor for another role than that of a matrix's scale.
-    pub(super) fn reserve(&mut self, name: &Option<String>) {
-        self.reserved.clone_from(name);
+    /// Keeps tensors for other roles than that of a matrix's scale.
+    pub(super) fn reserve(&mut self, names: [&Option<String>; 2]) {
+        self.reserved = names.into_iter().flatten().cloned().collect();
     }
 
     /// Whether a tensor is kept for another role.
     pub(crate) fn is_reserved(&self, name: &str) -> bool {
-        self.reserved.as_deref() == Some(name)
+        self.reserved.iter().any(|reserved| reserved == name)
     }
 
     /// The checkpoint that is loaded from: formats look here at what is there.

@@ -68,7 +68,7 @@ impl Loader<'_> {
     /// All of a layer; `None` where something is missing or wrong, which is noted.
     fn layer(&mut self, entry: &LayerEntry) -> Option<LoadedLayer> {
         let (mut spec, tensors) = (entry.spec.clone(), &entry.tensors);
-        self.reserve(&tensors.per_expert_scale);
+        self.reserve([&tensors.per_expert_scale, &tensors.gate_input_scale]);
         let gate = self.gate(&spec, tensors);
         let experts = self.experts(&tensors.experts);
         let input_transform = self.steps(&tensors.input_transform, spec.dims.hidden);

@@ -1,0 +1,159 @@
+//! What `config.json` leaves out: for every family, what its recorded configuration class says.
+
+use std::collections::BTreeMap;
+
+use moe_runner::checkpoint::architecture;
+use serde_json::{Value, json};
+
+use crate::synthetic::Model;
+
+/// The recorded classes. `scripts/families/record.py` makes them from the library.
+fn classes() -> BTreeMap<String, Value> {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/src/checkpoint/architecture/classes.json");
+    let text = std::fs::read_to_string(path).unwrap();
+    let mut document: Value = serde_json::from_str(&text).unwrap();
+    assert!(document["library"].as_str().unwrap().starts_with("transformers 5."));
+    serde_json::from_value(document["classes"].take()).unwrap()
+}
+
+fn class<'a>(classes: &'a BTreeMap<String, Value>, name: &str) -> &'a Value {
+    let entry = &classes[name];
+    entry["as"].as_str().map_or(entry, |same| &classes[same])
+}
+
+/// The first of `keys` that has a value.
+fn first<'a>(values: &'a Value, keys: &[&str]) -> Option<&'a Value> {
+    keys.iter().map(|key| &values[*key]).find(|value| !value.is_null())
+}
+
+const EXPERTS: &[&str] =
+    &["n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts"];
+const TOP_K: &[&str] =
+    &["num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "num_experts_per_token"];
+const SCALES: &[&str] = &[
+    "routed_scaling_factor",
+    "route_scale",
+    "router_scaling_factor",
+    "moe_router_scaling_factor",
+    "moe_routed_scaling_factor",
+];
+
+/// Layers of a config that says nothing but `more`.
+fn layers(
+    model_type: &str,
+    more: &[(&str, Value)],
+) -> Result<Vec<architecture::LayerEntry>, String> {
+    let mut model = Model { config: json!({ "model_type": model_type }), ..Model::default() };
+    for (key, value) in more {
+        model.config[*key] = value.clone();
+    }
+    model.add("model.embed_tokens.weight", &[2, 2]);
+    let folder = tempfile::tempdir().unwrap();
+    architecture::layers(&model.open(folder.path())).map_err(|error| error.to_string())
+}
+
+/// A config with its model type alone is a model of the class's own sizes.
+#[test]
+fn a_config_that_says_nothing_is_the_class() {
+    let classes = classes();
+    let mut compared = 0;
+    for model_type in architecture::known() {
+        if !classes.contains_key(model_type) {
+            continue;
+        }
+        let values = &class(&classes, model_type)["values"];
+        let layers = match layers(model_type, &[]) {
+            Ok(layers) => layers,
+            // no class has a value for these: the key is named
+            Err(error) => {
+                assert!(
+                    error.contains("is missing") || error.contains("enable_moe_block"),
+                    "{model_type}: {error}"
+                );
+                continue;
+            }
+        };
+        let Some(entry) = layers.last() else { continue };
+        let spec = &entry.spec;
+        let size = |keys: &[&str]| first(values, keys).and_then(Value::as_u64);
+        if let Some(experts) = size(EXPERTS) {
+            assert_eq!(spec.router.experts as u64, experts, "{model_type}");
+        }
+        if let Some(top_k) = size(TOP_K) {
+            assert_eq!(spec.router.top_k as u64, top_k, "{model_type}");
+        }
+        if let Some(hidden) = size(&["hidden_size", "d_model"]) {
+            assert_eq!(spec.dims.hidden as u64, hidden, "{model_type}");
+        }
+        if let Some(scale) = first(values, SCALES).and_then(Value::as_f64) {
+            assert_eq!(spec.routed_scale.factor, scale as f32, "{model_type}");
+        }
+        let groups = size(&["n_group", "num_expert_group"]).zip(size(&["topk_group"]));
+        if let (Some(groups), Some((count, keep))) = (spec.router.groups, groups) {
+            assert_eq!((groups.count as u64, groups.keep as u64), (count, keep), "{model_type}");
+        }
+        compared += 1;
+    }
+    assert!(compared > 50, "{compared}");
+}
+
+/// The values that were wrong once.
+#[test]
+fn groups_factors_and_dense_layers() {
+    for model_type in ["deepseek_v3", "deepseek_v32", "kimi_k2", "kimi_k25", "axk1", "beam"] {
+        let layers = layers(model_type, &[]).unwrap();
+        let groups = layers[0].spec.router.groups.unwrap();
+        assert_eq!((groups.count, groups.keep), (8, 4), "{model_type}");
+    }
+    let bailing = &layers("bailing_hybrid", &[]).unwrap()[0].spec;
+    assert_eq!((bailing.index, bailing.router.groups.unwrap().count), (2, 8));
+    let lite = &layers("glm4_moe_lite", &[]).unwrap()[0].spec;
+    assert_eq!(lite.routed_scale.factor, 1.8);
+    let k = ("num_experts_per_tok", json!(4));
+    assert_eq!(layers("unlimited_ocr_text", &[k]).unwrap()[0].spec.index, 1);
+    let v4 = layers("deepseek_v4", &[]).unwrap();
+    let hashed = |i: usize| {
+        matches!(v4[i].spec.router.selection, moe_runner::spec::Selection::HashTable { .. })
+    };
+    assert_eq!([hashed(0), hashed(2), hashed(3)], [true, true, false]);
+}
+
+/// A `null` is what the class makes of it.
+#[test]
+fn nulls() {
+    use moe_runner::spec::Renormalise;
+    for (model_type, key) in [
+        ("deepseek_v3", "norm_topk_prob"),
+        ("mistral4", "norm_topk_prob"),
+        ("kimi_linear", "moe_renormalize"),
+        ("bailing_hybrid", "moe_renormalize"),
+    ] {
+        match layers(model_type, &[(key, Value::Null)]) {
+            Ok(layers) => {
+                assert_eq!(layers[0].spec.router.renormalise, Renormalise::None, "{model_type}");
+            }
+            Err(error) => assert!(error.contains(key), "{model_type}: {error}"),
+        }
+    }
+    let mimo = layers("mimo_v2_flash", &[("routed_scaling_factor", Value::Null)]).unwrap();
+    assert_eq!(mimo[0].spec.routed_scale.factor, 1.0);
+    let qwen = layers("qwen3_moe", &[("mlp_only_layers", Value::Null)]).unwrap();
+    assert_eq!(qwen.len(), layers("qwen3_moe", &[]).unwrap().len());
+}
+
+/// Spellings that the classes accept.
+#[test]
+fn aliases() {
+    for (model_type, key) in [
+        ("qwen3_moe", "num_local_experts"),
+        ("deepseek_v3", "num_local_experts"),
+        ("unlimited_ocr_text", "num_experts"),
+        ("sarvam_moe", "num_experts"),
+        ("bailing_hybrid", "num_local_experts"),
+    ] {
+        let more = [(key, json!(64)), ("num_experts_per_tok", json!(4))];
+        assert_eq!(layers(model_type, &more).unwrap()[0].spec.router.experts, 64, "{model_type}");
+    }
+    let scaled = layers("inkling2", &[("routed_scaling_factor", json!(3.5))]).unwrap();
+    assert_eq!(scaled[0].spec.routed_scale.factor, 3.5);
+}

@@ -55,9 +55,11 @@ fn outputs_are_the_recorded_ones() {
                 let ours = |name: &str| format!("{layer}.{name}");
                 let error = nmse(out.get(&ours("output")), recorded.get(&golden("out")));
                 assert!(error <= 1e-10, "{what}: NMSE {error:e}");
-                let error =
-                    nmse(out.get(&ours("router_logits")), recorded.get(&golden("router_logits")));
-                assert!(error <= 1e-10, "{what}: logits, NMSE {error:e}");
+                if recorded.has(&golden("router_logits")) {
+                    let logits = recorded.get(&golden("router_logits"));
+                    let error = nmse(out.get(&ours("router_logits")), logits);
+                    assert!(error <= 1e-10, "{what}: logits, NMSE {error:e}");
+                }
                 let expected = choices(&recorded, &golden("topk_ids"), &golden("topk_weights"));
                 let actual = choices(&out, &ours("topk_ids"), &ours("topk_weights"));
                 assert_eq!(actual.len(), expected.len());
@@ -65,11 +67,14 @@ fn outputs_are_the_recorded_ones() {
                     assert_eq!(actual.0, expected.0, "{what}: ids");
                     assert!((actual.1 - expected.1).abs() <= 1e-5, "{what}: weights");
                 }
-                assert_eq!(
-                    out.has(&ours("shared_output")),
-                    recorded.has(&golden("shared_out")),
-                    "{what}"
-                );
+                // a recording without logits holds the sum of all branches alone
+                if recorded.has(&golden("router_logits")) {
+                    assert_eq!(
+                        out.has(&ours("shared_output")),
+                        recorded.has(&golden("shared_out")),
+                        "{what}"
+                    );
+                }
                 if recorded.has(&golden("shared_out")) {
                     let ours = out.get(&ours("shared_output"));
                     let error = nmse(ours, recorded.get(&golden("shared_out")));

@@ -157,3 +157,18 @@ fn aliases() {
     let scaled = layers("inkling2", &[("routed_scaling_factor", json!(3.5))]).unwrap();
     assert_eq!(scaled[0].spec.routed_scale.factor, 3.5);
 }
+
+/// A pattern that the config has counts, in whichever way it is written, not the class's own.
+#[test]
+fn patterns_of_layers() {
+    for (key, value) in [
+        ("layers_block_type", json!(["mamba", "moe", "attention", "moe"])),
+        ("layer_types", json!(["linear_attention", "moe", "full_attention", "moe"])),
+        ("hybrid_override_pattern", json!("ME*E")),
+    ] {
+        let layers =
+            layers("nemotron_h", &[(key, value), ("num_hidden_layers", json!(4))]).unwrap();
+        let indices: Vec<usize> = layers.iter().map(|entry| entry.spec.index).collect();
+        assert_eq!(indices, [1, 3], "{key}");
+    }
+}

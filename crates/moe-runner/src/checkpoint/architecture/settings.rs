@@ -190,13 +190,23 @@ impl Settings {
         })
     }
 
-    /// One word for each decoder layer, in models that list kinds of layers.
+    /// One word for each decoder layer, in models that list kinds of layers: as letters, or as words.
+    /// The class's own pattern counts only where the config has neither.
     pub(super) fn pattern(&self) -> Result<Option<Vec<String>>> {
-        if let Some(letters) = self.text(&["hybrid_override_pattern"])? {
-            return Ok(Some(letters.chars().map(String::from).collect()));
+        const LETTERS: &str = "hybrid_override_pattern";
+        const WORDS: &str = "layers_block_type";
+        let of = |config: &Config, words: &str| -> Result<Option<Vec<String>>> {
+            if let Some(letters) = config.str(LETTERS)? {
+                return Ok(Some(letters.chars().map(String::from).collect()));
+            }
+            let words = config.str_list(words)?;
+            Ok(words.map(|words| words.into_iter().map(String::from).collect()))
+        };
+        let words = self.stated(&[WORDS]).unwrap_or(WORDS);
+        match (of(&self.config, words)?, &self.class.values) {
+            (None, Some(class)) => of(class, WORDS),
+            (stated, _) => Ok(stated),
         }
-        let words = self.config.str_list("layers_block_type")?;
-        Ok(words.map(|words| words.into_iter().map(String::from).collect()))
     }
 
     fn too_short(&self, key: &str, len: usize, layer: usize) -> Error {

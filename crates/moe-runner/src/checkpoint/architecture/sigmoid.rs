@@ -201,10 +201,9 @@ pub(super) const ROWS: &[Architecture] = &[
         shared: Shared::Width(&["moe_shared_expert_intermediate_size"]),
         adjust: |settings, _, spec| {
             spec.expert.gated = false;
-            spec.expert.bias = settings.flag(&["mlp_bias"], false)?;
+            biased_shared(settings, spec)?;
             if let Some(shared) = &mut spec.shared {
                 shared.gated = false;
-                shared.bias = spec.expert.bias;
             }
             if let Some(latent) = settings.size(&["moe_latent_size"], 0)? {
                 let linear = |width| Transform { steps: vec![TransformStep::Linear { width }] };

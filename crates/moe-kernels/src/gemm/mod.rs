@@ -7,7 +7,7 @@
 //!
 //! # The promise
 //! An element of `out` is computed in one way. With the columns in the order of
-//! [`Packed::order`], in groups that share a scale and of at most 256 columns:
+//! the packed weights, in groups that share a scale and of at most 256 columns:
 //!
 //! ```text
 //! s = 0;    s = x[k] · code[k] + s              for each k of a group, in order

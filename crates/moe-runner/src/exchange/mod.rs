@@ -182,7 +182,7 @@ pub trait Exchange: Send + std::fmt::Debug {
     /// The rows that have arrived for this rank's experts. `rows` as given to the start.
     ///
     /// # Errors
-    /// [`Error::Communication`](crate::Error::Communication): a rank that does not arrive.
+    /// [`Error::Communication`]: a rank that does not arrive.
     fn finish_dispatch<'a>(
         &'a mut self,
         lane: usize,
@@ -205,7 +205,7 @@ pub trait Exchange: Send + std::fmt::Debug {
     /// `slots` as given to the starts.
     ///
     /// # Errors
-    /// [`Error::Communication`](crate::Error::Communication): a rank that does not arrive.
+    /// [`Error::Communication`]: a rank that does not arrive.
     fn finish_combine(
         &mut self,
         lane: usize,

@@ -56,7 +56,7 @@ pub trait MoeRunnerInterface {
     /// Runs the layer on `input`, and writes its output `[T, H]`.
     ///
     /// # Errors
-    /// [`Error::Input`] where an input does not fit the layer, or holds NaN or an infinity and the
+    /// [`Error::Input`](crate::Error::Input) where an input does not fit the layer, or holds NaN or an infinity and the
     /// layer [refuses](NonFinite) such rows; [`Error::Communication`](crate::Error::Communication)
     /// where another rank does not arrive. `output` is then unspecified.
     fn forward(&mut self, input: &ForwardInput<'_>, output: RowsMut<'_>) -> Result<ForwardOutput> {

@@ -40,28 +40,39 @@ impl Fault {
     }
 }
 
-impl fmt::Display for Fault {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+impl Fault {
+    /// Where it was met and what it is, without what it is part of.
+    pub fn reason(&self) -> String {
         let Self { kind, row, column, bits } = *self;
         let value = f32::from_bits(bits);
         match kind {
-            FaultKind::Hidden => write!(f, "hidden states: token {row}, column {column}: {value}"),
-            FaultKind::Logit => write!(
-                f,
-                "router logits: token {row}, expert {column}: {value}; look for non-finite hidden \
-                 states or gate weights"
+            FaultKind::Hidden | FaultKind::Output => {
+                format!("row {row}, column {column}: {value} is not a finite number")
+            }
+            FaultKind::Logit => format!(
+                "token {row}, expert {column}: {value}; look for non-finite hidden states or gate \
+                 weights"
             ),
             FaultKind::TokenId => {
-                write!(f, "token {row}: id {bits} is outside the vocabulary of the routing table")
+                format!("token {row}: id {bits} is outside the vocabulary of the routing table")
             }
             FaultKind::ExpertId => {
-                write!(
-                    f,
-                    "expert ids: token {row}, choice {column}: {bits} is no expert of this layer"
-                )
+                format!("token {row}, choice {column}: {bits} is no expert of this layer")
             }
-            FaultKind::Output => write!(f, "output: token {row}, column {column}: {value}"),
         }
+    }
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let what = match self.kind {
+            FaultKind::Hidden => "hidden states",
+            FaultKind::Logit => "router logits",
+            FaultKind::TokenId => "input ids",
+            FaultKind::ExpertId => "expert ids",
+            FaultKind::Output => "output",
+        };
+        write!(f, "{what}: {}", self.reason())
     }
 }
 

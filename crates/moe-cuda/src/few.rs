@@ -158,6 +158,7 @@ pub struct FewExperts {
 /// Memory that a pass lends to [`FewExperts`]; one pass at a time uses it.
 #[derive(Debug)]
 pub struct FewWorkspace {
+    slots: usize,
     h: Buffer<u16>,
     y: Buffer<f32>,
     counters: Buffer<u32>,
@@ -173,10 +174,18 @@ impl FewWorkspace {
         let mut counters = Buffer::new(gpu, FewExperts::MOST_SLOTS + 2, purpose)?;
         stream.fill(counters.view_mut(), 0)?;
         Ok(Self {
+            slots,
             h: Buffer::new(gpu, slots * inner, purpose)?,
             y: Buffer::new(gpu, slots * hidden, purpose)?,
             counters,
         })
+    }
+}
+
+impl FewWorkspace {
+    /// Slots of the largest batch.
+    pub fn slots(&self) -> usize {
+        self.slots
     }
 }
 
@@ -279,8 +288,8 @@ impl FewExperts {
         self.shape
     }
 
-    /// `out[t] = Σ_j weights[t, j] · expert(ids[t, j])(x[t])`, in slot order. `x` and `out` are bf16
-    /// `[T, H]`; ids that are no expert here are left out. Batches of more than [`Self::OWN_PLAN`]
+    /// `out[t] = Σ_j weights[t, j] · expert(ids[t, j])(x[t])`, in slot order. `x` is bf16 `[T, H]`,
+    /// `out` bf16 or f32; ids that are no expert here are left out. Batches of more than [`Self::OWN_PLAN`]
     /// slots need the plan of these ids, in tiles of [`Self::TILE`]. An output that is not finite
     /// raises the fault.
     ///
@@ -311,11 +320,11 @@ impl FewExperts {
             ));
         }
         if x.float() != Float::Bf16
-            || out.float() != Float::Bf16
+            || out.float() == Float::F16
             || !x.stride().is_multiple_of(8)
             || !x.raw.data.is_multiple_of(16)
         {
-            return refuse("rows are bf16, aligned to 16 bytes".into());
+            return refuse("rows are bf16, aligned to 16 bytes; outputs bf16 or f32".into());
         }
         if work.h.len() < slots * inner || work.y.len() < slots * hidden {
             return refuse(format!("the workspace is too small for {slots} slots"));
@@ -391,6 +400,7 @@ impl FewExperts {
             split: self.shape.split as u32,
             rows: [expert_rows(gate), expert_rows(&w.up), expert_rows(&w.down)],
             scale_steps: [scale_step(&w.up), scale_step(&w.down)],
+            out_type: out.raw.float,
             activation: w.activation.raw(true),
         }
     }
@@ -424,6 +434,7 @@ struct RawFew {
     split: u32,
     rows: [u32; 3],
     scale_steps: [u32; 2],
+    out_type: u32,
     activation: RawActivation,
 }
 

@@ -61,9 +61,36 @@ impl GroupedExperts {
         factors: Option<View<'_, f32>>,
         h: &mut RowsMut<'_>,
     ) -> Result<()> {
+        x.expect("rows of the experts", plan.slots_used / plan.top_k, self.weights.up.cols)?;
+        self.first_of(stream, x, work(plan), plan, factors, h)
+    }
+
+    /// The same of rows `x` `[slots, H]` that stand in the order of the plan already.
+    ///
+    /// # Errors
+    /// If a shape does not fit, or an earlier step failed.
+    pub fn first_sorted(
+        &self,
+        stream: &Stream,
+        x: Rows<'_>,
+        plan: &Plan,
+        h: &mut RowsMut<'_>,
+    ) -> Result<()> {
+        x.expect("sorted rows of the experts", plan.slots_used, self.weights.up.cols)?;
+        self.first_of(stream, x, RawWork { top_k: 0, ..work(plan) }, plan, None, h)
+    }
+
+    fn first_of(
+        &self,
+        stream: &Stream,
+        x: Rows<'_>,
+        work: RawWork,
+        plan: &Plan,
+        factors: Option<View<'_, f32>>,
+        h: &mut RowsMut<'_>,
+    ) -> Result<()> {
         let (up, slots) = (&self.weights.up, plan.slots_used);
         self.check_plan(plan)?;
-        x.expect("rows of the experts", slots / plan.top_k, up.cols)?;
         h.expect("rows between the products", slots, up.rows)?;
         if factors.is_some_and(|factors| factors.len() != slots) {
             return Err(Error::input("weights on the input", "not one a slot"));
@@ -81,7 +108,7 @@ impl GroupedExperts {
             self.first.launch(
                 stream,
                 launch,
-                &[&x.raw, &gate, &up_raw, &activation, &work(plan), &factors, &h.raw],
+                &[&x.raw, &gate, &up_raw, &activation, &work, &factors, &h.raw],
             )
         }
     }

@@ -8,6 +8,7 @@
 //! Gpu ─ Stream ─ Buffer         device, queue of work, memory
 //! Compiler ─ Modules            kernels: compiled, cached, loaded
 //! Verbs                         convert (widen, write), norm, linear (gate), plan, combine, scale-add
+//! SlotVerbs                     gather, quantise, norm by expert; sigmoid gate; finish: what follows both branches
 //! Router                        route
 //! GroupedExperts                experts, of any stored format
 //! FewExperts                    experts for few tokens, in one launch: bf16, FP8, INT4, MXFP4
@@ -19,9 +20,10 @@
 //! learn anything from the device, so that a pass can be captured as a graph ([`Stream::capture`])
 //! and replayed with other rows and other routing. Faults of the data are sticky ([`FaultWord`]).
 //!
-//! The layer in moe-runner does not call this crate yet.
+//! The layer in moe-runner runs on it where its feature `cuda` is on.
 #![warn(missing_docs)]
 
+mod arena;
 mod driver;
 mod error;
 pub mod fault;
@@ -35,12 +37,14 @@ mod nvrtc;
 mod plan;
 pub mod router;
 mod rows;
+mod slots;
 mod sources;
 mod stream;
 mod tensor_map;
 mod verbs;
 pub mod weights;
 
+pub use arena::{Arena, Cut, room};
 pub use error::{Error, Result};
 pub use fault::{Fault, FaultWord};
 pub use few::{FewExperts, FewFormat, FewShape, FewWorkspace};
@@ -53,6 +57,7 @@ pub use nvrtc::{Compiled, Compiler, Resources, Source, resources};
 pub use plan::Plan;
 pub use router::{Router, RouterOptions, RouterTensors};
 pub use rows::{Float, Rows, RowsMut};
+pub use slots::{Finish, Identity, SlotVerbs};
 pub use sources::{Build, builds};
 pub use stream::{Event, Graph, Stream};
 pub use verbs::{Norm, RowQuantiser, Verbs};

@@ -38,6 +38,13 @@ pub struct ManyWorkspace {
     inner_map: TensorMap,
 }
 
+impl ManyWorkspace {
+    /// Slots of the largest batch.
+    pub fn slots(&self) -> usize {
+        self.slots
+    }
+}
+
 impl ManyExperts {
     /// Rows of a tile of the plan for these products.
     pub const TILE: usize = 128;
@@ -132,8 +139,8 @@ impl ManyExperts {
         })
     }
 
-    /// `out[t] = Σ_j weights[t, j] · expert(ids[t, j])(x[t])`, in slot order. `x` and `out` are bf16
-    /// `[T, H]`; `plan` is the plan of `ids` in tiles of [`Self::TILE`]; ids that are no expert here are
+    /// `out[t] = Σ_j weights[t, j] · expert(ids[t, j])(x[t])`, in slot order. `x` is bf16 `[T, H]`,
+    /// `out` bf16 or f32; `plan` is the plan of `ids` in tiles of [`Self::TILE`]; ids that are no expert here are
     /// left out. An output that is not finite raises the fault.
     ///
     /// # Errors
@@ -158,11 +165,11 @@ impl ManyExperts {
         let aligned =
             |address: u64, stride: u64| address.is_multiple_of(16) && stride.is_multiple_of(8);
         if x.float() != Float::Bf16
-            || out.float() != Float::Bf16
+            || out.float() == Float::F16
             || !aligned(x.raw.data, x.raw.stride)
             || !aligned(out.raw.data, out.raw.stride)
         {
-            return refuse("rows are bf16, aligned to 16 bytes".into());
+            return refuse("rows are bf16, aligned to 16 bytes; outputs bf16 or f32".into());
         }
         if (plan.slots_used, weights.len()) != (slots, slots) {
             return refuse(format!(

@@ -54,6 +54,13 @@ impl Plan {
         })
     }
 
+    /// Bytes on the device of a plan of these sizes.
+    pub fn bytes(slots: usize, experts: usize, tile: usize) -> usize {
+        let counts = slots.div_ceil(SLOTS) * experts;
+        let tiles = 2 * Self::most_tiles(slots, experts, tile.max(1));
+        size_of::<u32>() * (counts + experts + 1 + 2 * slots + tiles + 1)
+    }
+
     /// Number of experts.
     pub fn experts(&self) -> usize {
         self.experts

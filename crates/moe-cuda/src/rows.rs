@@ -1,6 +1,7 @@
 //! Rows of floats on the device, as the verbs take them: pointer, type, shape, stride.
 
 use std::marker::PhantomData;
+use std::ops::Range;
 
 use crate::memory::Pod;
 use crate::module::Argument;
@@ -77,6 +78,15 @@ impl RawRows {
     }
 }
 
+impl RawRows {
+    fn part(self, range: Range<usize>) -> Self {
+        assert!(range.start <= range.end && range.end <= self.rows as usize, "{range:?}");
+        let bytes = if self.float == Float::F32 as u32 { 4 } else { 2 };
+        let data = self.data + range.start as u64 * self.stride * bytes;
+        Self { data, rows: range.len() as u32, ..self }
+    }
+}
+
 macro_rules! shape {
     ($type:ident) => {
         impl $type<'_> {
@@ -93,6 +103,11 @@ macro_rules! shape {
             /// Numbers from one row's begin to the next one's.
             pub fn stride(&self) -> usize {
                 self.raw.stride as usize
+            }
+
+            /// The device pointer.
+            pub fn address(&self) -> u64 {
+                self.raw.data
             }
 
             /// What the numbers are.
@@ -140,6 +155,22 @@ fn inside(len: usize, rows: usize, cols: usize) -> Result<()> {
 }
 
 impl<'a> Rows<'a> {
+    /// Some of the rows.
+    ///
+    /// # Panics
+    /// If the range ends outside.
+    pub fn part(self, range: Range<usize>) -> Self {
+        Self { raw: self.raw.part(range), ..self }
+    }
+
+    /// The same, to be written.
+    ///
+    /// # Safety
+    /// Nothing else reads or writes them meanwhile, and they may be written.
+    pub unsafe fn into_mut(self) -> RowsMut<'a> {
+        RowsMut { raw: self.raw, float: self.float, of: PhantomData }
+    }
+
     /// Rows without gaps in `view`: of `f32`, or of `u16` for the 16-bit floats.
     ///
     /// # Errors
@@ -149,6 +180,16 @@ impl<'a> Rows<'a> {
         inside(view.len, rows, cols)?;
         // SAFETY: the view holds that many numbers as long as it lives.
         unsafe { Self::from_raw(view.pointer, float, rows, cols, cols) }
+    }
+
+    /// Rows without gaps that fill `bytes`.
+    ///
+    /// # Errors
+    /// If they do not hold exactly `rows · cols` numbers, or are not aligned for them.
+    pub fn of_bytes(bytes: View<'a, u8>, float: Float, rows: usize, cols: usize) -> Result<Self> {
+        inside(bytes.len, rows, cols.saturating_mul(float.bytes()))?;
+        // SAFETY: the view holds that many numbers as long as it lives.
+        unsafe { Self::from_raw(bytes.pointer, float, rows, cols, cols) }
     }
 
     /// Rows in somebody else's memory.
@@ -186,6 +227,21 @@ impl<'a> RowsMut<'a> {
         unsafe { Self::from_raw(view.pointer, float, rows, cols, cols) }
     }
 
+    /// As [`Rows::of_bytes`].
+    ///
+    /// # Errors
+    /// As [`Rows::of_bytes`].
+    pub fn of_bytes(
+        bytes: ViewMut<'a, u8>,
+        float: Float,
+        rows: usize,
+        cols: usize,
+    ) -> Result<Self> {
+        inside(bytes.len, rows, cols.saturating_mul(float.bytes()))?;
+        // SAFETY: the view holds that many numbers as long as it lives, and nothing else uses it.
+        unsafe { Self::from_raw(bytes.pointer, float, rows, cols, cols) }
+    }
+
     /// As [`Rows::from_raw`].
     ///
     /// # Safety
@@ -211,5 +267,18 @@ impl<'a> RowsMut<'a> {
     /// The same, for a shorter time.
     pub fn reborrow(&mut self) -> RowsMut<'_> {
         RowsMut { raw: self.raw, float: self.float, of: PhantomData }
+    }
+
+    /// Some of the rows, for a shorter time.
+    ///
+    /// # Panics
+    /// If the range ends outside.
+    pub fn part(&mut self, range: Range<usize>) -> RowsMut<'_> {
+        RowsMut { raw: self.raw.part(range), float: self.float, of: PhantomData }
+    }
+
+    /// The same, written and from here on only read.
+    pub fn into_rows(self) -> Rows<'a> {
+        Rows { raw: self.raw, float: self.float, of: PhantomData }
     }
 }

@@ -17,12 +17,15 @@ macro_rules! source {
 
 const HEADERS: &[(&str, &str)] = &[
     ("common.cuh", include_str!("kernels/common.cuh")),
+    ("rows.cuh", include_str!("kernels/rows.cuh")),
     ("stored.cuh", include_str!("kernels/stored.cuh")),
     ("ptx.cuh", include_str!("kernels/ptx.cuh")),
 ];
 
 /// Conversion, norms, quantisation, gate product, sums.
 pub(crate) static ROWS: Source = source!("rows");
+/// Rows of slots, and the end of a pass.
+pub(crate) static SLOTS: Source = source!("slots");
 /// Routing.
 pub(crate) static ROUTE: Source = source!("route");
 /// Slots sorted by expert.
@@ -56,7 +59,8 @@ pub fn builds() -> Vec<Build> {
     let build = |source, options, archs| Build { source, options, hot: false, archs };
     let all = |source, options| build(source, options, &["sm_80", "sm_90a", "sm_100a"]);
     let from_hopper = |source, options| build(source, options, &["sm_90a", "sm_100a"]);
-    let mut builds: Vec<Build> = [&ROWS, &PLAN].map(|source| all(source, Vec::new())).into();
+    let mut builds: Vec<Build> =
+        [&ROWS, &SLOTS, &PLAN].map(|source| all(source, Vec::new())).into();
     builds.push(all(&ROUTE, vec!["--fmad=false".into()]));
     builds.extend(Element::ALL.iter().map(|element| all(&GROUPED, element.options())));
     for (format, shape) in few::shapes() {

@@ -14,6 +14,8 @@ use crate::{Error, Gpu, Result, View, ViewMut};
 pub struct Stream {
     gpu: Gpu,
     handle: Handle,
+    /// Made here, and destroyed with it.
+    owned: bool,
     steps: Mutex<Steps>,
 }
 
@@ -51,7 +53,16 @@ impl Stream {
         let mut handle = 0;
         // SAFETY: the pointer is good for one handle.
         call!(driver.cuStreamCreate(&mut handle, NON_BLOCKING))?;
-        Ok(Self { gpu: gpu.clone(), handle, steps: Mutex::default() })
+        Ok(Self { gpu: gpu.clone(), handle, owned: true, steps: Mutex::default() })
+    }
+
+    /// Somebody else's stream, such as an engine's.
+    ///
+    /// # Safety
+    /// `raw` is a `CUstream` of this GPU's primary context that exists for as long as this and all that
+    /// is put on it.
+    pub unsafe fn from_raw(gpu: &Gpu, raw: usize) -> Self {
+        Self { gpu: gpu.clone(), handle: raw, owned: false, steps: Mutex::default() }
     }
 
     /// The GPU it runs on.
@@ -254,7 +265,9 @@ impl Stream {
 
 impl Drop for Stream {
     fn drop(&mut self) {
-        if let Ok(driver) = self.gpu.bind() {
+        if self.owned
+            && let Ok(driver) = self.gpu.bind()
+        {
             // SAFETY: made once, destroyed once; the driver finishes its work first.
             let _ = unsafe { (driver.cuStreamDestroy_v2)(self.handle) };
         }

@@ -37,8 +37,10 @@ pub struct Norm {
 pub enum RowQuantiser {
     /// E4M3 by a given scale.
     Fp8Static(f32),
-    /// E4M3, one scale a row.
+    /// E4M3, one scale a row, at least 1 / (448 · 512).
     Fp8Token,
+    /// E4M3, one scale a row, however small (`Qdq::Fp8Tensor` of a single row).
+    Fp8Row,
     /// E4M3, one scale a group; rounded up to a power of two or not.
     Fp8Group {
         /// Values of a group.
@@ -55,6 +57,26 @@ pub enum RowQuantiser {
         /// Values of a group.
         size: usize,
     },
+}
+
+impl RowQuantiser {
+    /// Kind, values of a group and given scale as kernels take them, for rows of `cols` values.
+    pub(crate) fn raw(self, cols: usize) -> Result<(u32, u32, f32)> {
+        let (kind, group, given) = match self {
+            Self::Fp8Static(scale) => (0, 128, scale),
+            Self::Int8Static(scale) => (1, 128, scale),
+            Self::Fp8Group { size, power_of_two: false } => (2, size, 0.0),
+            Self::Int8Group { size } => (3, size, 0.0),
+            Self::Int8Token => (3, cols.max(1), 0.0),
+            Self::Fp8Group { size, power_of_two: true } => (4, size, 0.0),
+            Self::Fp8Token => (5, cols.max(1), 0.0),
+            Self::Fp8Row => (6, cols.max(1), 0.0),
+        };
+        match u32::try_from(group) {
+            Ok(group) if group > 0 => Ok((kind, group, given)),
+            _ => Err(Error::input("quantise", format!("groups of {group} values"))),
+        }
+    }
 }
 
 impl Verbs {
@@ -138,19 +160,7 @@ impl Verbs {
         rows: &mut RowsMut<'_>,
     ) -> Result<()> {
         let cols = rows.cols();
-        let (kind, group, given) = match quantiser {
-            RowQuantiser::Fp8Static(scale) => (0u32, 128, scale),
-            RowQuantiser::Int8Static(scale) => (1, 128, scale),
-            RowQuantiser::Fp8Group { size, power_of_two: false } => (2, size, 0.0),
-            RowQuantiser::Int8Group { size } => (3, size, 0.0),
-            RowQuantiser::Int8Token => (3, cols.max(1), 0.0),
-            RowQuantiser::Fp8Group { size, power_of_two: true } => (4, size, 0.0),
-            RowQuantiser::Fp8Token => (5, cols.max(1), 0.0),
-        };
-        let group = match u32::try_from(group) {
-            Ok(group) if group > 0 => group,
-            _ => return Err(Error::input("quantise", format!("groups of {group} values"))),
-        };
+        let (kind, group, given) = quantiser.raw(cols)?;
         let groups = rows.rows() * cols.div_ceil(group as usize);
         if groups == 0 {
             return Ok(());

@@ -91,6 +91,7 @@ fn kind(error: &anyhow::Error) -> &'static str {
             moe_runner::Error::Config { .. } => "config",
             moe_runner::Error::Spec { .. } => "spec",
             moe_runner::Error::NoKernel(_) => "no_kernel",
+            moe_runner::Error::Device(_) => "device",
             moe_runner::Error::Communication(_) => "communication",
             moe_runner::Error::Interrupted => "interrupted",
             _ => "input",

@@ -44,10 +44,11 @@ fn run(command: &Command, json: bool) -> anyhow::Result<Report> {
     match command {
         Command::Check(args) => {
             let common = Common::resolve(&args.kernel, args.threads.count()?, args.seed.seed)?;
-            commands::check::run(args, &common, json)
+            commands::check::run(args, &common.with_device()?, json)
         }
         Command::Run(args) => {
-            commands::run::run(args, &Common::resolve(&args.kernel, args.threads.count()?, 0)?)
+            let common = Common::resolve(&args.kernel, args.threads.count()?, 0)?;
+            commands::run::run(args, &common.with_device()?)
         }
         Command::Inspect(args) => commands::inspect::run(args),
         Command::Explain(args) => {
@@ -55,7 +56,7 @@ fn run(command: &Command, json: bool) -> anyhow::Result<Report> {
         }
         Command::Bench(args) => {
             let common = Common::resolve(&args.kernel, args.threads.count()?, args.seed.seed)?;
-            commands::bench::run(args, &common)
+            commands::bench::run(args, &common.with_device()?)
         }
         Command::Plan(args) => commands::plan::run(args),
         Command::Quantize(args) => commands::quantize::run(args),

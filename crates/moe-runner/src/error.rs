@@ -84,6 +84,9 @@ pub enum Error {
     /// No kernel can run this, or the named one cannot; every failing condition is listed.
     #[error("{0}")]
     NoKernel(String),
+    /// A GPU, its driver or its compiler is missing, too old, or refused.
+    #[error("{0}")]
+    Device(String),
     /// Ranks of a group failed to meet, or a communication library refused.
     #[error("{0}")]
     Communication(String),

@@ -12,7 +12,7 @@ use moe_runner::experts::{
 use moe_runner::hidden::ActivationDtype::{self, Bf16, F16, F32};
 use moe_runner::oracle::{Machine, Request, failing_conditions, select};
 use moe_runner::runner::Options;
-use moe_runner::spec::{Activation, ActivationFormat, Granularity, WeightFormat};
+use moe_runner::spec::{Activation, ActivationFormat, Granularity, WeightFormat, WeightOn};
 use moe_runner::weights::LoadedLayer;
 use proptest::prelude::*;
 use proptest::sample::{select as one_of, subsequence};
@@ -122,6 +122,8 @@ fn requests() -> impl Strategy<Value = Request> {
             function,
             hidden: sizes.0,
             intermediate: sizes.1,
+            gated: flags.2,
+            weight_on: if flags.1 { WeightOn::Input } else { WeightOn::Output },
             biases: flags.1,
             norms: flags.2,
             row_format: sizes.2,
@@ -241,6 +243,8 @@ fn reasons_and_fixes_in_words() {
         function: Activation::Gelu,
         hidden: 130,
         intermediate: 64,
+        gated: false,
+        weight_on: WeightOn::Input,
         biases: true,
         norms: true,
         row_format: RowFormat::Standard,
@@ -264,6 +268,8 @@ fn reasons_and_fixes_in_words() {
             "does not compute Gelu between the products (experts with Silu)",
             "does not take f32 hidden states (--dtype bf16 or f16)",
             "needs a hidden size in multiples of 128; it is 130 (a hidden size of 256)",
+            "computes no experts without a gate projection (experts with one)",
+            "does not apply weights to the experts' input (a layer that weighs their output)",
             "adds no biases to the experts' products (experts without biases)",
             "does not normalise the experts' outputs (experts without a norm)",
             "takes batched rows, the exchange delivers standard ones (an exchange that delivers \

@@ -34,7 +34,7 @@ struct Few {
   const float *gate_bias, *up_bias, *down_bias;               // or null
   u16* h;    // [slots, inner], bf16
   float* y;  // [slots, hidden]
-  u16* out;  // bf16
+  void* out;  // bf16, or f32
   u64 out_stride;
   u32* counters;  // [MAX_SLOTS + 2], zero
   u32* fault;
@@ -45,6 +45,7 @@ struct Few {
   u32 split;                             // warps that share a unit's K in phase 2
   u32 gate_rows, up_rows, down_rows;     // rows from one expert to the next in the tensor maps
   u32 gate_scale_step, down_scale_step;  // scales from one expert to the next
+  u32 out_type;
   Activation activation;
 };
 
@@ -493,7 +494,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
       if (p.ids[s] < p.experts) sum = __fadd_rn(sum, __fmul_rn(p.weights[s], __ldcg(p.y + s * p.hidden + c)));
     }
     if (!finite(sum)) raise_fault(p.fault, FAULT_OUTPUT, t, c, __float_as_uint(sum));
-    p.out[t * p.out_stride + c] = f32_to_bf16(sum);
+    store_float(p.out, p.out_type, t * p.out_stride + c, sum);
   }
   // The last block to come here leaves the counters as it found them.
   __syncthreads();

@@ -11,7 +11,7 @@ struct Work {
   const u32* order;        // sorted position -> slot
   const uint2* tiles;      // {expert, first sorted position}, of BM rows
   const u32* tile_count;
-  u32 top_k;
+  u32 top_k;               // 0: rows of x stand in sorted order
 };
 
 // One tile of BM rows x BN features; `gate` is read where MATS is 2.
@@ -75,7 +75,7 @@ extern "C" __global__ void __launch_bounds__(256) grouped_first(Rows x, Stored g
     __syncthreads();
     if (threadIdx.x < BM) {
       u32 slot = threadIdx.x < rows ? work.order[tile.y + threadIdx.x] : 0;
-      source[threadIdx.x] = slot / work.top_k;
+      source[threadIdx.x] = work.top_k ? slot / work.top_k : tile.y + (threadIdx.x < rows ? threadIdx.x : 0);
       factor[threadIdx.x] = factors ? factors[slot] : 1;
     }
     __syncthreads();

@@ -355,6 +355,12 @@ extern "C" __global__ void combine_slots(const uint4* y, const float* scales, co
 #pragma unroll
     for (int k = 0; k < 8; k++)
       if (!finite(sum[k])) raise_fault(fault, FAULT_OUTPUT, t, piece * 8 + k, __float_as_uint(sum[k]));
+    if (out.type == F32) {
+      float4* to = (float4*)((float*)out.data + t * out.stride + piece * 8);
+      to[0] = make_float4(sum[0], sum[1], sum[2], sum[3]);
+      to[1] = make_float4(sum[4], sum[5], sum[6], sum[7]);
+      continue;
+    }
     uint4 r = make_uint4(f32x2_to_bf16x2(sum[0], sum[1]), f32x2_to_bf16x2(sum[2], sum[3]), f32x2_to_bf16x2(sum[4], sum[5]), f32x2_to_bf16x2(sum[6], sum[7]));
     *(uint4*)((u16*)out.data + t * out.stride + piece * 8) = r;
   }

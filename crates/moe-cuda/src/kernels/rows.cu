@@ -1,5 +1,5 @@
 // Rows of numbers: conversion, normalisation, quantisation, sums. One pass over memory each.
-#include "common.cuh"
+#include "rows.cuh"
 
 // to = from. With a fault word, values that are not finite raise it.
 extern "C" __global__ void convert(Rows from, Rows to, u32* fault) {
@@ -17,18 +17,7 @@ extern "C" __global__ void convert(Rows from, Rows to, u32* fault) {
 extern "C" __global__ void rms_norm(Rows from, Rows to, const float* weight, float eps, u32 offset, u32 first, float factor) {
   __shared__ double part[32];
   u32 r = blockIdx.x;
-  double sum = 0;
-  for (u32 c = threadIdx.x; c < from.cols; c += blockDim.x) {
-    float v = load_float(from.data, from.type, r * from.stride + c);
-    if (first && weight) v *= weight[c] + (offset ? 1.f : 0.f);
-    sum += (double)v * v;
-  }
-  for (int o = 16; o; o >>= 1) sum += __shfl_xor_sync(~0u, sum, o);
-  if ((threadIdx.x & 31) == 0) part[threadIdx.x >> 5] = sum;
-  __syncthreads();
-  sum = 0;
-  for (u32 i = 0; i < blockDim.x / 32; i++) sum += part[i];
-  float scale = (float)(1.0 / sqrt(sum / from.cols + (double)eps));
+  float scale = rms_scale(from, r, weight, eps, offset, first, part);
   for (u32 c = threadIdx.x; c < from.cols; c += blockDim.x) {
     float w = weight ? weight[c] + (offset ? 1.f : 0.f) : 1.f;
     float v = load_float(from.data, from.type, r * from.stride + c);
@@ -36,39 +25,13 @@ extern "C" __global__ void rms_norm(Rows from, Rows to, const float* weight, flo
   }
 }
 
-// One warp a group: quantises and dequantises in place. (An integer is no negative zero: hence + 0.) kind 0: E4M3, 1: INT8 by given scale; 2: E4M3,
-// 3: INT8 by the group's largest magnitude; 4: as 2 with the scale rounded up to a power of two;
-// 5: as 2 for a whole row, whose scale is at least 1 / (448 * 512).
+// One warp a group: quantises and dequantises in place.
 extern "C" __global__ void quantise_rows(Rows x, u32 kind, u32 group, float given) {
   u32 groups = (x.cols + group - 1) / group, lane = threadIdx.x & 31;
   u64 i = ((u64)blockIdx.x * blockDim.x + threadIdx.x) >> 5;
   if (i >= (u64)x.rows * groups) return;
   u32 r = (u32)(i / groups), g = (u32)(i - (u64)r * groups);
-  u32 begin = g * group, end = begin + group < x.cols ? begin + group : x.cols;
-  u64 row = r * x.stride;
-  bool int8 = kind == 1 || kind == 3;
-  float scale = given;
-  if (kind >= 2) {
-    u32 most = 0;  // magnitudes order as their bits do, NaN above all
-    for (u32 c = begin + lane; c < end; c += 32) {
-      u32 bits = __float_as_uint(load_float(x.data, x.type, row + c)) & 0x7fffffffu;
-      most = bits > most ? bits : most;
-    }
-    most = __reduce_max_sync(~0u, most);
-    float amax = __uint_as_float(most);
-    if (most >= 0x7f800000u) scale = __uint_as_float(0x7fc00000u);
-    else if (kind == 5) scale = fmaxf(__fdiv_rn(amax, 448.f), 1.f / (448.f * 512.f));
-    else scale = __fdiv_rn(fmaxf(amax, 1e-10f), int8 ? 127.f : 448.f);
-    if (kind == 4 && scale == scale) {
-      u32 bits = __float_as_uint(scale);
-      scale = __uint_as_float((bits + 0x7fffffu) & 0x7f800000u);
-    }
-  }
-  for (u32 c = begin + lane; c < end; c += 32) {
-    float v = __fdiv_rn(load_float(x.data, x.type, row + c), scale);
-    float q = int8 ? (v == v ? fminf(fmaxf(rintf(v), -128.f), 127.f) + 0.f : v) : round_e4m3(v);
-    store_float(x.data, x.type, row + c, __fmul_rn(q, scale));
-  }
+  quantise_group(x, r, g, kind, group, given, lane);
 }
 
 // One warp for each (8 rows, output): logits = x * w^T (+ bias). Lanes stride over k, so the order of a

@@ -69,16 +69,16 @@ pub(crate) struct KernelArgs {
     /// replaced.
     #[arg(long, value_name = "NAME", default_value = "auto")]
     kernel: String,
-    /// Where to compute: auto, cpu, cuda or cuda:N.
+    /// Where to compute: auto, cpu, cuda or cuda:N, the N-th NVIDIA GPU. auto is the processor.
     #[arg(long, value_name = "DEVICE", default_value = "auto", value_parser = device)]
     device: DeviceChoice,
     #[command(flatten)]
     dtype: DtypeArg,
 }
 
-/// A device as the user names it.
+/// A device as the user names it, and which GPU.
 #[derive(Clone, Copy, Debug)]
-struct DeviceChoice(Option<Device>);
+struct DeviceChoice(Option<Device>, usize);
 
 /// A dtype as the user names it; `None` is auto.
 #[derive(Clone, Copy, Debug)]
@@ -87,16 +87,17 @@ struct DtypeChoice(Option<ActivationDtype>);
 fn device(text: &str) -> Result<DeviceChoice, String> {
     let known = match text.split_once(':') {
         None => match text {
-            "auto" => Some(None),
-            "cpu" => Some(Some(Device::Cpu)),
-            "cuda" => Some(Some(Device::Cuda)),
+            "auto" => Some(DeviceChoice(None, 0)),
+            "cpu" => Some(DeviceChoice(Some(Device::Cpu), 0)),
+            "cuda" => Some(DeviceChoice(Some(Device::Cuda), 0)),
             _ => None,
         },
-        // Which of several GPUs: no kernel of this build runs on any.
-        Some(("cuda", number)) => number.parse::<u32>().ok().map(|_| Some(Device::Cuda)),
+        Some(("cuda", number)) => {
+            number.parse().ok().map(|number| DeviceChoice(Some(Device::Cuda), number))
+        }
         Some(_) => None,
     };
-    known.map(DeviceChoice).ok_or_else(|| "devices are auto, cpu, cuda and cuda:N".into())
+    known.ok_or_else(|| "devices are auto, cpu, cuda and cuda:N".into())
 }
 
 pub(super) fn dtype(text: &str) -> Result<ActivationDtype, String> {
@@ -123,6 +124,10 @@ pub(crate) struct Common {
     pub(crate) kernel: Option<String>,
     /// `None`: auto.
     pub(crate) device: Option<Device>,
+    /// Which GPU, where it is one.
+    pub(crate) gpu: usize,
+    /// What kernels are chosen for.
+    pub(crate) machine: Machine,
     /// `None`: auto.
     pub(crate) dtype: Option<ActivationDtype>,
     /// The threads to compute on.
@@ -146,9 +151,24 @@ impl Common {
             seed,
             kernel: name,
             device: kernel.device.0,
+            gpu: kernel.device.1,
+            machine: Machine::detect(),
             dtype: kernel.dtype.named(),
             pool: Arc::new(Pool::new(threads).context("cannot start threads; try --threads 1")?),
         })
+    }
+
+    /// The same, with the GPU taken into use if one is asked for, by its name or a kernel's: what is
+    /// missing is told before anything is read.
+    pub(crate) fn with_device(self) -> Result<Self> {
+        let named = KERNELS.iter().find(|kernel| Some(kernel.name) == self.kernel.as_deref());
+        let device = named.map_or(self.device, |kernel| Some(kernel.target.device()));
+        match device {
+            Some(Device::Cuda) => {
+                Ok(Self { machine: self.machine.clone().with_gpu(self.gpu)?, ..self })
+            }
+            _ => Ok(self),
+        }
     }
 
     /// The library's options, for activations in `dtype`.
@@ -157,10 +177,11 @@ impl Common {
             dtype,
             kernel: self.kernel.clone(),
             device: self.device,
+            gpu: self.gpu,
             pool: self.pool.clone(),
             workspaces: Workspaces::of_process(),
             non_finite: NonFinite::Refuse,
-            machine: Machine::detect(),
+            machine: self.machine.clone(),
         }
     }
 }

@@ -55,7 +55,7 @@ struct Rejected {
 pub(crate) fn run(args: &ExplainArgs, common: &Common) -> Result<Report> {
     let machine = match &args.machine {
         Some(name) => Machine::named(name).map_err(|error| unusable(error.to_string()))?,
-        None => Machine::detect(),
+        None => Machine::detect_all(),
     };
     let opened = Opened::open_outline(&args.checkpoint)?;
     let mut layers = Vec::new();

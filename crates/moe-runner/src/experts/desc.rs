@@ -219,6 +219,13 @@ impl Caps {
     pub const ROUTES: Caps = Caps(1 << 4);
     /// Can be captured in a graph of launches.
     pub const CAPTURES: Caps = Caps(1 << 5);
+    /// Experts without a gate projection.
+    pub const UNGATED: Caps = Caps(1 << 7);
+    /// Applies the router's weights to the experts' input, where a layer asks for that.
+    pub const INPUT_WEIGHTS: Caps = Caps(1 << 8);
+    /// What an expert may have beside its products, all of it.
+    pub const ALL_EXPERTS: Caps =
+        Caps::BIASES.with(Caps::NORMS).with(Caps::UNGATED).with(Caps::INPUT_WEIGHTS);
     /// Chosen only when the user names it: it exists to compare with, not to be fast.
     pub const BY_NAME_ONLY: Caps = Caps(1 << 6);
 

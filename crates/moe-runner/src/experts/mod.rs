@@ -6,6 +6,7 @@
 //! summation for all kernels and all splits.
 
 pub mod cpu;
+pub mod cuda;
 mod desc;
 pub mod emulation;
 mod grouped;
@@ -20,14 +21,15 @@ pub use desc::{
 use moe_kernels::arena::Arena;
 use moe_kernels::pool::{Inline, ThreadPool};
 
-use crate::hidden::ActivationDtype;
+use crate::hidden::{ActivationDtype, Rows, RowsMut};
 pub(crate) use rows::{dot_f64, rms_norm};
 
 use crate::plan::Plan;
-use crate::router::{Router, Routing};
-use crate::weights::Expert;
+use crate::router::{LogicalId, Router, Routing};
+use crate::weights::{Expert, LoadedLayer};
 use crate::{Result, spec};
 use cpu::{CPU_AVX2, CPU_AVX512, CPU_PORTABLE};
+use cuda::{CUDA_F32, CUDA_SM90_BF16, CUDA_SM90_FP8, CUDA_SM90_INT4, CUDA_SM90_MXFP4};
 use emulation::{EMULATION_MXFP8, EMULATION_NVFP4, EMULATION_OCP_MX};
 use reference::{REFERENCE, REFERENCE_MONOLITHIC};
 
@@ -39,6 +41,11 @@ pub const KERNELS: &[&KernelDesc] = &[
     &EMULATION_NVFP4,
     &EMULATION_OCP_MX,
     &EMULATION_MXFP8,
+    &CUDA_SM90_BF16,
+    &CUDA_SM90_FP8,
+    &CUDA_SM90_MXFP4,
+    &CUDA_SM90_INT4,
+    &CUDA_F32,
     &REFERENCE,
     &REFERENCE_MONOLITHIC,
 ];
@@ -50,6 +57,8 @@ pub enum BuiltKernel {
     Modular(Box<dyn Experts>),
     /// Gets rows and logits, returns weighted sums.
     Monolithic(Box<dyn MonolithicExperts>),
+    /// Gets hidden states, returns the layer's output: the whole pass, on a device of its own.
+    Layer(Box<dyn LayerKernel>),
 }
 
 /// Packs `set` for the kernel that `desc` describes, on the calling thread. `dtype` is the
@@ -64,9 +73,17 @@ pub fn build(
     dtype: ActivationDtype,
 ) -> Result<BuiltKernel> {
     let ExpertSet { spec, weight_on, experts } = set;
-    let experts = experts.to_vec();
-    let progress = &mut |_| ();
-    (desc.build)(desc, BuildCall { spec, weight_on, experts, dtype, pool: &Inline, progress })
+    let call = BuildCall {
+        spec,
+        weight_on,
+        experts: experts.to_vec(),
+        layer: None,
+        dtype,
+        gpu: 0,
+        pool: &Inline,
+        progress: &mut |_| (),
+    };
+    (desc.build)(desc, call)
 }
 
 /// What a kernel is built from.
@@ -77,8 +94,12 @@ pub struct BuildCall<'a> {
     pub weight_on: spec::WeightOn,
     /// This rank's experts, by local id. All have the same shapes. What is packed is let go of.
     pub experts: Vec<Expert>,
+    /// The layer that they belong to, which may lack them: for kernels that take all of it.
+    pub layer: Option<&'a LoadedLayer>,
     /// Dtype of the hidden states.
     pub dtype: ActivationDtype,
+    /// Which GPU, for kernels that run on one.
+    pub gpu: usize,
     /// Threads to pack on.
     pub pool: &'a dyn ThreadPool,
     /// Told how far it is.
@@ -227,4 +248,97 @@ pub struct MonolithicCall<'a> {
     pub routing: &'a mut Routing,
     /// `[T, H]`, overwritten.
     pub out: &'a mut [f32],
+}
+
+/// A kernel that is the whole layer, on a device of its own: gate, routing, experts, shared experts and
+/// what is done to their sum.
+pub trait LayerKernel: Send + std::fmt::Debug {
+    /// What the kernel is and can do.
+    fn desc(&self) -> &'static KernelDesc;
+
+    /// Sizes of the experts that it holds: all of the layer's.
+    fn shape(&self) -> ExpertShape;
+
+    /// Bytes of the device's working memory for a pass of `tokens` tokens of `top_k` slots. Layers on
+    /// one device share it.
+    fn workspace_bytes(&self, tokens: usize, top_k: usize) -> usize;
+
+    /// Bytes of weights that are read for a batch routed as `routing`, as the checkpoint stores them.
+    fn weight_bytes(&self, routing: &Routing) -> usize;
+
+    /// Makes sure of the working memory for passes of up to `tokens` tokens of `top_k` slots, so that
+    /// they allocate nothing.
+    ///
+    /// # Errors
+    /// If the device has not enough memory.
+    fn reserve(&mut self, tokens: usize, top_k: usize) -> Result<()>;
+
+    /// The pass. With rows of the host, or with `seen`, the output is there when this returns, and what
+    /// is wrong with the rows is an error. With rows of the device it is put on the device's stream;
+    /// what is wrong with the rows is told by [`synchronize`](Self::synchronize).
+    ///
+    /// # Errors
+    /// What the device or the numbers refuse. The shapes are the runner's responsibility.
+    fn forward(&mut self, call: LayerCall<'_>) -> Result<()>;
+
+    /// Waits until everything is done.
+    ///
+    /// # Errors
+    /// What the device or the numbers of any pass since the last wait refused.
+    fn synchronize(&mut self) -> Result<()>;
+
+    /// The device's own handle of the stream that passes are put on: for CUDA a `CUstream`.
+    fn stream(&self) -> usize;
+}
+
+/// Hidden states for a kernel that is the whole layer.
+#[derive(Debug)]
+pub struct LayerCall<'a> {
+    /// T.
+    pub tokens: usize,
+    /// `[T, H]`; with `shared_rows` `[T, routed_hidden]`, transformed already.
+    pub rows: Rows<'a>,
+    /// `[T, H]`: what the gate and the shared experts see, where it is not `rows`.
+    pub shared_rows: Option<Rows<'a>>,
+    /// Where the experts of each token come from.
+    pub source: RoutingSource<'a>,
+    /// `[T, E_total]`, in place of the gate.
+    pub logits: Option<&'a [f32]>,
+    /// `[T]`, where routing goes by token id.
+    pub input_ids: Option<&'a [u32]>,
+    /// Rows that hold NaN or infinities are an error; else they go through.
+    pub refuse_non_finite: bool,
+    /// Multiplies the routed sum.
+    pub routed_factor: f32,
+    /// Multiplies the shared branch.
+    pub shared_factor: f32,
+    /// `[T, H]`, overwritten.
+    pub out: RowsMut<'a>,
+    /// What was decided on the way, for those who ask.
+    pub seen: Option<Seen<'a>>,
+}
+
+/// Who routes.
+#[derive(Clone, Copy, Debug)]
+pub enum RoutingSource<'a> {
+    /// The layer's router.
+    Router,
+    /// `[T, k]`: experts that were chosen elsewhere; the router weighs them.
+    Ids(&'a [LogicalId]),
+    /// Ids and weights `[T, k]` that were decided elsewhere, for any k; an id that is no choice of the
+    /// layer means: not here. There are no logits.
+    Finished(&'a [i32], &'a [f32]),
+    /// The same in place of what the router would choose: the gate runs all the same.
+    Simulated(&'a [i32], &'a [f32]),
+}
+
+/// What a pass decided on its way.
+#[derive(Debug)]
+pub struct Seen<'a> {
+    /// `[T, E_total]`; empty where the routing was finished elsewhere.
+    pub logits: &'a mut Vec<f32>,
+    /// Ids and weights.
+    pub routing: &'a mut Routing,
+    /// `[T, H]`: what the shared experts add, before scaling.
+    pub shared: &'a mut Option<Vec<f32>>,
 }

@@ -23,7 +23,7 @@ pub const REFERENCE: KernelDesc = KernelDesc {
     functions: Functions::All,
     multiples: (1, 1),
     arithmetic: Arithmetic::F64,
-    caps: Caps::QUANTISED_ROWS.with(Caps::BIASES).with(Caps::NORMS).with(Caps::BY_NAME_ONLY),
+    caps: Caps::QUANTISED_ROWS.with(Caps::ALL_EXPERTS).with(Caps::BY_NAME_ONLY),
     row_formats: RowFormat::ALL,
     determinism: Determinism::AnyBatch,
     build: |_, call| Ok(BuiltKernel::Modular(Box::new(Reference::new(call)))),

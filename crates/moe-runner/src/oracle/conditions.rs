@@ -3,6 +3,7 @@
 use super::machine::{Machine, archs_name, features_name, gpu_name};
 use super::{Change, Entry, Reason, Request};
 use crate::experts::{Caps, KernelDesc, ProductFormat, Scheme, Target};
+use crate::spec::WeightOn;
 
 /// Every condition of `kernel` that `request` on `machine` does not meet.
 pub fn failing_conditions(
@@ -30,10 +31,14 @@ pub fn failing_conditions(
     }
     if let Target::Cuda(archs) = kernel.target {
         match machine.compute_capability {
-            None => fail(
-                format!("needs an NVIDIA GPU, which {} does not have", machine.name),
-                Change::Gpu(archs),
-            ),
+            None => {
+                let why = machine.without_gpu.as_ref();
+                let why = why.map_or_else(String::new, |reason| format!(": {reason}"));
+                fail(
+                    format!("needs an NVIDIA GPU, which {} does not have{why}", machine.name),
+                    Change::Gpu(archs),
+                );
+            }
             Some(has) if !archs.contain(has) => fail(
                 format!(
                     "needs an NVIDIA GPU of {}; {} has {}",
@@ -80,6 +85,12 @@ pub fn failing_conditions(
                 change(size.next_multiple_of(multiple)),
             );
         }
+    }
+    if !request.gated && !kernel.caps.has(Caps::UNGATED) {
+        fail("computes no experts without a gate projection".into(), Change::Gated);
+    }
+    if request.weight_on == WeightOn::Input && !kernel.caps.has(Caps::INPUT_WEIGHTS) {
+        fail("does not apply weights to the experts' input".into(), Change::OutputWeights);
     }
     if request.biases && !kernel.caps.has(Caps::BIASES) {
         fail("adds no biases to the experts' products".into(), Change::WithoutBiases);

@@ -2,7 +2,7 @@
 
 use moe_kernels::isa::{Cpu, Features};
 
-use crate::experts::Archs;
+use crate::experts::{Archs, cuda};
 use crate::{Error, Result};
 
 /// What decides whether a kernel can run.
@@ -14,6 +14,8 @@ pub struct Machine {
     pub features: Features,
     /// Compute capability of its NVIDIA GPU, ten times: 90 for sm90.
     pub compute_capability: Option<u32>,
+    /// Why there is none, where one was looked for.
+    pub without_gpu: Option<String>,
 }
 
 /// Processors by name, and their features.
@@ -63,11 +65,31 @@ pub(super) fn archs_name(archs: Archs) -> String {
 }
 
 impl Machine {
-    /// This machine.
+    /// This machine's processor. No GPU is looked for: that would start its driver.
     pub fn detect() -> Self {
-        // CUDA kernels are not part of this build, so no GPU is looked for.
-        let features = Cpu::detect().features();
-        Self { name: "this machine".into(), features, compute_capability: None }
+        Self {
+            name: "this machine".into(),
+            features: Cpu::detect().features(),
+            compute_capability: None,
+            without_gpu: None,
+        }
+    }
+
+    /// The same with NVIDIA GPU `index` of this machine.
+    ///
+    /// # Errors
+    /// [`Error::Device`]: in one line, what is missing or too old.
+    pub fn with_gpu(self, index: usize) -> Result<Self> {
+        let compute_capability = Some(cuda::capability(index)?);
+        Ok(Self { compute_capability, ..self })
+    }
+
+    /// This machine with its first GPU or, where it has none, the reason.
+    pub fn detect_all() -> Self {
+        match Self::detect().with_gpu(0) {
+            Ok(machine) => machine,
+            Err(error) => Self { without_gpu: Some(error.to_string()), ..Self::detect() },
+        }
     }
 
     /// Every name that [`Self::named`] knows, with what it stands for.
@@ -93,6 +115,7 @@ impl Machine {
                 name: (*name).into(),
                 features: *features,
                 compute_capability: None,
+                without_gpu: None,
             });
         }
         let digits = lower.strip_prefix("sm").map(|rest| rest.strip_suffix('a').unwrap_or(rest));
@@ -102,6 +125,7 @@ impl Machine {
                 name: format!("sm{capability}"),
                 features: PROCESSORS[PROCESSORS.len() - 1].1,
                 compute_capability: Some(*capability),
+                without_gpu: None,
             }),
             None => {
                 let names: Vec<String> = Self::names().into_iter().map(|(name, _)| name).collect();

@@ -14,7 +14,7 @@ pub use reason::{Change, Entry, Reason, Rejection};
 
 use crate::experts::{Caps, Device, KernelDesc, ProductFormat, RowFormat};
 use crate::hidden::ActivationDtype;
-use crate::spec::Activation;
+use crate::spec::{Activation, WeightOn};
 use crate::weights::LoadedLayer;
 use crate::{Error, Result};
 
@@ -37,6 +37,10 @@ pub struct Request {
     pub hidden: usize,
     /// Width between the two products, on this rank.
     pub intermediate: usize,
+    /// The experts have a gate projection.
+    pub gated: bool,
+    /// What the router's weights multiply.
+    pub weight_on: WeightOn,
     /// The experts have biases.
     pub biases: bool,
     /// The experts' outputs are normalised.
@@ -71,6 +75,8 @@ impl Request {
             function: layer.spec.expert.activation,
             hidden: first.map_or(layer.spec.dims.routed_hidden, |e| e.up.cols()),
             intermediate: first.map_or(layer.spec.dims.intermediate, |e| e.up.rows()),
+            gated: layer.spec.expert.gated,
+            weight_on: layer.spec.router.weight_on,
             biases: layer.spec.expert.bias,
             norms: layer.spec.expert.norm.is_some(),
             row_format: RowFormat::Standard,

@@ -10,7 +10,7 @@ use crate::experts::{
     Archs, Device, Formats, Functions, KernelDesc, ProductFormat, RowFormat, Scheme,
 };
 use crate::hidden::ActivationDtype;
-use crate::spec::{ActivationFormat, WeightFormat};
+use crate::spec::{ActivationFormat, WeightFormat, WeightOn};
 
 /// One condition that a kernel fails, and the smallest change that would remove it.
 #[derive(Clone, Debug, PartialEq)]
@@ -84,6 +84,10 @@ pub enum Change {
     Hidden(usize),
     /// Another width between the two products.
     Intermediate(usize),
+    /// Experts with a gate projection.
+    Gated,
+    /// Weights that multiply the experts' output.
+    OutputWeights,
     /// Experts without biases.
     WithoutBiases,
     /// Experts whose outputs are not normalised.
@@ -143,6 +147,8 @@ impl Change {
             Self::Dtype(dtypes) => request.dtype = dtypes.first().copied().unwrap_or(request.dtype),
             Self::Hidden(size) => request.hidden = size,
             Self::Intermediate(size) => request.intermediate = size,
+            Self::Gated => request.gated = true,
+            Self::OutputWeights => request.weight_on = WeightOn::Output,
             Self::WithoutBiases => request.biases = false,
             Self::WithoutNorms => request.norms = false,
             Self::Rows(formats) => {
@@ -202,6 +208,8 @@ impl fmt::Display for Change {
             }
             Self::Hidden(size) => write!(f, "a hidden size of {size}"),
             Self::Intermediate(size) => write!(f, "an intermediate size of {size}"),
+            Self::Gated => f.write_str("experts with one"),
+            Self::OutputWeights => f.write_str("a layer that weighs their output"),
             Self::WithoutBiases => f.write_str("experts without biases"),
             Self::WithoutNorms => f.write_str("experts without a norm"),
             Self::Rows(formats) => {

@@ -160,6 +160,12 @@ impl Router {
         out: &mut Routing,
     ) -> Result<()> {
         out.clear();
+        self.check_ids(ids, tokens)?;
+        self.route_rows(pool, bad, logits, Source::Given(ids), tokens, out)
+    }
+
+    /// Checks ids `[T, k]` that were chosen elsewhere.
+    pub(crate) fn check_ids(&self, ids: &[LogicalId], tokens: usize) -> Result<()> {
         let (top_k, choices) = (self.spec.top_k, self.spec.choices());
         if Some(ids.len()) != tokens.checked_mul(top_k) {
             return Err(Error::input(
@@ -173,7 +179,7 @@ impl Router {
                 format!("token {}: expert {} of {choices}", slot / top_k, ids[slot]),
             ));
         }
-        self.route_rows(pool, bad, logits, Source::Given(ids), tokens, out)
+        Ok(())
     }
 
     fn route_rows(

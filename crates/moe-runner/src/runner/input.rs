@@ -4,6 +4,7 @@ use moe_kernels::arena::{Cut, room};
 use moe_kernels::region::{for_each, rows_together};
 
 use super::{FinishedRouting, ForwardInput, NonFinite, ReadyLayer};
+use crate::experts::BuiltKernel;
 use crate::hidden::{ActivationDtype, Rows, RowsMut};
 use crate::router::{LogicalId, Routing};
 use crate::{Error, Result};
@@ -22,7 +23,19 @@ pub(super) fn check(
         true => Ok(()),
         false => Err(Error::input(what, format!("{len} elements, {want} are needed"))),
     };
+    output.expect_width("output", dims.hidden)?;
     expect("output", output.len(), tokens * dims.hidden)?;
+    let rows_of_device = [
+        ("hidden_states", input.hidden.is_on_device()),
+        ("shared_input", input.shared_input.is_some_and(|rows| rows.is_on_device())),
+        ("output", output.is_on_device()),
+    ];
+    if !matches!(layer.method.kernel, BuiltKernel::Layer(_))
+        && let Some((what, _)) = rows_of_device.into_iter().find(|(_, on_device)| *on_device)
+    {
+        let kernel = layer.method.desc().name;
+        return Err(Error::input(what, format!("the rows lie on a GPU, '{kernel}' does not")));
+    }
     for (what, dtype) in [
         ("hidden_states", Some(input.hidden.dtype())),
         ("shared_input", input.shared_input.map(|shared| shared.dtype())),
@@ -41,11 +54,12 @@ pub(super) fn check(
         }
     }
     if let Some(shared) = input.shared_input {
+        shared.expect_width("shared_input", dims.hidden)?;
         expect("shared_input", shared.len(), tokens * dims.hidden)?;
     }
     if let Some(logits) = input.router_logits {
         expect("router_logits", logits.len(), tokens * layer.spec.router.logits())?;
-    } else if layer.gate.is_none() && input.routing.is_none() {
+    } else if !layer.has_gate && input.routing.is_none() {
         return Err(Error::input(
             "router_logits",
             "the layer has no gate; logits, or a finished routing, must be given",
@@ -106,15 +120,22 @@ pub(super) fn take_routing(given: FinishedRouting<'_>, tokens: usize, out: &mut 
 pub(super) struct Given {
     pub(super) shared_input: bool,
     pub(super) logits: bool,
+    /// f32 rows with gaps: they are copied, too.
+    pub(super) gaps: bool,
 }
 
 impl Given {
     pub(super) fn of(input: &ForwardInput<'_>) -> Self {
         Self {
             shared_input: input.shared_input.is_some(),
+            gaps: has_gaps(input.hidden) || input.shared_input.is_some_and(has_gaps),
             logits: input.router_logits.is_some() || input.routing.is_some(),
         }
     }
+}
+
+fn has_gaps(rows: Rows<'_>) -> bool {
+    matches!(rows, Rows::Strided(_))
 }
 
 /// Floats of the buffers of a pass's own rows: counted here, cut from the arena in this order.
@@ -134,7 +155,7 @@ pub(super) struct Lengths {
 impl Lengths {
     pub(super) fn of(layer: &ReadyLayer, tokens: usize, given: &Given) -> Self {
         let dims = layer.spec.dims;
-        let copied = layer.dtype != ActivationDtype::F32;
+        let copied = layer.dtype != ActivationDtype::F32 || given.gaps;
         let gate = layer.gate.as_ref().filter(|_| !given.logits);
         let hidden = if given.shared_input { dims.routed_hidden } else { dims.hidden };
         let if_so = |so: bool, len: usize| if so { len } else { 0 };

@@ -9,6 +9,7 @@
 //! parts that execute this very call; nothing is remembered between calls.
 
 mod batch;
+mod device;
 mod experts;
 mod finish;
 mod gate;
@@ -77,7 +78,7 @@ pub trait MoeRunnerInterface {
     /// The runner holds the gate: logits need not be given.
     fn is_internal_router(&self) -> bool;
 
-    /// The dense branch, where there is one.
+    /// The dense branch, where there is one that is not inside the kernel.
     fn shared_experts(&self) -> Option<&SharedExperts>;
 
     /// Replaces the way the routed experts execute, and returns the old one.
@@ -272,10 +273,46 @@ impl MoeRunner {
         &self.layer.method
     }
 
-    /// Bytes of working memory for a pass of `tokens` tokens, known before anything runs. Layers that
+    /// Waits until every pass is done: what follows passes on rows of a GPU, which return before their
+    /// work is done. Others are done when they return.
+    ///
+    /// # Errors
+    /// What was wrong with the rows of a pass since the last call, or what the GPU refused.
+    pub fn synchronize(&mut self) -> Result<()> {
+        match &mut self.layer.method.kernel {
+            BuiltKernel::Layer(kernel) => kernel.synchronize(),
+            BuiltKernel::Modular(_) | BuiltKernel::Monolithic(_) => Ok(()),
+        }
+    }
+
+    /// The stream of a GPU that passes are put on, as its driver knows it (`CUstream`), for an engine
+    /// that orders its own work before and after them, or captures them as a graph. All layers of this
+    /// process on one GPU share it. None on the processor.
+    pub fn stream(&self) -> Option<usize> {
+        match &self.layer.method.kernel {
+            BuiltKernel::Layer(kernel) => Some(kernel.stream()),
+            BuiltKernel::Modular(_) | BuiltKernel::Monolithic(_) => None,
+        }
+    }
+
+    /// Makes sure of a GPU's working memory for passes of up to `tokens` tokens of `top_k` slots: none of
+    /// them then allocates. On the processor there is nothing to do.
+    ///
+    /// # Errors
+    /// If the GPU has not that much.
+    pub fn reserve(&mut self, tokens: usize, top_k: usize) -> Result<()> {
+        match &mut self.layer.method.kernel {
+            BuiltKernel::Layer(kernel) => kernel.reserve(tokens, top_k),
+            BuiltKernel::Modular(_) | BuiltKernel::Monolithic(_) => Ok(()),
+        }
+    }
+
+    /// Bytes of working memory for a pass of `tokens` tokens, known before anything runs (on a GPU: of
+    /// its memory). Layers that
     /// share [`Workspaces`] and run one after another share it: what all of them need is no more
     /// than the largest need of each part; what exchanges hold is each layer's own. (Given
-    /// [`shared_input`](ForwardInput::shared_input) takes one more row of H a token. How many rows
+    /// [`shared_input`](ForwardInput::shared_input) takes one more row of H a token, and so do f32 rows
+    /// with gaps. How many rows
     /// other ranks send is known when they come: slots are taken to be spread evenly.)
     pub fn workspace_bytes(&self, tokens: usize) -> usize {
         self.workspace_bytes_of(tokens, self.layer.spec.router.top_k)
@@ -300,6 +337,7 @@ impl MoeRunner {
                 self.micro_batches * (room::<f32>(most * width) + plan + exchange)
             }
             BuiltKernel::Monolithic(_) => 0,
+            BuiltKernel::Layer(kernel) => return kernel.workspace_bytes(tokens, top_k),
         };
         let shared = self.layer.shared.as_ref().map_or(0, |s| s.workspace_bytes(tokens, threads));
         lengths.bytes()
@@ -316,7 +354,7 @@ impl MoeRunner {
         let threads = pool.threads();
         let experts = match &method.kernel {
             BuiltKernel::Modular(kernel) => kernel.scratch_bytes(slots, threads),
-            BuiltKernel::Monolithic(_) => 0,
+            BuiltKernel::Monolithic(_) | BuiltKernel::Layer(_) => 0,
         };
         let transforms =
             [input_transform, output_transform].map(|t| t.scratch_bytes(tokens, threads));
@@ -333,6 +371,9 @@ impl MoeRunnerInterface for MoeRunner {
         report: Option<&mut Report>,
     ) -> Result<ForwardOutput> {
         let tokens = input::check(&self.layer, input, &output)?;
+        if let BuiltKernel::Layer(_) = &self.layer.method.kernel {
+            return self.device_pass(tokens, input, output, report);
+        }
         let workspaces = self.layer.workspaces.clone();
         let top_k = input.routing.and_then(|routing| routing.ids.len().checked_div(tokens));
         let top_k = top_k.unwrap_or(self.layer.spec.router.top_k);
@@ -343,7 +384,7 @@ impl MoeRunnerInterface for MoeRunner {
     }
 
     fn is_internal_router(&self) -> bool {
-        self.layer.gate.is_some()
+        self.layer.has_gate
     }
 
     fn shared_experts(&self) -> Option<&SharedExperts> {

@@ -193,6 +193,7 @@ fn weight_bytes(layer: &ReadyLayer, lanes: &[Lane], tokens: usize, routing: &Rou
             lanes.iter().map(|lane| kernel.weight_bytes(&lane.plan)).sum()
         }
         BuiltKernel::Monolithic(kernel) => kernel.weight_bytes(routing),
+        BuiltKernel::Layer(kernel) => kernel.weight_bytes(routing),
     };
     let shared = layer.shared.as_ref().filter(|_| tokens > 0);
     routed + shared.map_or(0, SharedExperts::weight_bytes)
@@ -200,7 +201,7 @@ fn weight_bytes(layer: &ReadyLayer, lanes: &[Lane], tokens: usize, routing: &Rou
 
 /// Two operations for each multiplication with a weight: gate, routed slots, shared experts,
 /// linear transforms.
-fn flops(spec: &LayerSpec, tokens: usize, gated: bool, routing: &Routing) -> f64 {
+pub(super) fn flops(spec: &LayerSpec, tokens: usize, gated: bool, routing: &Routing) -> f64 {
     let expert = |gated: bool, hidden: usize, intermediate: usize| {
         2.0 * (if gated { 3.0 } else { 2.0 }) * hidden as f64 * intermediate as f64
     };

@@ -110,7 +110,9 @@ impl MoeRunner {
             spec: &spec.expert,
             weight_on: spec.router.weight_on,
             experts: experts.to_vec(),
+            layer: None,
             dtype: options.dtype,
+            gpu: options.gpu,
             pool: &*options.pool,
             progress: &mut |_| (),
         };

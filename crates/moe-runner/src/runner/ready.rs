@@ -32,6 +32,8 @@ pub struct Options {
     pub kernel: Option<String>,
     /// A device; `None`: any.
     pub device: Option<Device>,
+    /// Which GPU, where it is one.
+    pub gpu: usize,
     /// The threads that passes run on.
     pub pool: SharedPool,
     /// What passes work in.
@@ -54,6 +56,15 @@ pub enum NonFinite {
 }
 
 impl Options {
+    /// The same on NVIDIA GPU `gpu` of this machine.
+    ///
+    /// # Errors
+    /// [`Error::Device`]: in one line, what is missing or too old.
+    pub fn on_gpu(self, gpu: usize) -> Result<Self> {
+        let machine = self.machine.with_gpu(gpu)?;
+        Ok(Self { device: Some(Device::Cuda), gpu, machine, ..self })
+    }
+
     /// Automatic choice for `dtype`, on `threads` threads of this machine. All layers of a process
     /// with as many threads share them, and all share one [`Workspaces`].
     ///
@@ -64,6 +75,7 @@ impl Options {
             dtype,
             kernel: None,
             device: None,
+            gpu: 0,
             pool: pool_of_process(threads)?,
             workspaces: Workspaces::of_process(),
             non_finite: NonFinite::Refuse,
@@ -120,6 +132,7 @@ impl QuantMethod {
         match &self.kernel {
             BuiltKernel::Modular(kernel) => kernel.desc(),
             BuiltKernel::Monolithic(kernel) => kernel.desc(),
+            BuiltKernel::Layer(kernel) => kernel.desc(),
         }
     }
 
@@ -151,6 +164,7 @@ impl QuantMethod {
         let (shape, held) = match &self.kernel {
             BuiltKernel::Modular(kernel) => (kernel.shape(), self.exchange.local_experts()),
             BuiltKernel::Monolithic(kernel) => (kernel.shape(), spec.router.experts),
+            BuiltKernel::Layer(kernel) => (kernel.shape(), spec.router.experts),
         };
         if shape.experts != held {
             return fail(format!(
@@ -166,7 +180,7 @@ impl QuantMethod {
             ));
         }
         // such a kernel's sums are complete: neither slices of experts nor a share of them will do
-        if matches!(self.kernel, BuiltKernel::Monolithic(_)) {
+        if !matches!(self.kernel, BuiltKernel::Modular(_)) {
             if self.exchange.moves_rows() {
                 return fail(format!(
                     "'{kernel}' routes by itself, the {exchange} exchange sends rows by their \
@@ -189,6 +203,9 @@ impl QuantMethod {
 pub struct ReadyLayer {
     pub(super) spec: Arc<LayerSpec>,
     pub(super) dtype: ActivationDtype,
+    pub(super) has_gate: bool,
+    /// None where the kernel is the whole layer: then it has the gate, the transforms and the shared
+    /// experts, too.
     pub(super) gate: Option<Gate>,
     pub(super) router: Router,
     pub(super) input_transform: TransformOp,
@@ -288,6 +305,7 @@ impl LoadedLayer {
         let spec = &self.spec;
         method.check(spec, options.dtype)?;
         let features = dense_features(choice.kernel);
+        let whole = matches!(method.kernel, BuiltKernel::Layer(_));
         let tensors = match &self.gate {
             Some(gate) => RouterTensors {
                 correction: gate.correction.clone(),
@@ -303,6 +321,7 @@ impl LoadedLayer {
         let router = Router::new(spec.router.clone(), scale, tensors)
             .map_err(|error| Error::Spec { layer: spec.name.clone(), reason: error.to_string() })?;
         let shared = match (&spec.shared, &self.shared) {
+            (Some(_), Some(_)) if whole => None,
             (Some(shared), Some(weights)) => {
                 let expert_spec = ExpertSpec {
                     gated: shared.gated,
@@ -315,7 +334,9 @@ impl LoadedLayer {
                     spec: &expert_spec,
                     weight_on: WeightOn::Output,
                     experts: weights.experts.clone(),
+                    layer: None,
                     dtype: options.dtype,
+                    gpu: options.gpu,
                     pool: &*options.pool,
                     progress: &mut |_| (),
                 };
@@ -333,25 +354,23 @@ impl LoadedLayer {
                 });
             }
         };
+        let transform = |spec, weights| match whole {
+            true => Ok(TransformOp::default()),
+            false => TransformOp::new(spec, weights, features),
+        };
         Ok(ReadyLayer {
             spec: Arc::new(spec.clone()),
             dtype: options.dtype,
+            has_gate: self.gate.is_some(),
             gate: self
                 .gate
                 .as_ref()
+                .filter(|_| !whole)
                 .map(|gate| Gate::new(spec.gate, gate, features))
                 .transpose()?,
             router,
-            input_transform: TransformOp::new(
-                &spec.input_transform,
-                &self.input_transform,
-                features,
-            )?,
-            output_transform: TransformOp::new(
-                &spec.output_transform,
-                &self.output_transform,
-                features,
-            )?,
+            input_transform: transform(&spec.input_transform, &self.input_transform)?,
+            output_transform: transform(&spec.output_transform, &self.output_transform)?,
             method,
             shared,
             output: self.output.clone(),
@@ -372,8 +391,10 @@ pub(super) fn build(
     progress: &mut (dyn FnMut(Progress) + Send),
 ) -> Result<BuiltKernel> {
     let (spec, weight_on) = (&layer.spec.expert, layer.spec.router.weight_on);
-    let (dtype, pool) = (options.dtype, &*options.pool);
-    (kernel.build)(kernel, BuildCall { spec, weight_on, experts, dtype, pool, progress })
+    let Options { dtype, gpu, .. } = *options;
+    let (layer, pool) = (Some(layer), &*options.pool);
+    let call = BuildCall { spec, weight_on, experts, layer, dtype, gpu, pool, progress };
+    (kernel.build)(kernel, call)
 }
 
 /// What the dense products beside a kernel may use: the kernel's own features, so that a kernel named

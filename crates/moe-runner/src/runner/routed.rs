@@ -60,6 +60,7 @@ impl RoutedCall<'_> {
         match self.method.kernel {
             BuiltKernel::Monolithic(_) => self.monolithic(out, shared),
             BuiltKernel::Modular(_) => self.modular(out, shared),
+            BuiltKernel::Layer(_) => Err(wrong_kind()),
         }
     }
 

@@ -3,7 +3,7 @@
 
 use half::{bf16, f16};
 use moe_runner::hidden::ActivationDtype::{Bf16, F32};
-use moe_runner::hidden::{Rows, RowsMut};
+use moe_runner::hidden::{DeviceRows, Rows, RowsMut};
 use moe_runner::router::LogicalId;
 use moe_runner::runner::{ForwardInput, MoeRunner, MoeRunnerInterface, reference};
 use moe_runner::spec::{LayerSpec, Selection, Transform, TransformStep};
@@ -99,6 +99,65 @@ fn lengths_that_do_not_fit() {
     assert!(error.contains("token 1: id 10 is outside the vocabulary of 10"), "{error}");
     let mut out = vec![0.0; 144];
     hash.forward(&with_ids(&[0, 9, 3]), RowsMut::F32(&mut out)).unwrap();
+}
+
+/// Rows with gaps between them give the bits of rows without; nothing is written into the gaps.
+#[test]
+fn rows_with_gaps() {
+    let layer = layer(|s| s.shared = Some(shared()));
+    for dtype in [F32, Bf16] {
+        let mut runner = runner(&layer, None, dtype);
+        for tokens in [1, 3, 70] {
+            let hidden = rows(dtype, tokens, 48, 6);
+            let mut want = vec![0.0; hidden.len()];
+            runner
+                .forward(&ForwardInput::new(Rows::F32(&hidden)), RowsMut::F32(&mut want))
+                .unwrap();
+            // the last row has no gap behind it
+            let mut apart = vec![f32::NAN; (tokens - 1) * 50 + 48];
+            for (row, values) in hidden.chunks(48).enumerate() {
+                apart[row * 50..][..48].copy_from_slice(values);
+            }
+            let input = ForwardInput::new(Rows::F32(&apart).strided([tokens, 48], 50).unwrap());
+            let mut y = vec![7.0; tokens * 64];
+            runner
+                .forward(&input, RowsMut::F32(&mut y).strided([tokens, 48], 64).unwrap())
+                .unwrap();
+            for (row, want) in y.chunks(64).zip(want.chunks(48)) {
+                assert_eq!(row[..48], *want, "{dtype:?}, {tokens} tokens");
+                assert_eq!(row[48..], [7.0; 16], "{dtype:?}, {tokens} tokens");
+            }
+            let narrow: Vec<bf16> = apart.iter().map(|v| bf16::from_f32(*v)).collect();
+            if dtype == Bf16 {
+                let input =
+                    ForwardInput::new(Rows::Bf16(&narrow).strided([tokens, 48], 50).unwrap());
+                let mut y = vec![0.0; tokens * 48];
+                runner.forward(&input, RowsMut::F32(&mut y)).unwrap();
+                assert_eq!(y, want, "{tokens} tokens");
+            }
+        }
+        let hidden = rows(dtype, 3, 48, 6);
+        for (rows, cols, stride) in [(3, 48, 47), (3, 48, 49), (3, 0, 48), (usize::MAX, 48, 48)] {
+            assert!(Rows::F32(&hidden).strided([rows, cols], stride).is_err());
+        }
+        let narrow = Rows::F32(&hidden).strided([3, 40], 48).unwrap();
+        let error = refusal(&mut runner, &ForwardInput::new(narrow), 144);
+        assert_eq!(error, "hidden_states: rows of 40 columns, 48 are needed");
+    }
+}
+
+/// A layer on the processor reads no memory of a GPU.
+#[test]
+fn rows_of_a_gpu_are_for_layers_on_it() {
+    let mut runner = runner(&layer(|_| {}), None, Bf16);
+    // SAFETY: nothing on a GPU reads them.
+    let rows = unsafe { DeviceRows::new(1 << 40, Bf16, [3, 48], 48) }.unwrap();
+    let error = refusal(&mut runner, &ForwardInput::new(Rows::Device(rows)), 144);
+    assert!(error.starts_with("hidden_states: the rows lie on a GPU, 'cpu_"), "{error}");
+    for (pointer, shape, stride) in [(1, [3, 48], 48), (2, [3, 48], 47), (2, [usize::MAX, 2], 2)] {
+        // SAFETY: as above.
+        assert!(unsafe { DeviceRows::new(pointer, Bf16, shape, stride) }.is_err());
+    }
 }
 
 #[test]

@@ -35,7 +35,7 @@ const fn desc(name: &'static str, summary: &'static str, features: Features) -> 
         functions: Functions::All,
         multiples: (1, 1),
         arithmetic: Arithmetic::F32,
-        caps: Caps::QUANTISED_ROWS.with(Caps::BIASES).with(Caps::NORMS),
+        caps: Caps::QUANTISED_ROWS.with(Caps::ALL_EXPERTS),
         row_formats: RowFormat::ALL,
         determinism: Determinism::AnyBatch,
         build: |desc, call| Ok(BuiltKernel::Modular(Box::new(CpuExperts::new(desc, call)?))),

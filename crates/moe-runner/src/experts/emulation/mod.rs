@@ -52,7 +52,7 @@ pub const EMULATION_NVFP4: KernelDesc = KernelDesc {
     functions: Functions::All,
     multiples: (16, 16),
     arithmetic: Arithmetic::Rounded,
-    caps: Caps::WEIGHS.with(Caps::BY_NAME_ONLY),
+    caps: Caps::WEIGHS.with(Caps::UNGATED).with(Caps::INPUT_WEIGHTS).with(Caps::BY_NAME_ONLY),
     row_formats: RowFormat::ALL,
     determinism: Determinism::AnyBatch,
     build: |desc, call| Ok(BuiltKernel::Modular(Box::new(Emulation::new(desc, call)?))),

@@ -1,0 +1,426 @@
+//! A layer on the device: its parts, uploaded.
+
+use std::sync::Arc;
+
+use moe_cuda::router::{
+    self as cuda, RouterOptions, RouterTensors as CudaTensors, Score as CudaScore,
+};
+use moe_cuda::weights::{ExpertWeights, Stored};
+use moe_cuda::{Buffer, GroupedExperts, Norm, RowQuantiser};
+
+use super::Method;
+use super::device::{Device, device, error};
+use super::products::Products;
+use super::upload::{Linear, Upload, activation, norm, quantisers};
+use crate::experts::reference::stored_bytes;
+use crate::experts::{BuildCall, ExpertShape, KernelDesc, LayerCall, LayerKernel};
+use crate::hidden::ActivationDtype;
+use crate::router::Routing;
+use crate::spec::{
+    Correction, ExpertSpec, GroupFill, GroupScore, IdleExperts, LayerSpec, Renormalise, RouterSpec,
+    ScaleOn, Score, Selection, SharedSpec, WeightFrom, WeightOn,
+};
+use crate::weights::{Expert, GateWeights, LoadedLayer, Matrix, StepWeights};
+use crate::{Error, Result};
+
+/// See the module.
+pub(super) struct CudaLayer {
+    pub(super) device: Arc<Device>,
+    desc: &'static KernelDesc,
+    pub(super) name: Arc<str>,
+    pub(super) spec: LayerSpec,
+    pub(super) dtype: ActivationDtype,
+    pub(super) gate: Option<Gate>,
+    pub(super) router: cuda::Router,
+    pub(super) input_transform: Vec<Step>,
+    pub(super) output_transform: Vec<Step>,
+    pub(super) experts: Experts,
+    pub(super) shared: Option<Shared>,
+    /// `[H]`: added to the sum of the branches.
+    pub(super) bias: Option<Buffer<f32>>,
+    /// Of that sum.
+    pub(super) norm: Option<(Norm, Buffer<f32>)>,
+    /// Bytes of each routed expert, and of the shared ones together, as they are stored.
+    stored: (Vec<usize>, usize),
+}
+
+/// `logits = norm(x) · Wᵀ + bias`.
+pub(super) struct Gate {
+    pub(super) linear: Linear,
+    pub(super) bias: Option<Buffer<f32>>,
+    /// Of the rows that it sees alone.
+    pub(super) norm: Option<(Norm, Buffer<f32>)>,
+}
+
+/// A step of a transform.
+pub(super) enum Step {
+    Linear(Linear),
+    Norm(Norm, Buffer<f32>),
+}
+
+/// Experts with what is done to their rows.
+pub(super) struct Experts {
+    pub(super) products: Products,
+    /// In f32, before the first and the second product, with each expert's scale where that is given.
+    pub(super) quantise: [Option<(RowQuantiser, Option<Buffer<f32>>)>; 2],
+    /// Of each expert's output, `[experts, H]`.
+    pub(super) norm: Option<(Norm, Buffer<f32>)>,
+    /// Weights multiply the rows before the first product.
+    pub(super) weight_on_input: bool,
+}
+
+/// The dense branch.
+pub(super) struct Shared {
+    pub(super) spec: SharedSpec,
+    pub(super) experts: Experts,
+    pub(super) gate: Option<Buffer<f32>>,
+    pub(super) input_norm: Option<(Norm, Buffer<f32>)>,
+    pub(super) output_norm: Option<(Norm, Buffer<f32>)>,
+}
+
+impl Experts {
+    /// Their products are Hopper's.
+    pub(super) fn is_fast(&self) -> bool {
+        matches!(self.products, Products::Sm90(_))
+    }
+
+    /// How many.
+    pub(super) fn count(&self) -> usize {
+        self.products.dims()[0]
+    }
+
+    /// Width of the rows that go in and come out.
+    pub(super) fn hidden(&self) -> usize {
+        self.products.dims()[1]
+    }
+
+    /// Width between the products.
+    pub(super) fn intermediate(&self) -> usize {
+        self.products.dims()[2]
+    }
+
+    fn new(
+        upload: &mut Upload<'_>,
+        (device, method): (&Device, Method),
+        spec: &ExpertSpec,
+        weight_on: WeightOn,
+        experts: Vec<Expert>,
+    ) -> Result<Self> {
+        let quantise = [
+            quantisers(experts.iter().map(|expert| &expert.up.input))?,
+            quantisers(experts.iter().map(|expert| &expert.down.input))?,
+        ];
+        let scales = |(quantiser, scales): (RowQuantiser, Option<Vec<f32>>)| {
+            let scales = scales.map(|scales| upload.vector(&scales)).transpose()?;
+            Ok::<_, Error>((quantiser, scales))
+        };
+        let [first, second] = quantise.map(|quantise| quantise.map(scales).transpose());
+        let quantise = [first?, second?];
+
+        let (mut gates, mut ups, mut downs) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut biases, mut norms) = ([const { Vec::new() }; 3], Vec::new());
+        for expert in experts {
+            let Expert { gate, up, down, gate_bias, up_bias, down_bias, norm } = expert;
+            let widths = [up.rows(), up.rows(), down.rows()];
+            for ((all, bias), width) in
+                biases.iter_mut().zip([gate_bias, up_bias, down_bias]).zip(widths)
+            {
+                // an expert without one adds nothing
+                all.extend(bias.unwrap_or_else(|| vec![0.0; width]));
+            }
+            norms.extend(norm.into_iter().flatten());
+            gates.extend(gate);
+            ups.push(up);
+            downs.push(down);
+        }
+        let [gate_bias, up_bias, down_bias] = biases;
+        let bias = |upload: &Upload<'_>, stored: &mut Stored, bias: &[f32]| {
+            if spec.bias {
+                stored.bias = Some(Arc::new(upload.vector(bias)?));
+            }
+            Ok::<_, Error>(())
+        };
+        let stored = |upload: &mut Upload<'_>, matrices: &[Matrix], beside: &[Matrix]| match method
+        {
+            Method::F32 => upload.experts(matrices, beside),
+            Method::Sm90(format) => upload.native(matrices, format),
+        };
+        let mut gate = None;
+        if spec.gated {
+            let mut gates = stored(upload, &gates, &ups)?;
+            bias(upload, &mut gates, &gate_bias)?;
+            gate = Some(gates);
+        }
+        let mut up = stored(upload, &ups, &gates)?;
+        bias(upload, &mut up, &up_bias)?;
+        drop((gates, ups));
+        let mut down = stored(upload, &downs, &[])?;
+        bias(upload, &mut down, &down_bias)?;
+        let weights = ExpertWeights { gate, up, down, activation: activation(spec.activation) };
+        let norm = match spec.norm {
+            Some(of) => Some((norm(of), upload.vector(&norms)?)),
+            None => None,
+        };
+        let products = match method {
+            Method::F32 => Products::F32(Box::new(
+                GroupedExperts::new(&device.modules, weights).map_err(error)?,
+            )),
+            Method::Sm90(format) => Products::fast(device, format, weights)?,
+        };
+        let weight_on_input = weight_on == WeightOn::Input;
+        Ok(Self { products, quantise, norm, weight_on_input })
+    }
+}
+
+impl CudaLayer {
+    /// Uploads `layer`, with the experts of `call`.
+    ///
+    /// # Errors
+    /// [`Error::Device`] if there is no such GPU or it has not enough memory; [`Error::NoKernel`] for
+    /// what no kernel computes.
+    pub(super) fn new(
+        desc: &'static KernelDesc,
+        method: Method,
+        layer: &LoadedLayer,
+        call: BuildCall<'_>,
+    ) -> Result<Self> {
+        let BuildCall { weight_on, experts, dtype, gpu, pool, progress, .. } = call;
+        let spec = &layer.spec;
+        let device = device(gpu)?;
+        device.stream.set_layer(spec.name.as_str().into());
+        let shared = layer.shared.as_ref();
+        let all = experts.len() + shared.map_or(0, |shared| shared.experts.len());
+        let steps = layer.input_transform.len() + layer.output_transform.len();
+        let mut upload = Upload::new(&device, pool, progress, 3 * all + steps + 1)?;
+        let upload = &mut upload;
+        let of_shared = shared.iter().flat_map(|shared| &shared.experts).map(stored_bytes).sum();
+        let stored = (experts.iter().map(stored_bytes).collect(), of_shared);
+
+        let experts = Experts::new(upload, (&device, method), &spec.expert, weight_on, experts)?;
+        let shared = match (&spec.shared, shared) {
+            (Some(spec), Some(weights)) => {
+                let expert = ExpertSpec {
+                    gated: spec.gated,
+                    activation: spec.activation,
+                    bias: spec.bias,
+                    norm: None,
+                };
+                let of_norm = |spec: Option<_>, weight: &Option<Vec<f32>>| match (spec, weight) {
+                    (Some(spec), Some(weight)) => {
+                        Ok::<_, Error>(Some((norm(spec), upload.vector(weight)?)))
+                    }
+                    _ => Ok(None),
+                };
+                let input_norm = of_norm(spec.input_norm, &weights.input_norm)?;
+                let output_norm = of_norm(spec.output_norm, &weights.output_norm)?;
+                let gate = weights.gate.as_ref().map(|gate| upload.vector(gate)).transpose()?;
+                let experts = weights.experts.clone();
+                let method = match method {
+                    Method::Sm90(format) if spec.gated && format.takes(&experts) => method,
+                    _ => Method::F32,
+                };
+                let experts =
+                    Experts::new(upload, (&device, method), &expert, WeightOn::Output, experts)?;
+                Some(Shared { spec: spec.clone(), experts, gate, input_norm, output_norm })
+            }
+            _ => None,
+        };
+        let gate = layer.gate.as_ref();
+        let output = &layer.output;
+        Ok(Self {
+            router: router(upload, &device, spec, gate)?,
+            gate: gate.map(|gate| Gate::new(upload, spec, gate)).transpose()?,
+            input_transform: transform(upload, spec.input_transform.steps.len(), layer, true)?,
+            output_transform: transform(upload, spec.output_transform.steps.len(), layer, false)?,
+            bias: output.bias.as_ref().map(|bias| upload.vector(bias)).transpose()?,
+            norm: match (spec.output.norm, &output.norm) {
+                (Some(of), Some(weight)) => Some((norm(of), upload.vector(weight)?)),
+                _ => None,
+            },
+            device: device.clone(),
+            desc,
+            name: spec.name.as_str().into(),
+            spec: spec.clone(),
+            dtype,
+            experts,
+            shared,
+            stored,
+        })
+    }
+}
+
+impl std::fmt::Debug for CudaLayer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (name, gpu) = (self.desc.name, &self.device.gpu);
+        write!(f, "{name} with {} experts on {gpu:?}", self.experts.count())
+    }
+}
+
+impl LayerKernel for CudaLayer {
+    fn desc(&self) -> &'static KernelDesc {
+        self.desc
+    }
+
+    fn shape(&self) -> ExpertShape {
+        ExpertShape {
+            experts: self.experts.count(),
+            hidden: self.experts.hidden(),
+            intermediate: self.experts.intermediate(),
+        }
+    }
+
+    fn workspace_bytes(&self, tokens: usize, top_k: usize) -> usize {
+        self.bytes(tokens, top_k)
+    }
+
+    fn weight_bytes(&self, routing: &Routing) -> usize {
+        let (routed, shared) = &self.stored;
+        let mut ids: Vec<usize> = routing.ids.iter().map(|id| id.index()).collect();
+        ids.sort_unstable();
+        ids.dedup();
+        let shared = if routing.tokens > 0 { *shared } else { 0 };
+        ids.iter().filter_map(|id| routed.get(*id)).sum::<usize>() + shared
+    }
+
+    fn reserve(&mut self, tokens: usize, top_k: usize) -> Result<()> {
+        self.prepare(tokens, top_k)
+    }
+
+    fn forward(&mut self, call: LayerCall<'_>) -> Result<()> {
+        self.pass(call)
+    }
+
+    fn synchronize(&mut self) -> Result<()> {
+        self.device.check(&mut self.device.work())
+    }
+
+    fn stream(&self) -> usize {
+        self.device.stream.as_raw()
+    }
+}
+
+impl Gate {
+    fn new(upload: &mut Upload<'_>, spec: &LayerSpec, weights: &GateWeights) -> Result<Self> {
+        let root = (weights.weight.cols() as f64).sqrt();
+        let norm = match (spec.gate.scaled_rms_eps, &weights.input_scale) {
+            (Some(eps), Some(scale)) => {
+                let scale: Vec<f32> = scale.iter().map(|v| (f64::from(*v) / root) as f32).collect();
+                let norm = Norm { eps, unit_offset: false, scale_first: false, factor: 1.0 };
+                Some((norm, upload.vector(&scale)?))
+            }
+            _ => None,
+        };
+        Ok(Self {
+            linear: upload.linear(&weights.weight)?,
+            bias: weights.bias.as_ref().map(|bias| upload.vector(bias)).transpose()?,
+            norm,
+        })
+    }
+}
+
+fn transform(
+    upload: &mut Upload<'_>,
+    described: usize,
+    layer: &LoadedLayer,
+    input: bool,
+) -> Result<Vec<Step>> {
+    let (spec, weights) = match input {
+        true => (&layer.spec.input_transform, &layer.input_transform),
+        false => (&layer.spec.output_transform, &layer.output_transform),
+    };
+    if described != weights.len() {
+        return Err(Error::input("transform", "its steps and its weights differ in number"));
+    }
+    let steps = spec.steps.iter().zip(weights).map(|(step, weights)| {
+        use crate::spec::TransformStep;
+        match (step, weights) {
+            (TransformStep::Linear { .. }, StepWeights::Linear(matrix)) => {
+                Ok(Step::Linear(upload.linear(matrix)?))
+            }
+            (TransformStep::RmsNorm(of), StepWeights::RmsNorm(weight)) => {
+                Ok(Step::Norm(norm(*of), upload.vector(weight)?))
+            }
+            _ => Err(Error::input("transform", "a step and its weights are of different kinds")),
+        }
+    });
+    steps.collect()
+}
+
+/// The router with its tensors on the device.
+fn router(
+    upload: &Upload<'_>,
+    device: &Device,
+    spec: &LayerSpec,
+    gate: Option<&GateWeights>,
+) -> Result<cuda::Router> {
+    let scale = match spec.routed_scale.on {
+        ScaleOn::Weights => spec.routed_scale.factor,
+        ScaleOn::Output => 1.0,
+    };
+    let floats = |values: Option<&Vec<f32>>| values.map(|v| upload.vector(v)).transpose();
+    let table = gate.and_then(|gate| gate.hash_table.as_ref());
+    let tensors = CudaTensors {
+        bias: floats(gate.and_then(|gate| gate.correction.as_ref()))?,
+        per_expert_scale: floats(gate.and_then(|gate| gate.per_expert_scale.as_ref()))?,
+        table: table.map(|table| upload.ids(table)).transpose()?,
+    };
+    let options = options(&spec.router, scale);
+    cuda::Router::new(&device.modules, options, tensors).map_err(|refused| match refused {
+        moe_cuda::Error::Input { what, reason } => Error::NoKernel(format!("{what}: {reason}")),
+        other => error(other),
+    })
+}
+
+/// A router's options as kernels take them.
+fn options(spec: &RouterSpec, scale: f32) -> RouterOptions {
+    RouterOptions {
+        experts: spec.experts,
+        idle: match spec.idle {
+            Some(IdleExperts::Identity { count } | IdleExperts::Skip { count }) => count,
+            None => 0,
+        },
+        shared: match spec.weight_from {
+            WeightFrom::JointSoftmax { shared } => shared,
+            _ => 0,
+        },
+        top_k: spec.top_k,
+        logit_multiplier: spec.logit_multiplier,
+        soft_cap: spec.soft_cap,
+        score: match spec.score {
+            Score::Softmax => CudaScore::Softmax,
+            Score::Sigmoid => CudaScore::Sigmoid,
+            Score::SqrtSoftplus => CudaScore::SqrtSoftplus,
+            Score::Logits => CudaScore::Logits,
+        },
+        correction: match spec.correction {
+            Correction::None => cuda::Correction::None,
+            Correction::OnScore => cuda::Correction::OnScore,
+            Correction::OnLogits => cuda::Correction::OnLogits,
+        },
+        groups: spec.groups.map(|groups| cuda::Groups {
+            count: groups.count,
+            keep: groups.keep,
+            top_two_sum: groups.score == GroupScore::TopTwoSum,
+            fill_zero: groups.fill == GroupFill::Zero,
+        }),
+        selection: match spec.selection {
+            Selection::TopK => cuda::Selection::TopK,
+            Selection::TopKPerGroup { groups } => cuda::Selection::TopKPerGroup { groups },
+            Selection::SparseMixer { eps } => cuda::Selection::SparseMixer { eps },
+            Selection::HashTable { vocabulary } => cuda::Selection::HashTable { vocabulary },
+        },
+        weight_from: match spec.weight_from {
+            WeightFrom::Score => cuda::WeightFrom::Score,
+            WeightFrom::SoftmaxChosen => cuda::WeightFrom::SoftmaxChosen,
+            WeightFrom::SigmoidChosen => cuda::WeightFrom::SigmoidChosen,
+            WeightFrom::JointSoftmax { .. } => cuda::WeightFrom::JointSoftmax,
+        },
+        renormalise: match spec.renormalise {
+            Renormalise::None => cuda::Renormalise::None,
+            Renormalise::Sum { eps } => cuda::Renormalise::Sum(eps),
+            Renormalise::SumFloor { floor } => cuda::Renormalise::SumFloor(floor),
+            Renormalise::PNorm { p } => cuda::Renormalise::PNorm(p),
+        },
+        scale,
+    }
+}

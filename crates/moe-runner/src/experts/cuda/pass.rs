@@ -1,0 +1,716 @@
+//! One pass on the device, in the order of the flow. Every step is put on one stream; nothing waits, but
+//! for rows that come from the host, go to the host, or are asked for.
+
+use bytemuck::cast_slice;
+use moe_cuda::router::RoutingMut;
+use moe_cuda::{
+    Cut, FaultWord, Finish, Float, GroupedExperts, Identity, Plan, Rows, RowsMut, View, ViewMut,
+};
+
+use super::device::{Plans, Work, error};
+use super::layer::{CudaLayer, Experts, Gate, Shared, Step};
+use super::products::{Fast, FastWork, Products};
+use super::upload::cuda_float;
+use crate::experts::{LayerCall, RoutingSource, Seen};
+use crate::hidden::{self, ActivationDtype, DevicePlace};
+use crate::router::{LogicalId, Routing};
+use crate::spec::{IdleExperts, Selection, SharedCombine};
+use crate::weights::FloatType;
+use crate::{Error, Result};
+
+/// Memory of a pass of T tokens with k slots each.
+struct Parts<'a> {
+    /// `[T, H]` and `[T, H or routed_hidden]`: what came, in the layer's dtype.
+    rows: [ViewMut<'a, u8>; 2],
+    /// The same as it came, and the output before it goes: for rows of the host.
+    staged: ViewMut<'a, u8>,
+    transformed: [ViewMut<'a, f32>; 2],
+    finished: [ViewMut<'a, f32>; 2],
+    routing: RoutingParts<'a>,
+    routed: ViewMut<'a, f32>,
+    slots: Slots<'a>,
+    shared: Option<SharedParts<'a>>,
+}
+
+/// What the gate and the router read and write.
+struct RoutingParts<'a> {
+    normed: ViewMut<'a, f32>,
+    logits: ViewMut<'a, f32>,
+    token_ids: ViewMut<'a, u32>,
+    given_ids: ViewMut<'a, u32>,
+    ids: ViewMut<'a, u32>,
+    weights: ViewMut<'a, f32>,
+    shared_weights: ViewMut<'a, f32>,
+}
+
+/// Rows of the experts' slots: for products in f32.
+struct Slots<'a> {
+    /// `[slots, H]`: rows before the first product, where they are not the tokens' own.
+    x: ViewMut<'a, f32>,
+    /// `[slots, I]`: between the products.
+    h: ViewMut<'a, f32>,
+    /// `[slots, H]`: the experts' outputs.
+    y: ViewMut<'a, f32>,
+    /// `[T, H]`: the tokens' rows as Hopper's kernels read them, where they are not such.
+    narrow: ViewMut<'a, u16>,
+}
+
+struct SharedParts<'a> {
+    normed: ViewMut<'a, f32>,
+    ids: ViewMut<'a, u32>,
+    /// Ones: weights for kernels that want some.
+    ones: ViewMut<'a, f32>,
+    slots: Slots<'a>,
+    /// Before and after the norm of the output.
+    out: [ViewMut<'a, f32>; 2],
+}
+
+impl<'a> Slots<'a> {
+    fn cut(cut: &mut Cut<'a>, experts: &Experts, tokens: usize, top_k: usize) -> Self {
+        let (fast, gathered) = (experts.is_fast(), experts.quantise[0].is_some());
+        let slots = if fast { 0 } else { tokens * top_k };
+        Self {
+            x: cut.take(if gathered { slots * experts.hidden() } else { 0 }),
+            h: cut.take(slots * experts.intermediate()),
+            y: cut.take(slots * experts.hidden()),
+            narrow: cut.take(if fast { tokens * experts.hidden() } else { 0 }),
+        }
+    }
+}
+
+impl<'a> Parts<'a> {
+    fn cut(cut: &mut Cut<'a>, layer: &CudaLayer, tokens: usize, top_k: usize) -> Self {
+        let (spec, slots) = (&layer.spec, tokens * top_k);
+        let dims = spec.dims;
+        let widest = dims.hidden.max(dims.routed_hidden);
+        let router = &spec.router;
+        let hash = matches!(router.selection, Selection::HashTable { .. });
+        let jointly = router.logits() - router.choices();
+        let buffers = |steps: &[Step], width: usize| {
+            let mut lens = [0; 2];
+            let mut width = width;
+            for (i, step) in steps.iter().enumerate() {
+                if let Step::Linear(linear) = step {
+                    width = linear.features();
+                }
+                lens[i % 2] = lens[i % 2].max(tokens * width);
+            }
+            lens
+        };
+        let input = buffers(&layer.input_transform, dims.hidden);
+        let output = buffers(&layer.output_transform, dims.routed_hidden);
+        let normed = layer.gate.as_ref().is_some_and(|gate| gate.norm.is_some());
+        Self {
+            rows: [dims.hidden, widest].map(|width| cut.take(tokens * width * layer.dtype.size())),
+            staged: cut.take(tokens * widest * size_of::<f32>()),
+            transformed: input.map(|len| cut.take(len)),
+            finished: output.map(|len| cut.take(len)),
+            routing: RoutingParts {
+                normed: cut.take(if normed { tokens * dims.hidden } else { 0 }),
+                logits: cut.take(tokens * router.logits()),
+                token_ids: cut.take(if hash { tokens } else { 0 }),
+                given_ids: cut.take(slots),
+                ids: cut.take(slots),
+                weights: cut.take(slots),
+                shared_weights: cut.take(tokens * jointly),
+            },
+            routed: cut.take(tokens * dims.routed_hidden),
+            slots: Slots::cut(cut, &layer.experts, tokens, top_k),
+            shared: layer.shared.as_ref().map(|shared| {
+                let (slots, all) = (tokens * shared.spec.count, tokens * dims.hidden);
+                SharedParts {
+                    normed: cut.take(if shared.input_norm.is_some() { all } else { 0 }),
+                    ids: cut.take(slots),
+                    ones: cut.take(if shared.experts.is_fast() { slots } else { 0 }),
+                    slots: Slots::cut(cut, &shared.experts, tokens, shared.spec.count),
+                    out: [all, if shared.output_norm.is_some() { all } else { 0 }]
+                        .map(|len| cut.take(len)),
+                }
+            }),
+        }
+    }
+}
+
+impl CudaLayer {
+    /// Bytes of the device's memory that a pass works in.
+    pub(super) fn bytes(&self, tokens: usize, top_k: usize) -> usize {
+        let parts = self.branches(tokens, top_k).map(|(experts, slots)| {
+            let (planned, tile) = experts.products.plan(slots);
+            Plan::bytes(planned, experts.count(), tile) + experts.products.work_bytes(slots)
+        });
+        self.arena_bytes(tokens, top_k) + parts.sum::<usize>()
+    }
+
+    fn arena_bytes(&self, tokens: usize, top_k: usize) -> usize {
+        Cut::measure(|cut| {
+            Parts::cut(cut, self, tokens, top_k);
+        })
+    }
+
+    /// The experts of both branches, and their slots.
+    fn branches(&self, tokens: usize, top_k: usize) -> impl Iterator<Item = (&Experts, usize)> {
+        let shared =
+            self.shared.as_ref().map(|shared| (&shared.experts, tokens * shared.spec.count));
+        [(&self.experts, tokens * top_k)].into_iter().chain(shared)
+    }
+
+    /// Makes sure of the memory.
+    pub(super) fn prepare(&self, tokens: usize, top_k: usize) -> Result<()> {
+        let (gpu, mut work) = (&self.device.gpu, self.device.work());
+        let Work { arena, plans, fast: fast_work, .. } = &mut *work;
+        arena.reserve(gpu, self.arena_bytes(tokens, top_k)).map_err(error)?;
+        for (experts, slots) in self.branches(tokens, top_k) {
+            let (planned, tile) = experts.products.plan(slots);
+            plans.reserve(gpu, planned, experts.count(), tile)?;
+            if let Products::Sm90(fast) = &experts.products {
+                fast.reserve(&self.device, slots, fast_work)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The pass; see [`LayerKernel::forward`](crate::experts::LayerKernel::forward).
+    pub(super) fn pass(&self, mut call: LayerCall<'_>) -> Result<()> {
+        let tokens = call.tokens;
+        let top_k = match call.source {
+            RoutingSource::Finished(ids, _) | RoutingSource::Simulated(ids, _) => {
+                ids.len().checked_div(tokens).unwrap_or(1)
+            }
+            RoutingSource::Router | RoutingSource::Ids(_) => self.spec.router.top_k,
+        };
+        if tokens == 0 {
+            return call.seen.map_or(Ok(()), |seen| nothing_seen(seen, self, top_k));
+        }
+        self.prepare(tokens, top_k)?;
+        let mut work = self.device.work();
+        let Work { arena, plans, fast, fault, ignored } = &mut *work;
+        self.device.stream.set_layer(self.name.clone());
+        let mut parts = Parts::cut(&mut arena.cut(), self, tokens, top_k);
+        let pass = Pass {
+            layer: self,
+            tokens,
+            top_k,
+            // what goes through is nobody's fault
+            fault: if call.refuse_non_finite { fault } else { ignored },
+            ignored,
+        };
+        let waits = !call.out.is_on_device() || !call.rows.is_on_device() || call.seen.is_some();
+        let seen = call.seen.take();
+        let host = pass.run(&mut parts, &mut call, (plans, fast))?;
+        if host {
+            pass.copy_out(parts.staged.as_view(), &mut call.out)?;
+        }
+        if let Some(seen) = seen {
+            pass.see(&parts, &call, seen)?;
+        }
+        if waits {
+            self.device.check(&mut work)?;
+        }
+        Ok(())
+    }
+}
+
+/// What every step of a pass needs.
+struct Pass<'a> {
+    layer: &'a CudaLayer,
+    tokens: usize,
+    top_k: usize,
+    fault: &'a FaultWord,
+    ignored: &'a FaultWord,
+}
+
+impl Pass<'_> {
+    /// All steps; true if the output is staged for the host.
+    fn run(
+        &self,
+        parts: &mut Parts<'_>,
+        call: &mut LayerCall<'_>,
+        work: (&mut Plans, &mut FastWork),
+    ) -> Result<bool> {
+        let CudaLayer { device, spec, shared, .. } = self.layer;
+        let (stream, tokens, dims) = (&device.stream, self.tokens, spec.dims);
+        let (plans, fast) = work;
+        // 1. what comes in, in the layer's dtype
+        let [own, other] = &mut parts.rows;
+        let given = match call.shared_rows {
+            None => None,
+            Some(rows) => {
+                let transformed =
+                    self.accept(call.rows, dims.routed_hidden, &mut parts.staged, other)?;
+                Some((rows, transformed))
+            }
+        };
+        let (rows, transformed) = match &given {
+            None => (call.rows, None),
+            Some((rows, transformed)) => (*rows, Some(*transformed)),
+        };
+        let hidden = self.accept(rows, dims.hidden, &mut parts.staged, own)?;
+        // 2. the input transform
+        let rows = match transformed {
+            Some(rows) => rows,
+            None => self.transform(&self.layer.input_transform, hidden, &mut parts.transformed)?,
+        };
+        // 3. gate and router
+        self.route(&mut parts.routing, call, hidden)?;
+        let (ids, weights) = (parts.routing.ids.as_view(), parts.routing.weights.as_view());
+        // 4. the shared experts
+        let mut shared_out = None;
+        if let (Some(shared), Some(part)) = (shared, &mut parts.shared) {
+            let weights = parts.routing.shared_weights.as_view();
+            let weights = (shared.spec.combine == SharedCombine::RouterWeighted).then_some(weights);
+            let work = (&mut *plans, &mut *fast);
+            shared_out = Some(self.shared(shared, hidden, weights, part, work)?);
+        }
+        // 5. the experts, and the sum over slots with the scaling factor
+        let experts = &self.layer.experts;
+        let mut routed = f32_rows(parts.routed.reborrow(), tokens, dims.routed_hidden)?;
+        let of = (rows, ids, Some(weights), call.routed_factor);
+        self.experts(experts, of, &mut parts.slots, (plans, fast), &mut routed)?;
+        // 6. the output transform
+        let steps = &self.layer.output_transform;
+        let sum = self.transform(steps, routed.as_rows(), &mut parts.finished)?;
+        // SAFETY: `sum` is `routed` or one of the transform's buffers, all cut for this pass alone, and
+        // read by nothing that follows.
+        let mut sum = unsafe { sum.into_mut() };
+        // 7. both branches, what follows them, and out
+        let identity = matches!(spec.router.idle, Some(IdleExperts::Identity { .. }));
+        let finish = Finish {
+            shared: shared_out.map(|rows| (call.shared_factor, rows)),
+            average: spec
+                .shared
+                .as_ref()
+                .is_some_and(|shared| shared.combine == SharedCombine::Average),
+            bias: self.layer.bias.as_ref().map(|bias| bias.view()),
+            norm: self.layer.norm.as_ref().map(|(norm, weight)| (*norm, weight.view())),
+            multiplier: spec.output.multiplier,
+            identity: identity.then_some(Identity {
+                rows,
+                ids,
+                weights,
+                experts: spec.router.experts,
+                choices: spec.router.choices(),
+            }),
+        };
+        let float = float(call.out.dtype());
+        let (mut out, host) = match &call.out {
+            hidden::RowsMut::Device(rows) => (device_rows_mut(rows.place())?, false),
+            _ => {
+                let bytes = tokens * dims.hidden * float.bytes();
+                let staged = parts.staged.reborrow().part(0..bytes);
+                (RowsMut::of_bytes(staged, float, tokens, dims.hidden).map_err(error)?, true)
+            }
+        };
+        device.slots.finish(stream, finish, &mut sum, &mut out).map_err(error)?;
+        Ok(host)
+    }
+
+    /// Rows `[T, width]` in the layer's dtype, in `to`.
+    fn accept<'b>(
+        &self,
+        rows: hidden::Rows<'_>,
+        width: usize,
+        staged: &mut ViewMut<'_, u8>,
+        to: &'b mut ViewMut<'_, u8>,
+    ) -> Result<Rows<'b>> {
+        let (device, tokens) = (&self.layer.device, self.tokens);
+        let own = float(self.layer.dtype);
+        let to = to.reborrow().part(0..tokens * width * own.bytes());
+        let mut to = RowsMut::of_bytes(to, own, tokens, width).map_err(error)?;
+        let of = float(rows.dtype());
+        let from = match rows {
+            hidden::Rows::Device(rows) => device_rows(rows.place())?,
+            rows => {
+                let staged = staged.reborrow().part(0..tokens * width * of.bytes());
+                let gathered;
+                let bytes: &[u8] = match rows {
+                    hidden::Rows::F32(rows) => cast_slice(rows),
+                    hidden::Rows::F16(rows) => cast_slice(rows),
+                    hidden::Rows::Bf16(rows) => cast_slice(rows),
+                    rows => {
+                        let mut wide = vec![0.0; tokens * width];
+                        rows.widen(0..wide.len(), &mut wide);
+                        gathered = narrow(rows.dtype(), &wide);
+                        &gathered
+                    }
+                };
+                let pointer = staged.address();
+                device.stream.copy_in(bytes, staged).map_err(error)?;
+                // SAFETY: the part just filled, which the pass does not write before it is read.
+                unsafe { Rows::from_raw(pointer, of, tokens, width, width) }.map_err(error)?
+            }
+        };
+        device.verbs.convert(&device.stream, from, &mut to, Some(self.fault)).map_err(error)?;
+        Ok(to.into_rows())
+    }
+
+    /// The rows after `steps`: `rows` themselves where there are none, else in one of `buffers`.
+    fn transform<'b>(
+        &self,
+        steps: &[Step],
+        rows: Rows<'b>,
+        buffers: &'b mut [ViewMut<'_, f32>; 2],
+    ) -> Result<Rows<'b>> {
+        let (device, tokens) = (&self.layer.device, self.tokens);
+        let (stream, verbs) = (&device.stream, &device.verbs);
+        let mut from = rows;
+        for (i, step) in steps.iter().enumerate() {
+            let width = match step {
+                Step::Linear(linear) => linear.features(),
+                Step::Norm(..) => from.cols(),
+            };
+            // SAFETY: steps alternate between the two buffers: the one written here is not the one
+            // that the step reads, and both are borrowed for 'b.
+            let buffer = unsafe { ViewMut::from_raw(buffers[i % 2].address(), tokens * width) };
+            let mut to = f32_rows(buffer, tokens, width)?;
+            match step {
+                Step::Linear(linear) => {
+                    if linear.input.is_some() {
+                        return Err(Error::NoKernel(
+                            "no GPU kernel quantises the rows of a transform".into(),
+                        ));
+                    }
+                    verbs.linear(stream, from, linear.weight()?, None, &mut to).map_err(error)?;
+                }
+                Step::Norm(norm, weight) => {
+                    let weight = Some(weight.view());
+                    verbs.norm(stream, *norm, from, weight, &mut to).map_err(error)?;
+                }
+            }
+            from = to.into_rows();
+        }
+        Ok(from)
+    }
+
+    /// Logits, ids and weights.
+    fn route(
+        &self,
+        parts: &mut RoutingParts<'_>,
+        call: &LayerCall<'_>,
+        hidden: Rows<'_>,
+    ) -> Result<()> {
+        let CudaLayer { device, spec, gate, router, .. } = self.layer;
+        let (stream, tokens) = (&device.stream, self.tokens);
+        if let RoutingSource::Finished(ids, weights) = call.source {
+            return self.take_routing(parts, ids, weights);
+        }
+        let width = spec.router.logits();
+        match (call.logits, gate) {
+            (Some(logits), _) => {
+                stream.copy_in(logits, parts.logits.reborrow()).map_err(error)?;
+            }
+            (None, Some(gate)) => {
+                let mut logits = f32_rows(parts.logits.reborrow(), tokens, width)?;
+                self.gate(gate, hidden, &mut parts.normed, &mut logits)?;
+            }
+            (None, None) => return Err(Error::input("router_logits", "the layer has no gate")),
+        }
+        let logits = Rows::new(parts.logits.as_view(), Float::F32, tokens, width).map_err(error)?;
+        let mut out = RoutingMut {
+            ids: parts.ids.reborrow(),
+            weights: parts.weights.reborrow(),
+            shared_weights: parts.shared_weights.reborrow(),
+        };
+        if let RoutingSource::Ids(ids) = call.source {
+            let ids: Vec<u32> = ids.iter().map(|id| id.0).collect();
+            stream.copy_in(&ids, parts.given_ids.reborrow()).map_err(error)?;
+            let given = parts.given_ids.as_view();
+            return router.route_to(stream, logits, given, &mut out, self.fault).map_err(error);
+        }
+        if let RoutingSource::Simulated(ids, weights) = call.source {
+            return self.take_routing(parts, ids, weights);
+        }
+        let mut token_ids = None;
+        if matches!(spec.router.selection, Selection::HashTable { .. }) {
+            let Some(ids) = call.input_ids else {
+                return Err(Error::input(
+                    "input ids",
+                    "this layer routes by token id (hash table); pass the ids of the tokens",
+                ));
+            };
+            stream.copy_in(ids, parts.token_ids.reborrow()).map_err(error)?;
+            token_ids = Some(parts.token_ids.as_view());
+        }
+        router.route(stream, logits, token_ids, &mut out, self.fault).map_err(error)
+    }
+
+    fn take_routing(
+        &self,
+        parts: &mut RoutingParts<'_>,
+        ids: &[i32],
+        weights: &[f32],
+    ) -> Result<()> {
+        let stream = &self.layer.device.stream;
+        // a negative id is no expert's, also as an unsigned number
+        let ids: &[u32] = cast_slice(ids);
+        stream.copy_in(ids, parts.ids.reborrow()).map_err(error)?;
+        stream.copy_in(weights, parts.weights.reborrow()).map_err(error)
+    }
+
+    fn gate(
+        &self,
+        gate: &Gate,
+        hidden: Rows<'_>,
+        normed: &mut ViewMut<'_, f32>,
+        logits: &mut RowsMut<'_>,
+    ) -> Result<()> {
+        let device = &self.layer.device;
+        let (stream, verbs) = (&device.stream, &device.verbs);
+        let bias = gate.bias.as_ref().map(|bias| bias.view());
+        let weight = gate.linear.weight()?;
+        let Some((norm, scale)) = &gate.norm else {
+            return verbs.linear(stream, hidden, weight, bias, logits).map_err(error);
+        };
+        let mut normed = f32_rows(normed.reborrow(), self.tokens, hidden.cols())?;
+        verbs.norm(stream, *norm, hidden, Some(scale.view()), &mut normed).map_err(error)?;
+        verbs.linear(stream, normed.as_rows(), weight, bias, logits).map_err(error)
+    }
+
+    /// `out[t] = factor · Σ_j weights[t, j] · expert(ids[t, j])(x[t])`, in f32; without weights they
+    /// are 1.
+    fn experts(
+        &self,
+        experts: &Experts,
+        of: (Rows<'_>, View<'_, u32>, Option<View<'_, f32>>, f32),
+        slots: &mut Slots<'_>,
+        (plans, work): (&mut Plans, &mut FastWork),
+        out: &mut RowsMut<'_>,
+    ) -> Result<()> {
+        let device = &self.layer.device;
+        match &experts.products {
+            Products::F32(grouped) => {
+                let (count, all) = (of.1.len(), experts.count());
+                let plan = plans.reserve(&device.gpu, count, all, GroupedExperts::TILE)?;
+                self.in_f32(experts, grouped, of, slots, plan, out)
+            }
+            Products::Sm90(fast) => {
+                let (x, ids, weights, factor) = of;
+                let Some(weights) = weights else {
+                    return Err(Error::NoKernel("fast experts need weights".into()));
+                };
+                let x = match x.float() == Fast::ROWS {
+                    true => x,
+                    false => {
+                        let narrow = slots.narrow.reborrow();
+                        let mut rows =
+                            RowsMut::new(narrow, Fast::ROWS, x.rows(), x.cols()).map_err(error)?;
+                        device.verbs.convert(&device.stream, x, &mut rows, None).map_err(error)?;
+                        rows.into_rows()
+                    }
+                };
+                let of = (x, ids, weights);
+                fast.run(device, of, plans, work, out, self.ignored)?;
+                if factor != 1.0 {
+                    device.verbs.scale_add(&device.stream, out, factor, None).map_err(error)?;
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// The same, the products in f32.
+    fn in_f32(
+        &self,
+        experts: &Experts,
+        grouped: &GroupedExperts,
+        of: (Rows<'_>, View<'_, u32>, Option<View<'_, f32>>, f32),
+        slots: &mut Slots<'_>,
+        plan: &mut Plan,
+        out: &mut RowsMut<'_>,
+    ) -> Result<()> {
+        let (x, ids, weights, factor) = of;
+        let device = &self.layer.device;
+        let (stream, verbs) = (&device.stream, &device.verbs);
+        let count = ids.len();
+        let (hidden, inner) = (experts.hidden(), experts.intermediate());
+        verbs.plan(stream, ids, count / self.tokens, plan).map_err(error)?;
+        let factors = weights.filter(|_| experts.weight_on_input);
+        let mut h = f32_rows(slots.h.reborrow(), count, inner)?;
+        match &experts.quantise[0] {
+            None => grouped.first(stream, x, plan, factors, &mut h).map_err(error)?,
+            Some((quantiser, scales)) => {
+                let mut rows = f32_rows(slots.x.reborrow(), count, hidden)?;
+                let scales = scales.as_ref().map(|scales| scales.view());
+                let verbs = &device.slots;
+                verbs.gather(stream, x, plan, factors, &mut rows).map_err(error)?;
+                verbs.quantise(stream, *quantiser, scales, plan, &mut rows).map_err(error)?;
+                grouped.first_sorted(stream, rows.as_rows(), plan, &mut h).map_err(error)?;
+            }
+        }
+        if let Some((quantiser, scales)) = &experts.quantise[1] {
+            let scales = scales.as_ref().map(|scales| scales.view());
+            let verbs = &device.slots;
+            verbs.quantise(stream, *quantiser, scales, plan, &mut h).map_err(error)?;
+        }
+        let mut y = f32_rows(slots.y.reborrow(), count, hidden)?;
+        grouped.second(stream, h.as_rows(), plan, &mut y).map_err(error)?;
+        if let Some((norm, weight)) = &experts.norm {
+            device.slots.norm(stream, *norm, ids, weight.view(), &mut y).map_err(error)?;
+        }
+        let weights = weights.filter(|_| !experts.weight_on_input);
+        let (y, all) = (y.as_rows(), experts.count());
+        verbs.combine(stream, y, ids, weights, all, factor, out, self.ignored).map_err(error)
+    }
+
+    /// The shared experts' output `[T, H]`.
+    fn shared<'b>(
+        &self,
+        shared: &Shared,
+        hidden: Rows<'_>,
+        weights: Option<View<'_, f32>>,
+        parts: &'b mut SharedParts<'_>,
+        work: (&mut Plans, &mut FastWork),
+    ) -> Result<Rows<'b>> {
+        let device = &self.layer.device;
+        let (stream, tokens, width) = (&device.stream, self.tokens, hidden.cols());
+        let SharedParts { normed, ids, ones, slots, out: [out, finished] } = parts;
+        let mut own = None;
+        if let Some((norm, weight)) = &shared.input_norm {
+            let mut rows = f32_rows(normed.reborrow(), tokens, width)?;
+            let weight = Some(weight.view());
+            device.verbs.norm(stream, *norm, hidden, weight, &mut rows).map_err(error)?;
+            own = Some(rows);
+        }
+        let x = own.as_ref().map_or(hidden, |rows| rows.as_rows());
+        device.slots.dense_ids(stream, shared.spec.count, ids.reborrow()).map_err(error)?;
+        let mut out = f32_rows(out.reborrow(), tokens, width)?;
+        let weights = match weights {
+            None if shared.experts.is_fast() => {
+                device.slots.fill(stream, 1.0, ones.reborrow()).map_err(error)?;
+                Some(ones.as_view())
+            }
+            weights => weights,
+        };
+        let of = (x, ids.as_view(), weights, 1.0);
+        self.experts(&shared.experts, of, slots, work, &mut out)?;
+        if let Some(gate) = &shared.gate {
+            device.slots.sigmoid_gate(stream, hidden, gate.view(), &mut out).map_err(error)?;
+        }
+        let Some((norm, weight)) = &shared.output_norm else { return Ok(out.into_rows()) };
+        let mut finished = f32_rows(finished.reborrow(), tokens, width)?;
+        let weight = Some(weight.view());
+        device.verbs.norm(stream, *norm, out.as_rows(), weight, &mut finished).map_err(error)?;
+        Ok(finished.into_rows())
+    }
+
+    /// Copies the staged output to rows of the host.
+    fn copy_out(&self, staged: View<'_, u8>, out: &mut hidden::RowsMut<'_>) -> Result<()> {
+        let (stream, len) = (&self.layer.device.stream, out.len());
+        let staged = staged.part(0..len * out.dtype().size());
+        let bytes: &mut [u8] = match out {
+            hidden::RowsMut::F32(out) => bytemuck::cast_slice_mut(out),
+            hidden::RowsMut::F16(out) => bytemuck::cast_slice_mut(out),
+            hidden::RowsMut::Bf16(out) => bytemuck::cast_slice_mut(out),
+            out => {
+                let mut bytes = vec![0; staged.len()];
+                stream.copy_out(staged, &mut bytes).map_err(error)?;
+                out.write(&widened(out.dtype(), &bytes));
+                return Ok(());
+            }
+        };
+        stream.copy_out(staged, bytes).map_err(error)
+    }
+
+    /// What was decided on the way.
+    fn see(&self, parts: &Parts<'_>, call: &LayerCall<'_>, seen: Seen<'_>) -> Result<()> {
+        let stream = &self.layer.device.stream;
+        let Seen { logits, routing, shared } = seen;
+        logits.clear();
+        if !matches!(call.source, RoutingSource::Finished(..)) {
+            logits.resize(parts.routing.logits.len(), 0.0);
+            stream.copy_out(parts.routing.logits.as_view(), logits).map_err(error)?;
+        }
+        let mut ids = vec![0; parts.routing.ids.len()];
+        stream.copy_out(parts.routing.ids.as_view(), &mut ids).map_err(error)?;
+        set_routing(routing, self.tokens, self.top_k, &ids);
+        routing.weights.resize(ids.len(), 0.0);
+        stream.copy_out(parts.routing.weights.as_view(), &mut routing.weights).map_err(error)?;
+        routing.shared_weights.resize(parts.routing.shared_weights.len(), 0.0);
+        let to = &mut routing.shared_weights;
+        stream.copy_out(parts.routing.shared_weights.as_view(), to).map_err(error)?;
+        *shared = match (&parts.shared, &self.layer.shared) {
+            (Some(parts), Some(layer)) => {
+                let from = &parts.out[usize::from(layer.output_norm.is_some())];
+                let mut rows = shared.take().unwrap_or_default();
+                rows.resize(from.len(), 0.0);
+                stream.copy_out(from.as_view(), &mut rows).map_err(error)?;
+                Some(rows)
+            }
+            _ => None,
+        };
+        Ok(())
+    }
+}
+
+/// Of a pass without tokens.
+fn nothing_seen(seen: Seen<'_>, layer: &CudaLayer, top_k: usize) -> Result<()> {
+    let Seen { logits, routing, shared } = seen;
+    logits.clear();
+    set_routing(routing, 0, top_k, &[]);
+    routing.weights.clear();
+    routing.shared_weights.clear();
+    *shared = layer.shared.is_some().then(Vec::new);
+    Ok(())
+}
+
+fn set_routing(routing: &mut Routing, tokens: usize, top_k: usize, ids: &[u32]) {
+    (routing.tokens, routing.top_k) = (tokens, top_k);
+    routing.ids.clear();
+    routing.ids.extend(ids.iter().map(|id| LogicalId(*id)));
+}
+
+fn float(dtype: ActivationDtype) -> Float {
+    cuda_float(match dtype {
+        ActivationDtype::F32 => FloatType::F32,
+        ActivationDtype::F16 => FloatType::F16,
+        ActivationDtype::Bf16 => FloatType::Bf16,
+    })
+}
+
+fn f32_rows(view: ViewMut<'_, f32>, rows: usize, cols: usize) -> Result<RowsMut<'_>> {
+    RowsMut::new(view, Float::F32, rows, cols).map_err(error)
+}
+
+fn device_rows<'a>(place: DevicePlace) -> Result<Rows<'a>> {
+    let DevicePlace { pointer, dtype, shape: [rows, cols], stride } = place;
+    // SAFETY: whoever made the place has promised that they can be read.
+    unsafe { Rows::from_raw(pointer, float(dtype), rows, cols, stride) }.map_err(error)
+}
+
+fn device_rows_mut<'a>(place: DevicePlace) -> Result<RowsMut<'a>> {
+    let DevicePlace { pointer, dtype, shape: [rows, cols], stride } = place;
+    // SAFETY: whoever made the place has promised that they can be written.
+    unsafe { RowsMut::from_raw(pointer, float(dtype), rows, cols, stride) }.map_err(error)
+}
+
+/// `values` of this dtype, as bytes: exact, since they are such numbers.
+fn narrow(dtype: ActivationDtype, values: &[f32]) -> Vec<u8> {
+    let mut bytes = vec![0; values.len() * dtype.size()];
+    match dtype {
+        ActivationDtype::F32 => bytes.copy_from_slice(cast_slice(values)),
+        ActivationDtype::F16 => {
+            moe_kernels::numerics::float16::f32_to_f16_bytes(values, &mut bytes);
+        }
+        ActivationDtype::Bf16 => {
+            moe_kernels::numerics::float16::f32_to_bf16_bytes(values, &mut bytes);
+        }
+    }
+    bytes
+}
+
+/// Bytes of this dtype as f32.
+fn widened(dtype: ActivationDtype, bytes: &[u8]) -> Vec<f32> {
+    let mut values = vec![0.0; bytes.len() / dtype.size()];
+    match dtype {
+        ActivationDtype::F32 => {
+            let numbers = bytes.as_chunks().0.iter();
+            values.iter_mut().zip(numbers).for_each(|(v, bytes)| *v = f32::from_le_bytes(*bytes));
+        }
+        ActivationDtype::F16 => {
+            moe_kernels::numerics::float16::f16_bytes_to_f32(bytes, &mut values);
+        }
+        ActivationDtype::Bf16 => {
+            moe_kernels::numerics::float16::bf16_bytes_to_f32(bytes, &mut values);
+        }
+    }
+    values
+}

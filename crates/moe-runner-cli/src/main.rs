@@ -50,7 +50,7 @@ fn run(command: &Command, json: bool) -> anyhow::Result<Report> {
             let common = Common::resolve(&args.kernel, args.threads.count()?, 0)?;
             commands::run::run(args, &common.with_device()?)
         }
-        Command::Inspect(args) => commands::inspect::run(args),
+        Command::Inspect(args) => commands::inspect::run(args, args.threads.count()?),
         Command::Explain(args) => {
             commands::explain::run(args, &Common::resolve(&args.kernel, 1, 0)?)
         }

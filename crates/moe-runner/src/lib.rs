@@ -35,6 +35,8 @@ pub mod quantize;
 
 pub mod runner;
 
+pub mod doctor;
+
 pub use error::{Error, Result};
 
 // the README's example compiles as it is pasted

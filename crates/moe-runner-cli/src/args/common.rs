@@ -25,6 +25,11 @@ pub(crate) struct ThreadArgs {
 }
 
 impl ThreadArgs {
+    /// Whether a number is given.
+    pub(crate) fn is_given(&self) -> bool {
+        self.threads.is_some()
+    }
+
     /// The number, checked.
     pub(crate) fn count(&self) -> Result<usize> {
         let threads = self.threads.unwrap_or_else(physical_cores);

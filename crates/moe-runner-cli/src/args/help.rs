@@ -15,7 +15,8 @@ preset); 130 interrupted. With --json, an error is an object too:
 {\"error\": {\"kind\", \"message\", \"causes\"}}.";
 
 pub(super) const CHECK: &str = "\
-Each MoE layer: every expert present and finite; the chosen kernel's output and
+Each MoE layer: every expert present and finite, and what the doctor finds in
+weights, scales and routing (docs/doctor.md); the chosen kernel's output and
 routing against the float64 reference on the same inputs; time, share of this
 machine's measured limits, and load of the experts. Layers are shown as they
 are done; Ctrl-C shows what is known by then.
@@ -61,11 +62,13 @@ Examples:
     --ep --input in.safetensors --output out.safetensors";
 
 pub(super) const INSPECT: &str = "\
-Reads headers only; weights are not loaded. Exit status 1 if tensors are
-missing, wrong or duplicate.
+Reads headers only; weights are not loaded. With --doctor, all of them are read.
+Exit status 1 if tensors are missing, wrong, duplicate or unexpected, or the
+doctor finds an error; with --strict, a warning.
 
 Examples:
   moe-runner inspect ./Mixtral-8x7B-v0.1
+  moe-runner inspect ./model --doctor --strict
   moe-runner inspect model.gguf --layers 0-3 --json";
 
 pub(super) const EXPLAIN: &str = "\

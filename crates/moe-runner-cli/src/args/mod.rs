@@ -75,6 +75,9 @@ pub(crate) struct CheckArgs {
     /// Only the verdict: leave out what measures the machine and the layers' speed.
     #[arg(long)]
     pub(crate) no_timing: bool,
+    /// Let warnings of the doctor, too, make the exit status 1.
+    #[arg(long)]
+    pub(crate) strict: bool,
     /// Compare with the outputs recorded in this safetensors file, too; or with the layers of the
     /// checkpoint in this folder, such as the one that this was quantised from. May be given once for
     /// each.
@@ -146,6 +149,15 @@ pub(crate) struct InspectArgs {
     #[arg(long, visible_alias = "layer", value_name = "LAYERS", default_value = "all")]
     #[arg(allow_hyphen_values = true)]
     pub(crate) layers: LayerChoice,
+    /// Also read every weight and scale, and say what is hardly meant: experts of zeros, copies, wrong
+    /// scales, a router that does not route, files that end in zeros (docs/doctor.md).
+    #[arg(long)]
+    pub(crate) doctor: bool,
+    /// Let warnings of the doctor, too, make the exit status 1.
+    #[arg(long)]
+    pub(crate) strict: bool,
+    #[command(flatten)]
+    pub(crate) threads: ThreadArgs,
 }
 
 /// `explain`

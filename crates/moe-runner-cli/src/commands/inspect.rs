@@ -1,17 +1,21 @@
-//! `inspect`: what a checkpoint holds, from headers alone.
+//! `inspect`: what a checkpoint holds, from headers alone; with `--doctor`, from everything.
 
 use std::collections::BTreeMap;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
+use moe_kernels::pool::Pool;
 use moe_runner::checkpoint::Container;
 use moe_runner::checkpoint::architecture::{LayerEntry, overlooked};
+use moe_runner::doctor;
 use moe_runner::spec::LayerSpec;
-use moe_runner::weights::{Accounting, Expert, Finding, LoadedLayer, Matrix, diagnose, survey};
+use moe_runner::weights::{Accounting, Expert, LoadedLayer, Matrix, survey};
 use serde::Serialize;
 
 use crate::args::InspectArgs;
 use crate::checkpoints::{Opened, ranges};
-use crate::failure::one_line;
+use crate::failure::{one_line, unusable};
+use crate::report::findings::{self, FindingJson};
+use crate::report::progress::Progress;
 use crate::report::table::{Columns, Facts, Tone, toned};
 use crate::report::{Report, formula, units};
 
@@ -27,6 +31,8 @@ struct InspectJson {
     unseen: Option<&'static str>,
     /// What is wrong with layers that are no MoE layers.
     overlooked: Vec<String>,
+    /// What the doctor found in files.
+    findings: Vec<FindingJson>,
     tensors: usize,
     bytes: Bytes,
     layers: Vec<LayerJson>,
@@ -58,21 +64,35 @@ struct LayerJson {
     bytes: Bytes,
     missing: Vec<String>,
     wrong: Vec<String>,
-    /// What can be loaded, but is hardly meant: experts that were not quantised or not calibrated.
-    suspect: Vec<String>,
-    /// What is worth knowing about the quantisation.
-    notes: Vec<String>,
+    /// What the doctor found: from headers, or from everything.
+    findings: Vec<FindingJson>,
     unexpected: Vec<String>,
     duplicate: Vec<String>,
     spec: LayerSpec,
 }
 
 /// Runs the command.
-pub(crate) fn run(args: &InspectArgs) -> Result<Report> {
-    let opened = Opened::open_outline(&args.checkpoint)?;
+pub(crate) fn run(args: &InspectArgs, threads: usize) -> Result<Report> {
+    if args.threads.is_given() && !args.doctor {
+        return Err(unusable("--threads: reading headers takes one; it acts with --doctor"));
+    }
+    let opened = match args.doctor {
+        true => Opened::open(&args.checkpoint)?,
+        false => Opened::open_outline(&args.checkpoint)?,
+    };
+    let pool = args.doctor.then(|| Pool::new(threads)).transpose();
+    let pool = pool.context("cannot start threads; try --threads 1")?;
     let checkpoint = &opened.checkpoint;
     let chosen = opened.select(&args.layers)?;
-    let layers = chosen.iter().map(|entry| layer(&opened, entry)).collect::<Vec<_>>();
+    let progress = Progress::new(chosen.len());
+    let inspected = chosen.iter().map(|entry| {
+        progress.doing(entry.spec.name.clone());
+        let layer = layer(&opened, entry, pool.as_ref());
+        progress.step();
+        layer
+    });
+    let layers = inspected.collect::<Vec<_>>();
+    drop(progress);
     let total = checkpoint.names().filter_map(|name| checkpoint.info(name)).map(|i| i.bytes).sum();
     let sum = |of: fn(&Bytes) -> usize| layers.iter().map(|layer| of(&layer.bytes)).sum::<usize>();
     let (experts, shared_experts, gate) =
@@ -81,9 +101,10 @@ pub(crate) fn run(args: &InspectArgs) -> Result<Report> {
     let overlooked = overlooked(checkpoint)?;
     let overlooked: Vec<String> = overlooked.iter().map(ToString::to_string).collect();
     let json = InspectJson {
-        ok: layers.iter().all(LayerJson::ok) && overlooked.is_empty(),
+        ok: true,
         unseen: opened.unseen(),
         overlooked,
+        findings: findings::all(if args.doctor { doctor::files(checkpoint) } else { Vec::new() }),
         path: checkpoint.path().display().to_string(),
         container: match checkpoint.container() {
             Container::Safetensors => "safetensors",
@@ -96,17 +117,30 @@ pub(crate) fn run(args: &InspectArgs) -> Result<Report> {
         bytes: Bytes { experts, shared_experts, gate, rest, total },
         layers,
     };
-    Report::new(json.ok, text(&json), &json)
+    let json = InspectJson { ok: json.is_complete() && json.counting(args.strict) == 0, ..json };
+    Report::new(json.ok, text(&json, args.strict), &json)
+}
+
+impl InspectJson {
+    fn is_complete(&self) -> bool {
+        self.layers.iter().all(LayerJson::is_complete) && self.overlooked.is_empty()
+    }
+
+    /// Findings that make the exit status 1.
+    fn counting(&self, strict: bool) -> usize {
+        let all = self.layers.iter().flat_map(|layer| &layer.findings).chain(&self.findings);
+        all.filter(|finding| finding.counts(strict)).count()
+    }
 }
 
 impl LayerJson {
-    fn ok(&self) -> bool {
+    fn is_complete(&self) -> bool {
         let lists = [&self.missing, &self.wrong, &self.duplicate, &self.unexpected];
         lists.into_iter().all(Vec::is_empty)
     }
 }
 
-fn layer(opened: &Opened, entry: &LayerEntry) -> LayerJson {
+fn layer(opened: &Opened, entry: &LayerEntry, pool: Option<&Pool>) -> LayerJson {
     let spec = &entry.spec;
     let (loaded, accounting) = survey(&opened.checkpoint, entry);
     let mut wrong: Vec<String> = accounting.wrong.iter().map(ToString::to_string).collect();
@@ -125,7 +159,10 @@ fn layer(opened: &Opened, entry: &LayerEntry) -> LayerJson {
         .collect();
     wrong.append(&mut wrong_experts);
     unexpected.sort();
-    let (suspect, notes) = findings(opened, entry);
+    let found = match (pool, &loaded) {
+        (Some(pool), Some(layer)) => doctor::examine(&opened.checkpoint, entry, layer, pool),
+        _ => doctor::formats(&opened.checkpoint, entry),
+    };
     LayerJson {
         layer: spec.index,
         name: spec.name.clone(),
@@ -146,20 +183,11 @@ fn layer(opened: &Opened, entry: &LayerEntry) -> LayerJson {
         bytes,
         missing: accounting.missing,
         wrong,
-        suspect,
-        notes,
+        findings: findings::all(found),
         unexpected,
         duplicate: accounting.duplicates.into_iter().map(|(name, _)| name).collect(),
         spec: spec.clone(),
     }
-}
-
-/// What diagnosis finds: what is hardly meant, and what is worth knowing.
-fn findings(opened: &Opened, entry: &LayerEntry) -> (Vec<String>, Vec<String>) {
-    let (faults, others): (Vec<Finding>, Vec<Finding>) =
-        diagnose(&opened.checkpoint, entry).into_iter().partition(|found| found.kind.is_fault());
-    let text = |found: Vec<Finding>| found.iter().map(Finding::to_string).collect();
-    (text(faults), text(others))
 }
 
 /// The number formats of every projection; more than one where experts differ.
@@ -205,7 +233,7 @@ fn layer_bytes(layer: &LoadedLayer, accounting: &Accounting) -> Bytes {
     Bytes { experts, shared_experts, gate, rest, total }
 }
 
-fn text(json: &InspectJson) -> String {
+fn text(json: &InspectJson, strict: bool) -> String {
     let mut out = format!("{}\n\n", toned(Tone::Title, &one_line(&json.path)));
     let mut facts = Facts::new();
     facts.add("architecture", format!("{} ({})", one_line(&json.architecture), json.container));
@@ -238,7 +266,7 @@ fn text(json: &InspectJson) -> String {
         table.row([what.to_owned(), units::bytes(size), format!("{share:.1} %")]);
     }
     out += &table.to_string();
-    out + "\n" + &completeness(json)
+    out + "\n" + &completeness(json, strict)
 }
 
 /// Layers that differ in nothing but their index stand together.
@@ -301,14 +329,12 @@ fn layer_text(group: &[&LayerJson]) -> String {
 /// How many names of a kind are shown.
 const SHOWN: usize = 5;
 
-fn completeness(json: &InspectJson) -> String {
+fn completeness(json: &InspectJson, strict: bool) -> String {
     let mut out = String::new();
     for layer in &json.layers {
         for (what, names) in [
             ("missing", &layer.missing),
             ("wrong", &layer.wrong),
-            ("suspect", &layer.suspect),
-            ("note", &layer.notes),
             ("duplicate", &layer.duplicate),
             ("unexpected", &layer.unexpected),
         ] {
@@ -320,6 +346,12 @@ fn completeness(json: &InspectJson) -> String {
                 out += &format!("layer {}: {what}: {more} more (--json lists all)\n", layer.layer);
             }
         }
+        for finding in &layer.findings {
+            out += &format!("layer {}: {}\n", layer.layer, finding.line());
+        }
+    }
+    for finding in &json.findings {
+        out += &format!("{}\n", finding.line());
     }
     for problem in &json.overlooked {
         out += &format!("overlooked: {}\n", one_line(problem));
@@ -327,8 +359,16 @@ fn completeness(json: &InspectJson) -> String {
     if let Some(unseen) = json.unseen {
         return out + &toned(Tone::Title, unseen);
     }
-    let broken = json.layers.iter().filter(|layer| !layer.ok()).count();
+    let broken = json.layers.iter().filter(|layer| !layer.is_complete()).count();
+    let counting = json.counting(strict);
     out + &match broken {
+        0 if counting > 0 => toned(
+            Tone::Bad,
+            &format!(
+                "UNSOUND: every tensor is there, but {}; docs/doctor.md says what to do",
+                units::plural(counting, "finding")
+            ),
+        ),
         0 if !json.overlooked.is_empty() => {
             toned(Tone::Bad, "INCOMPLETE: layers are not what the configuration says")
         }

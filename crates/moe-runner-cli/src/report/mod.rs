@@ -1,6 +1,7 @@
 //! What a command says: one text for people, one JSON object for programs.
 
 pub(crate) mod bars;
+pub(crate) mod findings;
 pub(crate) mod formula;
 pub(crate) mod progress;
 pub(crate) mod table;

@@ -8,6 +8,7 @@ mod bench;
 mod book;
 mod check;
 mod describe;
+mod doctor;
 mod files;
 mod interface;
 mod outline;

@@ -402,6 +402,11 @@ impl Checkpoint {
         })
     }
 
+    /// The files, as far as what they hold may be looked at.
+    pub(super) fn files_to_read(&self) -> &[TensorFile] {
+        if self.blank { &[] } else { &self.inner.files }
+    }
+
     fn find(&self, name: &str) -> Option<(&TensorFile, &Entry)> {
         let table = &self.inner.table;
         let i = table.binary_search_by(|place| (*self.entry(*place).1.name).cmp(name)).ok()?;

@@ -13,11 +13,13 @@ pub mod gguf;
 mod outline;
 pub mod quantization;
 mod safetensors;
+mod tail;
 mod tensor;
 mod write;
 
 pub use config::Config;
 pub use container::{Checkpoint, Container, Seen, TensorInfo};
 pub use file::StoredDtype;
+pub(crate) use tail::TailTensor;
 pub use tensor::{Bytes, Dtype, Tensor};
 pub use write::{NewTensor, Writer, write_safetensors};

@@ -95,7 +95,7 @@ fn gate(layer: &LoadedLayer, rows: &[Vec<f64>]) -> Result<Vec<f32>> {
     Ok(logits.concat().into_iter().map(|v| v as f32).collect())
 }
 
-fn route(
+pub(crate) fn route(
     layer: &LoadedLayer,
     logits: &[f32],
     input_ids: Option<&[u32]>,

@@ -7,16 +7,15 @@ mod activation;
 mod load;
 mod matrix;
 pub mod portable;
-mod quant;
+pub(crate) mod quant;
 mod stacked;
 mod synthetic;
 mod validate;
 
 pub use activation::ActivationQuant;
-pub(crate) use load::float;
-pub use load::{Accounting, account, scan_finite, survey};
+pub(crate) use load::{Loader, float};
+pub use load::{Accounting, account, survey};
 pub use matrix::Matrix;
-pub use quant::{Finding, FindingKind, diagnose};
 pub use stacked::{GateUp, Stack, StackedExperts};
 pub use synthetic::{RandomFormat, RandomScaled, random_layer, random_matrix};
 

@@ -224,7 +224,6 @@ fn specs_and_outputs_of_recorded_cases() {
             assert!(accounting.is_complete(), "{}: {accounting:?}", folder.display());
             assert_eq!(accounting.unexpected, Vec::<String>::new(), "{}", folder.display());
             let layer = LoadedLayer::load(&checkpoint, entry).unwrap();
-            assert!(weights::scan_finite(checkpoint.path(), entry, &layer).is_empty());
             check_outputs(&folder, &entry.spec, &layer);
         }
     }

@@ -3,9 +3,11 @@
 use crate::formats::{FORMATS, Format};
 use crate::models::{Files, MODELS, matrices};
 use moe_kernels::numerics::EncodeScale;
+use moe_kernels::pool::Inline;
 use moe_kernels::numerics::quantise::Qdq;
 use moe_runner::checkpoint::{Dtype, architecture};
-use moe_runner::weights::{ActivationQuant, Finding, FindingKind, account, diagnose};
+use moe_runner::doctor::{self, Finding, FindingKind, Severity};
+use moe_runner::weights::{ActivationQuant, account};
 
 const UP: &str = "model.layers.0.mlp.experts.2.up_proj";
 
@@ -20,12 +22,12 @@ fn files(name: &str) -> Files {
 fn findings(files: &Files) -> Vec<Finding> {
     let folder = tempfile::tempdir().unwrap();
     let checkpoint = files.open(folder.path());
-    diagnose(&checkpoint, &architecture::layers(&checkpoint).unwrap()[0])
+    doctor::formats(&checkpoint, &architecture::layers(&checkpoint).unwrap()[0])
 }
 
 fn only_finding(files: &Files, kind: FindingKind, name: &str, detail: &str) {
     let mut found = findings(files);
-    found.retain(|finding| finding.kind.is_fault());
+    found.retain(|finding| finding.severity > Severity::Note);
     assert_eq!(found.len(), 1, "{found:?}");
     assert_eq!((found[0].kind, found[0].names.as_slice()), (kind, [name.to_string()].as_slice()));
     let text = found[0].to_string();
@@ -153,6 +155,48 @@ fn set_all(files: &mut Files, ending: &str, value: f32) {
     tensor.2.chunks_exact_mut(4).for_each(|bytes| bytes.copy_from_slice(&value.to_le_bytes()));
 }
 
+/// One expert's scales are wrong by a factor: its weights are far off the others', in every format.
+#[test]
+fn a_wrong_scale_is_far_off_the_other_experts() {
+    let mut tried = 0;
+    for format in FORMATS {
+        let mut files = Files::new(&MODELS[1], format, 5);
+        let scales = files.tensors.iter_mut().filter(|(name, (dtype, _, _))| {
+            let of_weights = name.contains("scale") && !name.contains("input");
+            name.starts_with(UP) && of_weights && *dtype == Dtype::F32
+        });
+        let Some((_, (_, _, bytes))) = scales.last() else { continue };
+        for bytes in bytes.as_chunks_mut::<4>().0 {
+            *bytes = (f32::from_le_bytes(*bytes) * 1000.0).to_le_bytes();
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let checkpoint = files.open(folder.path());
+        let entry = &architecture::layers(&checkpoint).unwrap()[0];
+        let layer = moe_runner::weights::LoadedLayer::load(&checkpoint, entry).unwrap();
+        let found = doctor::examine(&checkpoint, entry, &layer, &Inline);
+        let off = found.iter().find(|finding| finding.kind == FindingKind::OffScale);
+        let off = off.unwrap_or_else(|| panic!("{}: {found:?}", format.name));
+        assert_eq!(off.experts, [2], "{}: {off}", format.name);
+        assert!(off.names[0].starts_with(UP), "{}: {off}", format.name);
+        tried += 1;
+    }
+    assert!(tried > 8, "{tried} formats have scales in f32");
+}
+
+/// An expert whose largest activation in calibration was next to nothing.
+#[test]
+fn experts_that_calibration_hardly_reached() {
+    for (name, ending, factor) in
+        [("fp8 tensor, static", ".input_scale", 1e-4), ("nvfp4", ".input_global_scale", 1e4)]
+    {
+        let mut files = files(name);
+        let tensor = &files.tensors[&format!("{UP}{ending}")];
+        let usual = f32::from_le_bytes(tensor.2[..4].try_into().unwrap());
+        set(&mut files, ending, usual * factor);
+        only_finding(&files, FindingKind::Uncalibrated, UP, "times smaller");
+    }
+}
+
 /// Experts that a quantiser skipped are loaded as what they are, and told about.
 #[test]
 fn skipped_experts_are_found() {
@@ -167,7 +211,7 @@ fn skipped_experts_are_found() {
     let found = findings(&files);
     let kinds: Vec<FindingKind> = found.iter().map(|finding| finding.kind).collect();
     assert_eq!(kinds, [FindingKind::Skipped, FindingKind::Inconsistent]);
-    assert!(found.iter().all(|finding| finding.names == [UP] && finding.kind.is_fault()));
+    assert!(found.iter().all(|finding| finding.names == [UP] && finding.severity > Severity::Note));
     assert!(found[0].to_string().contains("BF16, the configuration says int4"), "{}", found[0]);
 }
 
@@ -193,7 +237,7 @@ fn gate_and_up_with_different_scales_lose_nothing() {
     // the test's tensors all have weight scales of their own
     let kinds: Vec<FindingKind> = found.iter().map(|finding| finding.kind).collect();
     assert_eq!(kinds, [FindingKind::GateUpScales, FindingKind::InputScales]);
-    assert!(found.iter().all(|finding| !finding.kind.is_fault()));
+    assert!(found.iter().all(|finding| finding.severity == Severity::Note));
 }
 
 /// Two experts whose static scales differ by a factor: rows are quantised once, for the larger range,

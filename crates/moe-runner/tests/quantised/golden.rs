@@ -7,7 +7,8 @@ use crate::layers::{forward, nmse, runner, truth};
 use moe_runner::checkpoint::{Checkpoint, architecture};
 use moe_runner::hidden::ActivationDtype::F32;
 use moe_runner::spec::ActivationFormat;
-use moe_runner::weights::{LoadedLayer, diagnose};
+use moe_runner::doctor;
+use moe_runner::weights::LoadedLayer;
 
 /// The full set of cases where it stands beside the repository, else those in the repository.
 fn golden() -> PathBuf {
@@ -90,7 +91,7 @@ fn every_recorded_row_of_a_gguf_file_is_decoded_exactly() {
 fn nothing_is_wrong_with_the_recorded_checkpoints() {
     for (name, checkpoint, _) in cases(&["quant_", "gpt_oss_mxfp4", "gguf_"]) {
         for entry in architecture::layers(&checkpoint).unwrap() {
-            assert_eq!(diagnose(&checkpoint, &entry), [], "{name}");
+            assert_eq!(doctor::formats(&checkpoint, &entry), [], "{name}");
         }
     }
 }

@@ -4,13 +4,14 @@ use std::time::Duration;
 
 use anyhow::Result;
 use moe_runner::checkpoint::architecture::LayerEntry;
+use moe_runner::doctor::{self, Finding, FindingKind, Severity};
 use moe_runner::hidden::ActivationDtype;
 use moe_runner::parallel::Parallel;
 use moe_runner::random::Random;
 use moe_runner::router::{LogicalId, Routing};
 use moe_runner::runner::{MoeRunner, Options, RankedRunner, reference};
 use moe_runner::spec::{ActivationFormat, LayerSpec, Selection};
-use moe_runner::weights::{LoadedLayer, account, scan_finite};
+use moe_runner::weights::{LoadedLayer, account};
 use serde::Serialize;
 
 use super::compare::{Errors, Forward, Worst, nmse, within};
@@ -20,6 +21,7 @@ use crate::checkpoints::Opened;
 use crate::input::{Input, LayerInput};
 use crate::measure::{MachineLimits, Times, times};
 use crate::memory;
+use crate::report::findings::{self, FindingJson};
 use crate::report::units::plural;
 use crate::routing::weight_factor;
 use crate::splitting::Ranks;
@@ -41,6 +43,8 @@ pub(crate) struct LayerCheck {
     pub(super) ok: bool,
     /// What is wrong, in sentences; empty for a layer that is right.
     pub(super) problems: Vec<String>,
+    /// What the doctor found; what counts is among the problems, too.
+    pub(super) findings: Vec<FindingJson>,
     /// Tensors of the block that have no role; not wrong by themselves.
     pub(super) unexpected: Vec<String>,
     pub(super) experts: usize,
@@ -103,6 +107,8 @@ pub(super) struct Checker<'a> {
     /// Another checkpoint of the same model.
     pub(super) original: Option<&'a Opened>,
     pub(super) tokens: usize,
+    /// Warnings count as problems.
+    pub(super) strict: bool,
     pub(super) ranks: &'a Ranks,
     pub(super) parallel: &'a Parallel,
 }
@@ -129,10 +135,11 @@ impl Checker<'_> {
                 return Ok(check);
             }
         };
-        let path = self.opened.checkpoint.path();
-        let unusable = scan_finite(path, self.entry, &layer);
-        if !unusable.is_empty() {
-            check.problems.extend(unusable.iter().map(ToString::to_string));
+        let checkpoint = &self.opened.checkpoint;
+        let found = doctor::examine(checkpoint, self.entry, &layer, &*self.common.pool);
+        let unusable = found.iter().any(|finding| finding.kind == FindingKind::NonFinite);
+        check.add_findings(found, self.strict);
+        if unusable {
             return Ok(check);
         }
         let dtype = self.opened.dtype(self.common.dtype, &layer);
@@ -155,6 +162,9 @@ impl Checker<'_> {
         let mut results = executed.results.into_iter();
         if let Some(result) = results.next() {
             self.compare(&mut check, &layer, executed.bound, &input, &result)?;
+            if check.inputs != "random" {
+                check.add_findings(self.collapsed(&check).into_iter().collect(), self.strict);
+            }
             if let Some(original) = self.original {
                 self.compare_with(original, &mut check, dtype, &input, &result)?;
             }
@@ -175,6 +185,27 @@ impl Checker<'_> {
         check.problems.extend(off.map(Comparison::problem));
         check.ok = check.problems.is_empty();
         Ok(check)
+    }
+
+    /// Whether hidden states that somebody meant all go to the same experts.
+    fn collapsed(&self, check: &LayerCheck) -> Option<Finding> {
+        if !doctor::is_collapsed(&check.load, check.top_k) {
+            return None;
+        }
+        let used = check.load.iter().enumerate().filter(|(_, slots)| **slots > 0);
+        Some(Finding {
+            kind: FindingKind::CollapsedRouting,
+            severity: Severity::Warning,
+            layer: Some(check.layer),
+            experts: used.map(|(expert, _)| expert).collect(),
+            file: self.opened.checkpoint.path().to_owned(),
+            names: vec![self.entry.tensors.gate.module.clone()],
+            detail: format!(
+                "sends all {} ({}) to the same experts",
+                plural(check.tokens, "token"),
+                check.inputs
+            ),
+        })
     }
 
     /// The output against that of the same layer of another checkpoint, run in the same way. Nobody
@@ -393,6 +424,22 @@ impl Checker<'_> {
             check.problems.push(format!("output: NMSE {total:.1e}, at most {bound:.0e}{place}"));
         }
         Ok(())
+    }
+}
+
+impl LayerCheck {
+    /// Findings of the doctor; what counts is a problem.
+    fn add_findings(&mut self, found: Vec<Finding>, strict: bool) {
+        let found = findings::all(found);
+        let counting = found.iter().filter(|finding| finding.counts(strict));
+        self.problems.extend(counting.map(|finding| finding.message.clone()));
+        self.findings.extend(found);
+    }
+
+    /// Findings that are no problems.
+    pub(super) fn asides(&self) -> impl Iterator<Item = &FindingJson> {
+        let told = |finding: &&FindingJson| !self.problems.contains(&finding.message);
+        self.findings.iter().filter(told)
     }
 }
 

@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use anyhow::Result;
 use moe_runner::checkpoint::architecture::overlooked;
 use moe_runner::comm::Sizes;
+use moe_runner::doctor;
 use serde::Serialize;
 
 use crate::args::{CheckArgs, Common};
@@ -20,6 +21,7 @@ use crate::failure::unusable;
 use crate::input::Input;
 use crate::interrupt;
 use crate::measure::MachineLimits;
+use crate::report::findings::{self, FindingJson};
 use crate::report::progress::Progress;
 use crate::report::{Report, say};
 use layer::LayerCheck;
@@ -39,6 +41,8 @@ struct CheckJson {
     /// Layers that were to be checked and are not, where the run was interrupted.
     #[serde(skip_serializing_if = "Option::is_none")]
     unchecked: Option<usize>,
+    /// What the doctor found in files.
+    findings: Vec<FindingJson>,
     layers: Vec<LayerCheck>,
 }
 
@@ -102,6 +106,7 @@ pub(crate) fn run(args: &CheckArgs, common: &Common, json: bool) -> Result<Repor
             false => Some(ranks.measure(&common.pool)?),
         },
         unchecked: None,
+        findings: findings::all(doctor::files(&opened.checkpoint)),
         layers: Vec::with_capacity(entries.len()),
     }));
     let machine = held(&known).machine;
@@ -126,6 +131,7 @@ pub(crate) fn run(args: &CheckArgs, common: &Common, json: bool) -> Result<Repor
             recorded: recorded.as_ref(),
             original: original.as_ref(),
             tokens: args.tokens,
+            strict: args.strict,
             ranks: &ranks,
             parallel: &parallel,
         };
@@ -146,11 +152,14 @@ pub(crate) fn run(args: &CheckArgs, common: &Common, json: bool) -> Result<Repor
     {
         return Err(recorded.no_layer());
     }
-    let ok = checks.iter().all(|check| check.ok);
+    let unsound = known.findings.iter().filter(|finding| finding.counts(args.strict));
+    let unsound: Vec<&str> = unsound.map(|finding| finding.message.as_str()).collect();
+    let ok = checks.iter().all(|check| check.ok) && unsound.is_empty();
+    let verdict = text::verdict(checks, &unsound);
     if !ranks.reports() {
         return Ok(Report::silent(ok));
     }
-    (known.ok, known.verdict) = (ok, text::verdict(checks));
+    (known.ok, known.verdict) = (ok, verdict);
     Report::new(ok, text::closing(&known), &*known)
 }
 

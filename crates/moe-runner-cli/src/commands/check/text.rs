@@ -105,7 +105,7 @@ impl Live {
             }),
         ]);
         match layer.ok {
-            true => line,
+            true => layer.asides().fold(line, |line, aside| line + "\n       " + &aside.line()),
             false => format!("{line}\n{}", full(layer)),
         }
     }
@@ -124,7 +124,9 @@ impl Live {
 /// What comes after the last layer.
 pub(super) fn closing(json: &CheckJson) -> String {
     let tone = if json.ok { Tone::Good } else { Tone::Bad };
-    toned(tone, &json.verdict) + &outlook(&json.layers)
+    let findings: String =
+        json.findings.iter().map(|finding| finding.line() + "\n").collect();
+    findings + &toned(tone, &json.verdict) + &outlook(&json.layers)
 }
 
 /// What is known when the run is interrupted, in one sentence.
@@ -136,13 +138,13 @@ pub(super) fn interrupted(layers: &[LayerCheck], left: usize) -> String {
             "INTERRUPTED: {} of {} were checked. {}",
             layers.len(),
             plural(all, "MoE layer"),
-            verdict(layers)
+            verdict(layers, &[])
         ),
     }
 }
 
-/// The whole in one sentence.
-pub(super) fn verdict(layers: &[LayerCheck]) -> String {
+/// The whole in one sentence; `unsound`: what is wrong with files.
+pub(super) fn verdict(layers: &[LayerCheck], unsound: &[&str]) -> String {
     let wrong: Vec<&LayerCheck> = layers.iter().filter(|layer| !layer.ok).collect();
     if let Some(first) = wrong.first() {
         let problem = first.problems.first().map_or("not checked", String::as_str);
@@ -153,6 +155,9 @@ pub(super) fn verdict(layers: &[LayerCheck]) -> String {
             first.layer,
             one_line(problem)
         );
+    }
+    if let Some(first) = unsound.first() {
+        return format!("WRONG: {first}");
     }
     let recorded: usize = layers.iter().map(|layer| layer.recorded.len()).sum();
     let recorded = match recorded {
@@ -166,10 +171,14 @@ pub(super) fn verdict(layers: &[LayerCheck]) -> String {
         format!(" (worst: {what} of layer {layer}, NMSE {nmse:.1e}, bound {bound:.0e})")
     });
     format!(
-        "RIGHT: {} computed what the float64 reference does{recorded}{worst}",
+        "RIGHT: {} computed what the float64 reference does{recorded}{worst}{}",
         match layers.len() {
             1 => "the MoE layer".to_owned(),
             count => format!("all {count} MoE layers"),
+        },
+        match layers.iter().flat_map(LayerCheck::asides).filter(|aside| aside.counts(true)).count() {
+            0 => String::new(),
+            count => format!("; {}", plural(count, "warning")),
         }
     )
 }
@@ -228,6 +237,9 @@ fn full(layer: &LayerCheck) -> String {
     }
     if layer.problems.len() > SHOWN {
         facts.add("", format!("{} more (--json lists all)", layer.problems.len() - SHOWN));
+    }
+    for aside in layer.asides() {
+        facts.add("doctor", aside.line());
     }
     if !layer.unexpected.is_empty() {
         facts.add("unexpected", one_line(&layer.unexpected.join(", ")));

@@ -95,7 +95,7 @@ pub(crate) struct Loader<'a> {
 }
 
 impl<'a> Loader<'a> {
-    pub(in crate::weights) fn new(checkpoint: &'a Checkpoint) -> Self {
+    pub(crate) fn new(checkpoint: &'a Checkpoint) -> Self {
         Self {
             checkpoint,
             accounting: Accounting::default(),

@@ -4,11 +4,9 @@
 //! everything: [`account`] returns the account, [`LoadedLayer::load`] fails on it.
 
 mod accounting;
-mod finite;
 pub(crate) mod float;
 
 pub use accounting::Accounting;
-pub use finite::scan_finite;
 
 use super::quant::{self, Problem};
 use super::{Expert, GateWeights, LoadedLayer, Matrix, OutputWeights, SharedWeights, StepWeights};

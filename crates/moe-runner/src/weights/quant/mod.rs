@@ -3,7 +3,6 @@
 //! [`names`] is the table of tensors, for reading and for writing.
 
 mod codes;
-mod diagnose;
 mod input;
 mod k_first;
 mod module;
@@ -12,9 +11,8 @@ mod packed;
 mod scaled_blocks;
 mod small_floats;
 
-pub use diagnose::{Finding, FindingKind, diagnose};
 pub(crate) use input::share_input_scale;
-pub(crate) use module::Problem;
+pub(crate) use module::{Module, Problem, scale_of, scale_value};
 pub(crate) use scaled_blocks::times_its_scale;
 
 use moe_kernels::numerics::ggml::BlockType;
@@ -24,7 +22,7 @@ use super::{Blocks, Matrix};
 use crate::checkpoint::architecture::Projection;
 use crate::checkpoint::quantization::{Scheme, WeightScheme};
 use crate::checkpoint::{Dtype, StoredDtype};
-use module::{Module, Result};
+use module::Result;
 
 /// A projection that the configuration gives a scheme; `None` for plain floats, also where the
 /// configuration says otherwise, but the checkpoint has them as floats.

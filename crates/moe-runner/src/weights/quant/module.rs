@@ -22,12 +22,12 @@ impl From<Error> for Problem {
     }
 }
 
-pub(super) type Result<T, E = Problem> = std::result::Result<T, E>;
+pub(crate) type Result<T, E = Problem> = std::result::Result<T, E>;
 
 /// A module and where its tensors are gotten from.
-pub(super) struct Module<'l, 'a> {
-    pub(super) loader: &'l mut Loader<'a>,
-    pub(super) projection: &'l Projection,
+pub(crate) struct Module<'l, 'a> {
+    pub(crate) loader: &'l mut Loader<'a>,
+    pub(crate) projection: &'l Projection,
 }
 
 impl Module<'_, '_> {
@@ -37,13 +37,13 @@ impl Module<'_, '_> {
     }
 
     /// The name of the first tensor that is there.
-    pub(super) fn name(&self, endings: &[&str]) -> Option<String> {
+    pub(crate) fn name(&self, endings: &[&str]) -> Option<String> {
         let names = endings.iter().map(|ending| format!("{}{ending}", self.projection.module));
         names.into_iter().find(|name| self.loader.checkpoint().contains(name))
     }
 
     /// The first tensor that is there; of a stack, the part of this matrix.
-    pub(super) fn find(&mut self, endings: &[&str]) -> Result<Option<Tensor>> {
+    pub(crate) fn find(&mut self, endings: &[&str]) -> Result<Option<Tensor>> {
         let Some(name) = self.name(endings) else { return Ok(None) };
         let Some(tensor) = self.loader.claim(&name)? else { return Ok(None) };
         match self.projection.part.stack {
@@ -114,7 +114,7 @@ impl Module<'_, '_> {
 }
 
 /// The value of a stored scale, which must be one to divide by.
-pub(super) fn scale_value(tensor: &Tensor) -> Result<f32, Error> {
+pub(crate) fn scale_value(tensor: &Tensor) -> Result<f32, Error> {
     if tensor.shape.iter().product::<usize>() != 1 {
         return Err(tensor.error(format!("has shape {:?}; one scale is needed", tensor.shape)));
     }
@@ -173,7 +173,7 @@ pub(super) fn expect_dims(tensor: &Tensor, shape: &[usize]) -> Result<(), Error>
 pub(super) const WORDS: &[Dtype] = &[Dtype::I32, Dtype::U32];
 
 /// The type of a tensor of scales; bytes are powers of two. `None` for what cannot be one.
-pub(super) fn scale_of(dtype: Dtype) -> Option<ScaleType> {
+pub(crate) fn scale_of(dtype: Dtype) -> Option<ScaleType> {
     match dtype {
         Dtype::F32 => Some(ScaleType::F32),
         Dtype::F16 => Some(ScaleType::F16),

@@ -33,6 +33,8 @@ enum Lie {
     Nibbles,
     /// As nibbles, in AWQ's order.
     Awq,
+    /// Bytes of two nibbles of a row, row beside row.
+    Pairs,
     /// Words of eight nibbles of a row, row beside row.
     GptqNibbles,
     /// Words of four bytes of a row, row beside row.
@@ -64,6 +66,7 @@ impl<'a> Fast<'a> {
                     (Packing::Transposed, 8) => Lie::Columns(1),
                     (Packing::Transposed, 4) => Lie::Nibbles,
                     (Packing::Awq, _) => Lie::Awq,
+                    (Packing::TransposedPairs, _) => Lie::Pairs,
                     (Packing::Gptq, 8) => Lie::GptqBytes,
                     (Packing::Gptq, 4) => Lie::GptqNibbles,
                     _ => return None,
@@ -122,7 +125,7 @@ for_each_isa! {
                     }
                 }
             }
-            Lie::Nibbles | Lie::Awq | Lie::GptqNibbles => {
+            Lie::Nibbles | Lie::Awq | Lie::Pairs | Lie::GptqNibbles => {
                 let mut columns = [[0; UNIT]; 8];
                 for (octet, to) in to.as_chunks_mut::<{ 4 * UNIT }>().0.iter_mut().enumerate() {
                     for (j, column) in columns.iter_mut().enumerate() {
@@ -187,6 +190,12 @@ fn straight_words(fast: &Fast<'_>, plan: &Plan, place: usize) -> bool {
 fn nibbles(fast: &Fast<'_>, row: usize, k: usize, column: &mut [u8; UNIT]) {
     let row = fast.first + row * fast.step;
     match fast.lie {
+        Lie::Pairs => {
+            let line = &fast.bytes[k / 2 * fast.stride..][..fast.stride];
+            for (r, code) in column.iter_mut().enumerate() {
+                *code = line[row + r * fast.step] >> (k % 2 * 4) & 15;
+            }
+        }
         Lie::GptqNibbles => {
             let line = &fast.bytes[k / 8 * fast.stride..][..fast.stride];
             for (r, code) in column.iter_mut().enumerate() {

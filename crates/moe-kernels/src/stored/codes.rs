@@ -117,7 +117,8 @@ impl Codes {
 
     /// Bytes from one line of the stored codes to the next: from row to row for
     /// [`Packing::Rows`], from column to column for [`Packing::Transposed`] and [`Packing::Awq`],
-    /// from the words of some columns to those of the next for [`Packing::Gptq`].
+    /// from the words (or pairs) of some columns to those of the next for [`Packing::Gptq`] and
+    /// [`Packing::TransposedPairs`].
     pub fn stride(&self) -> usize {
         self.stride
     }

@@ -4,6 +4,7 @@
 //! |---|---|---|
 //! | rows (compressed-tensors, MX, FP8) | `[N, K·b/8]` bytes | code `k` of row `n` |
 //! | transposed (Quark, transposed stacks) | `[K, N·b/8]` bytes | code `n` of column `k` |
+//! | transposed pairs (transposed stacks of FP4) | `[K/2, N]` bytes | byte `[k/2, n]`, nibble `k % 2` |
 //! | GPTQ | `[K·b/32, N]` words | word `[k·b/32, n]`, code `k % (32/b)` |
 //! | AWQ | `[K, N/8]` words | word `[k, n/8]`, nibble `[0, 4, 1, 5, 2, 6, 3, 7][n % 8]` |
 //!
@@ -21,6 +22,8 @@ pub enum Packing {
     Rows,
     /// Column after column; a column is whole bytes.
     Transposed,
+    /// Bytes of two codes along K, row beside row; K is even, codes have 4 bits.
+    TransposedPairs,
     /// Words along K, row beside row; K is whole words, codes have 4 or 8 bits.
     Gptq,
     /// Words along N with interleaved nibbles; N is whole words.
@@ -49,6 +52,7 @@ impl Packing {
             Self::Transposed if matches!(bits, 4 | 8) && rows.is_multiple_of(8 / bits) => {
                 (cols, rows.checked_mul(bits).map(|line| line / 8))
             }
+            Self::TransposedPairs if bits == 4 && cols.is_multiple_of(2) => (cols / 2, Some(rows)),
             Self::Gptq if matches!(bits, 4 | 8) && cols.is_multiple_of(32 / bits) => {
                 (cols / (32 / bits), rows.checked_mul(4))
             }
@@ -93,6 +97,9 @@ impl Packing {
             Self::Transposed if eight => out.for_each(|(out, k)| *out = bytes[k * stride + row]),
             Self::Transposed => {
                 out.for_each(|(out, k)| *out = int4::nibble(bytes, k * stride * 2 + row));
+            }
+            Self::TransposedPairs => {
+                out.for_each(|(out, k)| *out = bytes[k / 2 * stride + row] >> (k % 2 * 4) & 15);
             }
             Self::Gptq if eight => {
                 out.for_each(|(out, k)| *out = bytes[k / 4 * stride + row * 4 + k % 4]);

@@ -44,7 +44,9 @@ fn branch(seen: &[Seen], of: Of, findings: &mut Findings) {
             let Some(seen) = experts[index].values().next() else { continue };
             findings.add(FindingKind::Copies, seen.about(), || {
                 let (first, second) = (same[0], same[1]);
-                format!("is the same for experts {first} and {second}, and so are all of their weights")
+                format!(
+                    "is the same for experts {first} and {second}, and so are all of their weights"
+                )
             });
         }
     }

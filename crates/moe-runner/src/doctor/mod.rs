@@ -24,8 +24,8 @@ use crate::checkpoint::architecture::LayerEntry;
 use crate::weights::LoadedLayer;
 
 pub use files::files;
-pub use finding::{Finding, FindingKind, Severity};
 use finding::Findings;
+pub use finding::{Finding, FindingKind, Severity};
 pub use routing::is_collapsed;
 
 /// What formats and scales of a layer tell, without reading a weight; of an

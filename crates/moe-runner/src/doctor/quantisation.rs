@@ -113,7 +113,11 @@ fn branch(loader: &mut Loader, experts: &Experts, routed: bool, findings: &mut F
 
 impl Looked {
     fn about<'a>(&'a self, checkpoint: &'a Checkpoint) -> About<'a> {
-        About { expert: self.expert, file: super::file_of(checkpoint, &self.module), name: &self.module }
+        About {
+            expert: self.expert,
+            file: super::file_of(checkpoint, &self.module),
+            name: &self.module,
+        }
     }
 }
 

@@ -48,7 +48,11 @@ pub(super) fn probe(
     for expert in experts {
         let about = About { expert: Some(expert), file, name: &name };
         findings.add_as(FindingKind::CollapsedRouting, severity, about, || {
-            format!("sends all of {TOKENS} random tokens to the same {} of {} experts", router.top_k, router.choices())
+            format!(
+                "sends all of {TOKENS} random tokens to the same {} of {} experts",
+                router.top_k,
+                router.choices()
+            )
         });
     }
 }
@@ -57,9 +61,8 @@ pub(super) fn probe(
 fn collapsed(layer: &LoadedLayer, loudness: f32) -> Option<Vec<usize>> {
     let router = &layer.spec.router;
     let mut random = Random::new(0);
-    let hidden: Vec<f32> = (0..TOKENS * layer.spec.dims.hidden)
-        .map(|_| random.normal() as f32 * loudness)
-        .collect();
+    let hidden: Vec<f32> =
+        (0..TOKENS * layer.spec.dims.hidden).map(|_| random.normal() as f32 * loudness).collect();
     let ids: Option<Vec<u32>> = match router.selection {
         Selection::HashTable { vocabulary } => {
             let spread = |token| (token * vocabulary / TOKENS) as u32;

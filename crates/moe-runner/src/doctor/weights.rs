@@ -124,7 +124,8 @@ fn zeros(seen: &Seen, findings: &mut Findings) {
     let place = seen.place;
     let empty: Vec<usize> =
         seen.maxima.iter().enumerate().filter(|(_, m)| **m == 0.0).map(|(row, _)| row).collect();
-    let kind = if place == Place::Router { FindingKind::ZeroGate } else { FindingKind::ZeroWeights };
+    let kind =
+        if place == Place::Router { FindingKind::ZeroGate } else { FindingKind::ZeroWeights };
     if seen.is_zero() {
         return findings.add(kind, seen.about(), || format!("is all zeros ({place})"));
     }
@@ -141,7 +142,9 @@ fn zeros(seen: &Seen, findings: &mut Findings) {
         }
         _ if count >= rows.div_ceil(MANY) && rows >= MANY => {
             findings.add(FindingKind::ZeroRows, seen.about(), || {
-                format!("has {count} rows of zeros among {rows}, the first is row {first} ({place})")
+                format!(
+                    "has {count} rows of zeros among {rows}, the first is row {first} ({place})"
+                )
             });
         }
         _ => {}
@@ -188,7 +191,10 @@ fn matrices<'a>(
 }
 
 /// The file and name of the tensor that holds the codes of a projection.
-pub(super) fn stored<'a>(checkpoint: &'a Checkpoint, projection: &Projection) -> (&'a Path, String) {
+pub(super) fn stored<'a>(
+    checkpoint: &'a Checkpoint,
+    projection: &Projection,
+) -> (&'a Path, String) {
     let endings = [names::CODES, names::PACKED, names::PACKED_FLOATS, names::QWEIGHT].concat();
     let module = &projection.module;
     let named = endings.iter().map(|ending| format!("{module}{ending}"));
@@ -225,8 +231,13 @@ impl<'a> Seen<'a> {
     fn parts(matrix_index: usize, seen: &'a mut Seen<'_>) -> impl Iterator<Item = Part<'a>> {
         let matrix = seen.matrix;
         let firsts = (0..).step_by(ROWS);
-        firsts.zip(seen.maxima.chunks_mut(ROWS)).map(move |(first, maxima)| {
-            Part { matrix_index, matrix, first, maxima, hash: 0, bad: None }
+        firsts.zip(seen.maxima.chunks_mut(ROWS)).map(move |(first, maxima)| Part {
+            matrix_index,
+            matrix,
+            first,
+            maxima,
+            hash: 0,
+            bad: None,
         })
     }
 }
@@ -276,7 +287,9 @@ fn look_at(row: &[f32]) -> (f32, [u64; 2]) {
         take(lane, pair[0], pair.get(1).copied().unwrap_or(0.0));
     }
     let fold = |start: u64, by: u32| {
-        lanes.iter().fold(start, |all, lane| (all.rotate_left(by) ^ lane ^ lane >> 29).wrapping_mul(PRIME))
+        lanes
+            .iter()
+            .fold(start, |all, lane| (all.rotate_left(by) ^ lane ^ lane >> 29).wrapping_mul(PRIME))
     };
     (f32::from_bits(largest), [fold(1, 23), fold(2, 41)])
 }

@@ -13,8 +13,8 @@ mod synthetic;
 mod validate;
 
 pub use activation::ActivationQuant;
-pub(crate) use load::{Loader, float};
 pub use load::{Accounting, account, survey};
+pub(crate) use load::{Loader, float};
 pub use matrix::Matrix;
 pub use stacked::{GateUp, Stack, StackedExperts};
 pub use synthetic::{RandomFormat, RandomScaled, random_layer, random_matrix};

@@ -166,8 +166,7 @@ fn scales_far_off_their_neighbours() {
     }
     let mut model = Model::new();
     model.rows(&expert(2, UP), 9..10, |value| value * 300.0);
-    let text =
-        expect(&model, FindingKind::OffScale, Severity::Warning, &[2], &expert(2, UP));
+    let text = expect(&model, FindingKind::OffScale, Severity::Warning, &[2], &expert(2, UP));
     assert!(text.contains("the first is row 9"), "{text}");
     let mut model = Model::new();
     model.rows(ROUTER, 4..5, |value| value * 300.0);
@@ -181,8 +180,7 @@ fn routers_that_do_not_route() {
     model.fill(CORRECTION, 0.0);
     let row = model.values(ROUTER)[..HIDDEN].to_vec();
     model.values(ROUTER).chunks_mut(HIDDEN).for_each(|other| other.copy_from_slice(&row));
-    let text =
-        expect(&model, FindingKind::CollapsedRouting, Severity::Error, &[0, 1], ROUTER);
+    let text = expect(&model, FindingKind::CollapsedRouting, Severity::Error, &[0, 1], ROUTER);
     assert!(text.contains("the same 2 of 8 experts"), "{text}");
     // a correction that no score outweighs
     let mut model = Model::new();

@@ -3,8 +3,8 @@
 use crate::formats::{FORMATS, Format};
 use crate::models::{Files, MODELS, matrices};
 use moe_kernels::numerics::EncodeScale;
-use moe_kernels::pool::Inline;
 use moe_kernels::numerics::quantise::Qdq;
+use moe_kernels::pool::Inline;
 use moe_runner::checkpoint::{Dtype, architecture};
 use moe_runner::doctor::{self, Finding, FindingKind, Severity};
 use moe_runner::weights::{ActivationQuant, account};

@@ -5,9 +5,9 @@ use std::path::{Path, PathBuf};
 use crate::kernels;
 use crate::layers::{forward, nmse, runner, truth};
 use moe_runner::checkpoint::{Checkpoint, architecture};
+use moe_runner::doctor;
 use moe_runner::hidden::ActivationDtype::F32;
 use moe_runner::spec::ActivationFormat;
-use moe_runner::doctor;
 use moe_runner::weights::LoadedLayer;
 
 /// The full set of cases where it stands beside the repository, else those in the repository.

@@ -180,7 +180,8 @@ fn push(
     [n, k]: [usize; 2],
     all: &mut Vec<(String, View)>,
 ) {
-    for packing in [Packing::Rows, Packing::Transposed, Packing::Gptq, Packing::Awq] {
+    use Packing::{Awq, Gptq, Rows, Transposed, TransposedPairs};
+    for packing in [Rows, Transposed, TransposedPairs, Gptq, Awq] {
         let len = match packing {
             Packing::Rows => n * element.row_bytes(k).unwrap(),
             _ => n * k * element.bits() / 8,

@@ -124,8 +124,7 @@ impl Live {
 /// What comes after the last layer.
 pub(super) fn closing(json: &CheckJson) -> String {
     let tone = if json.ok { Tone::Good } else { Tone::Bad };
-    let findings: String =
-        json.findings.iter().map(|finding| finding.line() + "\n").collect();
+    let findings: String = json.findings.iter().map(|finding| finding.line() + "\n").collect();
     findings + &toned(tone, &json.verdict) + &outlook(&json.layers)
 }
 
@@ -176,7 +175,8 @@ pub(super) fn verdict(layers: &[LayerCheck], unsound: &[&str]) -> String {
             1 => "the MoE layer".to_owned(),
             count => format!("all {count} MoE layers"),
         },
-        match layers.iter().flat_map(LayerCheck::asides).filter(|aside| aside.counts(true)).count() {
+        match layers.iter().flat_map(LayerCheck::asides).filter(|aside| aside.counts(true)).count()
+        {
             0 => String::new(),
             count => format!("; {}", plural(count, "warning")),
         }

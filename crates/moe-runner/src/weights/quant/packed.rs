@@ -31,10 +31,14 @@ pub(super) fn matrix(
     let tensor = module.need(names::PACKED)?;
     expect_dtype(&tensor, WORDS)?;
     let per_word = 32 / bits;
-    tensor.expect_shape(&[rows, cols.div_ceil(per_word)])?;
+    let transposed = module.projection.transposed;
+    let turned = |shape: [usize; 2]| if transposed { [shape[1], shape[0]] } else { shape };
+    tensor.expect_shape(&turned([rows, cols.div_ceil(per_word)]))?;
     if let Some(shape) = module.find(names::SHAPE)? {
         let stored = shape.to_i64()?;
-        if !shape.blank && stored != [rows as i64, cols as i64] {
+        let wanted = [rows as i64, cols as i64];
+        let may_be = stored == wanted || transposed && stored.iter().rev().eq(&wanted);
+        if !shape.blank && !may_be {
             let reason = format!("is {stored:?}, the layer needs [{rows}, {cols}]");
             return Err(shape.error(reason).into());
         }
@@ -48,18 +52,21 @@ pub(super) fn matrix(
     let kind = scale_type(&stored, FLOATS)?;
     let groups = cols.div_ceil(size.max(1));
     let down = if granularity == Granularity::Tensor { 1 } else { rows };
-    expect_dims(&stored, &[down, groups])?;
+    expect_dims(&stored, &turned([down, groups]))?;
     let scales = Scales::new(stored.bytes.clone(), kind, granularity, [1, size], [rows, cols])
         .map_err(misfit(&stored))?;
+    let scales = if transposed { scales.transposed() } else { scales };
     let (element, middle) = element(bits);
     let zeros = match symmetric {
         true => Zeros::Same(middle),
-        false => zero_points(&module.need(names::ZEROS)?, bits, scales.shape())?,
+        false => zero_points(&module.need(names::ZEROS)?, bits, scales.shape(), transposed)?,
     };
     if symmetric {
         module.set_aside(names::ZEROS)?;
     }
-    let (packing, shape) = ((element, Packing::Rows), [rows, cols]);
+    // words along K, row beside row, are GPTQ's
+    let packing = if transposed { Packing::Gptq } else { Packing::Rows };
+    let (packing, shape) = ((element, packing), [rows, cols]);
     let codes = Codes::new(packing, tensor.bytes.clone(), shape, scales, zeros, None);
     let codes = codes.map_err(misfit(&tensor))?;
     let codes = match module.find(names::GROUPS)? {
@@ -69,13 +76,21 @@ pub(super) fn matrix(
     module.part(codes)
 }
 
-/// Zero points `[N·b/32, groups]`, packed along N.
-fn zero_points(tensor: &Tensor, bits: usize, [rows, groups]: [usize; 2]) -> Result<Zeros> {
+/// Zero points `[N·b/32, groups]`, packed along N; or the other way round.
+fn zero_points(
+    tensor: &Tensor,
+    bits: usize,
+    [rows, groups]: [usize; 2],
+    transposed: bool,
+) -> Result<Zeros> {
     expect_dtype(tensor, WORDS)?;
-    expect_dims(tensor, &[rows.div_ceil(32 / bits), groups])?;
-    let packing = match bits {
-        4 => ZeroPacking::NibblesByGroup,
-        _ => ZeroPacking::BytesByGroup,
+    let words = rows.div_ceil(32 / bits);
+    expect_dims(tensor, &if transposed { [groups, words] } else { [words, groups] })?;
+    let packing = match (bits, transposed) {
+        (4, false) => ZeroPacking::NibblesByGroup,
+        (_, false) => ZeroPacking::BytesByGroup,
+        (4, true) => ZeroPacking::Nibbles,
+        (_, true) => ZeroPacking::Bytes,
     };
     let zeros = ZeroPoints::new(tensor.bytes.clone(), packing, [rows, groups], 0);
     zeros.map(Zeros::Each).map_err(misfit(tensor))
@@ -94,6 +109,9 @@ pub(super) fn two_scales(module: &mut Module) -> Result<Matrix> {
     let [rows, cols] = module.dims();
     let tensor = module.need(names::CODES)?;
     expect_dtype(&tensor, WORDS)?;
+    if module.projection.transposed {
+        return Err(tensor.error("is stored transposed, which Quark's W4A8 is not").into());
+    }
     tensor.expect_shape(&[rows, cols.div_ceil(8)])?;
     let channel = module.need(names::DECODE_SCALE)?;
     let kind = scale_type(&channel, FLOATS)?;

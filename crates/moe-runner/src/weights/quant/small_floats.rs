@@ -52,14 +52,29 @@ fn blocks(
             .into());
     }
     let row_bytes = cols * element.bits() / 8;
-    expect_packed(&tensor, rows, row_bytes)?;
+    let transposed = module.projection.transposed;
+    let packing = match (transposed, element.bits()) {
+        (false, _) => Packing::Rows,
+        (true, 8) => Packing::Transposed,
+        (true, 4) => Packing::TransposedPairs,
+        (true, bits) => {
+            let reason = format!("is stored transposed, which codes of {bits} bits are not");
+            return Err(tensor.error(reason).into());
+        }
+    };
+    match transposed {
+        false => expect_packed(&tensor, rows, row_bytes)?,
+        true => tensor.expect_shape(&[row_bytes, rows])?,
+    }
     let stored = module.need(names::SCALES)?;
     let kind = scale_type(&stored, &[scale])?;
-    expect_dims(&stored, &[rows, cols / size])?;
+    let groups = cols / size;
+    expect_dims(&stored, &if transposed { [groups, rows] } else { [rows, groups] })?;
     let granularity = Granularity::Group;
     let scales = Scales::new(stored.bytes.clone(), kind, granularity, [1, size], [rows, cols])
         .map_err(misfit(&stored))?;
-    let (packing, shape) = ((element, Packing::Rows), [rows, cols]);
+    let scales = if transposed { scales.transposed() } else { scales };
+    let (packing, shape) = ((element, packing), [rows, cols]);
     let codes = Codes::new(packing, tensor.bytes.clone(), shape, scales, Zeros::None, global);
     module.part(codes.map_err(misfit(&tensor))?)
 }

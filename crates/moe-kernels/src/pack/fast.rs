@@ -115,7 +115,8 @@ for_each_isa! {
         match fast.lie {
             Lie::Rows => along_rows(fast, plan, row, place, panels, to),
             Lie::GptqNibbles if straight_words(fast, plan, place) => {
-                let line = (fast.start + place) / 8 * fast.stride;
+                // not the place: padding may come before the first column
+                let line = fast.column(plan, place).unwrap_or_default() / 8 * fast.stride;
                 for (octet, to) in to.as_chunks_mut::<{ 4 * UNIT }>().0.iter_mut().enumerate() {
                     let line = &fast.bytes[line + octet * fast.stride..][..fast.stride];
                     for (r, to) in to.as_chunks_mut::<4>().0.iter_mut().enumerate() {

@@ -17,12 +17,12 @@ const ROW: f32 = 64.0;
 /// Compares experts, and rows.
 pub(super) fn compare(seen: &[Seen], findings: &mut Findings) {
     // by branch and role: only like is compared with like
-    let mut medians: BTreeMap<(bool, Option<Role>), Vec<(usize, f32)>> = BTreeMap::new();
+    let mut medians = BTreeMap::<(bool, Role), Vec<(usize, f32)>>::new();
     for (index, seen) in seen.iter().enumerate().filter(|(_, seen)| seen.is_usable()) {
         let median = median(seen.maxima.iter().copied().filter(|max| *max > 0.0).collect());
         match seen.place {
-            Place::Routed(_, role) => medians.entry((true, Some(role))).or_default(),
-            Place::Shared(_, role) => medians.entry((false, Some(role))).or_default(),
+            Place::Routed(_, role) => medians.entry((true, role)).or_default(),
+            Place::Shared(_, role) => medians.entry((false, role)).or_default(),
             Place::Router | Place::Transform => {
                 rows(seen, median, findings);
                 continue;

@@ -103,8 +103,11 @@ fn stacked(parts: &[Vec<Part>], layout: Layout) -> Vec<Part> {
         .collect()
 }
 
+/// Of each expert, the values of a matrix.
+type Values = Vec<Vec<f64>>;
+
 /// The layer of a format with all experts in stacks, and what its matrices are; or why not.
-fn load(format: &Format, layout: Layout) -> Result<(LoadedLayer, [Vec<Vec<f64>>; 2]), String> {
+fn load(format: &Format, layout: Layout) -> Result<(LoadedLayer, [Values; 2]), String> {
     let random = &mut Random::new(3);
     let mut config = json!({"model_type": "mixtral", "hidden_size": 128, "hidden_act": "silu",
         "intermediate_size": 96, "num_hidden_layers": 1, "num_local_experts": EXPERTS,

@@ -1,5 +1,7 @@
 //! Whether a sum is complete, as a type: a part of it on every rank, or all of it on each.
 
+use moe_kernels::pool::ThreadPool;
+
 use crate::Result;
 use crate::comm::{At, Communicator};
 
@@ -38,13 +40,18 @@ impl<'a> Partial<'a> {
         Self(values)
     }
 
-    /// Adds the parts of all ranks of `group`.
+    /// Adds the parts of all ranks of `group`, on the threads of `pool`.
     ///
     /// # Errors
     /// A rank that does not arrive.
-    pub fn reduce(self, group: &dyn Communicator, at: At<'_>) -> Result<Reduced<'a>> {
+    pub fn reduce(
+        self,
+        group: &dyn Communicator,
+        at: At<'_>,
+        pool: &dyn ThreadPool,
+    ) -> Result<Reduced<'a>> {
         if group.size() > 1 {
-            group.all_reduce(at, self.0)?;
+            group.all_reduce_on(at, self.0, pool)?;
         }
         Ok(Reduced(self.0))
     }
@@ -71,13 +78,19 @@ impl<'a> Sum<'a> {
         }
     }
 
-    /// The complete sum, reducing it over `group` if it is not complete yet.
+    /// The complete sum, reducing it over `group` if it is not complete yet, on the threads of
+    /// `pool`.
     ///
     /// # Errors
     /// A rank that does not arrive.
-    pub fn reduce(self, group: &dyn Communicator, at: At<'_>) -> Result<Reduced<'a>> {
+    pub fn reduce(
+        self,
+        group: &dyn Communicator,
+        at: At<'_>,
+        pool: &dyn ThreadPool,
+    ) -> Result<Reduced<'a>> {
         match self {
-            Self::Partial(part) => part.reduce(group, at),
+            Self::Partial(part) => part.reduce(group, at, pool),
             Self::Reduced(sum) => Ok(sum),
         }
     }

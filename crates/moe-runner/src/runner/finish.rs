@@ -48,14 +48,14 @@ impl MoeRunner {
         // 1. a transform that does not commute with the sum over ranks needs the complete sum
         let mut routed = match layer.output_transform.is_linear() {
             true => routed,
-            false => Sum::Reduced(routed.reduce(group, at(Step::ReduceRouted))?),
+            false => Sum::Reduced(routed.reduce(group, at(Step::ReduceRouted), pool)?),
         };
         // 2. the shared branch: a part of the sum on every rank, as the routed one would be
         let mut shared = match (&layer.shared, shared) {
             (Some(experts), Some(rows)) => {
                 let part = Partial::new(rows);
                 let mut sum = match routed.is_reduced() || experts.finishes() || !reduces {
-                    true => Sum::Reduced(part.reduce(group, at(Step::ReduceShared))?),
+                    true => Sum::Reduced(part.reduce(group, at(Step::ReduceShared), pool)?),
                     false => Sum::Partial(part),
                 };
                 experts.finish(sum.values_mut(), pool);
@@ -91,8 +91,8 @@ impl MoeRunner {
             None => routed,
             Some(mut shared) => {
                 if routed.is_reduced() != shared.is_reduced() {
-                    routed = Sum::Reduced(routed.reduce(group, at(Step::ReduceRouted))?);
-                    shared = Sum::Reduced(shared.reduce(group, at(Step::ReduceShared))?);
+                    routed = Sum::Reduced(routed.reduce(group, at(Step::ReduceRouted), pool)?);
+                    shared = Sum::Reduced(shared.reduce(group, at(Step::ReduceShared), pool)?);
                 }
                 let combine = spec.shared.as_ref().map(|shared| shared.combine);
                 let (width, shared) = (spec.dims.hidden, &*shared.values_mut());
@@ -110,7 +110,7 @@ impl MoeRunner {
         // 6. the final reduction, unless the caller does it and nothing here needs it
         let identity = matches!(spec.router.idle, Some(IdleExperts::Identity { .. }));
         if self.reduce_results || identity || !linear_output || !reduces {
-            sum = Sum::Reduced(sum.reduce(group, at(Step::ReduceOutput))?);
+            sum = Sum::Reduced(sum.reduce(group, at(Step::ReduceOutput), pool)?);
         }
         // 7. what is done to the sum of both branches; identity experts, from this rank's own rows
         //    after every reduction; and out

@@ -1,5 +1,6 @@
 //! Writes safetensors files, so that a name never stands for half a file: everything goes to a
-//! temporary file in the same folder, which takes the name only once it is complete and on disk.
+//! temporary file in the same folder, which takes the name only once it is complete and on disk. Where
+//! the file system has files without a name, it is one: a process that is killed leaves nothing.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -35,7 +36,7 @@ pub struct NewTensor {
 #[derive(Debug)]
 pub struct Writer {
     path: PathBuf,
-    file: NamedTempFile,
+    file: Temporary,
     places: BTreeMap<String, Place>,
 }
 
@@ -111,9 +112,9 @@ impl Writer {
         }
 
         let io = |source| Error::Io { path: path.to_owned(), action: "write", source };
-        let mut file = temporary_beside(path).map_err(io)?;
-        file.write_all(&(header.len() as u64).to_le_bytes()).map_err(io)?;
-        file.write_all(&header).map_err(io)?;
+        let mut file = Temporary::beside(path).map_err(io)?;
+        file.file().write_all(&(header.len() as u64).to_le_bytes()).map_err(io)?;
+        file.file().write_all(&header).map_err(io)?;
         Ok(Self { path: path.to_owned(), file, places })
     }
 
@@ -133,7 +134,8 @@ impl Writer {
         }
         let start = SeekFrom::Start(place.next);
         let io = |source| Error::Io { path: self.path.clone(), action: "write", source };
-        self.file.seek(start).and_then(|_| self.file.write_all(bytes)).map_err(io)?;
+        let file = self.file.file();
+        file.seek(start).and_then(|_| file.write_all(bytes)).map_err(io)?;
         place.next += bytes.len() as u64;
         Ok(())
     }
@@ -142,14 +144,14 @@ impl Writer {
     ///
     /// # Errors
     /// [`Error::Tensor`] if a tensor is not complete; [`Error::Io`]. Nothing has changed then.
-    pub fn finish(self) -> Result<()> {
+    pub fn finish(mut self) -> Result<()> {
         if let Some((name, place)) = self.places.iter().find(|(_, place)| place.next < place.end) {
             let reason = format!("{} of its bytes were not written", place.end - place.next);
             return Err(Error::tensor(&self.path, name, reason));
         }
         let io = |source| Error::Io { path: self.path.clone(), action: "write", source };
-        self.file.as_file().sync_all().map_err(io)?;
-        self.file.persist(&self.path).map_err(|error| io(error.error))?;
+        self.file.file().sync_all().map_err(io)?;
+        self.file.persist(&self.path).map_err(io)?;
         // The new name itself is only on disk once the folder is. Not every file system can do
         // this to a folder; the file is complete either way.
         let _ = File::open(folder_of(&self.path)).and_then(|folder| folder.sync_all());
@@ -181,13 +183,76 @@ fn folder_of(path: &Path) -> &Path {
     }
 }
 
-/// A temporary file in the folder of `path`, with the permissions of any new file.
-fn temporary_beside(path: &Path) -> std::io::Result<NamedTempFile> {
+/// A file in the making, with the permissions of any new file.
+#[derive(Debug)]
+enum Temporary {
+    /// It has no name yet, and is gone with the process.
+    #[cfg(target_os = "linux")]
+    Nameless(File),
+    Named(NamedTempFile),
+}
+
+impl Temporary {
+    /// In the folder of `path`.
+    fn beside(path: &Path) -> std::io::Result<Self> {
+        #[cfg(target_os = "linux")]
+        if let Some(file) = nameless(folder_of(path)) {
+            return Ok(Self::Nameless(file));
+        }
+        builder().tempfile_in(folder_of(path)).map(Self::Named)
+    }
+
+    fn file(&mut self) -> &mut File {
+        match self {
+            #[cfg(target_os = "linux")]
+            Self::Nameless(file) => file,
+            Self::Named(file) => file.as_file_mut(),
+        }
+    }
+
+    /// Gives it the name `path`, which may be another file's.
+    fn persist(self, path: &Path) -> std::io::Result<()> {
+        match self {
+            // only a rename takes a name away from another file, and it needs one to begin with
+            #[cfg(target_os = "linux")]
+            Self::Nameless(file) => {
+                let named = builder().make_in(folder_of(path), |name| link(&file, name))?;
+                named.persist(path)?;
+            }
+            Self::Named(file) => drop(file.persist(path)?),
+        }
+        Ok(())
+    }
+}
+
+fn builder() -> tempfile::Builder<'static, 'static> {
     let mut builder = tempfile::Builder::new();
     builder.prefix(".moe-runner-").suffix(".partial");
     #[cfg(unix)]
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-    builder.tempfile_in(folder_of(path))
+    builder
+}
+
+/// A file without a name; `None` where there are none, or none that could get a name.
+#[cfg(target_os = "linux")]
+fn nameless(folder: &Path) -> Option<File> {
+    use rustix::fs::{Mode, OFlags, open};
+    let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+    let file = File::from(open(folder, flags, Mode::from_raw_mode(0o666)).ok()?);
+    by_number(&file).exists().then_some(file)
+}
+
+#[cfg(target_os = "linux")]
+fn link(file: &File, name: &Path) -> std::io::Result<()> {
+    use rustix::fs::{AtFlags, CWD, linkat};
+    Ok(linkat(CWD, by_number(file), CWD, name, AtFlags::SYMLINK_FOLLOW)?)
+}
+
+/// What an open file is called while it has no name of its own.
+#[cfg(target_os = "linux")]
+fn by_number(file: &File) -> PathBuf {
+    use std::os::fd::AsRawFd;
+    format!("/proc/self/fd/{}", file.as_raw_fd()).into()
 }
 
 #[cfg(test)]
@@ -260,6 +325,14 @@ mod tests {
         assert!(error.contains("'a': 1 of its bytes"), "{error}");
         drop(Writer::create(&path, &[], &one()).unwrap());
         assert_eq!(files(folder.path()), ["out.safetensors"]);
+        // as if the process were killed: nobody is left to remove anything
+        let mut writer = Writer::create(&path, &[], &one()).unwrap();
+        writer.write("a", &[1]).unwrap();
+        #[cfg(target_os = "linux")]
+        if let Temporary::Nameless(_) = writer.file {
+            std::mem::forget(writer);
+            assert_eq!(files(folder.path()), ["out.safetensors"]);
+        }
         assert_eq!(
             *Checkpoint::open_safetensors(&path).unwrap().require("a").unwrap().bytes,
             [7, 8]

@@ -258,7 +258,7 @@ fn reasons_and_fixes_in_words() {
     assert_eq!(
         reasons("sm90"),
         [
-            "runs on cuda, cpu was asked for (--device cuda)",
+            "runs on cuda, cpu was asked for (the device cuda)",
             "needs an NVIDIA GPU of sm100 (Blackwell: B200, GB200); sm90 has sm90 (Hopper: H100, \
              H200, GH200) (an NVIDIA GPU of sm100 (Blackwell: B200, GB200) or newer)",
             "cannot read int8 (channel) weights (a checkpoint in nvfp4, mxfp4)",
@@ -266,7 +266,7 @@ fn reasons_and_fixes_in_words() {
              1 × 16 or 1 × 32)",
             "does not take activations as int8 (token) (a checkpoint with activations as nvfp4)",
             "does not compute Gelu between the products (experts with Silu)",
-            "does not take f32 hidden states (--dtype bf16 or f16)",
+            "does not take f32 hidden states (hidden states in bf16 or f16)",
             "needs a hidden size in multiples of 128; it is 130 (a hidden size of 256)",
             "computes no experts without a gate projection (experts with one)",
             "does not apply weights to the experts' input (a layer that weighs their output)",

@@ -140,9 +140,9 @@ pub(crate) struct RunArgs {
     pub(crate) threads: ThreadArgs,
 }
 
-/// `inspect`
+/// Layers of a checkpoint, all if none are named.
 #[derive(clap::Args, Debug)]
-pub(crate) struct InspectArgs {
+pub(crate) struct LayersOf {
     /// Folder with config.json and *.safetensors, or a .gguf file.
     pub(crate) checkpoint: PathBuf,
     /// Layers: 3, or 3,5-9, or all MoE layers.
@@ -160,15 +160,18 @@ pub(crate) struct InspectArgs {
     pub(crate) threads: ThreadArgs,
 }
 
+/// `inspect`
+#[derive(clap::Args, Debug)]
+pub(crate) struct InspectArgs {
+    #[command(flatten)]
+    pub(crate) of: LayersOf,
+}
+
 /// `explain`
 #[derive(clap::Args, Debug)]
 pub(crate) struct ExplainArgs {
-    /// Folder with config.json and *.safetensors, or a .gguf file.
-    pub(crate) checkpoint: PathBuf,
-    /// Layers: 3, or 3,5-9, or all MoE layers.
-    #[arg(long, visible_alias = "layer", value_name = "LAYERS", default_value = "all")]
-    #[arg(allow_hyphen_values = true)]
-    pub(crate) layers: LayerChoice,
+    #[command(flatten)]
+    pub(crate) of: LayersOf,
     /// Choose for another machine: portable, avx2, avx512, or smNN, such as sm90, for a host with
     /// an NVIDIA GPU.
     #[arg(long, value_name = "NAME")]
@@ -208,8 +211,8 @@ pub(crate) struct BenchArgs {
 /// `plan`
 #[derive(clap::Args, Debug)]
 pub(crate) struct PlanArgs {
-    /// Folder with config.json and *.safetensors, or a .gguf file.
-    pub(crate) checkpoint: PathBuf,
+    #[command(flatten)]
+    pub(crate) of: LayersOf,
     /// Ranks to split over.
     #[arg(long, value_name = "N")]
     pub(crate) ranks: usize,
@@ -225,10 +228,6 @@ pub(crate) struct PlanArgs {
     /// Tokens to count [default: all of a trace; 1024 random ones].
     #[arg(long, value_name = "N")]
     pub(crate) tokens: Option<usize>,
-    /// Layers: 3, or 3,5-9, or all MoE layers.
-    #[arg(long, visible_alias = "layer", value_name = "LAYERS", default_value = "all")]
-    #[arg(allow_hyphen_values = true)]
-    pub(crate) layers: LayerChoice,
     #[command(flatten)]
     pub(crate) dtype: DtypeArg,
     #[command(flatten)]

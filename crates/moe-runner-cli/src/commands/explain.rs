@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use moe_runner::experts::{KERNELS, KernelDesc};
-use moe_runner::oracle::{Machine, Rejection, Request, failing_conditions};
+use moe_runner::oracle::{Change, Machine, Reason, Rejection, Request, failing_conditions};
 use moe_runner::runner::Options;
 use moe_runner::weights::LoadedLayer;
 use serde::Serialize;
@@ -57,9 +57,9 @@ pub(crate) fn run(args: &ExplainArgs, common: &Common) -> Result<Report> {
         Some(name) => Machine::named(name).map_err(|error| unusable(error.to_string()))?,
         None => Machine::detect_all(),
     };
-    let opened = Opened::open_outline(&args.checkpoint)?;
+    let opened = Opened::open_outline(&args.of.checkpoint)?;
     let mut layers = Vec::new();
-    for entry in opened.select(&args.layers)? {
+    for entry in opened.select(&args.of.layers)? {
         let layer = opened.load(entry)?;
         let options = Options {
             machine: machine.clone(),
@@ -74,8 +74,10 @@ pub(crate) fn run(args: &ExplainArgs, common: &Common) -> Result<Report> {
 
 fn ask(layer: &LoadedLayer, options: &Options) -> Answer {
     let dtype = options.dtype.name();
-    let able =
-        |(kernel, reason): (&'static KernelDesc, String)| Able { kernel: kernel.name, reason };
+    let able = |(kernel, reason): (&'static KernelDesc, String)| Able {
+        kernel: kernel.name,
+        reason: format!("{reason} (--kernel {})", kernel.name),
+    };
     match layer.choose(options) {
         Ok(choice) => Answer {
             dtype,
@@ -90,16 +92,14 @@ fn ask(layer: &LoadedLayer, options: &Options) -> Answer {
                 kernel,
                 reasons: failing_conditions(kernel, &request, &options.machine),
             });
-            let (able, unable): (Vec<_>, Vec<_>) = all.partition(|r| r.reasons.is_empty());
-            let only_named = |r: Rejection| Able {
-                kernel: r.kernel.name,
-                reason: format!("could run, but only when named (--kernel {})", r.kernel.name),
-            };
+            let (others, unable): (Vec<_>, Vec<_>) = all.partition(|r| r.reasons.is_empty());
+            let only_named =
+                |r: Rejection| able((r.kernel, "could run, but only when named".into()));
             Answer {
                 dtype,
                 chosen: None,
                 why: error.to_string(),
-                able: able.into_iter().map(only_named).collect(),
+                able: others.into_iter().map(only_named).collect(),
                 rejected: unable.iter().map(rejected).collect(),
             }
         }
@@ -107,9 +107,22 @@ fn ask(layer: &LoadedLayer, options: &Options) -> Answer {
 }
 
 fn rejected(rejection: &Rejection) -> Rejected {
+    let reason = |reason: &Reason| format!("{} ({})", reason.what, fix(&reason.fix));
     Rejected {
         kernel: rejection.kernel.name,
-        reasons: rejection.reasons.iter().map(ToString::to_string).collect(),
+        reasons: rejection.reasons.iter().map(reason).collect(),
+    }
+}
+
+/// A change as one types it, where there is an option for it.
+fn fix(change: &Change) -> String {
+    match change {
+        Change::Device(device) => format!("--device {}", device.name()),
+        Change::Dtype(dtypes) => {
+            let names: Vec<&str> = dtypes.iter().map(|dtype| dtype.name()).collect();
+            format!("--dtype {}", names.join(" or "))
+        }
+        change => change.to_string(),
     }
 }
 

@@ -77,13 +77,13 @@ pub(crate) fn run(args: &InspectArgs, threads: usize) -> Result<Report> {
         return Err(unusable("--threads: reading headers takes one; it acts with --doctor"));
     }
     let opened = match args.doctor {
-        true => Opened::open(&args.checkpoint)?,
-        false => Opened::open_outline(&args.checkpoint)?,
+        true => Opened::open(&args.of.checkpoint)?,
+        false => Opened::open_outline(&args.of.checkpoint)?,
     };
     let pool = args.doctor.then(|| Pool::new(threads)).transpose();
     let pool = pool.context("cannot start threads; try --threads 1")?;
     let checkpoint = &opened.checkpoint;
-    let chosen = opened.select(&args.layers)?;
+    let chosen = opened.select(&args.of.layers)?;
     let progress = Progress::new(chosen.len());
     let inspected = chosen.iter().map(|entry| {
         progress.doing(entry.spec.name.clone());

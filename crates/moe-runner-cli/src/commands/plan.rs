@@ -109,8 +109,8 @@ pub(crate) fn run(args: &PlanArgs) -> Result<Report> {
     if args.tokens == Some(0) {
         return Err(unusable("--tokens 0: there must be at least one"));
     }
-    let opened = Opened::open_outline(&args.checkpoint)?;
-    let entries = opened.select(&args.layers)?;
+    let opened = Opened::open_outline(&args.of.checkpoint)?;
+    let entries = opened.select(&args.of.layers)?;
     let trace = args.trace.as_deref().map(|path| load_trace(path, &entries)).transpose()?;
     let mut planned = Vec::new();
     let mut layers = Vec::new();
@@ -121,7 +121,7 @@ pub(crate) fn run(args: &PlanArgs) -> Result<Report> {
     }
     let tokens = planned.iter().map(|p| p.ids.len() / p.layer.spec.router.top_k).max();
     let json = PlanJson {
-        path: args.checkpoint.display().to_string(),
+        path: args.of.checkpoint.display().to_string(),
         ranks,
         nodes,
         tokens: tokens.unwrap_or(0),

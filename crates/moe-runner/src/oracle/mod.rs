@@ -178,8 +178,8 @@ fn why_not(kernel: &KernelDesc, chosen: &KernelDesc, request: &Request) -> Strin
     if request.kernel.is_some() {
         format!("could run, but '{}' was named", chosen.name)
     } else if kernel.caps.has(Caps::BY_NAME_ONLY) {
-        format!("could run, but only when named (--kernel {})", kernel.name)
+        "could run, but only when named".into()
     } else {
-        format!("could run, but '{}' is preferred (--kernel {})", chosen.name, kernel.name)
+        format!("could run, but '{}' is preferred", chosen.name)
     }
 }

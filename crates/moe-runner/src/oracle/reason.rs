@@ -172,7 +172,7 @@ fn replace<'a, F: Copy + PartialEq + 'a>(
 impl fmt::Display for Change {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Device(device) => write!(f, "--device {}", device.name()),
+            Self::Device(device) => write!(f, "the device {}", device.name()),
             Self::Processor(features) => write!(f, "a processor with {}", features_name(*features)),
             Self::Gpu(Archs::AtLeast(0)) => {
                 f.write_str("a machine with an NVIDIA GPU and its driver")
@@ -204,7 +204,7 @@ impl fmt::Display for Change {
             }
             Self::Dtype(dtypes) => {
                 let names: Vec<&str> = dtypes.iter().map(|dtype| dtype.name()).collect();
-                write!(f, "--dtype {}", names.join(" or "))
+                write!(f, "hidden states in {}", names.join(" or "))
             }
             Self::Hidden(size) => write!(f, "a hidden size of {size}"),
             Self::Intermediate(size) => write!(f, "an intermediate size of {size}"),

@@ -52,7 +52,8 @@ fn refuse(spec: &LayerSpec, reason: &str) -> Error {
     Error::Spec {
         layer: spec.name.clone(),
         reason: format!(
-            "experts cannot be cut into slices: {reason}; whole experts can be dealt to ranks (--ep)"
+            "experts cannot be cut into slices: {reason}; whole experts can be dealt to ranks \
+             (expert parallelism)"
         ),
     }
 }

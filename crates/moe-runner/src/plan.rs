@@ -4,6 +4,7 @@
 //! kernel, device and exchange shares this one layout. The sort is stable, so an expert meets its
 //! rows in row order. A slot's *place* is its position in the sorted order: there its row stands
 //! from the first product to the combine, which looks the place up instead of moving the row.
+#![deny(clippy::cast_possible_truncation)]
 
 use std::ops::Range;
 
@@ -38,9 +39,7 @@ impl Plan {
     /// [`Error::Input`] beyond 2³² − 2 slots.
     pub fn build(&mut self, ids: &[LocalId], top_k: usize, experts: usize) -> Result<()> {
         debug_assert!(top_k > 0 && ids.len().is_multiple_of(top_k));
-        if ids.len() >= NO_PLACE as usize {
-            return Err(too_many(ids.len()));
-        }
+        let slots = 0..number(ids.len())?;
         self.top_k = top_k;
         self.offsets.clear();
         self.offsets.resize(experts + 1, 0);
@@ -57,11 +56,11 @@ impl Plan {
         self.places.clear();
         self.places.reserve_exact(ids.len());
         // offsets[e] walks to offsets[e + 1] while expert e's slots are placed; then move back
-        for (slot, id) in ids.iter().enumerate() {
+        for (slot, id) in slots.zip(ids) {
             let mut place = NO_PLACE;
             if id.index() < experts {
                 let at = &mut self.offsets[id.index()];
-                self.slots[*at as usize] = slot as u32;
+                self.slots[*at as usize] = slot;
                 place = *at;
                 *at += 1;
             }
@@ -80,18 +79,20 @@ impl Plan {
     /// # Errors
     /// As [`build`](Self::build).
     pub fn build_dense(&mut self, rows: usize, experts: usize) -> Result<()> {
-        let slots = rows.saturating_mul(experts);
-        if slots >= NO_PLACE as usize {
-            return Err(too_many(slots));
-        }
+        number(rows.saturating_mul(experts))?;
         self.top_k = experts;
+        // no expert, or no row: no slot
+        let (rows, experts) = match rows.min(experts) {
+            0 => (0, number(experts)?),
+            _ => (number(rows)?, number(experts)?),
+        };
         self.offsets.clear();
-        self.offsets.extend((0..=experts).map(|e| (e * rows) as u32));
+        self.offsets.extend((0..=experts).map(|e| e * rows));
         self.slots.clear();
-        let of = |e: usize| (0..rows).map(move |row| (row * experts + e) as u32);
+        let of = |e: u32| (0..rows).map(move |row| row * experts + e);
         self.slots.extend((0..experts).flat_map(of));
         self.places.clear();
-        let at = |row: usize| (0..experts).map(move |e| (e * rows + row) as u32);
+        let at = |row: u32| (0..experts).map(move |e| e * rows + row);
         self.places.extend((0..rows).flat_map(at));
         self.cut();
         Ok(())
@@ -185,8 +186,12 @@ fn most_blocks(slots: usize, experts: usize) -> usize {
     experts.min(slots) + slots / TOGETHER
 }
 
-fn too_many(slots: usize) -> Error {
-    Error::input("batch", format!("{slots} slots (rows times top-k) are too many; split the batch"))
+/// So many slots as a number of a slot or place.
+fn number(slots: usize) -> Result<u32> {
+    u32::try_from(slots).ok().filter(|slots| *slots < NO_PLACE).ok_or_else(|| {
+        let reason = format!("{slots} slots (rows times top-k) are too many; split the batch");
+        Error::input("batch", reason)
+    })
 }
 
 #[cfg(test)]
@@ -230,6 +235,7 @@ mod tests {
     #[test]
     fn a_batch_beyond_the_slots_numbers_is_refused() {
         let mut plan = Plan::default();
+        assert!(plan.build_dense(0, 3).is_ok());
         assert!(matches!(plan.build_dense(1 << 31, 2), Err(Error::Input { .. })));
         assert!(matches!(plan.build_dense(usize::MAX, 2), Err(Error::Input { .. })));
     }

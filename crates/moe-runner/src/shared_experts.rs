@@ -5,7 +5,7 @@ use moe_kernels::arena::{Arena, room};
 use moe_kernels::pool::ThreadPool;
 use moe_kernels::region::{for_each, rows_together};
 
-use crate::experts::{ExpertCall, Experts, RowMax, dot_f64, rms_norm};
+use crate::experts::{ExpertCall, Experts, KernelDesc, RowMax, dot_f64, rms_norm};
 use crate::plan::Plan;
 use crate::spec::{RmsNorm, SharedCombine, SharedSpec, sigmoid};
 use crate::weights::SharedWeights;
@@ -99,6 +99,16 @@ impl SharedExperts {
     /// What the branch is.
     pub fn spec(&self) -> &SharedSpec {
         &self.spec
+    }
+
+    /// What computes the experts.
+    pub fn kernel(&self) -> &'static KernelDesc {
+        self.experts.desc()
+    }
+
+    /// The same branch on another kernel; the old one is returned.
+    pub(crate) fn replace_kernel(&mut self, experts: Box<dyn Experts>) -> Box<dyn Experts> {
+        std::mem::replace(&mut self.experts, experts)
     }
 
     /// Bytes of weights read for any number of tokens but zero.

@@ -81,7 +81,8 @@ pub trait MoeRunnerInterface {
     /// The dense branch, where there is one that is not inside the kernel.
     fn shared_experts(&self) -> Option<&SharedExperts>;
 
-    /// Replaces the way the routed experts execute, and returns the old one.
+    /// Replaces the way the experts execute, and returns the old one: the routed ones, and the shared
+    /// ones where the new method brings them.
     ///
     /// # Errors
     /// [`Error::Spec`](crate::Error::Spec) if the new one has another width or number of experts, or
@@ -399,6 +400,12 @@ impl MoeRunnerInterface for MoeRunner {
             able: Vec::new(),
             rejected: Vec::new(),
         };
-        Ok(std::mem::replace(&mut self.layer.method, method))
+        let mut method = method;
+        let mut old_shared = None;
+        if let (Some(shared), Some(experts)) = (&mut self.layer.shared, method.shared.take()) {
+            old_shared = Some(shared.replace_kernel(experts));
+        }
+        let old = std::mem::replace(&mut self.layer.method, method);
+        Ok(QuantMethod { shared: old_shared, ..old })
     }
 }

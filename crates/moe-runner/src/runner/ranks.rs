@@ -77,7 +77,7 @@ impl MoeRunner {
         let shared_slices = slices(shared_experts, sizes.tp > 1 && sizes.sp() == 1, &groups.tp);
         let experts = std::mem::take(&mut share.experts);
         let kernel = build(choice.kernel, &share, experts, options, &mut |_| ())?;
-        let method = QuantMethod { kernel, exchange };
+        let method = QuantMethod { kernel, exchange, shared: None };
         let ready: ReadyLayer = share.ready_with(choice, method, options)?;
         // under sequence parallelism every rank has its own rows: nothing is left to reduce
         let group = if sizes.sp() > 1 { comm::single() } else { groups.tp.clone() };
@@ -118,7 +118,7 @@ impl MoeRunner {
         };
         let kernel = (desc.build)(desc, call)?;
         let exchange = exchange(&spec, self.wire, groups, parallel, map)?;
-        self.replace_quant_method(QuantMethod { kernel, exchange })
+        self.replace_quant_method(QuantMethod { kernel, exchange, shared: None })
     }
 }
 

@@ -10,7 +10,7 @@ use super::transform::TransformOp;
 use super::workspace::Workspaces;
 use crate::exchange::{Exchange, LocalExchange};
 use crate::experts::{
-    self, BuildCall, BuiltKernel, Caps, Device, ExpertSet, KernelDesc, Progress, Target,
+    self, BuildCall, BuiltKernel, Caps, Device, ExpertSet, Experts, KernelDesc, Progress, Target,
 };
 use crate::hidden::ActivationDtype;
 use crate::oracle::{self, Choice, Machine, Request};
@@ -115,15 +115,18 @@ impl std::fmt::Debug for Options {
     }
 }
 
-/// How the routed experts execute: a kernel with its weights, and the exchange that brings rows to
-/// it. A value: [`replace_quant_method`](super::MoeRunnerInterface::replace_quant_method) swaps it,
-/// and nothing about it is remembered elsewhere.
+/// How the experts execute: a kernel with its weights, and the exchange that brings rows to it. A
+/// value: [`replace_quant_method`](super::MoeRunnerInterface::replace_quant_method) swaps it, and
+/// nothing about it is remembered elsewhere.
 #[derive(Debug)]
 pub struct QuantMethod {
     /// The kernel, with its packed weights.
     pub kernel: BuiltKernel,
     /// Dispatch and combine.
     pub exchange: Box<dyn Exchange>,
+    /// The shared experts, packed for the kernel that stands beside it; `None`: there are none, or
+    /// they stay with the kernel that they have.
+    pub shared: Option<Box<dyn Experts>>,
 }
 
 impl QuantMethod {
@@ -171,6 +174,16 @@ impl QuantMethod {
                 "'{kernel}' holds {} experts, it is to run {held} of {}",
                 shape.experts, spec.router.experts
             ));
+        }
+        if let Some(experts) = &self.shared {
+            let (shape, name) = (experts.shape(), experts.desc().name);
+            let count = spec.shared.as_ref().map_or(0, |shared| shared.count);
+            if (shape.experts, shape.hidden) != (count, spec.dims.hidden) {
+                return fail(format!(
+                    "'{name}' brings {} shared experts of {} columns, the layer has {count} of {}",
+                    shape.experts, shape.hidden, spec.dims.hidden
+                ));
+            }
         }
         // a rank without experts has no width either
         if shape.experts > 0 && shape.hidden != spec.dims.routed_hidden {
@@ -252,7 +265,8 @@ impl LoadedLayer {
         }
     }
 
-    /// Packs the routed experts for `kernel`, all on this rank.
+    /// Packs the experts for `kernel`, all on this rank: the routed ones, and the shared ones for what
+    /// stands beside it.
     ///
     /// # Errors
     /// What the kernel refuses.
@@ -261,11 +275,49 @@ impl LoadedLayer {
         kernel: &'static KernelDesc,
         options: &Options,
     ) -> Result<QuantMethod> {
-        let experts = self.experts.clone();
-        Ok(QuantMethod {
-            kernel: build(kernel, self, experts, options, &mut |_| ())?,
-            exchange: Box::new(LocalExchange::new(self.experts.len())),
-        })
+        let built = build(kernel, self, self.experts.clone(), options, &mut |_| ())?;
+        let shared = match built {
+            BuiltKernel::Layer(_) => None,
+            BuiltKernel::Modular(_) | BuiltKernel::Monolithic(_) => {
+                self.shared_for(kernel, options)?
+            }
+        };
+        let exchange = Box::new(LocalExchange::new(self.experts.len()));
+        Ok(QuantMethod { kernel: built, exchange, shared })
+    }
+
+    /// The shared experts, packed for what stands beside `kernel`.
+    fn shared_for(
+        &self,
+        kernel: &'static KernelDesc,
+        options: &Options,
+    ) -> Result<Option<Box<dyn Experts>>> {
+        let (Some(shared), Some(weights)) = (&self.spec.shared, &self.shared) else {
+            return Ok(None);
+        };
+        let spec = ExpertSpec {
+            gated: shared.gated,
+            activation: shared.activation,
+            bias: shared.bias,
+            norm: None,
+        };
+        let dense = kernel.dense.unwrap_or(kernel);
+        let call = BuildCall {
+            spec: &spec,
+            weight_on: WeightOn::Output,
+            experts: weights.experts.clone(),
+            layer: None,
+            dtype: options.dtype,
+            gpu: options.gpu,
+            pool: &*options.pool,
+            progress: &mut |_| (),
+        };
+        match (dense.build)(dense, call)? {
+            BuiltKernel::Modular(experts) => Ok(Some(experts)),
+            BuiltKernel::Monolithic(_) | BuiltKernel::Layer(_) => {
+                Err(Error::NoKernel(format!("'{}' routes by itself", dense.name)))
+            }
+        }
     }
 
     /// Chooses a kernel and packs the weights for it, on all threads.
@@ -293,7 +345,7 @@ impl LoadedLayer {
         let experts = std::mem::take(&mut self.experts);
         let exchange = Box::new(LocalExchange::new(experts.len()));
         let kernel = build(choice.kernel, &self, experts, options, progress)?;
-        self.ready_with(choice, QuantMethod { kernel, exchange }, options)
+        self.ready_with(choice, QuantMethod { kernel, exchange, shared: None }, options)
     }
 
     pub(crate) fn ready_with(
@@ -322,30 +374,9 @@ impl LoadedLayer {
             .map_err(|error| Error::Spec { layer: spec.name.clone(), reason: error.to_string() })?;
         let shared = match (&spec.shared, &self.shared) {
             (Some(_), Some(_)) if whole => None,
-            (Some(shared), Some(weights)) => {
-                let expert_spec = ExpertSpec {
-                    gated: shared.gated,
-                    activation: shared.activation,
-                    bias: shared.bias,
-                    norm: None,
-                };
-                let dense = choice.kernel.dense.unwrap_or(choice.kernel);
-                let call = BuildCall {
-                    spec: &expert_spec,
-                    weight_on: WeightOn::Output,
-                    experts: weights.experts.clone(),
-                    layer: None,
-                    dtype: options.dtype,
-                    gpu: options.gpu,
-                    pool: &*options.pool,
-                    progress: &mut |_| (),
-                };
-                let BuiltKernel::Modular(experts) = (dense.build)(dense, call)? else {
-                    let name = dense.name;
-                    return Err(Error::NoKernel(format!("'{name}' routes by itself")));
-                };
-                Some(SharedExperts::new(shared.clone(), weights, experts))
-            }
+            (Some(shared), Some(weights)) => self
+                .shared_for(choice.kernel, options)?
+                .map(|experts| SharedExperts::new(shared.clone(), weights, experts)),
             (None, None) => None,
             _ => {
                 return Err(Error::Spec {

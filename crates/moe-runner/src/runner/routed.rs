@@ -112,7 +112,7 @@ impl RoutedCall<'_> {
     }
 
     fn modular<'a>(self, out: &'a mut [f32], shared: &mut SharedCall<'_>) -> Result<Sum<'a>> {
-        let QuantMethod { kernel: BuiltKernel::Modular(kernel), exchange } = self.method else {
+        let QuantMethod { kernel: BuiltKernel::Modular(kernel), exchange, .. } = self.method else {
             return Err(wrong_kind());
         };
         let (tokens, width) = (self.tokens, self.layer.dims.routed_hidden);

@@ -56,10 +56,10 @@ pub(super) fn change_kernel(
     spare: QuantMethod,
     change: impl FnOnce(Box<dyn Experts>) -> Box<dyn Experts>,
 ) {
-    let QuantMethod { kernel, exchange } = runner.replace_quant_method(spare).unwrap();
+    let QuantMethod { kernel, exchange, shared } = runner.replace_quant_method(spare).unwrap();
     let BuiltKernel::Modular(kernel) = kernel else { panic!("a modular kernel is needed") };
     let kernel = BuiltKernel::Modular(change(kernel));
-    runner.replace_quant_method(QuantMethod { kernel, exchange }).unwrap();
+    runner.replace_quant_method(QuantMethod { kernel, exchange, shared }).unwrap();
 }
 
 /// Rows stay, and the combine sums over the group: its result is complete.

@@ -38,7 +38,8 @@ fn method(layer: &LoadedLayer, groups: &Groups, map: &Arc<ExpertMap>, how: Metho
         // the expert-parallel group has a traffic counter of its own
         Method::Complete => Box::new(Reducing::new(map.clone(), rank, groups.ep.clone())),
     };
-    QuantMethod { kernel: build(desc("cpu_portable"), share.expert_set(), F32).unwrap(), exchange }
+    let kernel = build(desc("cpu_portable"), share.expert_set(), F32).unwrap();
+    QuantMethod { kernel, exchange, shared: None }
 }
 
 /// Outputs, completeness and all-reduces in the tensor-parallel group of a pass with each of
@@ -213,6 +214,7 @@ fn a_kernel_that_routes_by_itself_is_refused_a_share() {
     let kernel = build(desc("reference_monolithic"), share.expert_set(), F32).unwrap();
     assert!(matches!(kernel, BuiltKernel::Monolithic(_)));
     let exchange = Box::new(LocalExchange::of(map, 0, Completeness::Partial));
-    let error = runner.replace_quant_method(QuantMethod { kernel, exchange }).unwrap_err();
+    let error =
+        runner.replace_quant_method(QuantMethod { kernel, exchange, shared: None }).unwrap_err();
     assert!(error.to_string().contains("slices of 20"), "{error}");
 }

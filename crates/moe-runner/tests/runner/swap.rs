@@ -14,8 +14,8 @@ use moe_runner::weights::{FloatType, random_layer};
 use super::doubles::desc;
 use super::layers::{forward, kernels, nmse, options, plain, rows, runner, truth, variants};
 
-/// Every kernel after every other one, on every option: the bits of a fresh runner. (The shared
-/// experts and the gate stay those of the first.)
+/// Every kernel after every other one, on every option: the bits of a fresh runner. Shared
+/// experts go with the routed ones.
 #[test]
 fn a_swapped_kernel_gives_what_a_fresh_one_gives() {
     for (name, spec) in variants() {
@@ -25,17 +25,18 @@ fn a_swapped_kernel_gives_what_a_fresh_one_gives() {
         let options = options(None, F32);
         let mut swapped = runner(&layer, None, F32);
         for kernel in kernels().into_iter().chain(kernels().into_iter().rev()) {
+            let before = swapped.shared_experts().map(|shared| shared.kernel().name);
             let method = layer.quant_method(desc(kernel), &options).unwrap();
-            swapped.replace_quant_method(method).unwrap();
+            let old = swapped.replace_quant_method(method).unwrap();
+            assert_eq!(old.shared.as_ref().map(|shared| shared.desc().name), before);
+            let beside = desc(kernel).dense.unwrap_or(desc(kernel)).name;
+            assert!(swapped.shared_experts().is_none_or(|shared| shared.kernel().name == beside));
             assert_eq!(swapped.method().desc().name, kernel);
             assert_eq!(swapped.choice().kernel.name, kernel);
             let y = forward(&mut swapped, &hidden);
             let error = nmse(&y, &truth);
             assert!(error <= 1e-11, "{name}, {kernel}: NMSE {error:e}");
-            let mut fresh = runner(&layer, None, F32);
-            fresh
-                .replace_quant_method(layer.quant_method(desc(kernel), &options).unwrap())
-                .unwrap();
+            let mut fresh = runner(&layer, Some(kernel), F32);
             assert_eq!(y, forward(&mut fresh, &hidden), "{name}, {kernel}");
         }
     }
@@ -77,7 +78,8 @@ fn a_method_of_another_shape_is_refused_and_the_old_one_stays() {
             cases.push((kernel(name, layer.expert_set()), half(), "it is to run 4 of 8"));
         }
         for (kernel, exchange, says) in cases {
-            let refused = runner.replace_quant_method(QuantMethod { kernel, exchange });
+            let refused =
+                runner.replace_quant_method(QuantMethod { kernel, exchange, shared: None });
             let Err(Error::Spec { layer, reason }) = refused else {
                 panic!("{name}: not refused: {says}")
             };
@@ -86,4 +88,19 @@ fn a_method_of_another_shape_is_refused_and_the_old_one_stays() {
             assert_eq!(forward(&mut runner, &hidden), before);
         }
     }
+}
+
+#[test]
+fn shared_experts_of_another_layer_are_refused() {
+    let options = options(None, F32);
+    let (_, spec) = variants().into_iter().find(|(_, spec)| spec.shared.is_some()).unwrap();
+    let with = random_layer(&spec, FloatType::F32, 7).unwrap();
+    let without = random_layer(&plain(), FloatType::F32, 7).unwrap();
+    let mut runner = runner(&without, None, F32);
+    let method = QuantMethod {
+        shared: with.quant_method(desc("reference"), &options).unwrap().shared,
+        ..without.quant_method(desc("reference"), &options).unwrap()
+    };
+    let error = runner.replace_quant_method(method).unwrap_err().to_string();
+    assert!(error.contains("the layer has 0 of 48"), "{error}");
 }

@@ -113,7 +113,7 @@ impl FewShape {
             format!("-DRECORDS={}", self.records),
             format!("-DSTAGES={}", self.stages),
             format!("-DBLOCKS={}", self.blocks),
-            format!("-DACTIVATION={}", activation.raw(true).kind),
+            format!("-DACTIVATION={}", RawActivation::new(activation, true).kind),
         ]);
         options
     }
@@ -401,7 +401,7 @@ impl FewExperts {
             rows: [expert_rows(gate), expert_rows(&w.up), expert_rows(&w.down)],
             scale_steps: [scale_step(&w.up), scale_step(&w.down)],
             out_type: out.raw.float,
-            activation: w.activation.raw(true),
+            activation: RawActivation::new(w.activation, true),
         }
     }
 }

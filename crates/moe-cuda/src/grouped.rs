@@ -3,7 +3,7 @@
 use crate::module::{Argument, Function, Launch, Modules};
 use crate::plan::Plan;
 use crate::sources::GROUPED;
-use crate::weights::ExpertWeights;
+use crate::weights::{ExpertWeights, RawActivation};
 use crate::{Error, Result, Rows, RowsMut, Stream, View};
 
 /// Experts of any stored format: every value is decoded to f32 and multiplied in f32, one sum an
@@ -99,7 +99,7 @@ impl GroupedExperts {
             return Ok(());
         }
         let gate = self.weights.gate.as_ref();
-        let activation = self.weights.activation.raw(gate.is_some());
+        let activation = RawActivation::new(self.weights.activation, gate.is_some());
         let factors = factors.map_or(0, |factors| factors.pointer);
         let (gate, up_raw) = (gate.unwrap_or(up).raw(), up.raw());
         let launch = launch(up.rows, plan);

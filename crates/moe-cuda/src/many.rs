@@ -82,7 +82,8 @@ impl ManyExperts {
         if step(gate) != step(&weights.up) {
             return refuse("gate and up have their scales at different distances".into());
         }
-        let activation = format!("-DACTIVATION={}", weights.activation.raw(true).kind);
+        let activation =
+            format!("-DACTIVATION={}", RawActivation::new(weights.activation, true).kind);
         let get = |second: usize, name| {
             modules.function(&MANY, &options(format, second, activation.clone()), name)
         };
@@ -301,7 +302,7 @@ impl ManyExperts {
             k: a.cols as u32,
             rows: [a, b].map(|m| (m.expert_bytes / m.row_bytes()) as u32),
             scale_step: step(a) as u32,
-            activation: self.weights.activation.raw(true),
+            activation: RawActivation::new(self.weights.activation, true),
         }
     }
 }

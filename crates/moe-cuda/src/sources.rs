@@ -2,7 +2,7 @@
 
 use crate::few::FewFormat;
 use crate::nvrtc::Source;
-use crate::weights::{Activation, Element};
+use crate::weights::{Activation, Element, RawActivation};
 use crate::{few, many};
 
 macro_rules! source {
@@ -72,8 +72,11 @@ pub fn builds() -> Vec<Build> {
     }
     for format in [FewFormat::Bf16, FewFormat::Fp8Block] {
         for second in [0, 1] {
-            let options =
-                many::options(format, second, format!("-DACTIVATION={}", silu.raw(true).kind));
+            let options = many::options(
+                format,
+                second,
+                format!("-DACTIVATION={}", RawActivation::new(silu, true).kind),
+            );
             builds.push(Build { hot: true, ..build(&MANY, options, &["sm_90a"]) });
         }
     }

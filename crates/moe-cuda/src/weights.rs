@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+pub use moe_kernels::activation::Activation;
+
 use crate::module::Argument;
 use crate::{Buffer, Error, Result};
 
@@ -289,42 +291,6 @@ pub(crate) struct RawStored {
 // SAFETY: `struct Stored` of stored.cuh.
 unsafe impl Argument for RawStored {}
 
-/// The function between the products, as moe-kernels' `Activation` of the same name.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Activation {
-    /// `g·σ(g) · u`
-    Silu,
-    /// `g/2·(1+erf(g/√2)) · u`
-    Gelu,
-    /// `g/2·(1+tanh(√(2/π)·(g+0.044715·g³))) · u`
-    GeluTanh,
-    /// `max(g,0) · u`
-    Relu,
-    /// `max(g,0)² · u`
-    Relu2,
-    /// `g' = min(g,limit)`, `u' = clamp(u,±limit)`: `g'·σ(alpha·g') · (u'+beta)`.
-    ClampedSwiglu {
-        /// Steepness of the sigmoid.
-        alpha: f32,
-        /// Added to the up projection.
-        beta: f32,
-        /// Clamps both projections.
-        limit: f32,
-    },
-    /// `min(g·σ(g), limit) · clamp(u,±limit)`
-    SwigluStep {
-        /// Clamps SiLU's result and the up projection.
-        limit: f32,
-    },
-    /// `β·tanh(g/β)·σ(g) · λ·tanh(u/λ)`; λ absent: `· u`.
-    Situ {
-        /// β.
-        beta: f32,
-        /// λ.
-        lambda: Option<f32>,
-    },
-}
-
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub(crate) struct RawActivation {
@@ -338,17 +304,18 @@ pub(crate) struct RawActivation {
 // SAFETY: `struct Activation` of common.cuh.
 unsafe impl Argument for RawActivation {}
 
-impl Activation {
-    pub(crate) fn raw(self, gated: bool) -> RawActivation {
-        let (kind, a, b, c) = match self {
-            Self::Silu => (0, 0.0, 0.0, 0.0),
-            Self::Gelu => (1, 0.0, 0.0, 0.0),
-            Self::GeluTanh => (2, 0.0, 0.0, 0.0),
-            Self::Relu => (3, 0.0, 0.0, 0.0),
-            Self::Relu2 => (4, 0.0, 0.0, 0.0),
-            Self::ClampedSwiglu { alpha, beta, limit } => (5, alpha, beta, limit),
-            Self::SwigluStep { limit } => (6, limit, 0.0, 0.0),
-            Self::Situ { beta, lambda } => (7, beta, lambda.unwrap_or(0.0), 0.0),
+impl RawActivation {
+    /// `gated`: there is a gate projection.
+    pub(crate) fn new(activation: Activation, gated: bool) -> RawActivation {
+        let (kind, a, b, c) = match activation {
+            Activation::Silu => (0, 0.0, 0.0, 0.0),
+            Activation::Gelu => (1, 0.0, 0.0, 0.0),
+            Activation::GeluTanh => (2, 0.0, 0.0, 0.0),
+            Activation::Relu => (3, 0.0, 0.0, 0.0),
+            Activation::Relu2 => (4, 0.0, 0.0, 0.0),
+            Activation::ClampedSwiglu { alpha, beta, limit } => (5, alpha, beta, limit),
+            Activation::SwigluStep { limit } => (6, limit, 0.0, 0.0),
+            Activation::Situ { beta, lambda } => (7, beta, lambda.unwrap_or(0.0), 0.0),
         };
         RawActivation { kind, gated: u32::from(gated), a, b, c }
     }

@@ -6,9 +6,10 @@
 
 use std::time::{Duration, Instant};
 
+use moe_kernels::activation::Activation;
 use moe_kernels::gemm::{Gemm, gemm};
 use moe_kernels::isa::{Cpu, Features, physical_cores};
-use moe_kernels::kernel::{Activation, Kernel};
+use moe_kernels::kernel::Kernel;
 use moe_kernels::numerics::ggml::BlockType;
 use moe_kernels::operand::OperandKind;
 use moe_kernels::pack::{Packed, pack};

@@ -4,6 +4,7 @@
 //! the only home of SIMD in the workspace.
 #![warn(missing_docs)]
 
+pub mod activation;
 pub mod arena;
 pub mod gemm;
 pub mod isa;

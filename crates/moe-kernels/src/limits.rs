@@ -1,7 +1,7 @@
 //! What this machine can do at most: the yardstick for every timing.
 //!
 //! A layer with few tokens is bound by reading its weights, one with many by multiply-adds. Both
-//! limits are measured with the threads and the instruction set that the kernels use.
+//! limits are measured with the threads and the CPU features that the kernels use.
 
 use std::fs;
 use std::time::{Duration, Instant};
@@ -10,7 +10,7 @@ use crate::kernel::Kernel;
 use crate::pool::Pool;
 use crate::region::for_each;
 
-/// The limits of this machine for one instruction set and number of threads.
+/// The limits of this machine for one set of CPU features and number of threads.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Limits {
     /// Memory read by all threads together, from a buffer far larger than the caches: 10⁹ bytes/s.
@@ -103,7 +103,7 @@ fn parse_size(text: &str) -> Option<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::isa::Isa;
+    use crate::isa::Cpu;
 
     #[test]
     fn sizes() {
@@ -116,12 +116,12 @@ mod tests {
     /// What the probes claim to have done, they did: all of the buffer, all of the rounds.
     #[test]
     fn probes_do_all_of_the_work() {
-        for isa in Isa::available() {
-            let kernel = Kernel::new(isa).unwrap();
-            assert_eq!(kernel.probe_read(&[1.0; 8192]), 8192.0, "{isa}");
+        for cpu in Cpu::levels() {
+            let kernel = Kernel::new(cpu);
+            assert_eq!(kernel.probe_read(&[1.0; 8192]), 8192.0, "{cpu:?}");
             let one = kernel.probe_multiply_add(1);
-            assert!(one >= 2 * 8, "{isa}");
-            assert_eq!(kernel.probe_multiply_add(100), 100 * one, "{isa}");
+            assert!(one >= 2 * 8, "{cpu:?}");
+            assert_eq!(kernel.probe_multiply_add(100), 100 * one, "{cpu:?}");
         }
     }
 

@@ -56,14 +56,6 @@ pub trait ThreadPool: Sync {
     /// when all calls have returned. No two calls run at the same time with the same worker of one
     /// region. A panic in `work` reaches the caller.
     fn run(&self, items: usize, work: Work<'_>);
-
-    /// The same, with the items dealt to the workers in contiguous runs, in the order of their
-    /// numbers, and the same ones for the same `items` every time; a worker that has done its own
-    /// helps others. What a worker wrote lies in the memory beside it: it should read it, too. A
-    /// pool that cannot tell its threads apart may run the items as [`run`](Self::run) does.
-    fn run_spread(&self, items: usize, work: Work<'_>) {
-        self.run(items, work);
-    }
 }
 
 /// No threads: all items run in order on the calling thread.
@@ -133,10 +125,6 @@ impl Pool {
     /// With the first panic of `work`. Whether other items still run is not specified; all that
     /// started have ended.
     pub fn run(&self, items: usize, work: Work<'_>) {
-        self.region(items, work, false);
-    }
-
-    fn region(&self, items: usize, work: Work<'_>, spread: bool) {
         if items <= 1 || self.workers.is_empty() || items > isize::MAX as usize {
             return Inline.run(items, work);
         }
@@ -145,7 +133,7 @@ impl Pool {
             return Inline.run(items, work);
         };
         INSIDE.with(|lowest| lowest.set(inside.min(self.number)));
-        let panic = self.shared.run_region(&turn, items, work, spread);
+        let panic = self.shared.run_region(&turn, items, work);
         INSIDE.with(|lowest| lowest.set(inside));
         drop(turn);
         if let Some(payload) = panic {
@@ -160,11 +148,7 @@ impl ThreadPool for Pool {
     }
 
     fn run(&self, items: usize, work: Work<'_>) {
-        self.region(items, work, false);
-    }
-
-    fn run_spread(&self, items: usize, work: Work<'_>) {
-        self.region(items, work, true);
+        Pool::run(self, items, work);
     }
 }
 

@@ -1,6 +1,5 @@
 //! Opening a checkpoint, and choosing among its layers.
 
-use std::borrow::Cow;
 use std::ops::RangeInclusive;
 use std::path::Path;
 
@@ -25,9 +24,7 @@ pub(crate) struct Opened {
 impl Opened {
     /// Opens a checkpoint, and finds its MoE layers; there must be some.
     pub(crate) fn open(path: &Path) -> Result<Self> {
-        let path = &*snapshot(path);
-        let checkpoint = Checkpoint::open(path)?;
-        Self::of(path, checkpoint)
+        Self::of(path, Checkpoint::open(path)?)
     }
 
     fn of(path: &Path, checkpoint: Checkpoint) -> Result<Self> {
@@ -46,7 +43,7 @@ impl Opened {
     /// As [`open`](Self::open), by headers alone: nothing that tensors hold is read, and before the
     /// files are fetched, `config.json`, and an index beside it, will do.
     pub(crate) fn open_outline(path: &Path) -> Result<Self> {
-        Self::of(path, Checkpoint::open_outline(&snapshot(path))?)
+        Self::of(path, Checkpoint::open_outline(path)?)
     }
 
     /// What was not there to look at, in a sentence; `None` where the files were.
@@ -108,23 +105,6 @@ impl Opened {
     /// A layer with its weights.
     pub(crate) fn load(&self, entry: &LayerEntry) -> Result<LoadedLayer> {
         Ok(LoadedLayer::load(&self.checkpoint, entry)?)
-    }
-}
-
-/// The folder that holds the checkpoint: in a repository of a Hugging Face cache
-/// (`models--ORG--NAME`), the snapshot of its main branch, or the only one that there is.
-pub(crate) fn snapshot(path: &Path) -> Cow<'_, Path> {
-    let snapshots = path.join("snapshots");
-    if path.join("config.json").exists() || !snapshots.is_dir() {
-        return path.into();
-    }
-    if let Ok(main) = std::fs::read_to_string(path.join("refs/main")) {
-        return snapshots.join(main.trim()).into();
-    }
-    let all = std::fs::read_dir(&snapshots).into_iter().flatten().flatten();
-    match all.map(|item| item.path()).collect::<Vec<_>>() {
-        mut one if one.len() == 1 => one.remove(0).into(),
-        _ => path.into(),
     }
 }
 

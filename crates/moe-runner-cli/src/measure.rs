@@ -29,7 +29,7 @@ impl MachineLimits {
         let kernel = Kernel::detect();
         let Limits { read_gbps, f32_gflops, threads } =
             Limits::measure(kernel, pool, LIMITS_BUDGET);
-        Self { threads, isa: kernel.isa().name(), read_gbps, f32_gflops }
+        Self { threads, isa: kernel.name(), read_gbps, f32_gflops }
     }
 
     /// The least time that this machine needs to read so many bytes and do so much arithmetic.

@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
 use moe_kernels::pool::Pool;
 use moe_runner::Error;
-use moe_runner::comm::{At, Groups, Sizes, Step, mpi, run_ranks};
+use moe_runner::comm::{At, Groups, Sizes, Step, run_ranks};
 use moe_runner::exchange::ExpertMap;
 use moe_runner::experts::RowFormat;
 use moe_runner::parallel::{ExchangeKind, Parallel, Placement};
@@ -195,17 +195,7 @@ impl Splitting {
         };
         let kind = match self.comm {
             Comm::Threads => RanksKind::Threads,
-            Comm::Mpi => {
-                let world = mpi::open()?;
-                if world.size() != sizes.ranks() {
-                    return Err(unusable(format!(
-                        "--tp × --dp × --pcp are {} ranks, but mpirun started {}",
-                        sizes.ranks(),
-                        world.size()
-                    )));
-                }
-                RanksKind::Mpi(Groups::new(world, sizes)?)
-            }
+            Comm::Mpi => self.processes(sizes)?,
             Comm::Nccl => {
                 return Err(unusable(
                     "--comm nccl: connects GPUs, and this build has no GPU kernels; use threads or \
@@ -214,6 +204,25 @@ impl Splitting {
             }
         };
         Ok(Ranks { sizes, kind, plan })
+    }
+
+    /// Joins the processes that mpirun has started.
+    #[cfg(all(unix, feature = "mpi"))]
+    fn processes(&self, sizes: Sizes) -> Result<RanksKind> {
+        let world = moe_runner::comm::mpi::open()?;
+        if world.size() != sizes.ranks() {
+            return Err(unusable(format!(
+                "--tp × --dp × --pcp are {} ranks, but mpirun started {}",
+                sizes.ranks(),
+                world.size()
+            )));
+        }
+        Ok(RanksKind::Mpi(Groups::new(world, sizes)?))
+    }
+
+    #[cfg(not(all(unix, feature = "mpi")))]
+    fn processes(&self, _sizes: Sizes) -> Result<RanksKind> {
+        Err(unusable("--comm mpi: this program was built without MPI"))
     }
 }
 
@@ -229,6 +238,7 @@ enum RanksKind {
     /// Threads of this process.
     Threads,
     /// This process is one of them, in these groups: communicators that all layers share.
+    #[cfg_attr(not(all(unix, feature = "mpi")), expect(dead_code, reason = "built without MPI"))]
     Mpi(Groups),
 }
 

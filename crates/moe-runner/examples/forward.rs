@@ -3,10 +3,7 @@
 
 use std::path::PathBuf;
 
-use moe_runner::checkpoint::{Checkpoint, architecture};
-use moe_runner::hidden::{ActivationDtype, Rows, RowsMut};
-use moe_runner::runner::{ForwardInput, MoeRunner, MoeRunnerInterface, Options};
-use moe_runner::weights::LoadedLayer;
+use moe_runner::prelude::*;
 
 fn main() -> moe_runner::Result<()> {
     let path = std::env::args_os().nth(1).map_or_else(

@@ -8,45 +8,9 @@ mod sigmoid;
 mod tails;
 
 use super::lanes::Lanes;
+use crate::activation::Activation;
 use sigmoid::times_sigmoid;
 use tails::{half_erfc, sigmoid, tanh};
-
-/// The function between the two products. `g` is the gate projection, `u` the up projection;
-/// without a gate projection the function is applied to `u` alone.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Activation {
-    /// `g·σ(g) · u`
-    Silu,
-    /// `g/2·(1+erf(g/√2)) · u`
-    Gelu,
-    /// `g/2·(1+tanh(√(2/π)·(g+0.044715·g³))) · u`
-    GeluTanh,
-    /// `max(g,0) · u`
-    Relu,
-    /// `max(g,0)² · u`
-    Relu2,
-    /// `g' = min(g,limit)`, `u' = clamp(u,±limit)`: `g'·σ(alpha·g') · (u'+beta)`.
-    ClampedSwiglu {
-        /// Steepness of the sigmoid.
-        alpha: f32,
-        /// Added to the up projection.
-        beta: f32,
-        /// Clamps both projections before the function.
-        limit: f32,
-    },
-    /// `min(g·σ(g), limit) · clamp(u,±limit)`
-    SwigluStep {
-        /// Clamps SiLU's result and the up projection.
-        limit: f32,
-    },
-    /// `β·tanh(g/β)·σ(g) · λ·tanh(u/λ)`; λ absent: `· u`.
-    Situ {
-        /// β, positive.
-        beta: f32,
-        /// λ, positive.
-        lambda: Option<f32>,
-    },
-}
 
 /// `gate[i] = act(gate[i]) · up[i]`, or `act(gate[i])` without `up`. Unsafe to call: the CPU must
 /// have the function's instruction set. The slices are of equal length.

@@ -2,11 +2,12 @@
 
 use std::arch::x86_64::*;
 
-use super::activation::{self, Activation};
+use super::activation;
 use super::lanes::Lanes;
 use super::probe::{self, Probes};
+use crate::activation::Activation;
 
-/// To be entered only where the CPU has [`Isa::Avx2`](crate::isa::Isa::Avx2).
+/// To be entered only where the CPU has [`Features::V3`](crate::isa::Features::V3).
 pub(super) const PROBES: Probes = Probes { read, multiply_add };
 
 #[target_feature(enable = "avx2,fma,f16c")]

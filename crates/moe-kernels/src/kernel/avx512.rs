@@ -2,12 +2,13 @@
 
 use std::arch::x86_64::*;
 
-use super::activation::{self, Activation};
+use super::activation;
 use super::avx2::{halves, sums_of_halves};
 use super::lanes::Lanes;
 use super::probe::{self, Probes};
+use crate::activation::Activation;
 
-/// To be entered only where the CPU has [`Isa::Avx512`](crate::isa::Isa::Avx512).
+/// To be entered only where the CPU has [`Features::V4`](crate::isa::Features::V4).
 pub(super) const PROBES: Probes = Probes { read, multiply_add };
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]

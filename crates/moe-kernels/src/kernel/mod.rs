@@ -1,6 +1,6 @@
 //! What experts do between their two products, and the probes of a machine's limits.
 //!
-//! A [`Kernel`] is a table of plain function pointers, chosen once for an instruction set. Each
+//! A [`Kernel`] is a table of plain function pointers, chosen once for a set of CPU features. Each
 //! element is computed alike wherever it lies.
 
 mod activation;
@@ -14,46 +14,49 @@ mod probe;
 
 use std::fmt;
 
-pub use activation::Activation;
-
-use crate::isa::Isa;
+use crate::activation::Activation;
+use crate::isa::{Cpu, Features};
 use activation::ActivateFn;
 use probe::Probes;
 
-/// The kernels of one instruction set.
+/// The kernels of one set of features: [`Features::V4`], [`Features::V3`], or none.
 #[derive(Clone, Copy)]
 pub struct Kernel {
-    isa: Isa,
+    name: &'static str,
+    cpu: Cpu,
     activate: ActivateFn,
     probes: Probes,
 }
 
 impl Kernel {
-    /// The kernels of the best instruction set of this CPU.
+    /// The kernels of the best set of features of this CPU.
     pub fn detect() -> Kernel {
-        Kernel::of(Isa::detect())
+        Kernel::new(Cpu::detect())
     }
 
-    /// The kernels of `isa`; `None` if this CPU lacks it.
-    pub fn new(isa: Isa) -> Option<Kernel> {
-        isa.is_available().then(|| Kernel::of(isa))
-    }
-
-    /// The kernels of an instruction set that this CPU has.
-    fn of(isa: Isa) -> Kernel {
-        let (activate, probes): (ActivateFn, Probes) = match isa {
+    /// The kernels of the best set of features that `cpu` may use.
+    pub fn new(cpu: Cpu) -> Kernel {
+        type Level = (&'static str, Features, ActivateFn, Probes);
+        const LEVELS: &[Level] = &[
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => (avx512::activate, avx512::PROBES),
+            ("avx512", Features::V4, avx512::activate, avx512::PROBES),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => (avx2::activate, avx2::PROBES),
-            _ => (portable::activate, portable::PROBES),
-        };
-        Kernel { isa, activate, probes }
+            ("avx2", Features::V3, avx2::activate, avx2::PROBES),
+        ];
+        const PORTABLE: Level = ("portable", Features::NONE, portable::activate, portable::PROBES);
+        let able = LEVELS.iter().find(|(_, needs, ..)| cpu.has(*needs));
+        let &(name, needs, activate, probes) = able.unwrap_or(&PORTABLE);
+        Kernel { name, cpu: cpu.only(needs), activate, probes }
     }
 
-    /// The instruction set.
-    pub fn isa(&self) -> Isa {
-        self.isa
+    /// The name in reports: `avx512`, `avx2`, `portable`.
+    pub fn name(&self) -> &'static str {
+        self.name
+    }
+
+    /// The CPU with the features that the kernels use, and no other.
+    pub fn cpu(&self) -> Cpu {
+        self.cpu
     }
 
     /// `gate[i] = act(gate[i]) · up[i]`, or `act(gate[i])` without an up projection, within 4 ulp
@@ -63,25 +66,25 @@ impl Kernel {
     /// If `up` has another length than `gate`.
     pub fn activate(&self, activation: Activation, gate: &mut [f32], up: Option<&[f32]>) {
         assert!(up.is_none_or(|up| up.len() == gate.len()), "elements of gate and up");
-        // SAFETY: a `Kernel` exists only for an instruction set that the CPU has; the lengths agree.
+        // SAFETY: the features were proven when the `Kernel` was made; the lengths agree.
         unsafe { (self.activate)(activation, gate, up) }
     }
 
     /// Reads all of `data` and returns its sum, up to a last part that is smaller than a step.
     pub(crate) fn probe_read(&self, data: &[f32]) -> f32 {
-        // SAFETY: the CPU has the instruction set, as above.
+        // SAFETY: the CPU has the features, as above.
         unsafe { (self.probes.read)(data) }
     }
 
     /// Does `rounds` rounds of multiply-adds in registers; returns the number of f32 operations.
     pub(crate) fn probe_multiply_add(&self, rounds: usize) -> u64 {
-        // SAFETY: the CPU has the instruction set, as above.
+        // SAFETY: the CPU has the features, as above.
         unsafe { (self.probes.multiply_add)(rounds) }
     }
 }
 
 impl fmt::Debug for Kernel {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Kernel").field("isa", &self.isa).finish_non_exhaustive()
+        f.debug_struct("Kernel").field("cpu", &self.cpu).finish_non_exhaustive()
     }
 }

@@ -2,9 +2,10 @@
 
 use std::array::from_fn;
 
-use super::activation::{self, Activation};
+use super::activation;
 use super::lanes::Lanes;
 use super::probe::{self, Probes};
+use crate::activation::Activation;
 
 pub(super) const PROBES: Probes = Probes { read, multiply_add };
 

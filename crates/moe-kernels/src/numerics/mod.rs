@@ -13,11 +13,6 @@
 //! infinities included, becomes the largest finite value. NaN stays NaN where the format has one;
 //! each module says what it becomes where not. The 16-bit floats alone overflow to infinity.
 
-pub mod e2m1;
-pub mod e2m3;
-pub mod e3m2;
-pub mod e4m3;
-pub mod e5m2;
 pub mod e8m0;
 pub mod float16;
 pub mod ggml;
@@ -31,4 +26,5 @@ mod vectorised;
 
 pub(crate) use vectorised::for_each_isa;
 
+pub use minifloat::{e2m1, e2m3, e3m2, e4m3, e5m2};
 pub use scale::{DecodeScale, EncodeScale, for_each_group};

@@ -3,13 +3,12 @@
 //! Kernels read a matrix from one end to the other, and each page on the way costs a walk through
 //! the page table: with pages of 4 KiB, a third of the time at one token. A matrix is smaller than
 //! a huge page, so matrices share large mappings, for which the system is asked for huge pages. A
-//! mapping lives as long as a matrix in it; what nobody has written takes no memory.
+//! mapping lives as long as a matrix in it; what nobody has written takes no memory. Built without
+//! `mmap`, the allocator's memory takes their place.
 
 use std::io;
 use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
-
-use memmap2::MmapMut;
 
 /// Bytes of a cache line: where memory begins.
 pub(crate) const LINE: usize = 64;
@@ -20,10 +19,32 @@ const HUGE: usize = 2 << 20;
 /// Bytes of a mapping that matrices share.
 const SHARED: usize = 32 * HUGE;
 
+#[cfg(feature = "mmap")]
+type Owner = memmap2::MmapMut;
+#[cfg(not(feature = "mmap"))]
+type Owner = Box<[u8]>;
+
+/// That many zeros.
+#[cfg(feature = "mmap")]
+fn anonymous(len: usize) -> io::Result<Owner> {
+    let map = Owner::map_anon(len)?;
+    // A refusal changes nothing but time.
+    #[cfg(target_os = "linux")]
+    let _ = map.advise(memmap2::Advice::HugePage);
+    Ok(map)
+}
+
+#[cfg(not(feature = "mmap"))]
+fn anonymous(len: usize) -> io::Result<Owner> {
+    // An allocation that fails ends the program: first one that may.
+    Vec::<u8>::new().try_reserve_exact(len)?;
+    Ok(vec![0; len].into())
+}
+
 /// A mapping that is handed out from the front.
 struct Mapping {
     /// Keeps the memory.
-    _map: MmapMut,
+    _owner: Owner,
     first: NonNull<u8>,
     len: usize,
     taken: Mutex<usize>,
@@ -38,13 +59,10 @@ impl Mapping {
     fn new(len: usize) -> io::Result<Arc<Mapping>> {
         // Room to begin at a huge page.
         let room = len.checked_add(HUGE).ok_or(io::ErrorKind::OutOfMemory)?;
-        let mut map = MmapMut::map_anon(room)?;
-        // A refusal changes nothing but time.
-        #[cfg(target_os = "linux")]
-        let _ = map.advise(memmap2::Advice::HugePage);
-        let skip = map.as_ptr().align_offset(HUGE);
-        let first = NonNull::from(&mut map[skip..]).cast();
-        Ok(Arc::new(Mapping { _map: map, first, len, taken: Mutex::new(0) }))
+        let mut owner = anonymous(room)?;
+        let skip = owner.as_ptr().align_offset(HUGE);
+        let first = NonNull::from(&mut owner[skip..]).cast();
+        Ok(Arc::new(Mapping { _owner: owner, first, len, taken: Mutex::new(0) }))
     }
 
     /// The next `len` bytes; `None` if they are not there.

@@ -3,12 +3,11 @@
 
 use half::f16;
 
-use super::blocks::{Parts, take_apart};
 use super::layout::{BLOCK, Codes, Group, Number, Offset, STEP};
 use super::order::PADDING;
 use super::plan::{Plan, Recode, is_nan, zero};
 use super::unit::{code_bytes, row_codes};
-use crate::numerics::ggml::unsigned_e4m3;
+use crate::numerics::ggml::{Parts, unsigned_e4m3};
 use crate::numerics::{DecodeScale, EncodeScale, e4m3, e5m2};
 use crate::stored::{Global, Stored, View};
 
@@ -132,7 +131,7 @@ fn block_row(view: &View, plan: &Plan, stored: &crate::stored::Blocks, row: usiz
     let mut all: Vec<Parts> = Vec::new();
     for block in row.chunks_exact(bytes) {
         let mut parts = Parts::new();
-        take_apart(stored.block(), block, &mut parts);
+        stored.block().take_apart(block, &mut parts);
         all.push(parts);
     }
     let first = cols.start - cols.start % STEP;
@@ -150,10 +149,7 @@ fn block_row(view: &View, plan: &Plan, stored: &crate::stored::Blocks, row: usiz
         let places = (size - k % size).min(first + padded - k);
         let (parts, group) = (&all[k / len], k % len / size);
         let sub = parts.scales[group];
-        let (scale, minimum) = match layout.scale {
-            Some(Number::Low4) => (f32::from(sub & 15), f32::from(sub >> 4)),
-            _ => (f32::from(sub as i8), f32::from(parts.minima[group])),
-        };
+        let (scale, minimum) = (f32::from(sub as i8), f32::from(parts.minima[group]));
         let outer = match layout.scale {
             Some(Number::E8m0 | Number::Bf16) => crate::numerics::e8m0::decode(parts.scale[0]),
             Some(Number::E4m3) => unsigned_e4m3(sub) / 256.0,

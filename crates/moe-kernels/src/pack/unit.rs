@@ -4,7 +4,6 @@ use std::ops::Range;
 
 use half::{bf16, f16};
 
-use super::blocks::{self, Parts};
 use super::fast::{self, Fast};
 use super::layout::{BLOCK, Codes, Group, Layout, Number, Offset, PANEL, STEP};
 use super::lines::{self, Items};
@@ -12,7 +11,7 @@ use super::order::{Order, PADDING};
 use super::plan::{Plan, Recode, is_nan, zero};
 use crate::isa::Cpu;
 use crate::numerics::e8m0;
-use crate::numerics::ggml::unsigned_e4m3;
+use crate::numerics::ggml::{Parts, unsigned_e4m3};
 use crate::stored::{self, Stored, View};
 
 /// What is to be packed, and how.
@@ -202,7 +201,7 @@ impl<'a> Packing<'a> {
         for (i, row) in rows.clone().enumerate() {
             let row = stored.row(self.view.stored_row(row));
             let parts = &mut self.parts;
-            blocks::take_apart(stored.block(), &row[block * bytes..(block + 1) * bytes], parts);
+            stored.block().take_apart(&row[block * bytes..(block + 1) * bytes], parts);
             self.codes[i * BLOCK + inside.start - at..i * BLOCK + inside.end - at].copy_from_slice(
                 &parts.codes[inside.start - block * len..inside.end - block * len],
             );
@@ -228,6 +227,7 @@ impl<'a> Packing<'a> {
 /// The scale and the minimum of a group of a GGUF block.
 fn block_scale(layout: &Layout, parts: &Parts, group: usize, field: &mut impl FnMut(&[u8])) {
     match layout.scale {
+        Some(Number::Low4) => field(&[parts.scales[group] | parts.minima[group] << 4]),
         _ if layout.outer_scale => field(&parts.scales[group..group + 1]),
         // MXFP4's, where a code is not among those that kernels read.
         Some(Number::Bf16) => {

@@ -6,7 +6,7 @@ use loom::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use loom::sync::{Arc, Mutex};
 use loom::thread;
 
-use super::{Pool, ThreadPool, Worker};
+use super::{Pool, Worker};
 
 /// Cells that items write without any synchronisation of their own: the checker complains where an
 /// access is not ordered after the last one.
@@ -39,22 +39,15 @@ fn check(threads: usize, what: impl Fn() + Sync + Send + 'static) {
     model.check(what);
 }
 
-fn run(pool: &dyn ThreadPool, spread: bool, items: usize, work: super::Work<'_>) {
-    match spread {
-        true => pool.run_spread(items, work),
-        false => pool.run(items, work),
-    }
-}
-
 /// Every item runs once, and what it wrote is there when `run` returns; also in a second region,
 /// which late claimants of the first may meet.
-fn regions(threads: usize, spread: bool, items: [usize; 2]) {
+fn regions(threads: usize, items: [usize; 2]) {
     check(threads, move || {
         let pool = Pool::new(threads).unwrap();
         let cells = Cells::new(3);
         let mut want = [0; 3];
         for items in items {
-            run(&pool, spread, items, &|_, item| cells.add(item));
+            pool.run(items, &|_, item| cells.add(item));
             want[..items].iter_mut().for_each(|count| *count += 1);
             assert_eq!(cells.read(), want);
         }
@@ -63,22 +56,12 @@ fn regions(threads: usize, spread: bool, items: [usize; 2]) {
 
 #[test]
 fn two_regions_on_two_threads() {
-    regions(2, false, [2, 3]);
-}
-
-#[test]
-fn two_spread_regions_on_two_threads() {
-    regions(2, true, [3, 2]);
+    regions(2, [2, 3]);
 }
 
 #[test]
 fn a_region_on_three_threads() {
-    regions(3, false, [3, 0]);
-}
-
-#[test]
-fn a_spread_region_on_three_threads() {
-    regions(3, true, [3, 0]);
+    regions(3, [3, 0]);
 }
 
 /// Two items that wait for each other: a lost wake-up would leave one waiting for ever, which the

@@ -27,11 +27,7 @@
 //! 5. *Panics.* Items run under `catch_unwind`; the first payload is kept, and resumed by the caller
 //!    after the region has ended in the usual way. Later ones are forgotten, not dropped: a drop
 //!    that panics again would end a worker between its claim and its report.
-//! 6. *A spread region hands out every item once.* A claim is then the right to one item of any
-//!    `lot`. The lots are filled before `unclaimed` is stored, and there are as many items in them
-//!    as claims; they are only ever emptied, and only under a claim. A claimant that found all of
-//!    them empty, one after the other, would be one claim too many.
-//! 7. *No waiting in a circle.* A thread inside items waits only for the turn of a pool that is older
+//! 6. *No waiting in a circle.* A thread inside items waits only for the turn of a pool that is older
 //!    than all of theirs; of others it takes the turn where it is free, and runs inline where it is
 //!    not. So whoever waits, waits for an older pool than those that wait for it.
 
@@ -58,8 +54,6 @@ struct Line<T>(T);
 struct Job {
     work: *const (dyn Fn(Worker, usize) + Sync),
     items: usize,
-    /// The items are dealt to lots.
-    spread: bool,
 }
 
 /// The right to start a region.
@@ -73,8 +67,8 @@ pub(super) struct Shared {
     unfinished: Line<AtomicUsize>,
     /// Workers that sleep, or are about to.
     sleepers: Line<AtomicUsize>,
-    /// In a spread region: what is left of each worker's run of items; zero or less when empty.
-    lots: Vec<Line<AtomicIsize>>,
+    /// The caller's among them.
+    threads: usize,
     stop: AtomicBool,
     job: UnsafeCell<Option<Job>>,
     panic: Mutex<Option<Payload>>,
@@ -97,7 +91,7 @@ impl Shared {
             unclaimed: Line(AtomicIsize::new(0)),
             unfinished: Line(AtomicUsize::new(0)),
             sleepers: Line(AtomicUsize::new(0)),
-            lots: (0..threads).map(|_| Line(AtomicIsize::new(0))).collect(),
+            threads,
             stop: AtomicBool::new(false),
             job: UnsafeCell::new(None),
             panic: Mutex::new(None),
@@ -122,7 +116,6 @@ impl Shared {
         _turn: &Turn<'_>,
         items: usize,
         work: Work<'_>,
-        spread: bool,
     ) -> Option<Payload> {
         // SAFETY: only the lifetime changes. The pointer is used under claims alone, and this
         // function returns after the last of them (3 in the module's text).
@@ -133,19 +126,14 @@ impl Shared {
             >(work)
         };
         // SAFETY: it is our turn, and no claim of an earlier region is unfinished (2).
-        self.job.with_mut(|job| unsafe { *job = Some(Job { work, items, spread }) });
-        if spread {
-            for (worker, lot) in self.lots.iter().enumerate() {
-                lot.0.store(self.run_of(worker, items).len() as isize, Ordering::Relaxed);
-            }
-        }
+        self.job.with_mut(|job| unsafe { *job = Some(Job { work, items }) });
         self.unfinished.0.store(items, Ordering::Relaxed);
         // A swap, which even the model checker orders after the claims of those who came too late.
         self.unclaimed.0.swap(items as isize, Ordering::Release);
         fence(Ordering::SeqCst);
         if self.sleepers.0.load(Ordering::Relaxed) > 0 {
             drop(lock(&self.sleep));
-            for _ in 1..self.lots.len().min(items) {
+            for _ in 1..self.threads.min(items) {
                 self.wake.notify_one();
             }
         }
@@ -155,14 +143,6 @@ impl Shared {
             wait.pause();
         }
         lock(&self.panic).take()
-    }
-
-    /// The items of a spread region that fall to `worker`.
-    fn run_of(&self, worker: usize, items: usize) -> std::ops::Range<usize> {
-        let threads = self.lots.len();
-        let (base, more) = (items / threads, items % threads);
-        let start = worker * base + worker.min(more);
-        start..start + base + usize::from(worker < more)
     }
 
     /// Claims and runs items until none is unclaimed.
@@ -179,10 +159,7 @@ impl Shared {
             let Some(job) = job else { unreachable!("a region was published without its job") };
             // SAFETY: as above; the closure lives until our claim is finished (3).
             let work = unsafe { &*job.work };
-            let item = match job.spread {
-                true => self.take_from_lots(worker, job.items),
-                false => job.items - left as usize,
-            };
+            let item = job.items - left as usize;
             if let Err(payload) = catch_unwind(AssertUnwindSafe(|| work(worker, item))) {
                 let mut first = lock(&self.panic);
                 match &*first {
@@ -195,21 +172,6 @@ impl Shared {
         if finished > 0 {
             self.unfinished.0.fetch_sub(finished, Ordering::Release);
         }
-    }
-
-    /// An item of the worker's own lot, or of the next that has one (6 in the module's text).
-    fn take_from_lots(&self, worker: Worker, items: usize) -> usize {
-        let threads = self.lots.len();
-        for lot in (0..threads).map(|more| (worker.0 + more) % threads) {
-            let left = &self.lots[lot].0;
-            if left.load(Ordering::Relaxed) > 0 {
-                let left = left.fetch_sub(1, Ordering::Relaxed);
-                if left > 0 {
-                    return self.run_of(lot, items).end - left as usize;
-                }
-            }
-        }
-        unreachable!("more claims than items")
     }
 
     /// The life of a worker.

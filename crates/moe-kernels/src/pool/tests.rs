@@ -226,46 +226,12 @@ fn no_two_items_at_a_time_have_one_worker() {
         let pool = pool(threads);
         let taken: Vec<AtomicUsize> = (0..threads).map(|_| AtomicUsize::new(0)).collect();
         let mine = thread::current().id();
-        for spread in [false, true] {
-            let work = |worker: Worker, _| {
-                assert_eq!(worker.index() == 0, thread::current().id() == mine);
-                assert_eq!(taken[worker.index()].swap(1, Relaxed), 0);
-                thread::yield_now();
-                taken[worker.index()].store(0, Relaxed);
-            };
-            match spread {
-                true => pool.run_spread(500, &work),
-                false => pool.run(500, &work),
-            }
-        }
-    }
-}
-
-/// In a spread region whose workers all come, each runs a contiguous run of its own, the same every
-/// time; where one does not, others run its items.
-#[test]
-fn spread_items_stay_with_their_worker() {
-    let pool = pool(3);
-    for items in [1, 2, 3, 7, 64, 1000] {
-        let ran: Vec<AtomicUsize> = (0..items).map(|_| AtomicUsize::new(0)).collect();
-        pool.run_spread(items, &|_, i| {
-            ran[i].fetch_add(1, Relaxed);
+        pool.run(500, &|worker: Worker, _| {
+            assert_eq!(worker.index() == 0, thread::current().id() == mine);
+            assert_eq!(taken[worker.index()].swap(1, Relaxed), 0);
+            thread::yield_now();
+            taken[worker.index()].store(0, Relaxed);
         });
-        assert!(ran.iter().all(|ran| ran.load(Relaxed) == 1), "{items} items");
-    }
-    for _ in 0..20 {
-        let [by, here] = [0; 2].map(|_| (0..3).map(|_| AtomicUsize::new(9)).collect::<Vec<_>>());
-        pool.run_spread(3, &|worker, i| {
-            by[i].store(worker.index(), Relaxed);
-            here[worker.index()].store(i, Relaxed);
-            let since = Instant::now();
-            while here.iter().any(|item| item.load(Relaxed) == 9) {
-                assert!(since.elapsed() < Duration::from_secs(60), "a worker does not come");
-                thread::yield_now();
-            }
-        });
-        let by: Vec<usize> = by.into_iter().map(AtomicUsize::into_inner).collect();
-        assert_eq!(by, [0, 1, 2]);
     }
 }
 

@@ -6,7 +6,6 @@ use moe_runner::quantize::{Format, Leftover, Options, ProjectionError, quantize}
 use serde::Serialize;
 
 use crate::args::QuantizeArgs;
-use crate::checkpoints::snapshot;
 use crate::failure::{one_line, unusable};
 use crate::interrupt;
 use crate::report::Report;
@@ -53,7 +52,7 @@ pub(crate) fn run(args: &QuantizeArgs) -> Result<Report> {
         overwrite: args.overwrite,
         threads: args.threads.count()?,
     };
-    let checkpoint = Checkpoint::open(&snapshot(&args.checkpoint))?;
+    let checkpoint = Checkpoint::open(&args.checkpoint)?;
     interrupt::ends_in_order();
     let mut bar: Option<Progress> = None;
     let summary = quantize(&checkpoint, &args.output, &options, &mut |progress| {

@@ -6,7 +6,7 @@ use std::sync::{Arc, OnceLock};
 
 use super::config::Config;
 use super::file::{Entry, MAX_TENSORS, StoredDtype, TensorFile, map};
-use super::folder::{Folder, INDEX};
+use super::folder::{Folder, INDEX, has_weights, snapshot};
 use super::quantization::Quantization;
 use super::tensor::{Bytes, Dtype, Tensor};
 use super::{gguf, safetensors};
@@ -109,7 +109,8 @@ impl Checkpoint {
     /// where one is at fault, the tensor: a file is missing, cut off or garbage; a tensor lies
     /// outside of its file, overlaps with another, has a wrong number of bytes, or the same name
     /// as another in its file.
-    pub fn open(path: &Path) -> Result<Self> {
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
         let kind = std::fs::metadata(path).map_err(|source| Error::Io {
             path: path.to_owned(),
             action: "open",
@@ -132,7 +133,8 @@ impl Checkpoint {
     ///
     /// # Errors
     /// As [`Checkpoint::open`].
-    pub fn open_safetensors(path: &Path) -> Result<Self> {
+    pub fn open_safetensors(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
         let file = safetensors_file(path)?;
         Self::new(path, Container::Safetensors, None, None, vec![file], None)
     }
@@ -238,7 +240,8 @@ impl Checkpoint {
     ///
     /// # Errors
     /// As [`Checkpoint::open`], and what `architecture::layers` says about the configuration.
-    pub fn open_outline(path: &Path) -> Result<Self> {
+    pub fn open_outline(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
         let opened = match Self::open(path) {
             Ok(opened) if opened.inner.files.iter().any(|file| !file.entries.is_empty()) => {
                 return Ok(opened.outline());
@@ -274,10 +277,11 @@ impl Checkpoint {
 
     /// A folder that holds a `config.json` and none of the model's files.
     fn open_config(path: &Path) -> Result<Option<Self>> {
+        let path = &snapshot(path)?;
         let config = if path.is_dir() { path.join("config.json") } else { path.to_owned() };
         let is_config = config.file_name().is_some_and(|name| name == "config.json");
         let folder = config.parent().unwrap_or(path).to_owned();
-        if !is_config || !config.is_file() || (path.is_dir() && super::folder::has_weights(path)?) {
+        if !is_config || !config.is_file() || (path.is_dir() && has_weights(path)?) {
             return Ok(None);
         }
         let config = Some(Config::open(&config)?);
@@ -460,11 +464,23 @@ fn zeros(path: &Path, len: usize) -> Result<Bytes> {
     if len == 0 {
         return Ok(Vec::new().into());
     }
-    let mapped = memmap2::MmapOptions::new().len(len).no_reserve_swap().map_anon();
-    let mapped = mapped.and_then(memmap2::MmapMut::make_read_only).map_err(|_| {
+    blank(len).ok_or_else(|| {
         Error::file(path, format!("asks for a tensor of {len} bytes, which no address space holds"))
-    })?;
-    Ok(Bytes::new(Arc::new(mapped)))
+    })
+}
+
+#[cfg(feature = "mmap")]
+fn blank(len: usize) -> Option<Bytes> {
+    let mapped = memmap2::MmapOptions::new().len(len).no_reserve_swap().map_anon();
+    let mapped = mapped.and_then(memmap2::MmapMut::make_read_only).ok()?;
+    Some(Bytes::new(Arc::new(mapped)))
+}
+
+#[cfg(not(feature = "mmap"))]
+fn blank(len: usize) -> Option<Bytes> {
+    // an allocation that fails ends the program: first one that may
+    Vec::<u8>::new().try_reserve_exact(len).ok()?;
+    Some(vec![0; len].into())
 }
 
 fn safetensors_file(path: &Path) -> Result<TensorFile> {

@@ -4,8 +4,6 @@ use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use memmap2::Mmap;
-
 use super::tensor::{Bytes, Dtype, Tensor};
 use crate::{Error, Result};
 
@@ -85,7 +83,7 @@ impl TensorFile {
     }
 }
 
-/// Maps a file; it must be a regular file with something in it.
+/// Maps a file, or reads it where this is built without `mmap`; it must be a regular file with something in it.
 ///
 /// The mapping shows the file as it is on disk: while it is in use, nobody may write to the file
 /// or shorten it. (To replace it with a new one of the same name is fine.)
@@ -102,13 +100,28 @@ pub(super) fn map(path: &Path) -> Result<Bytes> {
         return Err(Error::file(path, "is empty"));
     }
     let file = File::open(path).map_err(io("open"))?;
-    // SAFETY: the mapping is read-only, and `Bytes` bounds every access by its length. That nobody
-    // changes or shortens the file meanwhile cannot be checked; the documentation above asks for it.
-    let mapped = unsafe { Mmap::map(&file) }.map_err(io("map"))?;
-    if let Some(reason) = stands_for_another(&mapped) {
+    let bytes = contents(file).map_err(io("read"))?;
+    if let Some(reason) = stands_for_another(&bytes) {
         return Err(Error::file(path, reason));
     }
+    Ok(bytes)
+}
+
+#[cfg(feature = "mmap")]
+fn contents(file: File) -> std::io::Result<Bytes> {
+    // SAFETY: the mapping is read-only, and `Bytes` bounds every access by its length. That nobody
+    // changes or shortens the file meanwhile cannot be checked; the documentation of `map` asks for it.
+    let mapped = unsafe { memmap2::Mmap::map(&file) }?;
     Ok(Bytes::new(std::sync::Arc::new(mapped)))
+}
+
+#[cfg(not(feature = "mmap"))]
+fn contents(mut file: File) -> std::io::Result<Bytes> {
+    let mut bytes = Vec::new();
+    let len = usize::try_from(file.metadata()?.len()).map_err(std::io::Error::other)?;
+    bytes.try_reserve_exact(len)?;
+    std::io::Read::read_to_end(&mut file, &mut bytes)?;
+    Ok(bytes.into())
 }
 
 /// What a file is that a download left in the place of another one.

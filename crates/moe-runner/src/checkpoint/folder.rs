@@ -114,9 +114,9 @@ impl Folder {
     }
 }
 
-/// A folder of the hub's cache holds a model's files below `snapshots`, by revision. The newest one
-/// with a `config.json`, or the folder itself where it is no such folder.
-fn snapshot(path: &Path) -> Result<PathBuf> {
+/// A folder of the hub's cache holds a model's files below `snapshots`, by revision: that of its main
+/// branch, or the only one with a `config.json`. The path itself where it is no such folder.
+pub(super) fn snapshot(path: &Path) -> Result<PathBuf> {
     let below = path.join("snapshots");
     if !below.is_dir() || path.join("config.json").exists() {
         return Ok(path.to_owned());

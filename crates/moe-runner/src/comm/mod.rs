@@ -37,7 +37,7 @@ mod collectives;
 mod groups;
 mod head;
 mod message;
-#[cfg(unix)]
+#[cfg(all(unix, feature = "mpi"))]
 pub mod mpi;
 mod single;
 mod sync;

@@ -59,23 +59,7 @@ impl Model {
 /// The names closest to `name`, best first, by edit distance.
 fn near_names<'a>(name: &str, names: impl Iterator<Item = &'a str>) -> Vec<String> {
     let mut rated: Vec<(usize, &str)> =
-        names.map(|other| (edit_distance(name, other), other)).collect();
+        names.map(|other| (strsim::levenshtein(name, other), other)).collect();
     rated.sort();
     rated.into_iter().take(NEAR).map(|(_, name)| name.to_owned()).collect()
-}
-
-/// Insertions, deletions and substitutions that turn `a` into `b` (Levenshtein).
-fn edit_distance(a: &str, b: &str) -> usize {
-    let b: Vec<char> = b.chars().collect();
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, from) in a.chars().enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
-        for (j, to) in b.iter().enumerate() {
-            let substitute = diagonal + usize::from(from != *to);
-            diagonal = row[j + 1];
-            row[j + 1] = substitute.min(row[j] + 1).min(diagonal + 1);
-        }
-    }
-    row[b.len()]
 }

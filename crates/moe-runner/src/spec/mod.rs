@@ -13,12 +13,11 @@
 //! y      = y + shared(x)   | averaged | weighted by the router
 //! ```
 
-mod activation;
 mod router;
 mod scheme;
 
-pub use activation::Activation;
-pub(crate) use activation::sigmoid;
+pub use moe_kernels::activation::Activation;
+pub(crate) use moe_kernels::activation::sigmoid;
 pub use router::{
     Correction, GroupFill, GroupScore, Groups, IdleExperts, Renormalise, RouterSpec, Score,
     Selection, WeightFrom, WeightOn,

@@ -1,7 +1,7 @@
 //! Every activation against its formula in float64, over the whole range of f32.
 
 use super::*;
-use crate::isa::Isa;
+use crate::isa::Cpu;
 use crate::kernel::Kernel;
 
 const ALL: [Activation; 10] = [
@@ -101,8 +101,8 @@ fn ulp(x: f64) -> f64 {
 #[test]
 fn within_four_ulp_of_the_formula() {
     let gates = inputs();
-    for isa in Isa::available() {
-        let kernel = Kernel::new(isa).unwrap();
+    for cpu in Cpu::levels() {
+        let kernel = Kernel::new(cpu);
         for activation in ALL {
             for u in [None, Some(1.0f32), Some(-0.37), Some(12.5), Some(1e-3), Some(1e30)] {
                 let mut got = gates.clone();
@@ -111,7 +111,7 @@ fn within_four_ulp_of_the_formula() {
                 for (g, got) in gates.iter().zip(got) {
                     let want = formula(activation, f64::from(*g), u.map(f64::from));
                     let context =
-                        format!("{isa} {activation:?} g={g:e} u={u:?}: {got:e}, {want:e}");
+                        format!("{cpu:?} {activation:?} g={g:e} u={u:?}: {got:e}, {want:e}");
                     if want.is_nan() {
                         assert!(got.is_nan(), "{context}");
                         continue;
@@ -134,15 +134,16 @@ fn within_four_ulp_of_the_formula() {
 #[test]
 fn within_four_ulp_for_any_up() {
     let ups = inputs();
-    for isa in Isa::available() {
-        let kernel = Kernel::new(isa).unwrap();
+    for cpu in Cpu::levels() {
+        let kernel = Kernel::new(cpu);
         for activation in ALL {
             for g in [1.25f32, -2.5, 9.0] {
                 let mut got = vec![g; ups.len()];
                 kernel.activate(activation, &mut got, Some(&ups));
                 for (u, got) in ups.iter().zip(got) {
                     let want = formula(activation, f64::from(g), Some(f64::from(*u)));
-                    let context = format!("{isa} {activation:?} g={g} u={u:e}: {got:e}, {want:e}");
+                    let context =
+                        format!("{cpu:?} {activation:?} g={g} u={u:e}: {got:e}, {want:e}");
                     let tolerance = 4.0 * ulp(want) + 2f64.powi(-149);
                     let close = (f64::from(got) - want).abs() <= tolerance;
                     assert!(
@@ -159,15 +160,15 @@ fn within_four_ulp_for_any_up() {
 #[test]
 fn the_same_bits_at_any_place() {
     let values: Vec<f32> = (0..37).map(|i| (i as f32 - 18.0) * 0.71).collect();
-    for isa in Isa::available() {
-        let kernel = Kernel::new(isa).unwrap();
+    for cpu in Cpu::levels() {
+        let kernel = Kernel::new(cpu);
         for activation in ALL {
             let mut whole = values.clone();
             kernel.activate(activation, &mut whole, Some(&values));
             for (value, want) in values.iter().zip(whole) {
                 let mut single = [*value];
                 kernel.activate(activation, &mut single, Some(&[*value]));
-                assert_eq!(single[0].to_bits(), want.to_bits(), "{isa} {activation:?} {value}");
+                assert_eq!(single[0].to_bits(), want.to_bits(), "{cpu:?} {activation:?} {value}");
             }
         }
     }

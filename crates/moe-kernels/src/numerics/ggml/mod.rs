@@ -1,5 +1,5 @@
 //! The block types of GGUF: fixed numbers of values with their scales, byte for byte as ggml
-//! defines them.
+//! defines them. A block is taken apart in one place, for its values and for packing alike.
 //!
 //! Every decoded value is the exact one, rounded once to f32: scales are f16 and products of scale
 //! and code fit f32, so that only the subtraction of a minimum rounds.
@@ -7,12 +7,15 @@
 mod grids;
 mod k_quants;
 mod non_linear;
+mod parts;
 mod simple;
 mod ternary;
 
+use super::e2m1;
 use super::vectorised::for_each_isa;
 use crate::isa::Cpu;
-pub(crate) use grids::unsigned_e4m3;
+pub(crate) use non_linear::unsigned_e4m3;
+pub(crate) use parts::{Form, Parts, Points};
 
 /// A block type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -177,33 +180,62 @@ impl BlockType {
         decode_row(Cpu::detect(), self, row, start, out);
     }
 
-    /// Values of one block, both of the right length.
+    /// What all blocks of the type have in common.
+    pub(crate) fn form(self) -> Form {
+        use Points::{Less, Signed, Table};
+        let (bits, points, sub, minimum) = match self {
+            Self::Q4_0 => (4, Less(8), None, false),
+            Self::Q4_1 => (4, Less(0), None, true),
+            Self::Q5_0 => (5, Less(16), None, false),
+            Self::Q5_1 => (5, Less(0), None, true),
+            Self::Q8_0 => (8, Signed, None, false),
+            Self::Q2K => (2, Less(0), Some(16), true),
+            Self::Q3K => (3, Less(4), Some(16), false),
+            Self::Q4K => (4, Less(0), Some(32), true),
+            Self::Q5K => (5, Less(0), Some(32), true),
+            Self::Q6K => (6, Less(32), Some(16), false),
+            Self::Iq4Nl => (4, Table(&non_linear::IQ4), None, false),
+            Self::Iq4Xs => (4, Table(&non_linear::IQ4), Some(32), false),
+            Self::Tq1_0 | Self::Tq2_0 => (2, Less(1), None, false),
+            Self::Mxfp4 => (4, Table(&e2m1::VALUES), None, false),
+            Self::Nvfp4 => (4, Table(&e2m1::VALUES), Some(16), false),
+            Self::Iq1S => (4, Table(&grids::IQ1_POINTS), Some(32), false),
+            Self::Iq1M => (4, Table(&grids::IQ1_POINTS), Some(16), false),
+            Self::Iq2Xxs => (4, Table(&grids::IQ2_POINTS), Some(32), false),
+            Self::Iq2Xs | Self::Iq2S => (4, Table(&grids::IQ2_POINTS), Some(16), false),
+            Self::Iq3Xxs => (4, Table(&grids::IQ3_XXS_POINTS), Some(32), false),
+            Self::Iq3S => (4, Table(&grids::IQ3_S_POINTS), Some(32), false),
+        };
+        Form { bits, points, sub, minimum }
+    }
+
+    /// Takes one block of the right length apart.
     #[inline(always)]
-    fn decode_block(self, block: &[u8], out: &mut [f32]) {
+    pub(crate) fn take_apart(self, block: &[u8], parts: &mut Parts) {
         match self {
-            Self::Q4_0 => simple::decode_q4_0(block, out),
-            Self::Q4_1 => simple::decode_q4_1(block, out),
-            Self::Q5_0 => simple::decode_q5_0(block, out),
-            Self::Q5_1 => simple::decode_q5_1(block, out),
-            Self::Q8_0 => simple::decode_q8_0(block, out),
-            Self::Q2K => k_quants::decode_q2_k(block, out),
-            Self::Q3K => k_quants::decode_q3_k(block, out),
-            Self::Q4K => k_quants::decode_q4_k(block, out),
-            Self::Q5K => k_quants::decode_q5_k(block, out),
-            Self::Q6K => k_quants::decode_q6_k(block, out),
-            Self::Iq4Nl => non_linear::decode_iq4_nl(block, out),
-            Self::Iq4Xs => non_linear::decode_iq4_xs(block, out),
-            Self::Tq1_0 => ternary::decode_tq1_0(block, out),
-            Self::Tq2_0 => ternary::decode_tq2_0(block, out),
-            Self::Mxfp4 => non_linear::decode_mxfp4(block, out),
-            Self::Iq1S => grids::decode_iq1_s(block, out),
-            Self::Iq1M => grids::decode_iq1_m(block, out),
-            Self::Iq2Xxs => grids::decode_iq2_xxs(block, out),
-            Self::Iq2Xs => grids::decode_iq2_xs(block, out),
-            Self::Iq2S => grids::decode_iq2_s(block, out),
-            Self::Iq3Xxs => grids::decode_iq3_xxs(block, out),
-            Self::Iq3S => grids::decode_iq3_s(block, out),
-            Self::Nvfp4 => grids::decode_nvfp4(block, out),
+            Self::Q4_0 => simple::q4_0(block, parts),
+            Self::Q4_1 => simple::q4_1(block, parts),
+            Self::Q5_0 => simple::q5_0(block, parts),
+            Self::Q5_1 => simple::q5_1(block, parts),
+            Self::Q8_0 => simple::q8_0(block, parts),
+            Self::Q2K => k_quants::q2_k(block, parts),
+            Self::Q3K => k_quants::q3_k(block, parts),
+            Self::Q4K => k_quants::q4_k(block, parts),
+            Self::Q5K => k_quants::q5_k(block, parts),
+            Self::Q6K => k_quants::q6_k(block, parts),
+            Self::Iq4Nl => non_linear::iq4_nl(block, parts),
+            Self::Iq4Xs => non_linear::iq4_xs(block, parts),
+            Self::Tq1_0 => ternary::tq1_0(block, parts),
+            Self::Tq2_0 => ternary::tq2_0(block, parts),
+            Self::Mxfp4 => non_linear::mxfp4(block, parts),
+            Self::Nvfp4 => non_linear::nvfp4(block, parts),
+            Self::Iq1S => grids::iq1_s(block, parts),
+            Self::Iq1M => grids::iq1_m(block, parts),
+            Self::Iq2Xxs => grids::iq2_xxs(block, parts),
+            Self::Iq2Xs => grids::iq2_xs(block, parts),
+            Self::Iq2S => grids::iq2_s(block, parts),
+            Self::Iq3Xxs => grids::iq3_xxs(block, parts),
+            Self::Iq3S => grids::iq3_s(block, parts),
         }
     }
 
@@ -234,24 +266,19 @@ for_each_isa! {
     fn decode_row(cpu: Cpu, kind: BlockType, row: &[u8], start: usize, out: &mut [f32]) {
         let (len, bytes) = (kind.block_len(), kind.block_bytes());
         let mut cut = [0.0; MAX_BLOCK_LEN];
+        let mut parts = Parts::new();
         let mut done = 0;
         while done < out.len() {
             let (index, first) = ((start + done) / len, (start + done) % len);
             let count = (len - first).min(out.len() - done);
             let part = &mut out[done..done + count];
             let whole = if count == len { &mut *part } else { &mut cut[..len] };
-            kind.decode_block(&row[index * bytes..(index + 1) * bytes], whole);
+            kind.take_apart(&row[index * bytes..(index + 1) * bytes], &mut parts);
+            parts.values(kind, whole);
             if count < len {
                 part.copy_from_slice(&cut[first..first + count]);
             }
             done += count;
         }
     }
-}
-
-/// The f16 at byte `at`, as f32.
-#[inline(always)]
-fn f16_at(block: &[u8], at: usize) -> f32 {
-    // Not `to_f32`: it asks the CPU for its features at every call.
-    half::f16::from_le_bytes([block[at], block[at + 1]]).to_f32_const()
 }

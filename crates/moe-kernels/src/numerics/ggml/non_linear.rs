@@ -1,50 +1,66 @@
-//! IQ4_NL, IQ4_XS and MXFP4: 4-bit indices into a table of 16 values.
+//! IQ4_NL, IQ4_XS, MXFP4 and NVFP4: 4-bit indices into a table of 16 values.
 
 use super::super::{e2m1, e8m0};
-use super::f16_at;
+use super::parts::{Parts, nibbles, two};
 
 /// The values of the IQ4 types.
-static IQ4_VALUES: [f32; 16] = [
+pub(super) static IQ4: [f32; 16] = [
     -127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0,
     89.0, 113.0,
 ];
 
 /// Bytes: f16 scale, 16 of indices.
 #[inline(always)]
-pub(super) fn decode_iq4_nl(block: &[u8], out: &mut [f32]) {
-    decode_indices(&block[2..], f16_at(block, 0), &IQ4_VALUES, out);
+pub(super) fn iq4_nl(block: &[u8], parts: &mut Parts) {
+    parts.scale = two(block, 0);
+    nibbles(&block[2..18], &mut parts.codes[..32]);
 }
 
 /// Bytes: f16 scale, 2 of the high two bits and 4 of the low four bits of eight scales, 128 of
 /// indices. Scales are offset by 32.
 #[inline(always)]
-pub(super) fn decode_iq4_xs(block: &[u8], out: &mut [f32]) {
-    let d = f16_at(block, 0);
-    let high = u16::from_le_bytes([block[2], block[3]]);
-    for (sub, out) in out.chunks_exact_mut(32).enumerate() {
-        let low_bits = block[4 + sub / 2] >> (sub % 2 * 4) & 15;
-        let high_bits = (high >> (sub * 2) & 3) as u8;
-        let scale = d * (f32::from(low_bits | high_bits << 4) - 32.0);
-        decode_indices(&block[8 + sub * 16..][..16], scale, &IQ4_VALUES, out);
+pub(super) fn iq4_xs(block: &[u8], parts: &mut Parts) {
+    parts.scale = two(block, 0);
+    let high = u16::from_le_bytes(two(block, 2));
+    for (sub, scale) in parts.scales[..8].iter_mut().enumerate() {
+        let low = block[4 + sub / 2] >> (sub % 2 * 4) & 15;
+        let high = (high >> (sub * 2) & 3) as u8;
+        *scale = (low | high << 4).wrapping_sub(32);
     }
+    let codes = parts.codes.chunks_exact_mut(32);
+    block[8..136].chunks_exact(16).zip(codes).for_each(|(bytes, codes)| nibbles(bytes, codes));
 }
 
 /// Bytes: E8M0 scale, 16 of codes. Scale 255 is NaN, as E8M0 has it.
 #[inline(always)]
-pub(super) fn decode_mxfp4(block: &[u8], out: &mut [f32]) {
-    decode_indices(&block[1..], e8m0::decode(block[0]), &e2m1::VALUES, out);
+pub(super) fn mxfp4(block: &[u8], parts: &mut Parts) {
+    parts.scale[0] = block[0];
+    nibbles(&block[1..17], &mut parts.codes[..32]);
 }
 
-/// The low nibbles of 16 bytes are the values 0 to 15, the high ones 16 to 31.
+/// Bytes: 4 unsigned E4M3 scales, 8 of codes for each 16 values: low nibbles first, then high ones.
 #[inline(always)]
-fn decode_indices(codes: &[u8], scale: f32, values: &[f32; 16], out: &mut [f32]) {
-    let (low, high) = out[..32].split_at_mut(16);
-    let codes = &codes[..16];
-    for (low, &byte) in low.iter_mut().zip(codes) {
-        *low = values[usize::from(byte & 15)] * scale;
+pub(super) fn nvfp4(block: &[u8], parts: &mut Parts) {
+    for (scale, byte) in parts.scales.iter_mut().zip(&block[..4]) {
+        // without a sign, and zero where E4M3 would not be a number
+        *scale = match *byte {
+            0x7f => 0,
+            0xff => 0xff,
+            byte => byte & 0x7f,
+        };
     }
-    for (high, &byte) in high.iter_mut().zip(codes) {
-        *high = values[usize::from(byte >> 4)] * scale;
+    let codes = parts.codes.chunks_exact_mut(16);
+    block[4..36].chunks_exact(8).zip(codes).for_each(|(bytes, codes)| nibbles(bytes, codes));
+}
+
+/// E4M3 without a sign; the code that would be NaN is zero, as in ggml.
+#[inline(always)]
+pub(crate) fn unsigned_e4m3(code: u8) -> f32 {
+    let (exponent, mantissa) = (i32::from(code >> 3 & 15), f32::from(code & 7));
+    match (code, exponent) {
+        (0 | 0x7f, _) => 0.0,
+        (_, 0) => mantissa / 512.0,
+        _ => (1.0 + mantissa / 8.0) * f32::from_bits(((exponent - 7 + 127) as u32) << 23),
     }
 }
 

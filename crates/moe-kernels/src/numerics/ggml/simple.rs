@@ -5,64 +5,44 @@
 
 use half::f16;
 
-use super::f16_at;
+use super::parts::{Parts, nibbles, two};
 
 #[inline(always)]
-pub(super) fn decode_q4_0(block: &[u8], out: &mut [f32]) {
-    let scale = f16_at(block, 0);
-    decode_4_bits(&block[2..], out, |code| (f32::from(code) - 8.0) * scale);
+pub(super) fn q4_0(block: &[u8], parts: &mut Parts) {
+    parts.scale = two(block, 0);
+    nibbles(&block[2..18], &mut parts.codes[..32]);
 }
 
 #[inline(always)]
-pub(super) fn decode_q4_1(block: &[u8], out: &mut [f32]) {
-    let (scale, min) = (f16_at(block, 0), f16_at(block, 2));
-    decode_4_bits(&block[4..], out, |code| f32::from(code) * scale + min);
+pub(super) fn q4_1(block: &[u8], parts: &mut Parts) {
+    (parts.scale, parts.minimum) = (two(block, 0), two(block, 2));
+    nibbles(&block[4..20], &mut parts.codes[..32]);
 }
 
 #[inline(always)]
-pub(super) fn decode_q5_0(block: &[u8], out: &mut [f32]) {
-    let scale = f16_at(block, 0);
-    decode_5_bits(&block[2..], out, |code| (f32::from(code) - 16.0) * scale);
+pub(super) fn q5_0(block: &[u8], parts: &mut Parts) {
+    parts.scale = two(block, 0);
+    five_bits(&block[2..22], &mut parts.codes[..32]);
 }
 
 #[inline(always)]
-pub(super) fn decode_q5_1(block: &[u8], out: &mut [f32]) {
-    let (scale, min) = (f16_at(block, 0), f16_at(block, 2));
-    decode_5_bits(&block[4..], out, |code| f32::from(code) * scale + min);
+pub(super) fn q5_1(block: &[u8], parts: &mut Parts) {
+    (parts.scale, parts.minimum) = (two(block, 0), two(block, 2));
+    five_bits(&block[4..24], &mut parts.codes[..32]);
 }
 
 #[inline(always)]
-pub(super) fn decode_q8_0(block: &[u8], out: &mut [f32]) {
-    let scale = f16_at(block, 0);
-    for (out, &code) in out[..32].iter_mut().zip(&block[2..34]) {
-        *out = f32::from(code as i8) * scale;
-    }
+pub(super) fn q8_0(block: &[u8], parts: &mut Parts) {
+    parts.scale = two(block, 0);
+    parts.codes[..32].copy_from_slice(&block[2..34]);
 }
 
 #[inline(always)]
-fn decode_4_bits(codes: &[u8], out: &mut [f32], value: impl Fn(u8) -> f32) {
-    let (low, high) = out[..32].split_at_mut(16);
-    let codes = &codes[..16];
-    // Two loops: the compiler vectorises each, but not one that writes in two places.
-    for (low, &byte) in low.iter_mut().zip(codes) {
-        *low = value(byte & 15);
-    }
-    for (high, &byte) in high.iter_mut().zip(codes) {
-        *high = value(byte >> 4);
-    }
-}
-
-#[inline(always)]
-fn decode_5_bits(bytes: &[u8], out: &mut [f32], value: impl Fn(u8) -> f32) {
-    let (low, high) = out[..32].split_at_mut(16);
-    let codes = &bytes[4..20];
-    let fifth: [[u8; 8]; 4] = std::array::from_fn(|i| spread(bytes[i]));
-    let fifth = fifth.as_flattened();
-    for ((low, &byte), fifth) in low.iter_mut().zip(codes).zip(&fifth[..16]) {
-        *low = value(byte & 15 | fifth << 4);
-    }
-    for ((high, &byte), fifth) in high.iter_mut().zip(codes).zip(&fifth[16..]) {
-        *high = value(byte >> 4 | fifth << 4);
+fn five_bits(bytes: &[u8], codes: &mut [u8]) {
+    nibbles(&bytes[4..20], codes);
+    for (codes, bits) in codes.chunks_exact_mut(8).zip(&bytes[..4]) {
+        let fifth = spread(*bits);
+        codes.iter_mut().zip(fifth).for_each(|(code, fifth)| *code |= fifth << 4);
     }
 }
 

@@ -7,8 +7,8 @@
 mod linear;
 mod packed;
 
-use moe_kernels::isa::{Cpu, Features, Isa};
-use moe_kernels::kernel::{self, Kernel};
+use moe_kernels::isa::{Cpu, Features};
+use moe_kernels::kernel::Kernel;
 use moe_kernels::pack::UNIT;
 use moe_kernels::rows::{RowsMut, Tile};
 
@@ -21,7 +21,7 @@ use crate::experts::{
 };
 use crate::hidden::ActivationDtype;
 use crate::plan::Plan;
-use crate::spec::{Activation, ExpertSpec, WeightOn};
+use crate::spec::{ExpertSpec, WeightOn};
 use crate::{Error, Result};
 use packed::PackedExpert;
 
@@ -78,42 +78,12 @@ impl CpuExperts {
         if !Cpu::detect().has(needs) {
             return Err(Error::NoKernel(format!("{}: this processor has no {needs}", desc.name)));
         }
-        let kernel = activations(needs);
+        let kernel = Kernel::new(Cpu::detect().only(needs));
         let (spec, weight_on, shape) = (*call.spec, call.weight_on, call.shape());
         let experts = packed::pack_all(desc, call)?;
         let most = |len: fn(&PackedExpert) -> usize| experts.iter().map(len).max().unwrap_or(0);
         let row_lens = [most(PackedExpert::first_len), most(|expert| expert.down.row_len())];
         Ok(Self { desc, kernel, spec, weight_on, experts, shape, row_lens })
-    }
-}
-
-/// The functions between the products, on the best instruction set within `features`.
-fn activations(features: Features) -> Kernel {
-    let within = |isa: &Isa| features.contains(isa.features());
-    let isa = Isa::ALL.into_iter().rev().find(within);
-    isa.and_then(Kernel::new).unwrap_or_else(Kernel::detect)
-}
-
-/// The kernel crate's name for an activation: that crate knows nothing of layers.
-fn kernel_activation(activation: Activation) -> kernel::Activation {
-    match activation {
-        Activation::Silu => kernel::Activation::Silu,
-        Activation::Gelu => kernel::Activation::Gelu,
-        Activation::GeluTanh => kernel::Activation::GeluTanh,
-        Activation::Relu => kernel::Activation::Relu,
-        Activation::Relu2 => kernel::Activation::Relu2,
-        Activation::ClampedSwiglu { alpha, beta, limit } => {
-            kernel::Activation::ClampedSwiglu { alpha, beta, limit }
-        }
-        Activation::SwigluStep { limit } => kernel::Activation::SwigluStep { limit },
-        Activation::Situ { beta, lambda } => kernel::Activation::Situ { beta, lambda },
-    }
-}
-
-impl CpuExperts {
-    /// The processor with the features of the kernel alone: quantisation runs on the same set.
-    fn cpu(&self) -> Cpu {
-        Cpu::detect().only(self.kernel.isa().features())
     }
 }
 
@@ -171,15 +141,15 @@ impl Products for CpuExperts {
             row.iter_mut().for_each(|v| *v *= weight);
         }
         if !quantised {
-            self.experts[expert].up_input.apply(self.cpu(), row);
+            self.experts[expert].up_input.apply(self.kernel.cpu(), row);
         }
     }
 
     fn between(&self, expert: usize, row: &mut [f32], whole: Option<f32>, scratch: &mut [f32]) {
         let input = self.experts[expert].down_input;
         match whole {
-            Some(max) => input.apply_slice(self.cpu(), row, max, scratch),
-            None => input.apply(self.cpu(), row),
+            Some(max) => input.apply_slice(self.kernel.cpu(), row, max, scratch),
+            None => input.apply(self.kernel.cpu(), row),
         }
     }
 
@@ -207,7 +177,7 @@ impl Products for CpuExperts {
 
     fn first(&self, block: Block<'_>, tile: &mut Tile<'_>, scratch: &mut [f32]) {
         let expert = &self.experts[block.expert];
-        let activation = kernel_activation(self.spec.activation);
+        let activation = self.spec.activation;
         let (rows, stride) = (block.slots.len(), expert.first_len());
         let Tile { cols, out, .. } = tile;
         let Some(gate) = &expert.gate else {

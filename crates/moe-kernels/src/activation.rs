@@ -1,11 +1,10 @@
-//! The functions between an expert's two products. They carry their parameters; there is one
-//! implementation of each formula.
-
-use serde::{Deserialize, Serialize};
+//! The functions between an expert's two products, with their parameters, and their formulas in
+//! float64. [`kernel`](crate::kernel) computes them on vectors.
 
 /// The function between the two products. `g` is the gate projection, `u` the up projection;
 /// without a gate projection the function is applied to `u` alone.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub enum Activation {
     /// `g·σ(g) · u`
     Silu,
@@ -102,7 +101,7 @@ fn clamp(x: f64, limit: f64) -> f64 {
 }
 
 /// `1 / (1 + e^-x)`, without overflow for any x.
-pub(crate) fn sigmoid(x: f64) -> f64 {
+pub fn sigmoid(x: f64) -> f64 {
     if x >= 0.0 {
         1.0 / (1.0 + (-x).exp())
     } else {
@@ -113,7 +112,7 @@ pub(crate) fn sigmoid(x: f64) -> f64 {
 
 /// The error function, to double precision: Maclaurin series for small |x|, and the continued
 /// fraction of erfc (Abramowitz & Stegun 7.1.14, evaluated by Lentz's method) beyond.
-pub(crate) fn erf(x: f64) -> f64 {
+fn erf(x: f64) -> f64 {
     let a = x.abs();
     if a.is_nan() {
         return x;

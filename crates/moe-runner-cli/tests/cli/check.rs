@@ -129,6 +129,68 @@ fn an_earlier_run_is_a_recording() {
     assert!(refused(1, args).contains("--input"));
 }
 
+/// A layer that routes by token id: the ids stand beside the recorded hidden states, or in `--input`;
+/// without them nothing can be compared, and others route otherwise.
+#[test]
+fn recordings_of_a_layer_that_routes_by_token() {
+    let folder = TempDir::new().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let config = r#"{"model_type": "deepseek_v4", "num_hidden_layers": 1, "hidden_size": 8,
+        "num_experts_per_tok": 2, "hidden_act": "silu", "n_routed_experts": 4,
+        "moe_intermediate_size": 4, "num_hash_layers": 1, "vocab_size": 5,
+        "scoring_func": "sqrtsoftplus"}"#;
+    let model = path("model");
+    std::fs::create_dir(&model).unwrap();
+    std::fs::write(model.join("config.json"), config).unwrap();
+    let values = |len: usize, seed: f32| -> Vec<f32> {
+        (0..len).map(|i| ((i as f32 + seed) * 0.7).sin()).collect()
+    };
+    let names: Vec<(String, [usize; 2])> = ["experts.0", "experts.1", "experts.2", "experts.3"]
+        .into_iter()
+        .chain(["shared_experts"])
+        .flat_map(|expert| {
+            let of = move |w: &str, shape| (format!("layers.0.ffn.{expert}.{w}.weight"), shape);
+            [of("w1", [4, 8]), of("w3", [4, 8]), of("w2", [8, 4])]
+        })
+        .chain([("layers.0.ffn.gate.weight".to_owned(), [4, 8])])
+        .collect();
+    let weights = names.iter().enumerate();
+    let mut tensors: Vec<New> = weights
+        .map(|(i, (name, [rows, cols]))| {
+            New::f32(name, &[*rows, *cols], &values(rows * cols, i as f32))
+        })
+        .collect();
+    let table = [0, 1, 1, 2, 2, 3, 3, 0, 0, 2];
+    tensors.push(New::i64("layers.0.ffn.gate.tid2eid", &[5, 2], &table));
+    write(&model.join("model.safetensors"), &tensors);
+
+    let hidden = || New::f32("hidden_states", &[3, 8], &values(24, 0.5));
+    let ids = |ids: &[i64]| New::i64("input_ids", &[3], ids);
+    write(&path("in"), &[hidden(), ids(&[4, 0, 2])]);
+    let (input, out) = (path("in"), path("out"));
+    let run = ["run".as_ref(), model.as_os_str(), "--layers".as_ref(), "0".as_ref()];
+    let to = ["--input".as_ref(), input.as_os_str(), "--output".as_ref(), out.as_os_str()];
+    json(run.into_iter().chain(to).chain(["--json".as_ref()]));
+    let output = Values::read(&out);
+    let output: Vec<f32> = output.get("output").iter().map(|v| *v as f32).collect();
+    let output = || New::f32("output", &[3, 8], &output);
+
+    let recorded = path("recorded");
+    let args = ["--layers".as_ref(), "0".as_ref(), "--against".as_ref(), recorded.as_os_str()];
+    write(&recorded, &[hidden(), ids(&[4, 0, 2]), output()]);
+    assert_eq!(check(&model, &args).0, Some(0));
+    write(&recorded, &[hidden(), ids(&[4, 1, 2]), output()]);
+    let (status, report) = check(&model, &args);
+    assert_eq!(status, Some(1), "{}", report["verdict"]);
+    // the ids are in the input, and nowhere
+    write(&recorded, &[hidden(), output()]);
+    let beside = args.iter().copied().chain(["--input".as_ref(), input.as_os_str()]);
+    assert_eq!(check(&model, &beside.collect::<Vec<_>>()).0, Some(0));
+    let mut all = vec!["check".as_ref(), model.as_os_str()];
+    all.extend(args);
+    assert!(refused(1, all).contains("there is no input_ids [3] beside"));
+}
+
 /// One weight of one expert is not a number.
 #[test]
 fn a_weight_that_is_no_number_is_named() {

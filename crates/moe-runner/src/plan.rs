@@ -222,9 +222,9 @@ mod tests {
     fn dense_plans_are_those_of_all_ids() {
         let (mut dense, mut sorted) = (Plan::default(), Plan::default());
         for (rows, experts) in [(0, 2), (3, 1), (300, 3)] {
+            let ids: Vec<LocalId> = (0..rows).flat_map(|_| (0..experts).map(LocalId)).collect();
+            let experts = experts as usize;
             dense.build_dense(rows, experts).unwrap();
-            let ids: Vec<LocalId> =
-                (0..rows).flat_map(|_| (0..experts as u32).map(LocalId)).collect();
             sorted.build(&ids, experts, experts).unwrap();
             assert_eq!(format!("{dense:?}"), format!("{sorted:?}"));
             let most = dense.blocks().iter().map(|block| block.len()).max();

@@ -119,10 +119,15 @@ for_each_isa! {
                 let line = fast.column(plan, place).unwrap_or_default() / 8 * fast.stride;
                 for (octet, to) in to.as_chunks_mut::<{ 4 * UNIT }>().0.iter_mut().enumerate() {
                     let line = &fast.bytes[line + octet * fast.stride..][..fast.stride];
-                    for (r, to) in to.as_chunks_mut::<4>().0.iter_mut().enumerate() {
-                        let at = 4 * (fast.first + (row + r) * fast.step);
-                        let word = line[at..].first_chunk().expect("a word");
+                    let words = &line.as_chunks::<4>().0[fast.first + row * fast.step..];
+                    let to = to.as_chunks_mut::<4>().0.iter_mut();
+                    let put = |(to, word): (&mut [u8; 4], &[u8; 4])| {
                         *to = lines::in_position(u32::from_le_bytes(*word)).to_le_bytes();
+                    };
+                    // apart, so that the common case is a loop over neighbours
+                    match fast.step {
+                        1 => to.zip(words).for_each(put),
+                        step => to.zip(words.iter().step_by(step)).for_each(put),
                     }
                 }
             }

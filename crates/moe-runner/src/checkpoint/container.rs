@@ -523,7 +523,7 @@ mod tests {
                     assert_eq!(tensor.bytes.len(), size * tensor.shape.iter().product::<usize>());
                 }
             }
-            let recorded = Checkpoint::open_safetensors(&case.join("golden.safetensors")).unwrap();
+            let recorded = Checkpoint::open_safetensors(case.join("golden.safetensors")).unwrap();
             assert!(recorded.names().any(|name| name.ends_with(".t7.out")), "{}", case.display());
             opened += 1;
         }
@@ -537,10 +537,9 @@ mod tests {
             [("gguf_qwen3moe_f32", Dtype::F32), ("gguf_qwen3moe_bf16", Dtype::Bf16)]
         {
             let golden = golden();
-            let checkpoint = Checkpoint::open(&golden.join(case).join("model.gguf")).unwrap();
+            let checkpoint = Checkpoint::open(golden.join(case).join("model.gguf")).unwrap();
             let recorded =
-                Checkpoint::open_safetensors(&golden.join(case).join("golden.safetensors"))
-                    .unwrap();
+                Checkpoint::open_safetensors(golden.join(case).join("golden.safetensors")).unwrap();
             let mut compared = 0;
             for name in recorded.names() {
                 let Some(name) = name.strip_prefix("dequant.") else { continue };

@@ -252,7 +252,7 @@ fn check_spec(folder: &Path, expected: &Expected, layers: &[LayerEntry]) {
 
 /// Logits, shared and whole output of the seven recorded rows.
 fn check_outputs(folder: &Path, spec: &moe_runner::spec::LayerSpec, layer: &LoadedLayer) {
-    let golden = Checkpoint::open_safetensors(&folder.join("golden.safetensors")).unwrap();
+    let golden = Checkpoint::open_safetensors(folder.join("golden.safetensors")).unwrap();
     let read = |name: &str| {
         let name = format!("layers.{}.t7.{name}", spec.index);
         golden.tensor(&name).unwrap()

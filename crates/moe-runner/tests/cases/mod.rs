@@ -50,7 +50,7 @@ impl Case {
         Self {
             name: folder.file_name().unwrap_or_default().to_string_lossy().into_owned(),
             checkpoint: Checkpoint::open(&path).unwrap_or_else(|error| panic!("{error}")),
-            recordings: Checkpoint::open_safetensors(&folder.join("golden.safetensors"))
+            recordings: Checkpoint::open_safetensors(folder.join("golden.safetensors"))
                 .unwrap_or_else(|error| panic!("{error}")),
         }
     }

@@ -14,7 +14,7 @@ use crate::layers::{forward, nmse, options, runner, split, splits, truth};
 fn recorded(name: &str) -> (LoadedLayer, Vec<f32>, Vec<f64>) {
     let case = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name);
     let checkpoint = Checkpoint::open(&case).unwrap();
-    let recordings = Checkpoint::open_safetensors(&case.join("golden.safetensors")).unwrap();
+    let recordings = Checkpoint::open_safetensors(case.join("golden.safetensors")).unwrap();
     let entry = architecture::layers(&checkpoint).unwrap().remove(0);
     let tensor = |what: &str| {
         let name = format!("layers.{}.t33.{what}", entry.spec.index);

@@ -50,7 +50,7 @@ impl Gguf {
     fn open(&self) -> Checkpoint {
         let folder = tempfile::tempdir().unwrap();
         write(folder.path(), FILE, self.bytes());
-        Checkpoint::open(&folder.path().join(FILE)).unwrap()
+        Checkpoint::open(folder.path().join(FILE)).unwrap()
     }
 }
 
@@ -287,7 +287,7 @@ fn split_models() {
     for no in 0..3 {
         part(folder.path(), no, 3);
     }
-    let opened = Checkpoint::open(&path(0)).unwrap();
+    let opened = Checkpoint::open(path(0)).unwrap();
     assert_eq!(opened.names().collect::<Vec<_>>(), ["t0", "t1", "t2"]);
     assert_eq!(opened.require("t2").unwrap().file, path(2));
 
@@ -314,7 +314,7 @@ fn split_models() {
     two.infos.pop();
     two.infos[0] = info("t1", &[3], 0, 0);
     write(folder.path(), &part_name(2, 3), two.bytes());
-    let opened = Checkpoint::open(&path(0)).unwrap();
+    let opened = Checkpoint::open(path(0)).unwrap();
     assert!(opened.require("t1").unwrap_err().to_string().contains("more than one file"));
 }
 

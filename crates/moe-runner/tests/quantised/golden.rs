@@ -33,7 +33,7 @@ fn cases(prefixes: &[&str]) -> Vec<(String, Checkpoint, Checkpoint)> {
             let case = folder.join(&name);
             let gguf = case.join("model.gguf");
             let model = if gguf.is_file() { gguf } else { case.clone() };
-            let recorded = Checkpoint::open_safetensors(&case.join("golden.safetensors")).unwrap();
+            let recorded = Checkpoint::open_safetensors(case.join("golden.safetensors")).unwrap();
             (name, Checkpoint::open(&model).unwrap(), recorded)
         })
         .collect()

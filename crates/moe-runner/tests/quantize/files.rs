@@ -82,7 +82,7 @@ fn files_are_as_large_as_asked_for() {
     let max = 20_000;
     let options = Options { max_shard_bytes: max, ..options(Format::Int8) };
     let mut steps = Vec::new();
-    let checkpoint = Checkpoint::open(&case("olmoe_f16")).unwrap();
+    let checkpoint = Checkpoint::open(case("olmoe_f16")).unwrap();
     let out = to.path().join("out");
     let summary = quantize(&checkpoint, &out, &options, &mut |progress| {
         steps.push((progress.done, progress.total));
@@ -116,7 +116,7 @@ fn patterns_leave_experts_alone() {
         ..options(Format::Fp8)
     };
     let dtype =
-        |name: &str| Checkpoint::open(&to.path().join("out")).unwrap().require(name).unwrap().dtype;
+        |name: &str| Checkpoint::open(to.path().join("out")).unwrap().require(name).unwrap().dtype;
     write(&case("qwen2_moe_f16"), to.path(), &ignoring(&["re:.*\\.shared_expert\\."])).unwrap();
     load(&to.path().join("out"));
     assert_eq!(dtype("model.layers.0.mlp.shared_expert.up_proj.weight"), Dtype::F16);
@@ -151,7 +151,7 @@ fn patterns_leave_experts_alone() {
 fn vectors_are_not_named_as_ignored() {
     let (from, to) = (large_case(), tempfile::tempdir().unwrap());
     write(from.path(), to.path(), &options(Format::Mxfp4)).unwrap();
-    let new = Checkpoint::open(&to.path().join("out")).unwrap();
+    let new = Checkpoint::open(to.path().join("out")).unwrap();
     let ignore = new.config().unwrap().str_list("quantization_config.ignore").unwrap().unwrap();
     assert!(new.contains("norm.weight") && !ignore.contains(&"norm"), "{ignore:?}");
     assert!(ignore.contains(&"model.layers.0.mlp.gate") && ignore.contains(&"lm_head"));

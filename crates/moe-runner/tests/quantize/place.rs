@@ -12,7 +12,7 @@ use super::{case, go_on, listing, options, write};
 
 /// Quantises olmoe_f16 to `output`; `during` is done once, before the last tensor is written.
 fn while_it_runs(output: &Path, options: &Options, during: impl FnOnce()) -> Result<()> {
-    let checkpoint = Checkpoint::open(&case("olmoe_f16"))?;
+    let checkpoint = Checkpoint::open(case("olmoe_f16"))?;
     let mut during = Some(during);
     let mut watch = |progress: Progress<'_>| {
         if 2 * progress.done > progress.total
@@ -140,7 +140,7 @@ fn old_files_that_an_interrupted_run_put_aside_are_named() {
 #[test]
 fn what_breaks_off_leaves_nothing() {
     let to = tempfile::tempdir().unwrap();
-    let checkpoint = Checkpoint::open(&case("olmoe_f16")).unwrap();
+    let checkpoint = Checkpoint::open(case("olmoe_f16")).unwrap();
     let mut calls = 0;
     let result = quantize(&checkpoint, &to.path().join("out"), &options(Format::Fp8), &mut |_| {
         calls += 1;
@@ -153,7 +153,7 @@ fn what_breaks_off_leaves_nothing() {
 #[test]
 fn folders_are_not_made_by_mistake() {
     let to = tempfile::tempdir().unwrap();
-    let checkpoint = Checkpoint::open(&case("olmoe_f16")).unwrap();
+    let checkpoint = Checkpoint::open(case("olmoe_f16")).unwrap();
     let out = to.path().join("modles/out");
     let error = quantize(&checkpoint, &out, &options(Format::Fp8), &mut go_on).unwrap_err();
     assert!(error.to_string().contains("modles: is no folder; make it first"), "{error}");

@@ -44,7 +44,7 @@ fn an_error_half_way_leaves_nothing() {
         seen = progress.done;
         // whatever there is so far, it is no checkpoint
         for name in listing(to.path()) {
-            assert!(Checkpoint::open(&to.path().join(&name)).is_err(), "{name} opens");
+            assert!(Checkpoint::open(to.path().join(&name)).is_err(), "{name} opens");
         }
         assert!(!to.path().join("out").exists());
         ControlFlow::Continue(())
@@ -128,7 +128,7 @@ fn checkpoints_that_cannot_be_quantised() {
 /// Names come from one table: what is written under them is found under them.
 #[test]
 fn stacks_are_written_under_the_names_of_modules() {
-    let checkpoint = Checkpoint::open(&case("llama4_published")).unwrap();
+    let checkpoint = Checkpoint::open(case("llama4_published")).unwrap();
     let entries: Vec<LayerEntry> = architecture::layers(&checkpoint).unwrap();
     let names = entries[0].tensors.experts_by_module.as_ref().unwrap();
     assert_eq!(names.up, "language_model.model.layers.1.feed_forward.experts.{e}.up_proj");
@@ -139,7 +139,7 @@ fn stacks_are_written_under_the_names_of_modules() {
 fn stacks_become_modules() {
     let to = tempfile::tempdir().unwrap();
     write(&case("granitemoe"), to.path(), &options(Format::Fp8)).unwrap();
-    let checkpoint = Checkpoint::open(&to.path().join("out")).unwrap();
+    let checkpoint = Checkpoint::open(to.path().join("out")).unwrap();
     for entry in moe_runner::checkpoint::architecture::layers(&checkpoint).unwrap() {
         assert!(entry.tensors.experts.up.ends_with("block_sparse_moe.experts.{e}.up_proj"));
         assert!(moe_runner::weights::account(&checkpoint, &entry).is_complete());

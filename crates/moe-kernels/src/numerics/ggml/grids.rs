@@ -48,7 +48,7 @@ impl Grid {
     #[inline(always)]
     fn signed(self, index: usize, signs: u8, codes: &mut [u8]) {
         for (i, (code, coordinate)) in codes.iter_mut().zip(self.point(index)).enumerate() {
-            *code = coordinate / self.2 | (signs >> i & 1) << 3;
+            *code = (coordinate / self.2) | (signs >> i & 1) << 3;
         }
     }
 }

@@ -226,6 +226,16 @@ impl Splitting {
     }
 }
 
+/// Where the way out is another split: how to ask for it.
+fn with_option(error: Error) -> Error {
+    match error {
+        Error::Spec { layer, reason } if reason.ends_with("(expert parallelism)") => {
+            Error::Spec { layer, reason: format!("{reason}: --ep") }
+        }
+        other => other,
+    }
+}
+
 /// The ranks of one run of the command.
 pub(crate) struct Ranks {
     sizes: Sizes,
@@ -279,7 +289,7 @@ impl Ranks {
         parallel: &Parallel,
     ) -> moe_runner::Result<RankedRunner<'a>> {
         let Some((path, plan)) = &self.plan else {
-            return RankedRunner::new(layer, options, groups, parallel);
+            return RankedRunner::new(layer, options, groups, parallel).map_err(with_option);
         };
         let index = layer.spec.index;
         let Some(planned) = plan.layers.iter().find(|planned| planned.layer == index) else {

@@ -38,7 +38,6 @@ pub use ready::{NonFinite, Options, QuantMethod, ReadyLayer, SharedPool};
 pub use timeline::{Span, Timeline};
 pub use workspace::Workspaces;
 
-use crate::Result;
 use crate::comm::Communicator;
 use crate::exchange::Wire;
 use crate::experts::BuiltKernel;
@@ -48,6 +47,7 @@ use crate::plan::Plan;
 use crate::router::{LogicalId, Routing, Simulator};
 use crate::shared_experts::{SharedExperts, SharedOrder};
 use crate::spec::LayerSpec;
+use crate::{Error, Result};
 use input::{Given, Lengths};
 use slices::Slices;
 use workspace::Workspace;
@@ -394,6 +394,17 @@ impl MoeRunnerInterface for MoeRunner {
 
     fn replace_quant_method(&mut self, method: QuantMethod) -> Result<QuantMethod> {
         method.check(&self.layer.spec, self.layer.dtype)?;
+        let whole = |method: &QuantMethod| matches!(method.kernel, BuiltKernel::Layer(_));
+        if whole(&self.layer.method) && !whole(&method) {
+            let name = self.layer.method.desc().name;
+            return Err(Error::Spec {
+                layer: self.layer.spec.name.clone(),
+                reason: format!(
+                    "'{name}' is the whole layer, and nothing was made ready to stand beside another \
+                     kernel; make the layer ready for that one"
+                ),
+            });
+        }
         self.layer.choice = Choice {
             kernel: method.desc(),
             why: "given in place of another".into(),

@@ -11,7 +11,7 @@ use moe_cuda::{Buffer, GroupedExperts, Norm, RowQuantiser};
 use super::Method;
 use super::device::{Device, device, error};
 use super::products::Products;
-use super::upload::{Linear, Upload, activation, norm, quantisers};
+use super::upload::{Linear, Upload, norm, quantisers};
 use crate::experts::reference::stored_bytes;
 use crate::experts::{BuildCall, ExpertShape, KernelDesc, LayerCall, LayerKernel};
 use crate::hidden::ActivationDtype;
@@ -156,7 +156,7 @@ impl Experts {
         drop((gates, ups));
         let mut down = stored(upload, &downs, &[])?;
         bias(upload, &mut down, &down_bias)?;
-        let weights = ExpertWeights { gate, up, down, activation: activation(spec.activation) };
+        let weights = ExpertWeights { gate, up, down, activation: spec.activation };
         let norm = match spec.norm {
             Some(of) => Some((norm(of), upload.vector(&norms)?)),
             None => None,

@@ -2,7 +2,7 @@
 //! there to where they stay. Beside the device's copy that piece is all the memory that it takes.
 
 use bytemuck::{cast_slice, cast_slice_mut};
-use moe_cuda::weights::{Activation as CudaActivation, Bytes, Element, ScaleType, Scales, Stored};
+use moe_cuda::weights::{Bytes, Element, ScaleType, Scales, Stored};
 use moe_cuda::{Buffer, Float, Norm, Pinned, RowQuantiser, Rows};
 use moe_kernels::numerics::float16;
 use moe_kernels::numerics::quantise::{GroupScale, Qdq};
@@ -12,7 +12,7 @@ use moe_kernels::region::for_each_with;
 use super::Sm90;
 use super::device::{Device, error};
 use crate::experts::Progress;
-use crate::spec::{Activation, RmsNorm, WeightFormat};
+use crate::spec::{RmsNorm, WeightFormat};
 use crate::weights::{
     ActivationQuant, Codes, Element as StoredElement, FloatType, Matrix, ScaleType as StoredScale,
     View, Zeros,
@@ -376,20 +376,4 @@ pub(super) fn quantisers<'a>(
 pub(super) fn norm(norm: RmsNorm) -> Norm {
     let RmsNorm { eps, unit_offset, scale_first } = norm;
     Norm { eps, unit_offset, scale_first, factor: 1.0 }
-}
-
-/// The kernel crate's name for an activation: that crate knows nothing of layers.
-pub(super) fn activation(activation: Activation) -> CudaActivation {
-    match activation {
-        Activation::Silu => CudaActivation::Silu,
-        Activation::Gelu => CudaActivation::Gelu,
-        Activation::GeluTanh => CudaActivation::GeluTanh,
-        Activation::Relu => CudaActivation::Relu,
-        Activation::Relu2 => CudaActivation::Relu2,
-        Activation::ClampedSwiglu { alpha, beta, limit } => {
-            CudaActivation::ClampedSwiglu { alpha, beta, limit }
-        }
-        Activation::SwigluStep { limit } => CudaActivation::SwigluStep { limit },
-        Activation::Situ { beta, lambda } => CudaActivation::Situ { beta, lambda },
-    }
 }

@@ -149,6 +149,13 @@ pub(crate) struct LayersOf {
     #[arg(long, visible_alias = "layer", value_name = "LAYERS", default_value = "all")]
     #[arg(allow_hyphen_values = true)]
     pub(crate) layers: LayerChoice,
+}
+
+/// `inspect`
+#[derive(clap::Args, Debug)]
+pub(crate) struct InspectArgs {
+    #[command(flatten)]
+    pub(crate) of: LayersOf,
     /// Also read every weight and scale, and say what is hardly meant: experts of zeros, copies, wrong
     /// scales, a router that does not route, files that end in zeros (docs/doctor.md).
     #[arg(long)]
@@ -158,13 +165,6 @@ pub(crate) struct LayersOf {
     pub(crate) strict: bool,
     #[command(flatten)]
     pub(crate) threads: ThreadArgs,
-}
-
-/// `inspect`
-#[derive(clap::Args, Debug)]
-pub(crate) struct InspectArgs {
-    #[command(flatten)]
-    pub(crate) of: LayersOf,
 }
 
 /// `explain`

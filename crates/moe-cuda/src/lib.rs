@@ -13,6 +13,7 @@
 //! GroupedExperts                experts, of any stored format
 //! FewExperts                    experts for few tokens, in one launch: bf16, FP8, INT4, MXFP4
 //! ManyExperts                   experts for many tokens, on tensor cores: bf16, FP8
+//! Limits                        what the GPU can do at most
 //! FaultWord                     what kernels found wrong with the data, read when asked for
 //! ```
 //!
@@ -30,6 +31,7 @@ pub mod fault;
 mod few;
 mod gpu;
 mod grouped;
+mod limits;
 mod many;
 mod memory;
 mod module;
@@ -50,6 +52,7 @@ pub use fault::{Fault, FaultWord};
 pub use few::{FewExperts, FewFormat, FewShape, FewWorkspace};
 pub use gpu::{Gpu, Properties};
 pub use grouped::GroupedExperts;
+pub use limits::Limits;
 pub use many::{ManyExperts, ManyWorkspace};
 pub use memory::{Buffer, Pinned, Pod, View, ViewMut};
 pub use module::{Argument, Function, Launch, Modules};

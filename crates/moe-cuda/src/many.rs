@@ -114,7 +114,8 @@ impl ManyExperts {
         let purpose = "the sorted rows";
         let scales = if fp8 { slots * hidden.max(inner) / 128 } else { 0 };
         let rows = Buffer::new(gpu, slots * hidden * bytes, purpose)?;
-        let inner_rows = Buffer::new(gpu, slots * inner, purpose)?;
+        // f32 where they are to be quantised
+        let inner_rows = Buffer::new(gpu, slots * inner * if fp8 { 2 } else { 1 }, purpose)?;
         let inner_codes = Buffer::new(gpu, if fp8 { slots * inner } else { 0 }, purpose)?;
         let map = |address, cols| {
             // Of FP8 rows, each block of a cluster of two loads half of a tile.

@@ -3,7 +3,7 @@
 use crate::few::FewFormat;
 use crate::nvrtc::Source;
 use crate::weights::{Activation, Element, RawActivation};
-use crate::{few, many};
+use crate::{few, limits, many};
 
 macro_rules! source {
     ($name:literal) => {
@@ -19,6 +19,7 @@ const HEADERS: &[(&str, &str)] = &[
     ("common.cuh", include_str!("kernels/common.cuh")),
     ("rows.cuh", include_str!("kernels/rows.cuh")),
     ("stored.cuh", include_str!("kernels/stored.cuh")),
+    ("wgmma.cuh", include_str!("kernels/wgmma.cuh")),
     ("ptx.cuh", include_str!("kernels/ptx.cuh")),
 ];
 
@@ -38,6 +39,11 @@ pub(crate) static PACK: Source = source!("pack");
 pub(crate) static FEW: Source = source!("few");
 /// Experts for many tokens.
 pub(crate) static MANY: Source = source!("many");
+
+/// Bandwidth and multiply-adds.
+pub(crate) static LIMITS: Source = source!("limits");
+/// Hopper's tensor cores.
+pub(crate) static TENSOR: Source = source!("tensor");
 
 /// One way to build a source.
 #[derive(Clone, Debug)]
@@ -60,7 +66,7 @@ pub fn builds() -> Vec<Build> {
     let all = |source, options| build(source, options, &["sm_80", "sm_90a", "sm_100a"]);
     let from_hopper = |source, options| build(source, options, &["sm_90a", "sm_100a"]);
     let mut builds: Vec<Build> =
-        [&ROWS, &SLOTS, &PLAN].map(|source| all(source, Vec::new())).into();
+        [&ROWS, &SLOTS, &PLAN, &LIMITS].map(|source| all(source, Vec::new())).into();
     builds.push(all(&ROUTE, vec!["--fmad=false".into()]));
     builds.extend(Element::ALL.iter().map(|element| all(&GROUPED, element.options())));
     for (format, shape) in few::shapes() {
@@ -69,6 +75,9 @@ pub fn builds() -> Vec<Build> {
         }
         let options = shape.options(format, silu);
         builds.push(Build { hot: true, ..from_hopper(&FEW, options) });
+    }
+    for format in [0, 1] {
+        builds.push(build(&TENSOR, limits::options(format), &["sm_90a"]));
     }
     for format in [FewFormat::Bf16, FewFormat::Fp8Block] {
         for second in [0, 1] {

@@ -7,6 +7,7 @@ mod choice;
 mod commands;
 mod failure;
 mod formats;
+mod gpu;
 mod input;
 mod interrupt;
 mod measure;

@@ -6,8 +6,11 @@ use std::time::Duration;
 use moe_kernels::kernel::Kernel;
 use moe_kernels::limits::Limits;
 use moe_kernels::pool::Pool;
+use moe_runner::experts::{Archs, Formats, KernelDesc, Target};
+use moe_runner::spec::ActivationFormat;
 use serde::Serialize;
 
+use crate::gpu::{self, GpuLimits};
 use crate::report::units::plural;
 
 /// How long the limits are measured: a second is ample.
@@ -22,6 +25,9 @@ pub(crate) struct MachineLimits {
     pub(crate) read_gbps: f64,
     /// 10⁹ f32 operations/s; multiply-adds count two.
     pub(crate) f32_gflops: f64,
+    /// Of a GPU, where kernels run on one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) gpu: Option<GpuLimits>,
 }
 
 impl MachineLimits {
@@ -29,17 +35,56 @@ impl MachineLimits {
         let kernel = Kernel::detect();
         let Limits { read_gbps, f32_gflops, threads } =
             Limits::measure(kernel, pool, LIMITS_BUDGET);
-        Self { threads, isa: kernel.name(), read_gbps, f32_gflops }
+        Self { threads, isa: kernel.name(), read_gbps, f32_gflops, gpu: None }
     }
 
-    /// The least time that this machine needs to read so many bytes and do so much arithmetic.
-    pub(crate) fn least_seconds(&self, bytes: f64, flops: f64) -> f64 {
-        (bytes / self.read_gbps).max(flops / self.f32_gflops) / 1e9
+    /// The same, with GPU `index`.
+    pub(crate) fn with_gpu(self, index: usize) -> moe_runner::Result<Self> {
+        Ok(Self { gpu: Some(gpu::limits(index)?), ..self })
+    }
+
+    /// The least time that this machine needs to read so many bytes and do so much arithmetic with a
+    /// kernel.
+    pub(crate) fn least_seconds(&self, kernel: &KernelDesc, bytes: f64, flops: f64) -> f64 {
+        let (read_gbps, gflops) = match (&self.gpu, kernel.target) {
+            (Some(gpu), Target::Cuda(archs)) => (gpu.read_gbps, gpu.gflops(kernel, archs)),
+            _ => (self.read_gbps, self.f32_gflops),
+        };
+        (bytes / read_gbps).max(flops / gflops) / 1e9
+    }
+}
+
+impl GpuLimits {
+    /// Of the units that a kernel computes with: those for one architecture alone use its tensor cores.
+    fn gflops(&self, kernel: &KernelDesc, archs: Archs) -> f64 {
+        let fp8 = kernel
+            .schemes
+            .iter()
+            .any(|scheme| matches!(scheme.rows, Formats::Only([ActivationFormat::Fp8Group])));
+        let tensor = if fp8 { self.fp8_gflops } else { self.bf16_gflops };
+        match archs {
+            Archs::Exactly(_) => tensor.unwrap_or(self.f32_gflops),
+            Archs::AtLeast(_) => self.f32_gflops,
+        }
     }
 }
 
 impl fmt::Display for MachineLimits {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(gpu) = &self.gpu {
+            let GpuLimits { name, read_gbps, copy_gbps, f32_gflops, .. } = gpu;
+            write!(
+                f,
+                "{name}: reads {read_gbps:.0} GB/s, copies {copy_gbps:.0}, computes {:.1} TFLOP/s in f32",
+                f32_gflops / 1e3
+            )?;
+            for (what, rate) in [("bf16", gpu.bf16_gflops), ("fp8", gpu.fp8_gflops)] {
+                if let Some(rate) = rate {
+                    write!(f, ", {:.0} in {what}", rate / 1e3)?;
+                }
+            }
+            return f.write_str(" (measured now)");
+        }
         write!(
             f,
             "{}, {}: reads {:.1} GB/s, computes {:.0} GFLOP/s in f32 (measured now)",
@@ -107,9 +152,41 @@ mod tests {
 
     #[test]
     fn the_slower_of_reading_and_arithmetic_is_the_limit() {
-        let limits =
-            MachineLimits { threads: 1, isa: "portable", read_gbps: 10.0, f32_gflops: 100.0 };
-        assert!((limits.least_seconds(20e9, 50e9) - 2.0).abs() < 1e-9);
-        assert!((limits.least_seconds(1e9, 50e9) - 0.5).abs() < 1e-9);
+        let limits = MachineLimits {
+            threads: 1,
+            isa: "portable",
+            read_gbps: 10.0,
+            f32_gflops: 100.0,
+            gpu: None,
+        };
+        let kernel = &moe_runner::experts::cpu::CPU_PORTABLE;
+        assert!((limits.least_seconds(kernel, 20e9, 50e9) - 2.0).abs() < 1e-9);
+        assert!((limits.least_seconds(kernel, 1e9, 50e9) - 0.5).abs() < 1e-9);
+    }
+
+    /// A kernel is held against the units that it uses, of the device that it runs on.
+    #[test]
+    fn a_gpus_kernels_have_its_limits() {
+        use moe_runner::experts::cuda::{CUDA_F32, CUDA_SM90_BF16, CUDA_SM90_FP8};
+        let gpu = GpuLimits {
+            name: "made up",
+            copy_gbps: 900.0,
+            read_gbps: 1000.0,
+            f32_gflops: 10e3,
+            bf16_gflops: Some(100e3),
+            fp8_gflops: Some(200e3),
+        };
+        let limits = MachineLimits {
+            threads: 1,
+            isa: "portable",
+            read_gbps: 10.0,
+            f32_gflops: 100.0,
+            gpu: Some(gpu),
+        };
+        for (kernel, seconds) in [(&CUDA_F32, 2.0), (&CUDA_SM90_BF16, 0.2), (&CUDA_SM90_FP8, 0.1)] {
+            assert!((limits.least_seconds(kernel, 0.0, 20e12) - seconds).abs() < 1e-9);
+        }
+        let host = &moe_runner::experts::cpu::CPU_PORTABLE;
+        assert!((limits.least_seconds(host, 20e9, 0.0) - 2.0).abs() < 1e-9);
     }
 }

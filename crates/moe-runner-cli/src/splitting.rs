@@ -336,7 +336,14 @@ impl Ranks {
 
     /// What the machines of all ranks can do together. Processes measure at the same time, so that
     /// those of one machine share it.
-    pub(crate) fn measure(&self, pool: &Pool) -> moe_runner::Result<MachineLimits> {
+    pub(crate) fn measure(
+        &self,
+        pool: &Pool,
+        gpu: Option<usize>,
+    ) -> moe_runner::Result<MachineLimits> {
+        if let Some(gpu) = gpu {
+            return MachineLimits::measure(pool).with_gpu(gpu);
+        }
         let RanksKind::Mpi(Groups { world, .. }) = &self.kind else {
             return Ok(MachineLimits::measure(pool));
         };

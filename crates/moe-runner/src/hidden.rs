@@ -225,6 +225,33 @@ impl<'a> DeviceRowsMut<'a> {
     }
 }
 
+/// Routing in the memory of a GPU that was finished there: ids and weights `[T, k]`.
+#[derive(Clone, Copy, Debug)]
+pub struct DeviceRouting<'a> {
+    pub(crate) ids: u64,
+    pub(crate) weights: u64,
+    pub(crate) shape: [usize; 2],
+    of: PhantomData<&'a ()>,
+}
+
+impl<'a> DeviceRouting<'a> {
+    /// `ids` points to i32 and `weights` to f32, both `[tokens, top_k]` without gaps. An id that is
+    /// negative or no expert's means: not here.
+    ///
+    /// # Safety
+    /// As [`DeviceRows::new`], for both.
+    ///
+    /// # Errors
+    /// If a pointer is not aligned, or there are no slots a token.
+    pub unsafe fn new(ids: u64, weights: u64, shape: [usize; 2]) -> Result<Self> {
+        if !(ids | weights).is_multiple_of(4) || shape[1] == 0 {
+            let reason = format!("{ids:#x} and {weights:#x} for {shape:?}");
+            return Err(Error::input("routing", reason));
+        }
+        Ok(Self { ids, weights, shape, of: PhantomData })
+    }
+}
+
 fn misfit([rows, cols]: [usize; 2], stride: usize, of: &str) -> Error {
     Error::input("rows", format!("[{rows}, {cols}] with stride {stride} do not fit rows {of}"))
 }

@@ -8,7 +8,7 @@
 // FORMAT 0: bf16. FORMAT 1: E4M3 by E4M3, in clusters of two blocks that each load half of the rows for
 // both; every 128 columns the sums are multiplied by the scales of rows (one a row and 128 columns) and
 // weights (128 x 128), and added up in f32: the tensor cores alone add with some 13 bits.
-#include "ptx.cuh"
+#include "wgmma.cuh"
 
 #define BM 128
 #if FORMAT == 0
@@ -34,7 +34,7 @@ struct Many {
   const float* row_scales;           // FP8: [sorted rows, k / 128]
   const float *scales_a, *scales_b;  // FP8: [experts, features / 128, k / 128] of gate and up, or down
   const float *bias_a, *bias_b;      // or null
-  u16* out;           // first: [sorted rows, features], bf16; second: [slots, features], of out_scales
+  u16* out;           // first: [sorted rows, features], bf16, or f32 in FP8; second: [slots, features], of out_scales
   float* out_scales;  // second: [slots, features / BN]
   u32 features, k;        // features: of gate alone in the first product
   u32 rows_a, rows_b;     // rows from one expert to the next in the tensor maps
@@ -42,63 +42,6 @@ struct Many {
   Activation activation;
 };
 
-#if FORMAT == 0
-__device__ __forceinline__ void wgmma(float (&d)[128], u64 a, u64 b, u32 add) {
-  asm volatile(
-      "{ .reg .pred p; setp.ne.b32 p, %130, 0; wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {"
-      "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-      "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
-      "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
-      "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,"
-      "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,"
-      "%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,"
-      "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,"
-      "%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
-      "}, %128, %129, p, 1, 1, 0, 0; }"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
-        "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
-        "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
-        "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]),
-        "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]),
-        "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]),
-        "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),
-        "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63]),
-        "+f"(d[64]), "+f"(d[65]), "+f"(d[66]), "+f"(d[67]), "+f"(d[68]), "+f"(d[69]), "+f"(d[70]), "+f"(d[71]),
-        "+f"(d[72]), "+f"(d[73]), "+f"(d[74]), "+f"(d[75]), "+f"(d[76]), "+f"(d[77]), "+f"(d[78]), "+f"(d[79]),
-        "+f"(d[80]), "+f"(d[81]), "+f"(d[82]), "+f"(d[83]), "+f"(d[84]), "+f"(d[85]), "+f"(d[86]), "+f"(d[87]),
-        "+f"(d[88]), "+f"(d[89]), "+f"(d[90]), "+f"(d[91]), "+f"(d[92]), "+f"(d[93]), "+f"(d[94]), "+f"(d[95]),
-        "+f"(d[96]), "+f"(d[97]), "+f"(d[98]), "+f"(d[99]), "+f"(d[100]), "+f"(d[101]), "+f"(d[102]), "+f"(d[103]),
-        "+f"(d[104]), "+f"(d[105]), "+f"(d[106]), "+f"(d[107]), "+f"(d[108]), "+f"(d[109]), "+f"(d[110]), "+f"(d[111]),
-        "+f"(d[112]), "+f"(d[113]), "+f"(d[114]), "+f"(d[115]), "+f"(d[116]), "+f"(d[117]), "+f"(d[118]), "+f"(d[119]),
-        "+f"(d[120]), "+f"(d[121]), "+f"(d[122]), "+f"(d[123]), "+f"(d[124]), "+f"(d[125]), "+f"(d[126]), "+f"(d[127])
-      : "l"(a), "l"(b), "r"(add));
-}
-#else
-__device__ __forceinline__ void wgmma(float (&d)[64], u64 a, u64 b, u32 add) {
-  asm volatile(
-      "{ .reg .pred p; setp.ne.b32 p, %66, 0; wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {"
-      "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-      "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
-      "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
-      "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-      "}, %64, %65, p, 1, 1; }"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
-        "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
-        "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
-        "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]),
-        "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]),
-        "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]),
-        "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),
-        "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
-      : "l"(a), "l"(b), "r"(add));
-}
-#endif
-
-// Rows of 128 bytes, swizzled, eight rows to 1024 bytes.
-__device__ __forceinline__ u64 descriptor(u32 address) { return (u64)((address & 0x3FFFF) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62; }
-__device__ __forceinline__ void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int N> __device__ __forceinline__ void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory"); }
 __device__ __forceinline__ float max_nan(float a, float b) {
   float r;
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
@@ -283,7 +226,9 @@ extern "C" __global__ void __launch_bounds__(384, 1)
               float g = d[4 * j + 2 * h + c], u = d[BN / 4 + 4 * j + 2 * h + c];
               v[c] = activate_16(activation, g, u);
             }
-            *(u32*)(out + f) = f32x2_to_bf16x2(v[0], v[1]);
+            // what is quantised next is not rounded before
+            if constexpr (FORMAT == 1) *(float2*)((float*)p.out + target * p.features + f) = make_float2(v[0], v[1]);
+            else *(u32*)(out + f) = f32x2_to_bf16x2(v[0], v[1]);
           }
         }
       }
@@ -300,16 +245,23 @@ extern "C" __global__ void gather(const uint4* x, u64 stride, const u32* order, 
   for (u32 c = lane; c < pieces; c += 32) to[(u64)i * pieces + c] = from[c];
 }
 
-// As gather, or in place order where `order` is null, quantised to E4M3 with one scale for 128 columns.
-// One warp a row; four columns a lane and turn.
-extern "C" __global__ void gather_fp8(const u16* x, u64 stride, const u32* order, const u32* offsets, u32 experts, u32 top_k, u32 cols, u32* codes, float* scales) {
+// As gather, quantised to E4M3 with one scale for 128 columns; where `order` is null x is f32, and sorted
+// already. One warp a row; four columns a lane and turn.
+extern "C" __global__ void gather_fp8(const void* x, u64 stride, const u32* order, const u32* offsets, u32 experts, u32 top_k, u32 cols, u32* codes, float* scales) {
   u32 i = blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5), lane = threadIdx.x & 31;
   if (i >= offsets[experts]) return;
-  const uint2* from = (const uint2*)(x + (u64)(order ? order[i] / top_k : i) * stride);
+  const uint2* from = (const uint2*)((const u16*)x + (u64)(order ? order[i] / top_k : i) * stride);
+  const float4* sorted = (const float4*)((const float*)x + (u64)i * stride);
 #pragma unroll 4
   for (u32 g = 0; g < cols / 128; g++) {
-    uint2 v = from[g * 32 + lane];
-    float f[4] = {bf16_to_f32(v.x & 0xffff), bf16_to_f32(v.x >> 16), bf16_to_f32(v.y & 0xffff), bf16_to_f32(v.y >> 16)};
+    float f[4];
+    if (order) {
+      uint2 v = from[g * 32 + lane];
+      f[0] = bf16_to_f32(v.x & 0xffff), f[1] = bf16_to_f32(v.x >> 16), f[2] = bf16_to_f32(v.y & 0xffff), f[3] = bf16_to_f32(v.y >> 16);
+    } else {
+      float4 v = sorted[g * 32 + lane];
+      f[0] = v.x, f[1] = v.y, f[2] = v.z, f[3] = v.w;
+    }
     u32 most = 0;
 #pragma unroll
     for (int c = 0; c < 4; c++) {

@@ -176,6 +176,11 @@ impl Common {
         }
     }
 
+    /// The GPU in use, if there is one.
+    pub(crate) fn gpu_in_use(&self) -> Option<usize> {
+        self.machine.compute_capability.map(|_| self.gpu)
+    }
+
     /// The library's options, for activations in `dtype`.
     pub(crate) fn options(&self, dtype: ActivationDtype) -> Options {
         Options {

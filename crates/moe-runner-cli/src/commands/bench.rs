@@ -8,7 +8,7 @@ use moe_runner::comm::{Groups, Sizes};
 use moe_runner::hidden::ActivationDtype;
 use moe_runner::random::Random;
 use moe_runner::router::{Simulator, Strategy};
-use moe_runner::runner::{Batch, Options, RankedRunner};
+use moe_runner::runner::{Batch, ForwardInput, MoeRunnerInterface, Options, RankedRunner};
 use moe_runner::spec::{Correction, LayerSpec, RouterSpec};
 use moe_runner::weights::{GateWeights, LoadedLayer, RandomFormat, random_layer, random_matrix};
 use serde::Serialize;
@@ -16,6 +16,7 @@ use serde::Serialize;
 use crate::args::{BenchArgs, Common};
 use crate::checkpoints::Opened;
 use crate::failure::{one_line, unusable};
+use crate::gpu::{self, GpuLimits};
 use crate::measure::{MachineLimits, times};
 use crate::report::Report;
 use crate::report::progress::Progress;
@@ -26,6 +27,9 @@ use crate::{formats, memory, presets};
 
 /// Distinct weights that are touched in turn: far more than caches hold.
 const DISTINCT_BYTES: usize = 1 << 30;
+
+/// Tokens of the passes that are timed together on a GPU, where that is more than two passes.
+const GPU_TOKENS: usize = 64;
 
 /// How long a row is measured, if its runs are short.
 const ROW_BUDGET: Duration = Duration::from_secs(1);
@@ -59,6 +63,9 @@ struct LimitsJson {
     gflops: BTreeMap<&'static str, f64>,
     threads: usize,
     isa: &'static str,
+    /// Of a GPU, where the kernel runs on one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    gpu: Option<GpuLimits>,
 }
 
 #[derive(Serialize)]
@@ -103,17 +110,20 @@ pub(crate) fn run(args: &BenchArgs, common: &Common) -> Result<Report> {
     let subject = subject(args, common)?;
     progress.step();
     progress.doing("measuring the machine");
-    let machine = ranks.measure(&common.pool)?;
+    let machine = ranks.measure(&common.pool, common.gpu_in_use())?;
     progress.step();
     let measured = ranks.run(|groups| {
         let options = Options { pool: ranks.pool(&common.pool)?, ..common.options(subject.dtype) };
         let mut runners = Vec::with_capacity(subject.layers.len());
         for (layer, seed) in subject.layers.iter().zip(common.seed..) {
             let runner = ranks.runner(layer, &options, groups, &parallel)?;
-            let simulator = Simulator::new(Strategy::UniformRandom, seed_of(seed, groups));
-            runners.push(runner.with_simulator(Some(simulator)));
+            // on a GPU routing is the gate's, random too: nothing may come from the host meanwhile
+            let simulator = (runner.runner().stream().is_none())
+                .then(|| Simulator::new(Strategy::UniformRandom, seed_of(seed, groups)));
+            runners.push(runner.with_simulator(simulator));
         }
-        let mut bench = Bench { runners, ranks: &ranks, machine: &machine, seed: common.seed };
+        let (seed, gpu) = (common.seed, common.gpu);
+        let mut bench = Bench { runners, ranks: &ranks, machine: &machine, seed, gpu };
         let mut rows = Vec::with_capacity(args.tokens.len());
         for &tokens in &args.tokens {
             if groups.world.rank() == 0 {
@@ -141,8 +151,19 @@ pub(crate) fn run(args: &BenchArgs, common: &Common) -> Result<Report> {
         distinct_bytes: subject.distinct_bytes,
         split: ranks.split(),
         limits: LimitsJson {
-            read_gbps: machine.read_gbps,
-            gflops: BTreeMap::from([("f32", machine.f32_gflops)]),
+            read_gbps: machine.gpu.map_or(machine.read_gbps, |gpu| gpu.read_gbps),
+            gflops: match machine.gpu {
+                None => BTreeMap::from([("f32", machine.f32_gflops)]),
+                Some(gpu) => [
+                    ("f32", Some(gpu.f32_gflops)),
+                    ("bf16", gpu.bf16_gflops),
+                    ("fp8", gpu.fp8_gflops),
+                ]
+                .into_iter()
+                .filter_map(|(name, rate)| Some((name, rate?)))
+                .collect(),
+            },
+            gpu: machine.gpu,
             threads: machine.threads,
             isa: machine.isa,
         },
@@ -285,6 +306,7 @@ struct Bench<'a> {
     ranks: &'a Ranks,
     machine: &'a MachineLimits,
     seed: u64,
+    gpu: usize,
 }
 
 impl Bench<'_> {
@@ -301,20 +323,41 @@ impl Bench<'_> {
         let mut random = Random::new(self.seed ^ tokens as u64);
         let input: Vec<f32> =
             (0..tokens * hidden).map(|_| dtype.round(random.normal() as f32)).collect();
-        let batch = Batch { hidden: &input, router_logits: None, input_ids: None };
         let (mut bytes, mut flops, mut moved, mut calls) = (0.0, 0.0, 0.0, 0);
-        let times = times(ROW_BUDGET, ROW_RUNS, || {
-            let runner = calls % self.runners.len();
-            let pass = self.runners[runner].pass(&batch)?;
+        let count = self.runners.len();
+        let mut pass = |runners: &mut [RankedRunner<'_>], rows: &[f32]| {
+            let batch = Batch { hidden: rows, router_logits: None, input_ids: None };
+            let pass = runners[calls % count].pass(&batch)?;
             bytes += pass.weight_bytes as f64;
             flops += pass.flops;
             moved += pass.moved as f64;
             calls += 1;
             Ok::<_, moe_runner::Error>(pass.time)
-        })?;
+        };
+        let times = match self.runners[0].runner().stream() {
+            None => times(ROW_BUDGET, ROW_RUNS, || pass(&mut self.runners, &input))?,
+            Some(stream) => {
+                // passes with rows of their own, so that few tokens meet more than caches hold
+                let together = (GPU_TOKENS / tokens).clamp(2, 16);
+                let mut batches = vec![input.clone()];
+                for _ in 1..together {
+                    let row = |_| dtype.round(random.normal() as f32);
+                    batches.push((0..tokens * hidden).map(row).collect());
+                }
+                for rows in &batches {
+                    pass(&mut self.runners, rows)?;
+                }
+                let batches: Vec<&[f32]> = batches.iter().map(Vec::as_slice).collect();
+                gpu::time((self.gpu, stream), (dtype, hidden), &batches, |call, rows, out| {
+                    let runner = self.runners[call % count].runner_mut();
+                    runner.forward(&ForwardInput::new(rows), out).map(drop)
+                })?
+            }
+        };
         let calls = calls as f64;
         let (bytes, flops, moved) = (bytes / calls, flops / calls, moved / calls);
-        let least = self.machine.least_seconds(bytes, flops);
+        let kernel = self.runners[0].runner().choice().kernel;
+        let least = self.machine.least_seconds(kernel, bytes, flops);
         Ok(Row {
             tokens,
             median_s: times.median,
@@ -327,7 +370,7 @@ impl Bench<'_> {
             gbps: bytes / times.median / 1e9,
             gflops: flops / times.median / 1e9,
             limit_share: least / times.median,
-            bound_by: match self.machine.least_seconds(bytes, 0.0) < least {
+            bound_by: match self.machine.least_seconds(kernel, bytes, 0.0) < least {
                 true => "arithmetic",
                 false => "memory",
             },

@@ -21,7 +21,7 @@ pub use desc::{
 use moe_kernels::arena::Arena;
 use moe_kernels::pool::{Inline, ThreadPool};
 
-use crate::hidden::{ActivationDtype, Rows, RowsMut};
+use crate::hidden::{ActivationDtype, DeviceRouting, Rows, RowsMut};
 pub(crate) use rows::{dot_f64, rms_norm};
 
 use crate::plan::Plan;
@@ -328,6 +328,8 @@ pub enum RoutingSource<'a> {
     /// Ids and weights `[T, k]` that were decided elsewhere, for any k; an id that is no choice of the
     /// layer means: not here. There are no logits.
     Finished(&'a [i32], &'a [f32]),
+    /// The same in the device's own memory.
+    Device(DeviceRouting<'a>),
     /// The same in place of what the router would choose: the gate runs all the same.
     Simulated(&'a [i32], &'a [f32]),
 }

@@ -122,6 +122,11 @@ impl<'a> RankedRunner<'a> {
         &self.runner
     }
 
+    /// The same, for passes of this rank's own.
+    pub fn runner_mut(&mut self) -> &mut MoeRunner {
+        &mut self.runner
+    }
+
     /// The rows that this rank has of a batch of `tokens`.
     pub fn rows(&self, tokens: usize) -> Range<usize> {
         deal_rows(tokens, self.groups.sizes)[self.groups.world.rank()].clone()

@@ -24,8 +24,15 @@ impl MoeRunner {
         let spec = &layer.spec;
         let mut simulated = Routing::new();
         let mut ids = Vec::new();
-        let source = match (&mut self.simulator, input.expert_ids, input.routing) {
-            (_, _, Some(FinishedRouting { ids, weights })) => RoutingSource::Finished(ids, weights),
+        let given = match (input.routing, input.device_routing) {
+            (Some(FinishedRouting { ids, weights }), _) => {
+                Some(RoutingSource::Finished(ids, weights))
+            }
+            (None, Some(routing)) => Some(RoutingSource::Device(routing)),
+            (None, None) => None,
+        };
+        let source = match (&mut self.simulator, input.expert_ids, given) {
+            (_, _, Some(given)) => given,
             (_, Some(ids), None) => {
                 layer.router.check_ids(ids, tokens)?;
                 RoutingSource::Ids(ids)
@@ -60,7 +67,7 @@ impl MoeRunner {
         self.timeline.span("layer", None, || kernel.forward(call))?;
         if let Some(report) = report {
             report.shared_complete = true;
-            report.flops = flops(spec, tokens, input.routing.is_none(), &report.routing);
+            report.flops = flops(spec, tokens, given.is_none(), &report.routing);
             report.weight_bytes = kernel.weight_bytes(&report.routing);
         }
         Ok(ForwardOutput { tokens, output_scale: scaling.output, complete: true })

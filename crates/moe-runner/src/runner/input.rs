@@ -59,7 +59,7 @@ pub(super) fn check(
     }
     if let Some(logits) = input.router_logits {
         expect("router_logits", logits.len(), tokens * layer.spec.router.logits())?;
-    } else if !layer.has_gate && input.routing.is_none() {
+    } else if !layer.has_gate && input.routing.is_none() && input.device_routing.is_none() {
         return Err(Error::input(
             "router_logits",
             "the layer has no gate; logits, or a finished routing, must be given",
@@ -68,13 +68,26 @@ pub(super) fn check(
     if let Some(ids) = input.input_ids {
         expect("input_ids", ids.len(), tokens)?;
     }
-    if let Some(routing) = input.routing {
-        if input.router_logits.is_some() || input.expert_ids.is_some() {
-            return Err(Error::input(
-                "routing",
-                "it is finished: logits or ids beside it would not be used",
-            ));
+    if let Some(routing) = input.device_routing {
+        if !matches!(layer.method.kernel, BuiltKernel::Layer(_)) {
+            let kernel = layer.method.desc().name;
+            return Err(Error::input("routing", format!("it lies on a GPU, '{kernel}' does not")));
         }
+        if routing.shape[0] != tokens {
+            let reason = format!("it is for {} tokens, there are {tokens}", routing.shape[0]);
+            return Err(Error::input("routing", reason));
+        }
+    }
+    let finished = input.routing.is_some() || input.device_routing.is_some();
+    if finished && (input.router_logits.is_some() || input.expert_ids.is_some())
+        || input.routing.is_some() && input.device_routing.is_some()
+    {
+        return Err(Error::input(
+            "routing",
+            "it is finished: logits or ids beside it would not be used",
+        ));
+    }
+    if let Some(routing) = input.routing {
         check_routing(routing, tokens)?;
     }
     Ok(tokens)
@@ -129,7 +142,9 @@ impl Given {
         Self {
             shared_input: input.shared_input.is_some(),
             gaps: has_gaps(input.hidden) || input.shared_input.is_some_and(has_gaps),
-            logits: input.router_logits.is_some() || input.routing.is_some(),
+            logits: input.router_logits.is_some()
+                || input.routing.is_some()
+                || input.device_routing.is_some(),
         }
     }
 }

@@ -41,7 +41,7 @@ pub use workspace::Workspaces;
 use crate::comm::Communicator;
 use crate::exchange::Wire;
 use crate::experts::BuiltKernel;
-use crate::hidden::{ActivationDtype, Rows, RowsMut};
+use crate::hidden::{ActivationDtype, DeviceRouting, Rows, RowsMut};
 use crate::oracle::Choice;
 use crate::plan::Plan;
 use crate::router::{LogicalId, Routing, Simulator};
@@ -107,6 +107,8 @@ pub struct ForwardInput<'a> {
     pub expert_ids: Option<&'a [LogicalId]>,
     /// Experts and weights that were decided elsewhere: neither gate nor router runs.
     pub routing: Option<FinishedRouting<'a>>,
+    /// The same, in the memory of the GPU that the layer runs on.
+    pub device_routing: Option<DeviceRouting<'a>>,
 }
 
 /// Routing that was finished elsewhere: the experts of each token, and their weights.
@@ -130,6 +132,7 @@ impl<'a> ForwardInput<'a> {
             shared_input: None,
             expert_ids: None,
             routing: None,
+            device_routing: None,
         }
     }
 

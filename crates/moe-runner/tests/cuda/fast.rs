@@ -83,6 +83,7 @@ fn hopper() -> Option<Options> {
 
 #[test]
 fn hoppers_kernels_are_chosen_and_hold_their_bounds() {
+    let _alone = crate::alone();
     let Some(options) = hopper() else { return };
     for (kernel, format, named) in formats() {
         let mut worst = 0.0f64;
@@ -121,6 +122,7 @@ fn hoppers_kernels_are_chosen_and_hold_their_bounds() {
 /// What these kernels cannot do is left to the one in f32, with the reasons.
 #[test]
 fn other_layers_are_left_to_f32() {
+    let _alone = crate::alone();
     let Some(options) = hopper() else { return };
     let (_, mut spec) = specs().swap_remove(0);
     spec.expert.gated = false;

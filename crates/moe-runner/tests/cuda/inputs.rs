@@ -31,6 +31,7 @@ fn refusal(runner: &mut MoeRunner, input: &ForwardInput<'_>, len: usize) -> Stri
 
 #[test]
 fn logits_ids_and_finished_routing() {
+    let _alone = crate::alone();
     let Some(options) = gpu(F32) else { return };
     let layer = layer();
     let (mut ours, mut host) =
@@ -60,6 +61,7 @@ fn logits_ids_and_finished_routing() {
 
 #[test]
 fn rows_that_the_caller_has_transformed() {
+    let _alone = crate::alone();
     let Some(options) = gpu(F32) else { return };
     let mut spec = plain();
     spec.shared = Some(shared());
@@ -80,6 +82,7 @@ fn rows_that_the_caller_has_transformed() {
 /// 16-bit rows give the bits of the same numbers in f32; rows with gaps those of rows without.
 #[test]
 fn rows_of_every_dtype_with_and_without_gaps() {
+    let _alone = crate::alone();
     for dtype in [Bf16, F16] {
         let Some(options) = gpu(dtype) else { return };
         let layer = layer();
@@ -120,6 +123,7 @@ fn rows_of_every_dtype_with_and_without_gaps() {
 
 #[test]
 fn rows_that_are_no_numbers() {
+    let _alone = crate::alone();
     let Some(options) = gpu(F32) else { return };
     let layer = layer();
     let mut strict = runner(&layer, &options);

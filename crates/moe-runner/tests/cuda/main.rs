@@ -14,11 +14,19 @@ mod on_device;
 mod options;
 mod recorded;
 
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
 use moe_runner::hidden::ActivationDtype;
 use moe_runner::runner::{MoeRunner, Options};
 use moe_runner::weights::LoadedLayer;
 
 const KERNEL: &str = "cuda_f32";
+
+/// One test at a time: layers on one GPU share a stream, and what is captured on it must be one test's.
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// Options for the first GPU and the kernel that takes everything; `None`, and the reason told, where there is none.
 fn gpu(dtype: ActivationDtype) -> Option<Options> {

@@ -2,7 +2,7 @@
 
 use moe_cuda::{Buffer, Gpu, Stream};
 use moe_runner::hidden::ActivationDtype::Bf16;
-use moe_runner::hidden::{DeviceRows, DeviceRowsMut, Rows, RowsMut};
+use moe_runner::hidden::{DeviceRouting, DeviceRows, DeviceRowsMut, Rows, RowsMut};
 use moe_runner::runner::{ForwardInput, MoeRunner, MoeRunnerInterface};
 use moe_runner::spec::LayerSpec;
 use moe_runner::weights::{FloatType, random_layer};
@@ -66,6 +66,7 @@ fn spec() -> LayerSpec {
 
 #[test]
 fn rows_of_the_gpu_give_the_bits_of_rows_of_the_host() {
+    let _alone = crate::alone();
     let Some(options) = gpu(Bf16) else { return };
     let layer = random_layer(&spec(), FloatType::Bf16, 9).unwrap();
     let mut runner = runner(&layer, &options);
@@ -86,9 +87,48 @@ fn rows_of_the_gpu_give_the_bits_of_rows_of_the_host() {
     }
 }
 
+/// Routing that an engine has finished on the GPU, ids and weights, gives the bits of the same from the
+/// host; with rows of the GPU nothing waits, and the pass can be captured.
+#[test]
+fn routing_that_was_finished_on_the_gpu() {
+    let _alone = crate::alone();
+    let Some(options) = gpu(Bf16) else { return };
+    let layer = random_layer(&spec(), FloatType::Bf16, 9).unwrap();
+    let mut runner = runner(&layer, &options);
+    let hidden = rows(Bf16, 5, 48, 5);
+    let ids = [0, 7, -1, 2, 5, 9, 1, 0, 4, i32::MIN, 3, 3, 2, -7, 6];
+    let weights: Vec<f32> = (0..15).map(|i| 0.1 * i as f32 - 0.3).collect();
+    let mut want = vec![0.0; hidden.len()];
+    let input = ForwardInput::routed(Rows::F32(&hidden), &ids, &weights);
+    runner.forward(&input, RowsMut::F32(&mut want)).unwrap();
+    want.iter_mut().for_each(|v| *v = Bf16.round(*v));
+    let (mut x, mut y) = (OnDevice::new(&runner, [5, 48], 48), OnDevice::new(&runner, [5, 48], 48));
+    x.write(&hidden);
+    let ids = Buffer::from_slice(&x.stream, &ids, "a test").unwrap();
+    let weights = Buffer::from_slice(&x.stream, &weights, "a test").unwrap();
+    let (ids, weights) = (ids.view().address(), weights.view().address());
+    // SAFETY: both hold as many, and outlive the passes.
+    let routing = unsafe { DeviceRouting::new(ids, weights, [5, 3]) }.unwrap();
+    let input = ForwardInput { device_routing: Some(routing), ..ForwardInput::new(x.rows()) };
+    let graph = x
+        .stream
+        .capture(|| {
+            runner.forward(&input, y.rows_mut()).unwrap();
+            Ok(())
+        })
+        .unwrap();
+    // SAFETY: rows, routing, weights and working memory are as they were captured.
+    unsafe { x.stream.replay(&graph) }.unwrap();
+    assert_eq!(y.read(), want);
+    let short = ForwardInput { hidden: Rows::F32(&hidden[48..]), ..input };
+    let error = runner.forward(&short, RowsMut::F32(&mut vec![0.0; 192])).unwrap_err();
+    assert_eq!(error.to_string(), "routing: it is for 5 tokens, there are 4");
+}
+
 /// What is wrong with rows of the GPU is told when it is asked for, once.
 #[test]
 fn a_fault_stays_until_it_is_read() {
+    let _alone = crate::alone();
     let Some(options) = gpu(Bf16) else { return };
     let layer = random_layer(&spec(), FloatType::Bf16, 9).unwrap();
     let mut runner = runner(&layer, &options);
@@ -109,6 +149,7 @@ fn a_fault_stays_until_it_is_read() {
 /// Nothing in a pass may wait or allocate: a capture would refuse both.
 #[test]
 fn a_pass_is_captured_and_replayed_with_other_rows_and_routing() {
+    let _alone = crate::alone();
     let Some(options) = gpu(Bf16) else { return };
     let layer = random_layer(&spec(), FloatType::Bf16, 9).unwrap();
     let mut runner = runner(&layer, &options);

@@ -59,6 +59,7 @@ fn routings() -> Vec<(&'static str, LayerSpec)> {
 /// a logit would decide; the logits are compared by themselves.
 #[test]
 fn every_option_holds_the_bound_in_every_dtype() {
+    let _alone = crate::alone();
     if gpu(F32).is_none() {
         return;
     }
@@ -101,6 +102,7 @@ fn every_option_holds_the_bound_in_every_dtype() {
 /// Routing by token id: the table's experts, weighed by the gate.
 #[test]
 fn token_ids_choose_by_the_table() {
+    let _alone = crate::alone();
     let Some(options) = gpu(F32) else { return };
     let mut spec = plain();
     spec.router.selection = Selection::HashTable { vocabulary: 10 };
@@ -124,6 +126,7 @@ fn token_ids_choose_by_the_table() {
 /// Two runs, and any other rows in the batch, change no bit.
 #[test]
 fn a_row_does_not_depend_on_the_others() {
+    let _alone = crate::alone();
     let Some(options) = gpu(Bf16) else { return };
     for (name, spec) in variants() {
         let layer = random_layer(&spec, FloatType::Bf16, 4).unwrap();
@@ -142,6 +145,7 @@ fn a_row_does_not_depend_on_the_others() {
 /// What a pass tells about itself is what the processor tells.
 #[test]
 fn reports_are_those_of_the_processor() {
+    let _alone = crate::alone();
     let Some(options) = gpu(F32) else { return };
     for (name, spec) in variants() {
         let layer = random_layer(&spec, FloatType::F32, 6).unwrap();
@@ -167,6 +171,7 @@ fn reports_are_those_of_the_processor() {
 /// A simulated routing takes the place of the router's, and the gate runs all the same.
 #[test]
 fn simulated_routing() {
+    let _alone = crate::alone();
     let Some(options) = gpu(F32) else { return };
     let layer = random_layer(&plain(), FloatType::F32, 6).unwrap();
     let hidden = rows(F32, 9, 48, 2);

@@ -14,6 +14,7 @@ const TOKENS: [usize; 3] = [1, 7, 33];
 
 #[test]
 fn every_recorded_layer_is_reproduced() {
+    let _alone = crate::alone();
     let Some(options) = gpu(F32) else { return };
     let (mut done, mut refused) = (0, Vec::new());
     for case in all_cases() {
@@ -59,6 +60,7 @@ fn every_recorded_layer_is_reproduced() {
 
 #[test]
 fn sixteen_bit_cases_hold_their_bounds_in_their_own_dtype() {
+    let _alone = crate::alone();
     if gpu(F32).is_none() {
         return;
     }

@@ -103,7 +103,7 @@ pub(crate) fn run(args: &CheckArgs, common: &Common, json: bool) -> Result<Repor
         split: ranks.split(),
         machine: match args.no_timing {
             true => None,
-            false => Some(ranks.measure(&common.pool)?),
+            false => Some(ranks.measure(&common.pool, common.gpu_in_use())?),
         },
         unchecked: None,
         findings: findings::all(doctor::files(&opened.checkpoint)),

@@ -176,6 +176,7 @@ impl CudaLayer {
             RoutingSource::Finished(ids, _) | RoutingSource::Simulated(ids, _) => {
                 ids.len().checked_div(tokens).unwrap_or(1)
             }
+            RoutingSource::Device(routing) => routing.shape[1],
             RoutingSource::Router | RoutingSource::Ids(_) => self.spec.router.top_k,
         };
         if tokens == 0 {
@@ -392,6 +393,15 @@ impl Pass<'_> {
         let (stream, tokens) = (&device.stream, self.tokens);
         if let RoutingSource::Finished(ids, weights) = call.source {
             return self.take_routing(parts, ids, weights);
+        }
+        if let RoutingSource::Device(routing) = call.source {
+            let slots = tokens * self.top_k;
+            // SAFETY: whoever made the routing has promised that both can be read.
+            let (ids, weights) = unsafe {
+                (View::from_raw(routing.ids, slots), View::from_raw(routing.weights, slots))
+            };
+            stream.copy(ids, parts.ids.reborrow()).map_err(error)?;
+            return stream.copy(weights, parts.weights.reborrow()).map_err(error);
         }
         let width = spec.router.logits();
         match (call.logits, gate) {
@@ -615,7 +625,7 @@ impl Pass<'_> {
         let stream = &self.layer.device.stream;
         let Seen { logits, routing, shared } = seen;
         logits.clear();
-        if !matches!(call.source, RoutingSource::Finished(..)) {
+        if !matches!(call.source, RoutingSource::Finished(..) | RoutingSource::Device(_)) {
             logits.resize(parts.routing.logits.len(), 0.0);
             stream.copy_out(parts.routing.logits.as_view(), logits).map_err(error)?;
         }

@@ -118,7 +118,7 @@ impl Products {
         match fast.is_few(slots) {
             true => slots.min(FewExperts::MOST_SLOTS) * (2 * inner + 4 * hidden),
             // sorted rows, the rows between the products (of FP8 their codes, too) and those after
-            false => slots * (4 * hidden + 3 * inner),
+            false => slots * (4 * hidden + 5 * inner),
         }
     }
 

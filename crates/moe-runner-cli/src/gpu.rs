@@ -1,0 +1,142 @@
+//! Measurements on a GPU: what it can do at most, and passes on rows of its own memory, replayed as a graph.
+
+use moe_runner::hidden::{ActivationDtype, Rows, RowsMut};
+use serde::Serialize;
+
+use crate::measure::Times;
+
+/// What a GPU can do at most. Rates are 10⁹ a second; multiply-adds count two.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub(crate) struct GpuLimits {
+    pub(crate) name: &'static str,
+    /// Bytes read and written by a copy.
+    pub(crate) copy_gbps: f64,
+    pub(crate) read_gbps: f64,
+    /// Without tensor cores.
+    pub(crate) f32_gflops: f64,
+    /// Tensor cores, where they are measured.
+    pub(crate) bf16_gflops: Option<f64>,
+    pub(crate) fp8_gflops: Option<f64>,
+}
+
+#[cfg(not(feature = "cuda"))]
+pub(crate) fn limits(_: usize) -> moe_runner::Result<GpuLimits> {
+    Err(moe_runner::Error::Device("this build was made without the feature 'cuda'".into()))
+}
+
+#[cfg(not(feature = "cuda"))]
+pub(crate) fn time(
+    _: (usize, usize),
+    _: (ActivationDtype, usize),
+    _: &[&[f32]],
+    _: impl FnMut(usize, Rows<'_>, RowsMut<'_>) -> moe_runner::Result<()>,
+) -> moe_runner::Result<Times> {
+    limits(0).map(|_| Times { median: 0.0, min: 0.0, max: 0.0, runs: 0 })
+}
+
+#[cfg(feature = "cuda")]
+pub(crate) use measured::{limits, time};
+
+#[cfg(feature = "cuda")]
+mod measured {
+    use std::path::PathBuf;
+    use std::time::Duration;
+
+    use half::{bf16, f16};
+    use moe_cuda::{Buffer, Compiler, Event, Gpu, Limits, Modules, Stream};
+    use moe_runner::Error;
+    use moe_runner::hidden::{DeviceRows, DeviceRowsMut};
+
+    use super::*;
+    use crate::measure::times;
+
+    /// How long a graph is replayed, if that is short.
+    const BUDGET: Duration = Duration::from_millis(300);
+
+    fn error(error: moe_cuda::Error) -> Error {
+        Error::Device(error.to_string())
+    }
+
+    pub(crate) fn limits(index: usize) -> moe_runner::Result<GpuLimits> {
+        let measure = || {
+            let gpu = Gpu::new(index)?;
+            let compiler = Compiler::open(std::env::var_os("NVRTC").map(PathBuf::from).as_deref())?;
+            let modules = Modules::new(&gpu, compiler, Modules::user_cache());
+            let limits = Limits::measure(&modules, &Stream::new(&gpu)?)?;
+            // one name for each GPU that a run of the command measures
+            let name: &'static str = gpu.properties().name.clone().leak();
+            let Limits { read_gbps, copy_gbps, f32_gflops, tensor_gflops } = limits;
+            let [bf16_gflops, fp8_gflops] =
+                tensor_gflops.map_or([None; 2], |rates| rates.map(Some));
+            Ok(GpuLimits { name, copy_gbps, read_gbps, f32_gflops, bf16_gflops, fp8_gflops })
+        };
+        measure().map_err(error)
+    }
+
+    /// Bytes of `values` in `dtype`.
+    fn bytes(dtype: ActivationDtype, values: &[f32]) -> Vec<u8> {
+        match dtype {
+            ActivationDtype::F32 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+            ActivationDtype::F16 => {
+                values.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes()).collect()
+            }
+            ActivationDtype::Bf16 => {
+                values.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()).collect()
+            }
+        }
+    }
+
+    /// The time of one of the passes that `forward` puts on `stream` of GPU `index`, one for each of
+    /// `batches` `[T, width]`, all together in a graph. Nothing in them waits or copies from the host.
+    pub(crate) fn time(
+        (index, stream): (usize, usize),
+        (dtype, width): (ActivationDtype, usize),
+        batches: &[&[f32]],
+        mut forward: impl FnMut(usize, Rows<'_>, RowsMut<'_>) -> moe_runner::Result<()>,
+    ) -> moe_runner::Result<Times> {
+        let gpu = Gpu::new(index).map_err(error)?;
+        // SAFETY: the runner's stream, which lives as long as the runner that `forward` uses.
+        let stream = unsafe { Stream::from_raw(&gpu, stream) };
+        let mut buffers = Vec::with_capacity(batches.len());
+        for rows in batches {
+            let from = Buffer::from_slice(&stream, &bytes(dtype, rows), "rows").map_err(error)?;
+            let to = Buffer::<u8>::new(&gpu, from.len(), "rows").map_err(error)?;
+            buffers.push((from, to));
+        }
+        let mut failed = None;
+        let graph = stream.capture(|| {
+            for (call, ((from, to), rows)) in buffers.iter_mut().zip(batches).enumerate() {
+                let shape = [rows.len() / width, width];
+                let (from, to) = (from.view().address(), to.view_mut().address());
+                // SAFETY: both hold as many numbers, and outlive the graph.
+                let rows = unsafe {
+                    let from = DeviceRows::new(from, dtype, shape, width);
+                    let to = DeviceRowsMut::new(to, dtype, shape, width);
+                    from.and_then(|from| Ok((Rows::Device(from), RowsMut::Device(to?))))
+                };
+                if let Err(refused) = rows.and_then(|(from, to)| forward(call, from, to)) {
+                    failed = Some(refused);
+                    return Ok(());
+                }
+            }
+            Ok(())
+        });
+        if let Some(refused) = failed {
+            return Err(refused);
+        }
+        let graph = graph.map_err(error)?;
+        let (begin, end) = (Event::new(&gpu).map_err(error)?, Event::new(&gpu).map_err(error)?);
+        times(BUDGET, 5, || {
+            let replay = || {
+                stream.record(&begin)?;
+                // SAFETY: rows, weights and working memory are as they were captured.
+                unsafe { stream.replay(&graph)? };
+                stream.record(&end)?;
+                end.synchronize()?;
+                end.microseconds_since(&begin)
+            };
+            let micros = replay().map_err(error)?;
+            Ok(Duration::from_secs_f64(micros * 1e-6 / batches.len().max(1) as f64))
+        })
+    }
+}

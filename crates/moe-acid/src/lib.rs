@@ -22,6 +22,7 @@
 //!
 //! Nothing here runs a layer of `moe-runner`: the model of the block is written apart, in float64.
 
+pub mod ask;
 mod block;
 mod family;
 mod mistake;

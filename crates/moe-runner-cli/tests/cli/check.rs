@@ -36,9 +36,12 @@ fn without_a_checkpoint_it_checks_its_own() {
         assert_eq!(load.sum::<u64>(), 32 * layer["top_k"].as_u64().unwrap());
         assert!(layer["speed"][0]["limit_share"].as_f64().unwrap() > 0.0);
     }
+    let acid = report["acid"].as_array().unwrap();
+    assert!(acid.len() == 7 && acid.iter().all(|line| line["ok"] == true), "{acid:#?}");
     let text = moe_runner(["check"]);
     let text = String::from_utf8_lossy(&text.stdout).into_owned();
     assert!(text.contains("RIGHT: all 2 MoE layers"), "{text}");
+    assert!(text.contains("The acid test finds all 7 architectures right"), "{text}");
     assert!(!text.contains('\x1b'), "no colour where no terminal is");
 }
 

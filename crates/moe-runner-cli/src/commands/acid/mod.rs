@@ -1,5 +1,6 @@
 //! `acid`: tiny checkpoints whose log-probabilities spell out what an engine's block computed.
 
+mod ask;
 mod ours;
 mod read;
 mod selftest;
@@ -11,6 +12,7 @@ use moe_acid::write::Form;
 use moe_acid::{Block, Decoder, FAMILIES, Family, Readings};
 use serde::Serialize;
 
+use crate::args::Common;
 use crate::failure::unusable;
 use crate::report::Report;
 use crate::report::table::{Columns, Tone, toned};
@@ -28,6 +30,8 @@ enum AcidCommand {
     Write(write::WriteArgs),
     /// Say what an engine's log-probabilities mean.
     Read(read::ReadArgs),
+    /// Ask a running server: vLLM, SGLang or llama-server.
+    Ask(ask::AskArgs),
     /// Ask the kernels of this program.
     Run(ours::OursArgs),
     /// Put every known mistake into a model of the block, and show that each is named.
@@ -39,10 +43,16 @@ enum AcidCommand {
 pub(crate) fn run(args: &AcidArgs) -> Result<Report> {
     match &args.command {
         AcidCommand::Write(args) => write::run(args),
+        AcidCommand::Ask(args) => ask::run(args),
         AcidCommand::Read(args) => read::run(args),
         AcidCommand::Run(args) => ours::run(args),
         AcidCommand::SelfTest => selftest::run(),
     }
+}
+
+/// What the acid test says of this program's kernels, quickly: for `check`.
+pub(crate) fn quick(common: &Common) -> Result<Vec<Line>> {
+    ours::quick(common)
 }
 
 /// The families of `all` or of a list of names.
@@ -75,12 +85,12 @@ fn forms(names: &str) -> Result<Vec<Form>> {
 
 /// What was found of one checkpoint.
 #[derive(Serialize)]
-struct Line {
-    family: String,
+pub(crate) struct Line {
+    pub(crate) family: String,
     /// Who computed: an engine, or a kernel of this program with the form of the weights.
     engine: String,
-    ok: bool,
-    faults: Vec<String>,
+    pub(crate) ok: bool,
+    pub(crate) faults: Vec<String>,
     /// What the engine chose where the model leaves a choice.
     notes: Vec<String>,
     /// Mistakes that this checkpoint cannot tell from the named ones.

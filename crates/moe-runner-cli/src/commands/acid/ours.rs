@@ -3,8 +3,8 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, anyhow};
-use moe_acid::write::checkpoint;
-use moe_acid::{Block, Readings};
+use moe_acid::write::{Form, checkpoint};
+use moe_acid::{Block, FAMILIES, Family, Readings};
 use moe_runner::hidden::{Rows, RowsMut};
 use moe_runner::runner::{ForwardInput, MoeRunner, MoeRunnerInterface};
 use tempfile::TempDir;
@@ -34,24 +34,37 @@ pub(super) struct OursArgs {
 
 pub(super) fn run(args: &OursArgs) -> Result<Report> {
     let common = Common::resolve(&args.kernel, args.threads.count()?, 0)?;
-    let forms = forms(&args.form)?;
+    report(&lines(&families(&args.family)?, &forms(&args.form)?, &common, args.table)?)
+}
+
+/// All architectures in bfloat16, for `check`.
+pub(super) fn quick(common: &Common) -> Result<Vec<Line>> {
+    lines(&FAMILIES.iter().collect::<Vec<_>>(), &[Form::Bf16], common, false)
+}
+
+fn lines(
+    families: &[&'static Family],
+    forms: &[Form],
+    common: &Common,
+    table: bool,
+) -> Result<Vec<Line>> {
     let folder = TempDir::with_prefix("moe-runner-acid-")
         .context("cannot make a temporary folder for the checkpoints")?;
     let mut lines = Vec::new();
-    for family in families(&args.family)? {
+    for family in families {
         let block = Block::new(family);
         for form in forms.iter().filter(|form| form.refuses(family).is_none()) {
             let path = folder.path().join(format!("{}-{}", family.name, form.name()));
             checkpoint(&block, *form, &path)
                 .with_context(|| format!("{}: cannot be written", path.display()))?;
-            let (kernel, output) = output(&block, &path, &common)?;
+            let (kernel, output) = output(&block, &path, common)?;
             let readings = Readings::from_output(&block, &output)
                 .map_err(|reason| anyhow!("{} in {}: {reason}", family.name, form.name()))?;
             let engine = format!("{kernel}, {}", form.name());
-            lines.push(Line::new(engine, &block, &readings, args.table));
+            lines.push(Line::new(engine, &block, &readings, table));
         }
     }
-    report(&lines)
+    Ok(lines)
 }
 
 /// The kernel that ran, with the dtype of activations, and the block's output.

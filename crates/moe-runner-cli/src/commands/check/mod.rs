@@ -14,6 +14,7 @@ use moe_runner::comm::Sizes;
 use moe_runner::doctor;
 use serde::Serialize;
 
+use super::acid;
 use crate::args::{CheckArgs, Common};
 use crate::builtin::Builtin;
 use crate::checkpoints::Opened;
@@ -44,6 +45,9 @@ struct CheckJson {
     /// What the doctor found in files.
     findings: Vec<FindingJson>,
     layers: Vec<LayerCheck>,
+    /// The acid test of this program's kernels, where no checkpoint was named.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    acid: Option<Vec<acid::Line>>,
 }
 
 /// Runs the command.
@@ -108,6 +112,7 @@ pub(crate) fn run(args: &CheckArgs, common: &Common, json: bool) -> Result<Repor
         unchecked: None,
         findings: findings::all(doctor::files(&opened.checkpoint)),
         layers: Vec::with_capacity(entries.len()),
+        acid: None,
     }));
     let machine = held(&known).machine;
     let shows = ranks.reports() && !json;
@@ -143,6 +148,13 @@ pub(crate) fn run(args: &CheckArgs, common: &Common, json: bool) -> Result<Repor
         }
         held(&known).layers.push(check);
     }
+    let acid = match builtin.is_some() && ranks.split().is_none() {
+        true => {
+            progress.doing("the acid test");
+            Some(acid::quick(common)?)
+        }
+        false => None,
+    };
     drop(progress);
     let mut known = held(&known);
     let checks = &known.layers;
@@ -154,12 +166,16 @@ pub(crate) fn run(args: &CheckArgs, common: &Common, json: bool) -> Result<Repor
     }
     let unsound = known.findings.iter().filter(|finding| finding.counts(args.strict));
     let unsound: Vec<&str> = unsound.map(|finding| finding.message.as_str()).collect();
-    let ok = checks.iter().all(|check| check.ok) && unsound.is_empty();
-    let verdict = text::verdict(checks, &unsound);
+    let passed = acid.iter().flatten().all(|line| line.ok);
+    let ok = passed && checks.iter().all(|check| check.ok) && unsound.is_empty();
+    let verdict = match passed {
+        true => text::verdict(checks, &unsound),
+        false => text::failed_acid(acid.iter().flatten()),
+    };
     if !ranks.reports() {
         return Ok(Report::silent(ok));
     }
-    (known.ok, known.verdict) = (ok, verdict);
+    (known.ok, known.verdict, known.acid) = (ok, verdict, acid);
     Report::new(ok, text::closing(&known), &*known)
 }
 

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use moe_runner::experts::KERNELS;
 
+use super::super::acid;
 use super::CheckJson;
 use super::layer::{LOGITS_BOUND, LayerCheck, Speed};
 use crate::failure::one_line;
@@ -125,7 +126,25 @@ impl Live {
 pub(super) fn closing(json: &CheckJson) -> String {
     let tone = if json.ok { Tone::Good } else { Tone::Bad };
     let findings: String = json.findings.iter().map(|finding| finding.line() + "\n").collect();
-    findings + &toned(tone, &json.verdict) + &outlook(&json.layers)
+    findings + &toned(tone, &json.verdict) + &acid(json) + &outlook(&json.layers)
+}
+
+/// That the acid test found nothing, where it was run.
+fn acid(json: &CheckJson) -> String {
+    match &json.acid {
+        Some(lines) if lines.iter().all(|line| line.ok) => {
+            format!("\nThe acid test finds all {} architectures right.", lines.len())
+        }
+        _ => String::new(),
+    }
+}
+
+/// What the acid test found, in one sentence.
+pub(super) fn failed_acid<'a>(lines: impl Iterator<Item = &'a acid::Line>) -> String {
+    let wrong = lines.filter(|line| !line.ok);
+    let wrong: Vec<String> =
+        wrong.map(|line| format!("{}: {}", line.family, line.faults.join("; "))).collect();
+    format!("WRONG: the acid test finds {}", wrong.join(", "))
 }
 
 /// What is known when the run is interrupted, in one sentence.

@@ -151,6 +151,10 @@ def make_checkpoints():
         if end <= 1 << 20:
             document = compact(cut_config(config)) + "\n---\n" + compact(header)
             save("checkpoint", case.name, document.encode())
+            weights = {key: name for key in header}
+            index = compact({"weight_map": weights})
+            save("outline", case.name, (compact(config) + "\n---\n" + index).encode())
+            save("outline", case.name + "_alone", compact(config).encode())
 
 
 make_safetensors()

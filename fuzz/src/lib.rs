@@ -7,9 +7,10 @@ use std::path::PathBuf;
 use std::sync::LazyLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use moe_runner::Result;
+use moe_kernels::pool::Inline;
 use moe_runner::checkpoint::{Checkpoint, architecture};
-use moe_runner::weights::{Expert, LoadedLayer, Matrix, account};
+use moe_runner::weights::{Expert, LoadedLayer, Matrix, account, survey};
+use moe_runner::{Result, doctor};
 
 /// Most that may be allocated at one time for an input, which is smaller than a megabyte.
 const MEMORY: usize = 64 << 20;
@@ -35,16 +36,24 @@ pub fn folder() -> PathBuf {
     FOLDER.path().to_owned()
 }
 
-/// Opens a checkpoint, reads every tensor, and loads some layers if there are any.
+/// Opens a checkpoint, reads every tensor, loads some layers if there are any, and has the doctor look
+/// at them; then the same by headers alone.
 pub fn examine(open: impl FnOnce() -> Result<Checkpoint>) {
+    bounded(open, |checkpoint| {
+        tensors(checkpoint);
+        metadata(checkpoint);
+        layers(checkpoint);
+        findings(&doctor::files(checkpoint));
+        outline(&checkpoint.outline());
+    });
+}
+
+/// Opens a checkpoint and looks at it, in little memory.
+pub fn bounded(open: impl FnOnce() -> Result<Checkpoint>, look: impl FnOnce(&Checkpoint)) {
     let before = NOW.load(Ordering::Relaxed);
     PEAK.store(before, Ordering::Relaxed);
     match open() {
-        Ok(checkpoint) => {
-            tensors(&checkpoint);
-            metadata(&checkpoint);
-            layers(&checkpoint);
-        }
+        Ok(checkpoint) => look(&checkpoint),
         Err(error) => one_line(&error),
     }
     let peak = PEAK.load(Ordering::Relaxed).saturating_sub(before);
@@ -98,9 +107,31 @@ fn layers(checkpoint: &Checkpoint) {
                 let shared = layer.shared.iter().flat_map(|shared| &shared.experts);
                 layer.experts.iter().take(LAYERS).chain(shared.take(LAYERS)).for_each(expert);
                 layer.gate.iter().for_each(|gate| ends(&gate.weight));
+                findings(&doctor::examine(checkpoint, entry, &layer, &Inline));
             }
             Err(error) => one_line(&error),
         }
+    }
+}
+
+/// What `inspect` looks at.
+pub fn outline(checkpoint: &Checkpoint) {
+    match architecture::overlooked(checkpoint) {
+        Ok(problems) => problems.iter().for_each(one_line),
+        Err(error) => return one_line(&error),
+    }
+    let Ok(layers) = architecture::layers(checkpoint) else { return };
+    for entry in layers.iter().take(LAYERS) {
+        let (_, accounting) = survey(checkpoint, entry);
+        accounting.wrong.iter().for_each(one_line);
+        findings(&doctor::formats(checkpoint, entry));
+    }
+}
+
+fn findings(found: &[doctor::Finding]) {
+    for finding in found {
+        let message = finding.to_string();
+        assert!(!message.contains(char::is_control), "{message:?}");
     }
 }
 

@@ -54,9 +54,8 @@ OTHERS = {
     "kimi_k3": {"as": "kimi_linear"},
     "minimax_text_01": {"as": "minimax"},
     "deepseek": {
-        "values": dict(n_routed_experts=64, num_experts_per_tok=6, moe_intermediate_size=1407, n_shared_experts=2,
-                       moe_layer_freq=1, first_k_dense_replace=0, norm_topk_prob=False, scoring_func="softmax",
-                       hidden_act="silu"),
+        "values": dict(moe_intermediate_size=1407, moe_layer_freq=1, first_k_dense_replace=0, norm_topk_prob=False,
+                       scoring_func="softmax", hidden_act="silu"),
     },
     "bailing_moe": {
         "values": dict(num_experts=16, num_shared_experts=0, num_experts_per_tok=2, norm_topk_prob=True,
@@ -65,10 +64,12 @@ OTHERS = {
     "bailing_moe_v2": {
         "values": dict(num_experts=256, num_shared_experts=1, num_experts_per_tok=8, n_group=8, topk_group=4,
                        moe_intermediate_size=512, first_k_dense_replace=1, norm_topk_prob=True,
-                       routed_scaling_factor=2.5, score_function="sigmoid", hidden_act="silu"),
+                       routed_scaling_factor=1.0, score_function="sigmoid", hidden_act="silu"),
     },
     "bailing_moe_linear": {"as": "bailing_moe_v2"},
-    "hunyuan": {"values": dict(num_experts=1, num_shared_expert=1, moe_topk=1, hidden_act="silu")},
+    "hunyuan": {
+        "values": dict(num_experts=1, num_shared_expert=1, moe_topk=1, use_mixed_mlp_moe=False, hidden_act="silu"),
+    },
 }
 
 

@@ -12,6 +12,9 @@ use crate::weights::LoadedLayer;
 /// Random tokens.
 const TOKENS: usize = 64;
 
+/// Tokens that are routed at once.
+const TOGETHER: usize = 4;
+
 /// What the tokens' numbers are multiplied with the second time: then no bias of the gate counts.
 const LOUD: f32 = 1000.0;
 
@@ -61,8 +64,6 @@ pub(super) fn probe(
 fn collapsed(layer: &LoadedLayer, loudness: f32) -> Option<Vec<usize>> {
     let router = &layer.spec.router;
     let mut random = Random::new(0);
-    let hidden: Vec<f32> =
-        (0..TOKENS * layer.spec.dims.hidden).map(|_| random.normal() as f32 * loudness).collect();
     let ids: Option<Vec<u32>> = match router.selection {
         Selection::HashTable { vocabulary } => {
             let spread = |token| (token * vocabulary / TOKENS) as u32;
@@ -70,7 +71,13 @@ fn collapsed(layer: &LoadedLayer, loudness: f32) -> Option<Vec<usize>> {
         }
         _ => None,
     };
-    let logits = reference::router_logits(layer, &hidden).ok()?;
+    // few at a time: rows may be long
+    let mut logits = Vec::new();
+    for _ in 0..TOKENS / TOGETHER {
+        let numbers = TOGETHER * layer.spec.dims.hidden;
+        let hidden: Vec<f32> = (0..numbers).map(|_| random.normal() as f32 * loudness).collect();
+        logits.extend(reference::router_logits(layer, &hidden).ok()?);
+    }
     let routing = reference::route(layer, &logits, ids.as_deref(), TOKENS).ok()?;
     let load = routing.load(router.choices());
     let used = || load.iter().enumerate().filter(|(_, slots)| **slots > 0).map(|(id, _)| id);

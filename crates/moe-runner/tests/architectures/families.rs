@@ -592,7 +592,8 @@ pub(crate) const FAMILIES: &[Family] = &[
     Family {
         types: &["bailing_hybrid", "bailing_moe_v2", "bailing_moe_linear"],
         config: r#"{"num_experts": 4, "moe_intermediate_size": 4, "num_shared_experts": 3,
-            "n_group": 1, "topk_group": 1, "first_k_dense_replace": 2}"#,
+            "n_group": 1, "topk_group": 1, "first_k_dense_replace": 2,
+            "routed_scaling_factor": 2.5}"#,
         moe: &[2],
         layer: 2,
         block: "model.layers.2.mlp",
@@ -984,6 +985,7 @@ pub(crate) const FAMILIES: &[Family] = &[
         types: &["hunyuan"],
         config: r#"{"num_experts": 4, "intermediate_size": 12, "moe_topk": [1, 1, 1],
             "moe_intermediate_size": [6, 5, 4], "num_shared_expert": [0, 0, 1],
+            "use_mixed_mlp_moe": true,
             "num_experts_per_tok": null}"#,
         moe: &[0, 1, 2],
         layer: 2,

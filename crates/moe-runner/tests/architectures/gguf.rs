@@ -6,9 +6,9 @@ use moe_runner::checkpoint::Checkpoint;
 use moe_runner::checkpoint::architecture;
 use moe_runner::spec::{
     Activation, Correction, GroupFill, GroupScore, Groups, LayerSpec, Renormalise, Score,
-    WeightFrom, WeightOn,
+    Selection, SharedCombine, WeightFrom, WeightOn,
 };
-use moe_runner::weights::account;
+use moe_runner::weights::{LoadedLayer, account};
 
 enum Value {
     U32(u32),
@@ -203,9 +203,12 @@ fn one_tensor_for_each_expert() {
 fn unknown_architectures_are_refused_by_name() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("model.gguf");
-    write(&path, "phimoe", &[("block_count", U32(1))], &EXPERTS);
-    let error = architecture::layers(&Checkpoint::open(&path).unwrap()).unwrap_err().to_string();
-    assert!(error.contains("phimoe") && error.contains("qwen3moe"), "{error}");
+    for name in ["grovemoe", "smallthinker", "no-such-moe"] {
+        write(&path, name, &[("block_count", U32(1))], &EXPERTS);
+        let checkpoint = Checkpoint::open(&path).unwrap();
+        let error = architecture::layers(&checkpoint).unwrap_err().to_string();
+        assert!(error.contains(name) && error.contains("qwen3moe"), "{error}");
+    }
 }
 
 /// A bias that only chooses comes with sigmoids, whether the file says so or not.
@@ -334,4 +337,140 @@ fn layers_that_nobody_looks_at() {
         matches!(&found[..], [one] if one.contains("layer 0 has no feed-forward")),
         "{found:?}"
     );
+}
+
+/// The experts' branch; the dense one beside attention is another module, with an input of its own.
+#[test]
+fn arctic() {
+    let tensors = with(&["blk.1.ffn_up.weight 4 8", "blk.1.ffn_norm_exps.weight 8"]);
+    let spec = &specs("arctic", vec![], &tensors)[0];
+    assert_eq!(spec.router.renormalise, Renormalise::Sum { eps: 0.0 });
+    assert_eq!(spec.shared, None);
+}
+
+#[test]
+fn nomic_bert_moe() {
+    let tensors = [
+        "blk.1.ffn_gate_inp.weight 4 8",
+        "blk.1.ffn_up_exps.weight 4 4 8",
+        "blk.1.ffn_down_exps.weight 4 8 4",
+        "blk.0.ffn_up.weight 4 8",
+    ];
+    let spec = &specs("nomic-bert-moe", vec![("moe_every_n_layers", U32(2))], &tensors)[0];
+    assert!(!spec.expert.gated && !spec.expert.bias);
+    assert_eq!(spec.expert.activation, Activation::Gelu);
+    assert_eq!(spec.router.renormalise, Renormalise::None);
+}
+
+#[test]
+fn phimoe_is_the_model_s_own_sparsemixer() {
+    let spec = &specs("phimoe", vec![], &EXPERTS)[0];
+    assert_eq!(spec.router.selection, Selection::SparseMixer { eps: 0.01 });
+    assert_eq!(spec.router.renormalise, Renormalise::None);
+}
+
+/// Both, with the dense branch and without; the cap where the file states one, and where not.
+#[test]
+fn grok() {
+    let spec = &specs("grok", vec![], &EXPERTS)[0];
+    assert_eq!((spec.router.soft_cap, spec.output.multiplier), (Some(30.0), 1.0));
+    assert_eq!((spec.expert.activation, &spec.shared), (Activation::GeluTanh, &None));
+    let tensors = with(&[
+        "blk.1.ffn_gate.weight 6 8",
+        "blk.1.ffn_up.weight 6 8",
+        "blk.1.ffn_down.weight 8 6",
+        "blk.1.post_ffw_norm.weight 8",
+    ]);
+    let spec = &specs("grok", vec![("router_logit_softcapping", F32(20.0))], &tensors)[0];
+    assert_eq!(spec.router.soft_cap, Some(20.0));
+    assert_eq!(spec.output.multiplier, std::f32::consts::FRAC_1_SQRT_2);
+    let shared = spec.shared.as_ref().unwrap();
+    assert_eq!((shared.intermediate, shared.activation), (6, Activation::GeluTanh));
+}
+
+#[test]
+fn routers_with_sigmoids_that_files_need_not_state() {
+    let shared = [
+        "blk.1.ffn_gate_shexp.weight 4 8",
+        "blk.1.ffn_up_shexp.weight 4 8",
+        "blk.1.ffn_down_shexp.weight 8 4",
+    ];
+    for name in ["laguna", "hy_v3", "hy_v4", "deepseek32", "bailingmoe3", "cohere2moe"] {
+        let spec = &specs(name, vec![], &with(&shared))[0];
+        assert_eq!(spec.router.score, Score::Sigmoid, "{name}");
+        assert_eq!(spec.router.renormalise, Renormalise::None, "{name}");
+        let combine = match name {
+            "cohere2moe" => SharedCombine::Average,
+            _ => SharedCombine::Add,
+        };
+        assert_eq!(spec.shared.as_ref().unwrap().combine, combine, "{name}");
+    }
+    assert_eq!(specs("mellum", vec![], &EXPERTS)[0].router.score, Score::Softmax);
+}
+
+/// Clamped after the SiLU, in every architecture but DeepSeek-V4.
+#[test]
+fn clamps_that_the_file_states() {
+    let tensors = with(&[
+        "blk.1.ffn_gate_shexp.weight 4 8",
+        "blk.1.ffn_up_shexp.weight 4 8",
+        "blk.1.ffn_down_shexp.weight 8 4",
+    ]);
+    for name in ["step35", "bailingmoe3"] {
+        let keys = vec![("swiglu_clamp_exp", F32(7.0)), ("swiglu_clamp_shexp", F32(16.0))];
+        let spec = &specs(name, keys, &tensors)[0];
+        assert_eq!(spec.expert.activation, Activation::SwigluStep { limit: 7.0 }, "{name}");
+        let shared = spec.shared.as_ref().unwrap().activation;
+        assert_eq!(shared, Activation::SwigluStep { limit: 16.0 }, "{name}");
+        let none = vec![("swiglu_clamp_exp", F32(0.0))];
+        assert_eq!(specs(name, none, &tensors)[0].expert.activation, Activation::Silu, "{name}");
+    }
+}
+
+/// Every weight is what is stored times its expert's scale, or the one for all.
+#[test]
+fn scales_of_matrices_multiply() {
+    let keys = [
+        ("block_count", U32(2)),
+        ("embedding_length", U32(8)),
+        ("feed_forward_length", U32(4)),
+        ("expert_count", U32(4)),
+        ("expert_used_count", U32(2)),
+    ];
+    let tensors = with(&["blk.1.ffn_up_exps.scale 4", "blk.1.ffn_down_exps.scale 1"]);
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.gguf");
+    write(&path, "qwen3moe", &keys, &tensors);
+    let mut bytes = std::fs::read(&path).unwrap();
+    let size = |tensor: &str| -> usize {
+        let sizes = tensor.split(' ').skip(1).map(|n| n.parse::<usize>().unwrap());
+        sizes.product::<usize>() * 4
+    };
+    let mut at = bytes.len() - tensors.iter().map(|t| size(t).next_multiple_of(32)).sum::<usize>();
+    for tensor in &tensors {
+        for (i, value) in bytes[at..at + size(tensor)].as_chunks_mut::<4>().0.iter_mut().enumerate()
+        {
+            let number =
+                if tensor.contains(".scale") { 2.0 + i as f32 } else { 1.0 + i as f32 / 8.0 };
+            *value = number.to_le_bytes();
+        }
+        at += size(tensor).next_multiple_of(32);
+    }
+    std::fs::write(&path, bytes).unwrap();
+    let checkpoint = Checkpoint::open(&path).unwrap();
+    let entry = &architecture::layers(&checkpoint).unwrap()[0];
+    let layer = LoadedLayer::load(&checkpoint, entry).unwrap();
+    for (e, expert) in layer.experts.iter().enumerate() {
+        let gate = expert.gate.as_ref().unwrap();
+        for (matrix, scale) in [(gate, 1.0), (&expert.up, 2.0 + e as f32), (&expert.down, 2.0)] {
+            let mut row = vec![0.0; matrix.cols()];
+            for n in 0..matrix.rows() {
+                matrix.decode_row(n, &mut row);
+                for (k, value) in row.iter().enumerate() {
+                    let index = (e * matrix.rows() + n) * matrix.cols() + k;
+                    assert_eq!(*value, (1.0 + index as f32 / 8.0) * scale, "expert {e} [{n}, {k}]");
+                }
+            }
+        }
+    }
 }

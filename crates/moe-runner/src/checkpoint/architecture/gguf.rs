@@ -40,6 +40,12 @@ enum RowForm {
     Latent,
     /// Clamped by `swiglu_clamp_exp`; some layers choose by token.
     DeepseekV4,
+    /// Half the sum of routed and shared experts.
+    Average,
+    /// Capped logits; a dense branch beside the experts, where the file has one, and the sum times √½.
+    Grok,
+    /// Two experts by sparsemixer, which is the model's own router.
+    SparseMixer,
 }
 
 /// `expert_gating_func`: how logits become weights.
@@ -81,6 +87,12 @@ const ROWS: &[Row] = &[
     Row { name: "qwen3next", ..SOFTMAX },
     Row { name: "qwen35moe", ..SOFTMAX },
     Row { name: "rnd1", ..SOFTMAX },
+    Row { name: "mellum", ..SOFTMAX },
+    // the experts' branch alone: the dense one has another input
+    Row { name: "arctic", ..SOFTMAX },
+    Row { name: "phimoe", renormalise: false, form: RowForm::SparseMixer, ..SOFTMAX },
+    Row { name: "grok", activation: Activation::GeluTanh, form: RowForm::Grok, ..SOFTMAX },
+    Row { name: "nomic-bert-moe", gated: false, activation: Activation::Gelu, ..STATED },
     Row { name: "dbrx", ..SOFTMAX },
     Row { name: "hunyuan-moe", ..SOFTMAX },
     Row { name: "ernie4_5-moe", ..SOFTMAX },
@@ -97,6 +109,12 @@ const ROWS: &[Row] = &[
     Row { name: "mistral4", ..STATED },
     Row { name: "bailingmoe", ..STATED },
     Row { name: "bailingmoe2", gating: Gating::Sigmoid, ..STATED },
+    Row { name: "bailingmoe3", gating: Gating::Sigmoid, ..STATED },
+    Row { name: "cohere2moe", gating: Gating::Sigmoid, form: RowForm::Average, ..STATED },
+    Row { name: "laguna", gating: Gating::Sigmoid, ..STATED },
+    Row { name: "deepseek32", gating: Gating::Sigmoid, ..STATED },
+    Row { name: "hy_v3", gating: Gating::Sigmoid, ..STATED },
+    Row { name: "hy_v4", gating: Gating::Sigmoid, ..STATED },
     Row { name: "glm-dsa", gating: Gating::Sigmoid, ..STATED },
     Row { name: "exaone-moe", gating: Gating::Sigmoid, ..STATED },
     Row { name: "afmoe", gating: Gating::Sigmoid, ..STATED },
@@ -106,8 +124,7 @@ const ROWS: &[Row] = &[
     Row { name: "mimo2", ..SIGMOID },
     Row { name: "lfm2moe", ..SIGMOID },
     Row { name: "kimi-linear", ..SIGMOID },
-    Row { name: "hy-v3", ..SIGMOID },
-    Row { name: "step35", form: RowForm::Plain, ..SIGMOID },
+    Row { name: "step35", ..SIGMOID },
     Row {
         name: "nemotron_h_moe",
         gated: false,
@@ -135,12 +152,8 @@ const ROWS: &[Row] = &[
 
 /// Architectures with experts that do not fit, and why.
 const REFUSED: &[(&str, &str)] = &[
-    ("phimoe", "its router (sparsemixer) is not the one that llama.cpp computes for such files"),
-    ("grok", "a dense branch is added before a factor that the file does not state"),
-    ("arctic", "the experts see another input than the router's block, with a norm of its own"),
     ("smallthinker", "the router sees the layer's input, the experts what attention makes of it"),
     ("grovemoe", "groups of experts share further experts of their own"),
-    ("nomic-bert-moe", "it is an encoder whose experts have no gate and a GELU with biases"),
 ];
 
 const NAMES: Names = Names {
@@ -192,6 +205,10 @@ const GEMMA4: Names = Names {
     output_norm: "post_ffw_norm.weight",
     ..NAMES
 };
+
+/// Grok's dense branch has the names of a dense layer.
+const GROK: Names =
+    Names { shared: ExpertNames::mlp("ffn_gate", "ffn_up", "ffn_down"), shared_gate: "", ..NAMES };
 
 /// Keys of a GGUF file, under the name of its architecture.
 struct Keys<'a> {
@@ -269,7 +286,11 @@ pub(super) fn layers(metadata: &Metadata, resolver: &Resolver) -> Result<Vec<Lay
         return Err(metadata.error(&keys.key("block_count"), format!("is {count}")));
     }
     let mut layers = Vec::new();
-    let names = if row.form == RowForm::Gemma4 { &GEMMA4 } else { &NAMES };
+    let names = match row.form {
+        RowForm::Gemma4 => &GEMMA4,
+        RowForm::Grok => &GROK,
+        _ => &NAMES,
+    };
     for index in 0..count {
         let scope = Scope::new("blk.", names, index);
         let has = |name: &str| resolver.index.has_module(&scope.resolve(name));
@@ -328,8 +349,53 @@ fn form(
             limit,
         }))
     };
+    let dense = |norm| -> Result<SharedSpec> {
+        let stored = shape("ffn_up").and_then(|shape| shape.first().copied());
+        Ok(SharedSpec {
+            count: 1,
+            intermediate: match stored {
+                Some(width) => width,
+                None => keys.need("feed_forward_length")?,
+            },
+            gated: true,
+            activation: row.activation,
+            bias: false,
+            sigmoid_gate: false,
+            combine: SharedCombine::Add,
+            input_norm: norm,
+            output_norm: norm,
+        })
+    };
     match row.form {
+        // clamped after the SiLU, where the file says so
+        RowForm::Plain if row.activation == Activation::Silu => {
+            let clamped = |key: &str| -> Result<Activation> {
+                let limit = keys.number(key, spec.index)?.filter(|limit| *limit > 0.0);
+                Ok(limit.map_or(row.activation, |limit| Activation::SwigluStep { limit }))
+            };
+            spec.expert.activation = clamped("swiglu_clamp_exp")?;
+            if let Some(branch) = &mut spec.shared {
+                branch.activation = clamped("swiglu_clamp_shexp")?;
+            }
+        }
         RowForm::Plain => {}
+        RowForm::Average => {
+            if let Some(branch) = &mut spec.shared {
+                branch.combine = SharedCombine::Average;
+            }
+        }
+        RowForm::Grok => {
+            let cap = keys.number("router_logit_softcapping", spec.index)?.unwrap_or(30.0);
+            spec.router.soft_cap = (cap > 0.0).then_some(cap);
+            if shape("ffn_up").is_some() {
+                spec.shared = Some(dense(None)?);
+                spec.output.multiplier = std::f32::consts::FRAC_1_SQRT_2;
+            }
+        }
+        RowForm::SparseMixer => {
+            spec.router.selection = Selection::SparseMixer { eps: 0.01 };
+            spec.router.renormalise = Renormalise::None;
+        }
         RowForm::Latent => {
             let width = shape("ffn_latent_down").and_then(|shape| shape.first().copied());
             if let Some(width) = width {
@@ -364,21 +430,7 @@ fn form(
             spec.input_transform.steps = vec![TransformStep::RmsNorm(norm)];
             spec.output_transform.steps = vec![TransformStep::RmsNorm(norm)];
             spec.output.norm = Some(norm);
-            let stored = shape("ffn_up").and_then(|shape| shape.first().copied());
-            spec.shared = Some(SharedSpec {
-                count: 1,
-                intermediate: match stored {
-                    Some(width) => width,
-                    None => keys.need("feed_forward_length")?,
-                },
-                gated: true,
-                activation: row.activation,
-                bias: false,
-                sigmoid_gate: false,
-                combine: SharedCombine::Add,
-                input_norm: Some(norm),
-                output_norm: Some(norm),
-            });
+            spec.shared = Some(dense(Some(norm))?);
         }
     }
     Ok(())
@@ -410,7 +462,10 @@ fn spec(
             None => keys.size("expert_shared_count")?.unwrap_or(1).saturating_mul(intermediate),
         },
     };
-    let bias = has("ffn_gate_exps.bias") || has("ffn_gate_up_exps.bias");
+    let bias = match row.gated {
+        true => has("ffn_gate_exps.bias") || has("ffn_gate_up_exps.bias"),
+        false => has("ffn_up_exps.bias"),
+    };
     Ok(LayerSpec {
         name,
         index,

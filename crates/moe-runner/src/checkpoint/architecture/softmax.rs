@@ -176,7 +176,7 @@ pub(super) const ROWS: &[Architecture] = &[
             if spec.router.top_k == 1 {
                 spec.router.renormalise = Renormalise::None;
             }
-            let mixed = settings.flag(&["use_mixed_mlp_moe"], true)?;
+            let mixed = settings.flag(&["use_mixed_mlp_moe"], false)?;
             let count = settings.size(&["num_shared_expert"], layer)?.filter(|_| mixed);
             let width = settings.need_size(WHOLE_WIDTH, layer)?;
             match (count.unwrap_or(0).saturating_mul(width), &mut spec.shared) {

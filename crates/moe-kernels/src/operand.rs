@@ -1,9 +1,9 @@
 //! Token rows as a kernel reads them.
 //!
 //! A kernel's rows have the columns in the order of its packed weights: padded to whole steps, and
-//! permuted where the weights' groups are not runs of columns (act-order). Weights with zero points
-//! or minima also need the sum of a row over each of their groups. All of that is done once for all
-//! products of the rows, by [`Gemm::operand`](crate::gemm::Gemm::operand), in memory of the caller.
+//! permuted where the weights' groups are not runs of columns (act-order). Weights with minima also
+//! need the sum of a row over each of their groups. All of that is done once for all products of the
+//! rows, by [`Gemm::operand`](crate::gemm::Gemm::operand), in memory of the caller.
 
 use std::ops::Range;
 

@@ -11,14 +11,13 @@
 //!
 //! ```text
 //! s = 0;    s = x[k] · code[k] + s              for each k of a group, in order
-//! s = zero · Σx + s                             where the format has zero points
 //! acc = scale · s + acc                         (without a scale: acc = s + acc)
 //! acc = minimum · Σx + acc                      where the format has minima
 //! out = acc, times or divided by the scale of the whole matrix
 //! ```
 //!
-//! Each `·` with its `+` is one fused multiply-add in f32; codes, scales and zero points are exact,
-//! `Σx` is computed in f64 and rounded once. So the result is the same bit by bit for any rows
+//! Each `·` with its `+` is one fused multiply-add in f32; codes, less their zero points, and scales
+//! are exact, `Σx` is computed in f64 and rounded once. So the result is the same bit by bit for any rows
 //! beside it, any split into units, and on every set of features.
 
 #[cfg(target_arch = "x86_64")]

@@ -93,7 +93,7 @@ fn check_against_float64(
                 prop_assert!(got.is_nan(), "{}: [{}][{}] {} is not NaN", name, m, n, got);
                 continue;
             }
-            // Minima and zero points cancel against the codes: hence the room.
+            // Minima cancel against the codes: hence the room.
             let sum_x: f64 = x.iter().map(|x| f64::from(x.abs())).sum();
             let bound = 1e-4 * absolute + 1e-5 * (1.0 + largest) * sum_x;
             prop_assert!(
@@ -189,6 +189,33 @@ fn what_does_not_belong_is_refused() {
     assert!(refused(&mut || gemm.run(&w, operand, 0..1, 1..1, &mut out)));
     gemm.run(&w, operand, 0..1, 0..1, &mut out);
     assert_eq!(out.row(0), [6.0, 6.0]);
+}
+
+/// A code that is its zero point is exactly nothing, whatever it meets.
+#[test]
+fn zero_points_cancel_nothing() {
+    use crate::stored::{
+        Codes, Element, Granularity, Packing, ScaleType, Scales, ZeroPoints, Zeros,
+    };
+    let (n, k) = (64, 96);
+    let x: Vec<f32> = (0..k).map(|i| if i % 7 == 3 { 147_456.0 } else { 1e-3 }).collect();
+    for (element, code, zero) in [(Element::Uint4, 0xDD, 13), (Element::Int8, 0x9A, -102)] {
+        let one = 1f32.to_le_bytes().repeat(n);
+        let scales =
+            Scales::new(one.into(), ScaleType::F32, Granularity::Channel, [1, k], [n, k]).unwrap();
+        let zeros = ZeroPoints::from_i16(&vec![zero; n], scales.shape()).unwrap();
+        let mut bytes = vec![code; n * element.row_bytes(k).unwrap()];
+        bytes[0] ^= 1;
+        let format = (element, Packing::Rows);
+        let codes =
+            Codes::new(format, bytes.into(), [n, k], scales, Zeros::Each(zeros), None).unwrap();
+        let view = View::new(codes);
+        for gemm in entries(&view) {
+            let out = product(gemm, &view, &x, 1, (0, 0));
+            assert_eq!(out[0].abs(), 1e-3, "{gemm:?}");
+            assert!(out[1..].iter().all(|v| *v == 0.0), "{gemm:?}");
+        }
+    }
 }
 
 /// Infinities and NaN of weights and rows come out where they belong, and only there.

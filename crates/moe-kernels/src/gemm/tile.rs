@@ -4,14 +4,16 @@
 //! for each block, for each group of it
 //!     sum = 0
 //!     for each octet of the group, for each k of it
-//!         w = sixteen weights of each panel, decoded in registers
+//!         w = sixteen weights of each panel, decoded in registers, less their zero points
 //!         sum[token][panel] = x[token][k] · w + sum[token][panel]
-//!     acc[token][panel] = scale · (zero · Σx + sum) + acc + minimum · Σx
+//!     acc[token][panel] = scale · sum + acc + minimum · Σx
 //! out = acc, times or divided by the scale of the whole matrix
 //! ```
 //!
 //! Lanes are weight rows, so no sum crosses lanes: every element of `out` is the same chain of
 //! fused multiply-adds over k, whatever tile it falls into and however wide the CPU's vectors are.
+
+use std::ops::Range;
 
 use super::panel::Panel;
 use super::simd::Simd;
@@ -82,7 +84,6 @@ pub(super) unsafe fn tile<S: Simd, P: Panel<S>, const M: usize, const N: usize, 
     args: &Args<'_>,
 ) {
     let layout = args.layout;
-    let octet_bytes = P::CODES.panel_bytes() / 4;
     // SAFETY: the unit holds all blocks with their headers and steps; the token rows hold STEP
     // elements for each step, and a sum for each group where there are offsets.
     unsafe {
@@ -100,28 +101,52 @@ pub(super) unsafe fn tile<S: Simd, P: Panel<S>, const M: usize, const N: usize, 
             let mut octet = 0;
             for group in 0..groups {
                 let mut sum = [[S::splat(0.0); N]; M];
-                for _ in 0..octets {
-                    let step = codes.add(octet / 4 * W * P::CODES.panel_bytes());
-                    let ahead = step.wrapping_add(octet % 4 * W * octet_bytes + AHEAD);
-                    for line in 0..(N * octet_bytes).div_ceil(64) {
-                        S::prefetch(ahead.wrapping_add(64 * line));
+                let of = octet..octet + octets;
+                match layout.offset {
+                    Offset::Zero(number) if P::CODES.have_zeros() => {
+                        let (_, zeros) = numbers::<W>(&layout, header, group);
+                        let zero = read::<S, N>(number, zeros, args.first * PANEL);
+                        let zero = Some(&zero);
+                        group_sum::<S, P, M, N, W>(args, &constants, codes, of, x, zero, &mut sum);
                     }
-                    products::<S, P, M, N, W>(
-                        &constants,
-                        step,
-                        octet % 4,
-                        x,
-                        args.x_stride,
-                        &mut sum,
-                    );
-                    octet += 1;
-                    x = x.add(OCTET);
+                    _ => group_sum::<S, P, M, N, W>(args, &constants, codes, of, x, None, &mut sum),
                 }
+                octet += octets;
+                x = x.add(octets * OCTET);
                 finish_group::<S, M, N, W>(args, header, group, sums, &sum, &mut acc);
                 sums = sums.add(1);
             }
         }
         write::<S, M, N>(args, &acc);
+    }
+}
+
+/// Adds the products of a group: the octets `of` of a block whose codes are at `codes`.
+///
+/// # Safety
+/// As [`tile`].
+#[inline(always)]
+unsafe fn group_sum<S: Simd, P: Panel<S>, const M: usize, const N: usize, const W: usize>(
+    args: &Args<'_>,
+    constants: &P::Constants,
+    codes: *const u8,
+    of: Range<usize>,
+    mut x: *const f32,
+    zero: Option<&[S::V; N]>,
+    sum: &mut [[S::V; N]; M],
+) {
+    let octet_bytes = P::CODES.panel_bytes() / 4;
+    // SAFETY: the caller's; a prefetch takes any address.
+    unsafe {
+        for octet in of {
+            let step = codes.add(octet / 4 * W * P::CODES.panel_bytes());
+            let ahead = step.wrapping_add(octet % 4 * W * octet_bytes + AHEAD);
+            for line in 0..(N * octet_bytes).div_ceil(64) {
+                S::prefetch(ahead.wrapping_add(64 * line));
+            }
+            products::<S, P, M, N, W>(constants, step, octet % 4, x, args.x_stride, zero, sum);
+            x = x.add(OCTET);
+        }
     }
 }
 
@@ -136,6 +161,7 @@ unsafe fn products<S: Simd, P: Panel<S>, const M: usize, const N: usize, const W
     octet: usize,
     x: *const f32,
     x_stride: usize,
+    zero: Option<&[S::V; N]>,
     sum: &mut [[S::V; N]; M],
 ) {
     // SAFETY: the caller's.
@@ -149,6 +175,11 @@ unsafe fn products<S: Simd, P: Panel<S>, const M: usize, const N: usize, const W
                 let mut w = [P::value::<W>(constants, &lines[0], $j); N];
                 for q in 1..N {
                     w[q] = P::value::<W>(constants, &lines[q], $j);
+                }
+                if let Some(zero) = zero {
+                    for q in 0..N {
+                        w[q] = S::add(w[q], zero[q]);
+                    }
                 }
                 for m in 0..M {
                     let x = S::splat(*x.add(m * x_stride + $j));
@@ -191,27 +222,16 @@ unsafe fn finish_group<S: Simd, const M: usize, const N: usize, const W: usize>(
     };
     // SAFETY: the header holds a number of each kind for each row of the unit.
     unsafe {
-        let numbers = header.add(rows * (layout.outer_bytes() + group * layout.group_bytes()));
-        let offsets = numbers.add(rows * layout.scale_bytes());
+        let (numbers, offsets) = numbers::<W>(&layout, header, group);
         let mut scale = read::<S, N>(number, numbers, first);
         if layout.outer_scale {
             times::<S, N>(&mut scale, header.add(first * 2));
         }
         match layout.offset {
-            Offset::None => {
+            Offset::None | Offset::Zero(_) => {
                 for m in 0..M {
                     for q in 0..N {
                         acc[m][q] = S::fma(scale[q], sum[m][q], acc[m][q]);
-                    }
-                }
-            }
-            Offset::Zero(number) => {
-                let zero = read::<S, N>(number, offsets, first);
-                for m in 0..M {
-                    let sum_x = S::splat(*sums.add(m * args.x_stride));
-                    for q in 0..N {
-                        let shifted = S::fma(zero[q], sum_x, sum[m][q]);
-                        acc[m][q] = S::fma(scale[q], shifted, acc[m][q]);
                     }
                 }
             }
@@ -230,6 +250,24 @@ unsafe fn finish_group<S: Simd, const M: usize, const N: usize, const W: usize>(
                 }
             }
         }
+    }
+}
+
+/// Where a header has a group's scales and its zero points or minima.
+///
+/// # Safety
+/// As [`tile`].
+#[inline(always)]
+unsafe fn numbers<const W: usize>(
+    layout: &Layout,
+    header: *const u8,
+    group: usize,
+) -> (*const u8, *const u8) {
+    let rows = W * PANEL;
+    // SAFETY: the header holds a number of each kind for each row of the unit.
+    unsafe {
+        let scales = header.add(rows * (layout.outer_bytes() + group * layout.group_bytes()));
+        (scales, scales.add(rows * layout.scale_bytes()))
     }
 }
 

@@ -111,6 +111,12 @@ impl Codes {
         }
     }
 
+    /// Whether they may have zero points: those that are stored with scales in arrays of their own.
+    pub(crate) const fn have_zeros(self) -> bool {
+        use Codes::*;
+        matches!(self, Int8 | E4m3 | E5m2 | Table4 | Table6)
+    }
+
     /// Bytes of an item.
     pub(crate) const fn item_bytes(self) -> usize {
         match self {

@@ -194,7 +194,10 @@ impl Packed {
 
     /// Sums of groups that an operand needs.
     pub(crate) fn sums(&self) -> usize {
-        if self.layout.offset == Offset::None { 0 } else { self.columns.groups.len() }
+        match self.layout.offset {
+            Offset::None | Offset::Zero(_) => 0,
+            Offset::Minimum(_) => self.columns.groups.len(),
+        }
     }
 
     /// The places of each group.

@@ -141,8 +141,6 @@ impl Plan {
 fn table(element: Element, zeros: &Zeros) -> [f32; 64] {
     let zero = match zeros {
         Zeros::Same(zero) => f32::from(*zero),
-        // Near the middle, so that little remains for the sum over the group.
-        Zeros::Each(_) if element == Element::Uint4 => MIDDLE_OF_4_BITS,
         Zeros::None | Zeros::Each(_) => 0.0,
     };
     match element.bits() {
@@ -151,16 +149,10 @@ fn table(element: Element, zeros: &Zeros) -> [f32; 64] {
     }
 }
 
-const MIDDLE_OF_4_BITS: f32 = 8.0;
-
 /// What is added to every packed code of a group, beyond what the table says: its zero point, made
-/// negative.
+/// negative. Unsigned bytes are packed as signed ones.
 pub(super) fn zero(stored: &stored::Codes, row: usize, group: usize) -> f32 {
-    let middle = match stored.element() {
-        Element::Uint8 => 128.0,
-        Element::Uint4 => MIDDLE_OF_4_BITS,
-        _ => 0.0,
-    };
+    let middle = if stored.element() == Element::Uint8 { 128.0 } else { 0.0 };
     let zero = middle - stored.zero(row, group);
     if stored.element() == Element::E4m3 { zero / 256.0 } else { zero }
 }

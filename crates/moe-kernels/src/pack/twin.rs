@@ -56,7 +56,7 @@ fn element(plan: &Plan, places: &[f32], row: &Row) -> f32 {
     for group in &row.groups {
         let (mut sum, mut sum_x) = (0.0f32, 0.0f64);
         for (x, code) in products.by_ref().take(group.places) {
-            sum = code.mul_add(*x, sum);
+            sum = (code + group.zero).mul_add(*x, sum);
             sum_x += f64::from(*x);
         }
         let sum_x = sum_x as f32;
@@ -64,9 +64,6 @@ fn element(plan: &Plan, places: &[f32], row: &Row) -> f32 {
             acc += sum;
             continue;
         };
-        if matches!(plan.layout.offset, Offset::Zero(_)) {
-            sum = group.zero.mul_add(sum_x, sum);
-        }
         acc = scale.mul_add(sum, acc);
         if matches!(plan.layout.offset, Offset::Minimum(_)) {
             acc = group.minimum.mul_add(sum_x, acc);
@@ -101,7 +98,9 @@ fn code_row(view: &View, plan: &Plan, row: usize) -> Row {
                     let number = *stored_group as usize;
                     let small = if plan.layout.scale == Some(Number::E4m3) { 256.0 } else { 1.0 };
                     group.scale = Some(stored.scales().get(row, number) / small);
-                    group.zero = zero(stored, row, number);
+                    if matches!(plan.layout.offset, Offset::Zero(_)) {
+                        group.zero = zero(stored, row, number);
+                    }
                 }
                 let mut columns =
                     (place..place + places).filter_map(|at| plan.columns.order.column(at));

@@ -164,6 +164,7 @@ pub struct Head {
 
 impl Head {
     /// Bytes of the wire form.
+    #[cfg_attr(not(all(unix, feature = "mpi")), allow(dead_code, reason = "what processes send"))]
     pub(crate) const WIRE: usize = 72;
 
     /// What is wrong if `self` and `other` are two ranks' heads of one collective.
@@ -185,6 +186,7 @@ impl Head {
     }
 
     /// The wire form, little-endian.
+    #[cfg_attr(not(all(unix, feature = "mpi")), allow(dead_code, reason = "what processes send"))]
     pub(crate) fn encode(&self) -> [u8; Self::WIRE] {
         let mut wire = [0; Self::WIRE];
         wire[0] = self.kind as u8;
@@ -198,6 +200,7 @@ impl Head {
     }
 
     /// The inverse of [`encode`](Head::encode); `None` for bytes that no `encode` wrote.
+    #[cfg_attr(not(all(unix, feature = "mpi")), allow(dead_code, reason = "what processes send"))]
     pub(crate) fn decode(wire: &[u8; Self::WIRE]) -> Option<Self> {
         let mut layer = [0; Place::ROOM];
         layer.copy_from_slice(&wire[16..16 + Place::ROOM]);

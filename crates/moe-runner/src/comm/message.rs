@@ -181,11 +181,13 @@ impl Message {
     }
 
     /// The elements' bytes.
+    #[cfg_attr(not(all(unix, feature = "mpi")), allow(dead_code, reason = "what processes send"))]
     pub(super) fn bytes(&self) -> &[u8] {
         &bytemuck::cast_slice(&self.words)[..self.len * self.dtype.size()]
     }
 
     /// The elements' bytes, to be written.
+    #[cfg_attr(not(all(unix, feature = "mpi")), allow(dead_code, reason = "what processes send"))]
     pub(super) fn bytes_mut(&mut self) -> &mut [u8] {
         &mut bytemuck::cast_slice_mut(&mut self.words)[..self.len * self.dtype.size()]
     }

@@ -58,7 +58,7 @@ fn desk() -> tempfile::TempDir {
     folder
 }
 
-fn has_mpirun() -> bool {
+pub(crate) fn has_mpirun() -> bool {
     Command::new("mpirun").arg("--version").output().is_ok_and(|output| output.status.success())
 }
 

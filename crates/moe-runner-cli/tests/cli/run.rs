@@ -205,3 +205,29 @@ fn zero_tokens_are_a_normal_empty_result() {
     assert_eq!(file.shape("layers.0.output"), [0, 64]);
     assert_eq!(file.shape("layers.2.topk_ids"), [0, 4]);
 }
+
+/// Of several processes one has the standard input: none waits for it, and nothing is written.
+#[cfg(unix)]
+#[test]
+fn standard_input_is_not_for_several_processes() {
+    use std::process::{Command, Stdio};
+    if !crate::book::has_mpirun() {
+        return eprintln!("SKIPPED: there is no mpirun (Debian: apt-get install openmpi-bin)");
+    }
+    let (case, folder) = (case("qwen2_moe_f16"), TempDir::new().unwrap());
+    let out = folder.path().join("out.safetensors");
+    let output = Command::new("mpirun")
+        .args(["--allow-run-as-root", "--oversubscribe", "-n", "2"])
+        .arg(env!("CARGO_BIN_EXE_moe-runner"))
+        .arg("run")
+        .arg(case)
+        .args(["--layers", "0", "--comm", "mpi", "--dp", "2", "--input", "-", "--output"])
+        .arg(&out)
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success());
+    assert!(stderr.contains("only one process has the standard input"), "{stderr}");
+    assert!(!out.exists());
+}

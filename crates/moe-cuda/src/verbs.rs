@@ -12,7 +12,8 @@ pub struct Verbs {
     convert: Function,
     rms_norm: Function,
     quantise: Function,
-    linear: Function,
+    /// For one row, some, and many.
+    linear: [Function; 3],
     combine: Function,
     scale_add: Function,
     identity_weights: Function,
@@ -90,7 +91,7 @@ impl Verbs {
             convert: get("convert")?,
             rms_norm: get("rms_norm")?,
             quantise: get("quantise_rows")?,
-            linear: get("linear")?,
+            linear: [get("linear_one")?, get("linear_few")?, get("linear_many")?],
             combine: get("combine")?,
             scale_add: get("scale_add")?,
             identity_weights: get("identity_weights")?,
@@ -193,14 +194,25 @@ impl Verbs {
             return Ok(());
         }
         let bias = bias.map_or(0, |bias| bias.pointer);
+        // how many rows and outputs a warp takes changes no bit
+        let (function, rows, outputs) = match x.rows() {
+            1 => (&self.linear[0], 1, 1),
+            2..64 => (&self.linear[1], 4, 1),
+            _ => (&self.linear[2], 8, 4),
+        };
         let launch = Launch {
-            grid: (w.raw.rows.div_ceil(4), x.raw.rows.div_ceil(8).min(65_535)),
+            grid: (w.raw.rows.div_ceil(4 * outputs), x.raw.rows.div_ceil(rows).min(65_535)),
             block: 128,
             shared: 0,
             cooperative: false,
         };
-        // SAFETY: the parameters of `linear`; the shapes were checked.
-        unsafe { self.linear.launch(stream, launch, &[&x.raw, &w.raw, &bias, &out.raw]) }
+        let whole = |m: &Rows<'_>| {
+            let row_bytes = m.stride() * m.float().bytes();
+            m.raw.data.is_multiple_of(16) && row_bytes.is_multiple_of(16)
+        };
+        let whole = u32::from(x.cols().is_multiple_of(8) && whole(&x) && whole(&w));
+        // SAFETY: the parameters of the functions; the shapes were checked.
+        unsafe { function.launch(stream, launch, &[&x.raw, &w.raw, &bias, &whole, &out.raw]) }
     }
 
     /// Plan: sorts the slots of `ids` `[T, k]` by expert, for experts `0..plan.experts()`; other ids

@@ -126,34 +126,36 @@ fn rows_are_quantised_as_on_the_host_bit_by_bit() {
 fn the_gate_product_is_right_and_no_row_depends_on_another() {
     let Some(s) = setup() else { return };
     let mut n = Numbers(4);
-    let (tokens, hidden, experts) = (19, 777, 37);
-    let (x, w, b) = (n.units(tokens * hidden), n.units(experts * hidden), n.units(experts));
-    let (xd, wd, bd) = (s.upload(&x), s.upload(&bf16(&w)), s.upload(&b));
-    let w = from_bf16(&bf16(&w));
-    let mut out = s.buffer::<f32>(tokens * experts);
-    let weights = Rows::new(wd.view(), Float::Bf16, experts, hidden).unwrap();
-    let mut product = |from: usize, to: usize| {
-        let rows = to - from;
-        let view = xd.view().part(from * hidden..to * hidden);
-        let source = Rows::new(view, Float::F32, rows, hidden).unwrap();
-        let target = out.view_mut().part(0..rows * experts);
-        let mut target = RowsMut::new(target, Float::F32, rows, experts).unwrap();
-        s.verbs.linear(&s.stream, source, weights, Some(bd.view()), &mut target).unwrap();
-        s.download(out.view().part(0..rows * experts))
-    };
-    let all = product(0, tokens);
-    let want: Vec<f64> = (0..tokens * experts)
-        .map(|i| {
-            let (t, e) = (i / experts, i % experts);
-            let dot: f64 = (0..hidden)
-                .map(|k| f64::from(x[t * hidden + k]) * f64::from(w[e * hidden + k]))
-                .sum();
-            dot + f64::from(b[e])
-        })
-        .collect();
-    assert!(nmse(&all, &want) < 1e-11);
-    for t in [0, 7, 18] {
-        assert_eq!(product(t, t + 1), all[t * experts..][..experts]);
+    // rows that are and are not whole runs of columns
+    for (tokens, hidden, experts) in [(100, 777, 37), (100, 776, 37), (70, 2048, 128)] {
+        let (x, w, b) = (n.units(tokens * hidden), n.units(experts * hidden), n.units(experts));
+        let (xd, wd, bd) = (s.upload(&x), s.upload(&bf16(&w)), s.upload(&b));
+        let w = from_bf16(&bf16(&w));
+        let mut out = s.buffer::<f32>(tokens * experts);
+        let weights = Rows::new(wd.view(), Float::Bf16, experts, hidden).unwrap();
+        let mut product = |from: usize, to: usize| {
+            let rows = to - from;
+            let view = xd.view().part(from * hidden..to * hidden);
+            let source = Rows::new(view, Float::F32, rows, hidden).unwrap();
+            let target = out.view_mut().part(0..rows * experts);
+            let mut target = RowsMut::new(target, Float::F32, rows, experts).unwrap();
+            s.verbs.linear(&s.stream, source, weights, Some(bd.view()), &mut target).unwrap();
+            s.download(out.view().part(0..rows * experts))
+        };
+        let all = product(0, tokens);
+        let want: Vec<f64> = (0..tokens * experts)
+            .map(|i| {
+                let (t, e) = (i / experts, i % experts);
+                let dot: f64 = (0..hidden)
+                    .map(|k| f64::from(x[t * hidden + k]) * f64::from(w[e * hidden + k]))
+                    .sum();
+                dot + f64::from(b[e])
+            })
+            .collect();
+        assert!(nmse(&all, &want) < 1e-11);
+        for (from, to) in [(0, 1), (7, 8), (69, 70), (3, 8), (1, 42)] {
+            assert_eq!(product(from, to), all[from * experts..to * experts], "{from}..{to}");
+        }
     }
 }
 

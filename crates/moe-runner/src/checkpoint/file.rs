@@ -1,6 +1,7 @@
 //! One file of a checkpoint: mapped, with the table its header gives.
 
 use std::fs::File;
+use std::io::Read;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
@@ -88,9 +89,44 @@ impl TensorFile {
 /// The mapping shows the file as it is on disk: while it is in use, nobody may write to the file
 /// or shorten it. (To replace it with a new one of the same name is fine.)
 pub(super) fn map(path: &Path) -> Result<Bytes> {
-    let io = |action| move |source| Error::Io { path: path.to_owned(), action, source };
-    // Before opening: to open a pipe would wait for its other end.
-    let metadata = std::fs::metadata(path).map_err(io("open"))?;
+    let bytes = contents(open(path)?).map_err(|source| Error::Io {
+        path: path.to_owned(),
+        action: "read",
+        source,
+    })?;
+    if let Some(reason) = stands_for_another(&bytes) {
+        return Err(Error::file(path, reason));
+    }
+    Ok(bytes)
+}
+
+/// Reads a file of at most `limit` bytes: what others may write to meanwhile.
+pub(super) fn read(path: &Path, limit: u64) -> Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    let read = open(path)?.take(limit.saturating_add(1)).read_to_end(&mut bytes);
+    read.map_err(|source| Error::Io { path: path.to_owned(), action: "read", source })?;
+    if bytes.len() as u64 > limit {
+        return Err(Error::file(path, format!("has more than {limit} bytes, which is the limit")));
+    }
+    if let Some(reason) = stands_for_another(&bytes) {
+        return Err(Error::file(path, reason));
+    }
+    Ok(bytes)
+}
+
+/// Opens a regular file with something in it. What it is, is asked of the open file: another may have
+/// its name by then. Nobody waits for the other end of a pipe.
+fn open(path: &Path) -> Result<File> {
+    let io = |source| Error::Io { path: path.to_owned(), action: "open", source };
+    let mut options = File::options();
+    options.read(true);
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::OpenOptionsExt;
+        options.custom_flags(rustix::fs::OFlags::NONBLOCK.bits() as i32);
+    }
+    let file = options.open(path).map_err(io)?;
+    let metadata = file.metadata().map_err(io)?;
     if !metadata.is_file() {
         let kind =
             if metadata.is_dir() { "is a folder; a file is needed" } else { "is no regular file" };
@@ -99,12 +135,7 @@ pub(super) fn map(path: &Path) -> Result<Bytes> {
     if metadata.len() == 0 {
         return Err(Error::file(path, "is empty"));
     }
-    let file = File::open(path).map_err(io("open"))?;
-    let bytes = contents(file).map_err(io("read"))?;
-    if let Some(reason) = stands_for_another(&bytes) {
-        return Err(Error::file(path, reason));
-    }
-    Ok(bytes)
+    Ok(file)
 }
 
 #[cfg(feature = "mmap")]

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
 
-use super::file::{MAX_TENSORS, check_name, map, printable};
+use super::file::{MAX_TENSORS, check_name, printable, read};
 use super::safetensors::MAX_HEADER;
 use crate::{Error, Result};
 
@@ -69,11 +69,7 @@ impl Folder {
     }
 
     fn indexed(path: &Path, index: &Path) -> Result<Self> {
-        let json = map(index)?;
-        if json.len() as u64 > MAX_HEADER {
-            let reason = format!("has {} bytes; the limit is {MAX_HEADER}", json.len());
-            return Err(Error::file(index, reason));
-        }
+        let json = read(index, MAX_HEADER)?;
         let Index { weight_map: WeightMap { shards, mut tensors } } = serde_json::from_slice(&json)
             .map_err(|error| {
                 let reason = format!("is no usable index: {}", printable(&error.to_string()));

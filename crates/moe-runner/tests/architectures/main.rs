@@ -7,5 +7,6 @@ mod families;
 mod gguf;
 mod golden;
 mod layouts;
+mod outline;
 mod synthetic;
 mod variants;

@@ -388,6 +388,15 @@ fn grok() {
     assert_eq!((shared.intermediate, shared.activation), (6, Activation::GeluTanh));
 }
 
+/// Hy3's first files have the bias without the ending that all others have.
+#[test]
+fn a_correction_bias_without_an_ending() {
+    for name in ["blk.1.exp_probs_b 4", "blk.1.exp_probs_b.bias 4"] {
+        let spec = &specs("hy_v3", vec![], &with(&[name]))[0];
+        assert_eq!(spec.router.correction, Correction::OnScore, "{name}");
+    }
+}
+
 #[test]
 fn routers_with_sigmoids_that_files_need_not_state() {
     let shared = [

@@ -304,6 +304,9 @@ pub(super) fn layers(metadata: &Metadata, resolver: &Resolver) -> Result<Vec<Lay
         let mut spec = spec(row, &keys, scope.block.clone(), index, has, shape)?;
         form(row, &keys, &mut spec, has, shape)?;
         spec.validate()?;
+        // some converters leave the ending out
+        let bare = has("exp_probs_b") && !has("exp_probs_b.bias");
+        let names = if bare { &Names { correction: "exp_probs_b", ..*names } } else { names };
         let tensors = resolver.tensors(&scope, names, &spec);
         layers.push(LayerEntry { spec, tensors });
     }
@@ -471,7 +474,7 @@ fn spec(
         index,
         dims: Dims { hidden, routed_hidden: hidden, intermediate },
         gate: GateSpec { bias: has("ffn_gate_inp.bias"), scaled_rms_eps: None },
-        router: router(row, keys, has("exp_probs_b.bias"))?,
+        router: router(row, keys, has("exp_probs_b"))?,
         expert: ExpertSpec { gated: row.gated, activation: row.activation, bias, norm: None },
         input_transform: Transform::default(),
         output_transform: Transform::default(),

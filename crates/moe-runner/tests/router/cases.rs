@@ -42,6 +42,41 @@ fn ties_go_to_the_lowest_id() {
     assert_eq!(ids(&route(&spec, 1.0, none(), &[0.0, 1.0, 1.0, 0.5])), [1, 0]);
 }
 
+/// As many experts as no byte counts and no block has threads: the best are the last, the first and one
+/// between, beyond every power of two that a kernel might stop at.
+#[test]
+fn experts_of_any_number_are_chosen() {
+    for experts in [257, 384, 512, 1000] {
+        let mut logits: Vec<f32> = (0..experts).map(|e| -((e % 7) as f32)).collect();
+        let best = [experts - 1, experts / 2, 1];
+        for (place, expert) in best.iter().enumerate() {
+            logits[*expert] = 9.0 - place as f32;
+        }
+        let routing = route(&scored(Score::Sigmoid, experts, 3), 1.0, none(), &logits);
+        assert_eq!(ids(&routing), best.map(|expert| expert as u32), "{experts}");
+    }
+}
+
+/// The ninth and tenth of ten experts weigh what they score.
+#[test]
+fn more_experts_a_token_than_eight() {
+    let logits: Vec<f32> = (0..12).map(|e| e as f32 - 20.0).collect();
+    let routing = route(&RouterSpec::softmax(12, 10, true), 1.0, none(), &logits);
+    assert_eq!(ids(&routing), [11, 10, 9, 8, 7, 6, 5, 4, 3, 2]);
+    let shares = (0..10).map(|slot| f64::from(-slot).exp());
+    let sum: f64 = shares.clone().sum();
+    assert_weights(&routing.weights, &shares.map(|share| share / sum).collect::<Vec<_>>());
+}
+
+/// Published biases are an offset near 7 with small differences, which 16 bits do not hold.
+#[test]
+fn biases_are_compared_in_32_bits() {
+    let spec = RouterSpec { correction: Correction::OnScore, ..scored(Score::Sigmoid, 4, 2) };
+    let bias = [7.0, 7.0 + 1.0 / 128.0, 7.0, 7.0 + 1.0 / 64.0];
+    let routing = route(&spec, 1.0, correction(&bias), &[0.0; 4]);
+    assert_eq!(ids(&routing), [3, 1]);
+}
+
 #[test]
 fn sqrt_softplus() {
     let routing = route(&scored(Score::SqrtSoftplus, 3, 3), 1.0, none(), &[0.0, 100.0, -100.0]);

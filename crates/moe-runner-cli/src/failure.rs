@@ -4,11 +4,16 @@
 use std::error::Error;
 use std::fmt;
 use std::io::Write;
-use std::process::ExitCode;
 
 use serde::Serialize;
 
 use crate::interrupt::INTERRUPTED;
+
+/// The exit status of a run that did what it was to do, and found nothing wrong.
+pub(crate) const SUCCESS: u8 = 0;
+
+/// The exit status of a run that failed.
+pub(crate) const FAILURE: u8 = 1;
 
 /// The exit status for arguments that cannot be used.
 pub(crate) const UNUSABLE: u8 = 2;
@@ -42,7 +47,7 @@ struct ErrorJson {
 
 /// Prints an error and its causes, one a line, and with `json` an object on standard output as well;
 /// returns the exit status.
-pub(crate) fn print(error: &anyhow::Error, json: bool) -> ExitCode {
+pub(crate) fn print(error: &anyhow::Error, json: bool) -> u8 {
     let message = one_line(&error.to_string());
     let causes: Vec<String> =
         error.chain().skip(1).map(|cause| one_line(&cause.to_string())).collect();
@@ -53,19 +58,19 @@ pub(crate) fn print(error: &anyhow::Error, json: bool) -> ExitCode {
         print_json(ErrorJson { kind, message, causes });
     }
     match kind {
-        "arguments" => ExitCode::from(UNUSABLE),
-        "interrupted" => ExitCode::from(INTERRUPTED),
-        _ => ExitCode::FAILURE,
+        "arguments" => UNUSABLE,
+        "interrupted" => INTERRUPTED,
+        _ => FAILURE,
     }
 }
 
 /// After a panic, which its hook has told of.
-pub(crate) fn bug(json: bool) -> ExitCode {
+pub(crate) fn bug(json: bool) -> u8 {
     if json {
         let message = "internal error; this is a bug in moe-runner, please report it".into();
         print_json(ErrorJson { kind: "bug", message, causes: Vec::new() });
     }
-    ExitCode::FAILURE
+    FAILURE
 }
 
 fn print_json(error: ErrorJson) {
@@ -76,7 +81,7 @@ fn print_json(error: ErrorJson) {
 }
 
 /// The kind of the first cause that has one.
-fn kind(error: &anyhow::Error) -> &'static str {
+pub(crate) fn kind(error: &anyhow::Error) -> &'static str {
     let known = error.chain().find_map(|cause| {
         if cause.is::<Unusable>() {
             return Some("arguments");

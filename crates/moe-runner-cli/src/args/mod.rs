@@ -5,8 +5,8 @@ mod help;
 
 pub(crate) use common::{Common, DtypeArg, KernelArgs, SeedArg, ThreadArgs};
 
+use std::ffi::OsString;
 use std::path::PathBuf;
-use std::process::ExitCode;
 
 use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};
@@ -263,27 +263,39 @@ pub(crate) struct QuantizeArgs {
 }
 
 impl Args {
+    /// Parses the command line, the program's name first.
+    pub(crate) fn parse(
+        args: impl IntoIterator<Item = OsString>,
+    ) -> Result<Self, clap::error::Error> {
+        Self::try_parse_from(args)
+    }
+
     /// Parses the command line; otherwise the exit status, after help or one line of what is wrong.
-    pub(crate) fn read() -> Result<Self, ExitCode> {
-        Self::try_parse().map_err(|error| {
+    pub(crate) fn read(args: impl IntoIterator<Item = OsString>) -> Result<Self, u8> {
+        let args: Vec<OsString> = args.into_iter().collect();
+        let json = args.iter().any(|arg| arg == "--json");
+        Self::parse(args).map_err(|error| {
             if !error.use_stderr() {
                 // a closed pipe is no failure
                 let _ = error.print();
-                return ExitCode::SUCCESS;
+                return failure::SUCCESS;
             }
             // nothing at all was asked for: what can be
             if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
                 let _ = error.print();
-                return ExitCode::from(failure::UNUSABLE);
+                return failure::UNUSABLE;
             }
-            let text = error.render().to_string();
-            let message = text.split("\n\nUsage").next().unwrap_or_default();
-            let message = message.split("\n\nFor more").next().unwrap_or_default();
-            let message = message.strip_prefix("error: ").unwrap_or(message);
-            let words: Vec<&str> = message.split_whitespace().collect();
-            let message = format!("{} (moe-runner --help tells more)", words.join(" "));
-            let json = std::env::args_os().any(|arg| arg == "--json");
+            let message = format!("{} (moe-runner --help tells more)", message(&error));
             failure::print(&failure::unusable(message), json)
         })
     }
+}
+
+/// What is wrong with the arguments, in one line.
+pub(crate) fn message(error: &clap::error::Error) -> String {
+    let text = error.render().to_string();
+    let message = text.split("\n\nUsage").next().unwrap_or_default();
+    let message = message.split("\n\nFor more").next().unwrap_or_default();
+    let message = message.strip_prefix("error: ").unwrap_or(message);
+    message.split_whitespace().collect::<Vec<&str>>().join(" ")
 }

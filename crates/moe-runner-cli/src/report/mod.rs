@@ -10,7 +10,6 @@ pub(crate) mod units;
 pub(crate) mod width;
 
 use std::io::{self, Write};
-use std::process::ExitCode;
 
 use serde::Serialize;
 
@@ -44,8 +43,18 @@ impl Report {
         Self { text: String::new(), json: String::new(), ok }
     }
 
-    /// Prints one of both on standard output. A reader that has gone away is no failure.
-    pub(crate) fn print(&self, json: bool) -> ExitCode {
+    /// The exit status.
+    fn status(&self) -> u8 {
+        if self.ok { failure::SUCCESS } else { failure::FAILURE }
+    }
+
+    /// The object for programs.
+    pub(crate) fn into_json(self) -> String {
+        self.json
+    }
+
+    /// Prints one of both on standard output, and returns the exit status. A reader that has gone away is no failure.
+    pub(crate) fn print(&self, json: bool) -> u8 {
         let wrapped;
         let text = match json {
             true => &self.json,
@@ -55,7 +64,7 @@ impl Report {
             }
         };
         if text.is_empty() {
-            return if self.ok { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+            return self.status();
         }
         let mut out = io::stdout().lock();
         match writeln!(out, "{text}").and_then(|()| out.flush()) {
@@ -63,8 +72,7 @@ impl Report {
                 let error = anyhow::Error::new(error).context("cannot write to standard output");
                 failure::print(&error, false)
             }
-            _ if self.ok => ExitCode::SUCCESS,
-            _ => ExitCode::FAILURE,
+            _ => self.status(),
         }
     }
 }

@@ -5,10 +5,12 @@
 //! what would remove it. A kernel that the user names is used or refused, never replaced.
 
 mod conditions;
+mod explain;
 mod machine;
 mod reason;
 
 pub use conditions::failing_conditions;
+pub use explain::{Able, Explanation, Rejected};
 pub use machine::Machine;
 pub use reason::{Change, Entry, Reason, Rejection};
 

@@ -23,10 +23,9 @@ struct Inputs {
 impl Inputs {
     fn write() -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let recorded =
-            Checkpoint::open_safetensors(&Path::new(CASE).join("golden.safetensors")).unwrap();
-        let weights =
-            Checkpoint::open_safetensors(&Path::new(CASE).join("model.safetensors")).unwrap();
+        let case = Path::new(CASE);
+        let recorded = Checkpoint::open_safetensors(case.join("golden.safetensors")).unwrap();
+        let weights = Checkpoint::open_safetensors(case.join("model.safetensors")).unwrap();
         let write = |name: &str, bytes: &[u8]| {
             std::fs::write(folder.path().join(name), bytes).unwrap();
         };

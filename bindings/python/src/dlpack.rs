@@ -128,12 +128,11 @@ fn by_table<'py>(
     let mut description = MaybeUninit::<Description>::uninit();
     // SAFETY: the function of this tensor's type; it writes the description if it returns 0
     match unsafe { borrow(tensor.as_ptr().cast(), description.as_mut_ptr()) } {
-        // SAFETY: as above
-        0 => Ok(Borrowed {
-            description: unsafe { description.assume_init() },
-            read_only: false,
-            capsule: None,
-        }),
+        0 => {
+            // SAFETY: as above
+            let description = unsafe { description.assume_init() };
+            Ok(Borrowed { description, read_only: false, capsule: None })
+        }
         // the first line of many
         _ => {
             let words = PyErr::fetch(py).value(py).to_string();

@@ -96,7 +96,6 @@ impl Experts {
         down_bias=None, weight_on="output", alpha=1.0, beta=0.0, limit=0.0, lam=0.0, dtype="auto",
         threads=None, kernel=None, non_finite="refuse",
     ))]
-    #[allow(clippy::too_many_arguments)] // Python's are keywords
     fn new(
         py: Python<'_>,
         gate_up: &Bound<'_, PyAny>,

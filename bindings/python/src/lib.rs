@@ -3,6 +3,9 @@
 //! Tensors come as they are, by DLPack, and nothing is copied; the interpreter runs other threads
 //! while a pass runs. What each class and function does is told where Python reads it.
 
+// arguments of Python are keywords
+#![allow(clippy::too_many_arguments)]
+
 mod command;
 mod dlpack;
 mod errors;

@@ -157,18 +157,18 @@ impl<'py> Tensor<'py> {
 
     /// Whole numbers as 32-bit ids: in place, or in `buffer`. What 32 bits do not hold is no expert's.
     pub(crate) fn ids<'a>(&'a self, buffer: &'a mut Vec<i32>) -> PyResult<&'a [i32]> {
+        let (what, data, len, py) = (self.what, self.data(), self.len, self.py());
         let DataType { code, bits, lanes } = self.dtype();
         match (code, bits, lanes) {
-            // SAFETY: as in `rows`
             (INT, 32, 1) => {
-                unsafe { moe_foreign::slice(self.what, self.data(), self.len) }.or_raise(self.py())
+                // SAFETY: as in `rows`
+                unsafe { moe_foreign::slice(what, data, len) }.or_raise(py)
             }
             (INT, 64, 1) => {
                 // SAFETY: as in `rows`
-                let ids = unsafe { moe_foreign::slice::<i64>(self.what, self.data(), self.len) };
+                let ids = unsafe { moe_foreign::slice::<i64>(what, data, len) }.or_raise(py)?;
                 buffer.clear();
-                buffer
-                    .extend(ids.or_raise(self.py())?.iter().map(|&id| id.try_into().unwrap_or(-1)));
+                buffer.extend(ids.iter().map(|&id| i32::try_from(id).unwrap_or(-1)));
                 Ok(buffer)
             }
             _ => self.fail(format!("{}; int64 or int32 is needed", self.dtype_name())),

@@ -73,7 +73,9 @@ fn run(page: &str) {
     assert!(commands.iter().any(|command| command.contains("moe-runner")), "{page}: no command");
     for command in commands {
         // what builds this program, asks another one, or needs what not every machine has
-        let others = command.starts_with("cargo ") || command.starts_with("python ");
+        let others = ["cargo ", "pip ", "python ", "python3 "];
+        let others =
+            others.iter().any(|other| command.starts_with(other)) || command.contains("--url http");
         if others || command.starts_with("mpirun ") && !has_mpirun() {
             eprintln!("SKIPPED: {command}");
             continue;

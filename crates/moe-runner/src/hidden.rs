@@ -227,6 +227,7 @@ impl<'a> DeviceRowsMut<'a> {
 
 /// Routing in the memory of a GPU that was finished there: ids and weights `[T, k]`.
 #[derive(Clone, Copy, Debug)]
+#[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "read where there are GPU kernels"))]
 pub struct DeviceRouting<'a> {
     pub(crate) ids: u64,
     pub(crate) weights: u64,

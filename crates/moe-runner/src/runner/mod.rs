@@ -57,8 +57,8 @@ pub trait MoeRunnerInterface {
     /// Runs the layer on `input`, and writes its output `[T, H]`.
     ///
     /// # Errors
-    /// [`Error::Input`](crate::Error::Input) where an input does not fit the layer, or holds NaN or an infinity and the
-    /// layer [refuses](NonFinite) such rows; [`Error::Communication`](crate::Error::Communication)
+    /// [`Error::Input`] where an input does not fit the layer, or holds NaN or an infinity and the
+    /// layer [refuses](NonFinite) such rows; [`Error::Communication`]
     /// where another rank does not arrive. `output` is then unspecified.
     fn forward(&mut self, input: &ForwardInput<'_>, output: RowsMut<'_>) -> Result<ForwardOutput> {
         self.forward_reporting(input, output, None)
@@ -85,7 +85,7 @@ pub trait MoeRunnerInterface {
     /// ones where the new method brings them.
     ///
     /// # Errors
-    /// [`Error::Spec`](crate::Error::Spec) if the new one has another width or number of experts, or
+    /// [`Error::Spec`] if the new one has another width or number of experts, or
     /// cannot be run so; the old one then stays.
     fn replace_quant_method(&mut self, method: QuantMethod) -> Result<QuantMethod>;
 }

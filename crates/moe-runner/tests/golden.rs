@@ -7,20 +7,12 @@
 mod cases;
 mod layers;
 
-use cases::{Case, Recorded, all_cases};
+use cases::{Case, TOKENS, all_cases};
 use layers::{nmse, options, split, splits};
 use moe_runner::experts::KERNELS;
 use moe_runner::hidden::{ActivationDtype, Rows, RowsMut};
 use moe_runner::runner::{ForwardInput, MoeRunner, MoeRunnerInterface, Report};
 use moe_runner::{Error, oracle};
-
-const TOKENS: [usize; 3] = [1, 7, 33];
-
-/// The recordings are float32: their own rounding is part of the bound. Where activations are
-/// quantised between the products, a rounding may flip.
-fn bound(recorded: &Recorded) -> f64 {
-    if recorded.fake_quantised { 1e-4 } else { 1e-10 }
-}
 
 #[test]
 fn every_recorded_layer_is_reproduced_by_every_kernel() {
@@ -56,7 +48,7 @@ fn every_recorded_layer_is_reproduced_by_every_kernel() {
                     let scale = out.output_scale;
                     y.iter_mut().for_each(|v| *v *= scale);
                     let error = nmse(&y, &recorded.out);
-                    assert!(error <= bound(&recorded), "{place}: NMSE {error:e}");
+                    assert!(error <= recorded.bound(), "{place}: NMSE {error:e}");
                 }
             }
         }
@@ -67,11 +59,8 @@ fn every_recorded_layer_is_reproduced_by_every_kernel() {
 fn sixteen_bit_cases_hold_their_bounds_in_their_own_dtype() {
     let mut tested = 0;
     for case in all_cases() {
-        let (dtype, limit) = match case.dtype() {
-            ActivationDtype::F32 => continue,
-            ActivationDtype::Bf16 => (ActivationDtype::Bf16, 1e-5),
-            ActivationDtype::F16 => (ActivationDtype::F16, 1e-6),
-        };
+        let Some(limit) = case.sixteen_bit_bound() else { continue };
+        let dtype = case.dtype();
         for (entry, layer) in case.layers() {
             let mut runner = MoeRunner::new(layer.ready(&options(None, dtype)).unwrap());
             for tokens in TOKENS {
@@ -115,7 +104,7 @@ fn every_recorded_layer_is_reproduced_by_every_split() {
                         Err(error) => panic!("{place}: {error}"),
                     };
                     let error = nmse(&done.output, &recorded.out);
-                    assert!(error <= bound(&recorded), "{place}: NMSE {error:e}");
+                    assert!(error <= recorded.bound(), "{place}: NMSE {error:e}");
                     if let (Some(shared), Some(want)) = (&done.shared, &recorded.shared_out)
                         && !recorded.fake_quantised
                     {

@@ -10,6 +10,9 @@ use moe_runner::router::Routing;
 use moe_runner::spec::{LayerSpec, ScaleOn};
 use moe_runner::weights::LoadedLayer;
 
+/// Token counts that were recorded.
+pub const TOKENS: [usize; 3] = [1, 7, 33];
+
 /// One checkpoint with its recordings.
 pub struct Case {
     pub name: String,
@@ -43,7 +46,24 @@ pub fn all_cases() -> Vec<Case> {
     paths.iter().map(|path| Case::open(path)).collect()
 }
 
+impl Recorded {
+    /// The NMSE that a layer in f32 may have. The recordings are float32: their own rounding is part of
+    /// it. Where activations are quantised between the products, a rounding may flip.
+    pub fn bound(&self) -> f64 {
+        if self.fake_quantised { 1e-4 } else { 1e-10 }
+    }
+}
+
 impl Case {
+    /// The NMSE that a layer may have in the checkpoint's own dtype, where that has 16 bits.
+    pub fn sixteen_bit_bound(&self) -> Option<f64> {
+        match self.dtype() {
+            ActivationDtype::F32 => None,
+            ActivationDtype::Bf16 => Some(1e-5),
+            ActivationDtype::F16 => Some(1e-6),
+        }
+    }
+
     fn open(folder: &Path) -> Self {
         let gguf = folder.join("model.gguf");
         let path = if gguf.is_file() { gguf } else { folder.to_owned() };

@@ -9,22 +9,10 @@ use moe_runner::spec::{
     Activation, Dims, Granularity, LayerSpec, RoutedScale, RouterSpec, ScaleOn, SharedCombine,
     SharedSpec,
 };
-use moe_runner::weights::{
-    Element, FloatType, RandomFormat, RandomScaled, ScaleType, random_layer,
-};
+use moe_runner::weights::{Element, FloatType, RandomFormat, ScaleType, random_layer};
 
-use crate::gpu;
 use crate::layers::{forward, nmse, plain, reported, rows, shared};
-
-fn scaled(
-    element: Element,
-    scales: ScaleType,
-    granularity: Granularity,
-    block: [usize; 2],
-    input: Option<Qdq>,
-) -> RandomFormat {
-    RandomFormat::Scaled(RandomScaled { element, scales, granularity, block, input })
-}
+use crate::{gpu, scaled};
 
 /// Formats, their kernels, and whether those must be named.
 fn formats() -> [(&'static str, RandomFormat, bool); 4] {

@@ -10,17 +10,7 @@ use moe_runner::weights::{
 };
 
 use crate::layers::{forward, nmse, plain, rows, shared, truth};
-use crate::{gpu, runner};
-
-fn scaled(
-    element: Element,
-    scales: ScaleType,
-    granularity: Granularity,
-    block: [usize; 2],
-    input: Option<Qdq>,
-) -> RandomFormat {
-    RandomFormat::Scaled(RandomScaled { element, scales, granularity, block, input })
-}
+use crate::{gpu, runner, scaled};
 
 fn formats() -> Vec<RandomFormat> {
     use Granularity::{Block, Channel, Group, Tensor};

@@ -16,9 +16,11 @@ mod recorded;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use moe_kernels::numerics::quantise::Qdq;
 use moe_runner::hidden::ActivationDtype;
 use moe_runner::runner::{MoeRunner, Options};
-use moe_runner::weights::LoadedLayer;
+use moe_runner::spec::Granularity;
+use moe_runner::weights::{Element, LoadedLayer, RandomFormat, RandomScaled, ScaleType};
 
 const KERNEL: &str = "cuda_f32";
 
@@ -44,4 +46,15 @@ fn runner(layer: &LoadedLayer, options: &Options) -> MoeRunner {
     let runner = MoeRunner::new(ready);
     assert_eq!(runner.choice().kernel.name, KERNEL);
     runner
+}
+
+/// Random codes and scales.
+fn scaled(
+    element: Element,
+    scales: ScaleType,
+    granularity: Granularity,
+    block: [usize; 2],
+    input: Option<Qdq>,
+) -> RandomFormat {
+    RandomFormat::Scaled(RandomScaled { element, scales, granularity, block, input })
 }

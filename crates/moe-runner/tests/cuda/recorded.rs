@@ -2,15 +2,13 @@
 //! kernels.
 
 use moe_runner::Error;
-use moe_runner::hidden::ActivationDtype::{Bf16, F16, F32};
+use moe_runner::hidden::ActivationDtype::F32;
 use moe_runner::hidden::{Rows, RowsMut};
 use moe_runner::runner::{ForwardInput, MoeRunner, MoeRunnerInterface, Report};
 
-use crate::cases::all_cases;
+use crate::cases::{TOKENS, all_cases};
 use crate::gpu;
 use crate::layers::nmse;
-
-const TOKENS: [usize; 3] = [1, 7, 33];
 
 #[test]
 fn every_recorded_layer_is_reproduced() {
@@ -48,8 +46,7 @@ fn every_recorded_layer_is_reproduced() {
                 }
                 y.iter_mut().for_each(|v| *v *= out.output_scale);
                 let error = nmse(&y, &recorded.out);
-                let bound = if recorded.fake_quantised { 1e-4 } else { 1e-10 };
-                assert!(error <= bound, "{place}: NMSE {error:e}");
+                assert!(error <= recorded.bound(), "{place}: NMSE {error:e}");
                 done += 1;
             }
         }
@@ -66,11 +63,8 @@ fn sixteen_bit_cases_hold_their_bounds_in_their_own_dtype() {
     }
     let mut tested = 0;
     for case in all_cases() {
-        let (dtype, limit) = match case.dtype() {
-            F32 => continue,
-            Bf16 => (Bf16, 1e-5),
-            F16 => (F16, 1e-6),
-        };
+        let Some(limit) = case.sixteen_bit_bound() else { continue };
+        let dtype = case.dtype();
         let Some(options) = gpu(dtype) else { return };
         for (entry, layer) in case.layers() {
             let Ok(ready) = layer.ready(&options) else { continue };

@@ -1,135 +1,27 @@
 //! One pass on the device, in the order of the flow. Every step is put on one stream; nothing waits, but
 //! for rows that come from the host, go to the host, or are asked for.
 
+mod host;
+mod memory;
+
 use bytemuck::cast_slice;
 use moe_cuda::router::RoutingMut;
 use moe_cuda::{
     Cut, FaultWord, Finish, Float, GroupedExperts, Identity, Plan, Rows, RowsMut, View, ViewMut,
 };
 
+use host::{narrow, nothing_seen};
+use memory::{Parts, RoutingParts, SharedParts, Slots};
+
 use super::device::{Plans, Work, error};
 use super::layer::{CudaLayer, Experts, Gate, Shared, Step};
 use super::products::{Fast, FastWork, Products};
 use super::upload::cuda_float;
-use crate::experts::{LayerCall, RoutingSource, Seen};
+use crate::experts::{LayerCall, RoutingSource};
 use crate::hidden::{self, ActivationDtype, DevicePlace};
-use crate::router::{LogicalId, Routing};
 use crate::spec::{IdleExperts, Selection, SharedCombine};
 use crate::weights::FloatType;
 use crate::{Error, Result};
-
-/// Memory of a pass of T tokens with k slots each.
-struct Parts<'a> {
-    /// `[T, H]` and `[T, H or routed_hidden]`: what came, in the layer's dtype.
-    rows: [ViewMut<'a, u8>; 2],
-    /// The same as it came, and the output before it goes: for rows of the host.
-    staged: ViewMut<'a, u8>,
-    transformed: [ViewMut<'a, f32>; 2],
-    finished: [ViewMut<'a, f32>; 2],
-    routing: RoutingParts<'a>,
-    routed: ViewMut<'a, f32>,
-    slots: Slots<'a>,
-    shared: Option<SharedParts<'a>>,
-}
-
-/// What the gate and the router read and write.
-struct RoutingParts<'a> {
-    normed: ViewMut<'a, f32>,
-    logits: ViewMut<'a, f32>,
-    token_ids: ViewMut<'a, u32>,
-    given_ids: ViewMut<'a, u32>,
-    ids: ViewMut<'a, u32>,
-    weights: ViewMut<'a, f32>,
-    shared_weights: ViewMut<'a, f32>,
-}
-
-/// Rows of the experts' slots: for products in f32.
-struct Slots<'a> {
-    /// `[slots, H]`: rows before the first product, where they are not the tokens' own.
-    x: ViewMut<'a, f32>,
-    /// `[slots, I]`: between the products.
-    h: ViewMut<'a, f32>,
-    /// `[slots, H]`: the experts' outputs.
-    y: ViewMut<'a, f32>,
-    /// `[T, H]`: the tokens' rows as Hopper's kernels read them, where they are not such.
-    narrow: ViewMut<'a, u16>,
-}
-
-struct SharedParts<'a> {
-    normed: ViewMut<'a, f32>,
-    ids: ViewMut<'a, u32>,
-    /// Ones: weights for kernels that want some.
-    ones: ViewMut<'a, f32>,
-    slots: Slots<'a>,
-    /// Before and after the norm of the output.
-    out: [ViewMut<'a, f32>; 2],
-}
-
-impl<'a> Slots<'a> {
-    fn cut(cut: &mut Cut<'a>, experts: &Experts, tokens: usize, top_k: usize) -> Self {
-        let (fast, gathered) = (experts.is_fast(), experts.quantise[0].is_some());
-        let slots = if fast { 0 } else { tokens * top_k };
-        Self {
-            x: cut.take(if gathered { slots * experts.hidden() } else { 0 }),
-            h: cut.take(slots * experts.intermediate()),
-            y: cut.take(slots * experts.hidden()),
-            narrow: cut.take(if fast { tokens * experts.hidden() } else { 0 }),
-        }
-    }
-}
-
-impl<'a> Parts<'a> {
-    fn cut(cut: &mut Cut<'a>, layer: &CudaLayer, tokens: usize, top_k: usize) -> Self {
-        let (spec, slots) = (&layer.spec, tokens * top_k);
-        let dims = spec.dims;
-        let widest = dims.hidden.max(dims.routed_hidden);
-        let router = &spec.router;
-        let hash = matches!(router.selection, Selection::HashTable { .. });
-        let jointly = router.logits() - router.choices();
-        let buffers = |steps: &[Step], width: usize| {
-            let mut lens = [0; 2];
-            let mut width = width;
-            for (i, step) in steps.iter().enumerate() {
-                if let Step::Linear(linear) = step {
-                    width = linear.features();
-                }
-                lens[i % 2] = lens[i % 2].max(tokens * width);
-            }
-            lens
-        };
-        let input = buffers(&layer.input_transform, dims.hidden);
-        let output = buffers(&layer.output_transform, dims.routed_hidden);
-        let normed = layer.gate.as_ref().is_some_and(|gate| gate.norm.is_some());
-        Self {
-            rows: [dims.hidden, widest].map(|width| cut.take(tokens * width * layer.dtype.size())),
-            staged: cut.take(tokens * widest * size_of::<f32>()),
-            transformed: input.map(|len| cut.take(len)),
-            finished: output.map(|len| cut.take(len)),
-            routing: RoutingParts {
-                normed: cut.take(if normed { tokens * dims.hidden } else { 0 }),
-                logits: cut.take(tokens * router.logits()),
-                token_ids: cut.take(if hash { tokens } else { 0 }),
-                given_ids: cut.take(slots),
-                ids: cut.take(slots),
-                weights: cut.take(slots),
-                shared_weights: cut.take(tokens * jointly),
-            },
-            routed: cut.take(tokens * dims.routed_hidden),
-            slots: Slots::cut(cut, &layer.experts, tokens, top_k),
-            shared: layer.shared.as_ref().map(|shared| {
-                let (slots, all) = (tokens * shared.spec.count, tokens * dims.hidden);
-                SharedParts {
-                    normed: cut.take(if shared.input_norm.is_some() { all } else { 0 }),
-                    ids: cut.take(slots),
-                    ones: cut.take(if shared.experts.is_fast() { slots } else { 0 }),
-                    slots: Slots::cut(cut, &shared.experts, tokens, shared.spec.count),
-                    out: [all, if shared.output_norm.is_some() { all } else { 0 }]
-                        .map(|len| cut.take(len)),
-                }
-            }),
-        }
-    }
-}
 
 impl CudaLayer {
     /// Bytes of the device's memory that a pass works in.
@@ -601,71 +493,6 @@ impl Pass<'_> {
         device.verbs.norm(stream, *norm, out.as_rows(), weight, &mut finished).map_err(error)?;
         Ok(finished.into_rows())
     }
-
-    /// Copies the staged output to rows of the host.
-    fn copy_out(&self, staged: View<'_, u8>, out: &mut hidden::RowsMut<'_>) -> Result<()> {
-        let (stream, len) = (&self.layer.device.stream, out.len());
-        let staged = staged.part(0..len * out.dtype().size());
-        let bytes: &mut [u8] = match out {
-            hidden::RowsMut::F32(out) => bytemuck::cast_slice_mut(out),
-            hidden::RowsMut::F16(out) => bytemuck::cast_slice_mut(out),
-            hidden::RowsMut::Bf16(out) => bytemuck::cast_slice_mut(out),
-            out => {
-                let mut bytes = vec![0; staged.len()];
-                stream.copy_out(staged, &mut bytes).map_err(error)?;
-                out.write(&widened(out.dtype(), &bytes));
-                return Ok(());
-            }
-        };
-        stream.copy_out(staged, bytes).map_err(error)
-    }
-
-    /// What was decided on the way.
-    fn see(&self, parts: &Parts<'_>, call: &LayerCall<'_>, seen: Seen<'_>) -> Result<()> {
-        let stream = &self.layer.device.stream;
-        let Seen { logits, routing, shared } = seen;
-        logits.clear();
-        if !matches!(call.source, RoutingSource::Finished(..) | RoutingSource::Device(_)) {
-            logits.resize(parts.routing.logits.len(), 0.0);
-            stream.copy_out(parts.routing.logits.as_view(), logits).map_err(error)?;
-        }
-        let mut ids = vec![0; parts.routing.ids.len()];
-        stream.copy_out(parts.routing.ids.as_view(), &mut ids).map_err(error)?;
-        set_routing(routing, self.tokens, self.top_k, &ids);
-        routing.weights.resize(ids.len(), 0.0);
-        stream.copy_out(parts.routing.weights.as_view(), &mut routing.weights).map_err(error)?;
-        routing.shared_weights.resize(parts.routing.shared_weights.len(), 0.0);
-        let to = &mut routing.shared_weights;
-        stream.copy_out(parts.routing.shared_weights.as_view(), to).map_err(error)?;
-        *shared = match (&parts.shared, &self.layer.shared) {
-            (Some(parts), Some(layer)) => {
-                let from = &parts.out[usize::from(layer.output_norm.is_some())];
-                let mut rows = shared.take().unwrap_or_default();
-                rows.resize(from.len(), 0.0);
-                stream.copy_out(from.as_view(), &mut rows).map_err(error)?;
-                Some(rows)
-            }
-            _ => None,
-        };
-        Ok(())
-    }
-}
-
-/// Of a pass without tokens.
-fn nothing_seen(seen: Seen<'_>, layer: &CudaLayer, top_k: usize) -> Result<()> {
-    let Seen { logits, routing, shared } = seen;
-    logits.clear();
-    set_routing(routing, 0, top_k, &[]);
-    routing.weights.clear();
-    routing.shared_weights.clear();
-    *shared = layer.shared.is_some().then(Vec::new);
-    Ok(())
-}
-
-fn set_routing(routing: &mut Routing, tokens: usize, top_k: usize, ids: &[u32]) {
-    (routing.tokens, routing.top_k) = (tokens, top_k);
-    routing.ids.clear();
-    routing.ids.extend(ids.iter().map(|id| LogicalId(*id)));
 }
 
 fn float(dtype: ActivationDtype) -> Float {
@@ -690,37 +517,4 @@ fn device_rows_mut<'a>(place: DevicePlace) -> Result<RowsMut<'a>> {
     let DevicePlace { pointer, dtype, shape: [rows, cols], stride } = place;
     // SAFETY: whoever made the place has promised that they can be written.
     unsafe { RowsMut::from_raw(pointer, float(dtype), rows, cols, stride) }.map_err(error)
-}
-
-/// `values` of this dtype, as bytes: exact, since they are such numbers.
-fn narrow(dtype: ActivationDtype, values: &[f32]) -> Vec<u8> {
-    let mut bytes = vec![0; values.len() * dtype.size()];
-    match dtype {
-        ActivationDtype::F32 => bytes.copy_from_slice(cast_slice(values)),
-        ActivationDtype::F16 => {
-            moe_kernels::numerics::float16::f32_to_f16_bytes(values, &mut bytes);
-        }
-        ActivationDtype::Bf16 => {
-            moe_kernels::numerics::float16::f32_to_bf16_bytes(values, &mut bytes);
-        }
-    }
-    bytes
-}
-
-/// Bytes of this dtype as f32.
-fn widened(dtype: ActivationDtype, bytes: &[u8]) -> Vec<f32> {
-    let mut values = vec![0.0; bytes.len() / dtype.size()];
-    match dtype {
-        ActivationDtype::F32 => {
-            let numbers = bytes.as_chunks().0.iter();
-            values.iter_mut().zip(numbers).for_each(|(v, bytes)| *v = f32::from_le_bytes(*bytes));
-        }
-        ActivationDtype::F16 => {
-            moe_kernels::numerics::float16::f16_bytes_to_f32(bytes, &mut values);
-        }
-        ActivationDtype::Bf16 => {
-            moe_kernels::numerics::float16::bf16_bytes_to_f32(bytes, &mut values);
-        }
-    }
-    values
 }

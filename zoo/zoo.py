@@ -174,7 +174,8 @@ def instrument(all, chosen):
                 by_file.setdefault(place.file, []).append(place)
     switched = {file.split("/")[1] for file in by_file}
     listed = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard", "crates", "Cargo.toml", "Cargo.lock", "README.md"],
+        ["git", "ls-files", "-co", "--exclude-standard", "crates", "docs", "models", "Cargo.toml", "Cargo.lock",
+         "README.md"],
         cwd=ROOT, capture_output=True, text=True, check=True,
     ).stdout.split("\n")
     written = set()

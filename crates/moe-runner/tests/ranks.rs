@@ -7,7 +7,7 @@ use moe_kernels::numerics::quantise::Qdq;
 use moe_kernels::pool::Inline;
 use moe_runner::Error;
 use moe_runner::comm::{Kind, Sizes};
-use moe_runner::hidden::ActivationDtype::F32;
+use moe_runner::hidden::ActivationDtype::{Bf16, F16, F32};
 use moe_runner::parallel::{ExchangeKind, Parallel};
 use moe_runner::shared_experts::SharedOrder;
 use moe_runner::spec::{Dims, Granularity};
@@ -43,6 +43,26 @@ fn every_split_of_every_option_equals_one_rank() {
                 if whole && (spec.shared.is_none() || parallel.sizes.tp == 1) {
                     assert_eq!(got, one, "{name}, {split_name}: only the placement differs");
                 }
+            }
+        }
+    }
+}
+
+/// What a transform makes of a 16-bit row has more than 16 bits, and travels whole.
+#[test]
+fn rows_of_sixteen_bit_layers_travel_as_they_are() {
+    for dtype in [Bf16, F16] {
+        let (options, hidden) = (options(None, dtype), rows(dtype, 13, WIDTH, 6));
+        for (name, spec) in variants() {
+            if !["plain", "latent", "latent with norm"].contains(&name) {
+                continue;
+            }
+            let layer = random_layer(&spec, FloatType::Bf16, 12).unwrap();
+            let one = forward(&mut runner(&layer, None, dtype), &hidden);
+            for ranks in [2, 3] {
+                let parallel = Parallel { sizes: sizes(1, ranks, 1, true), ..Parallel::default() };
+                let got = split(&layer, &options, &parallel, &hidden).unwrap().output;
+                assert_eq!(got, one, "{name}, {dtype:?}, {ranks} ranks");
             }
         }
     }

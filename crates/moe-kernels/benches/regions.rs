@@ -1,27 +1,45 @@
 //! What a parallel region costs beside its work: `cargo bench -p moe-kernels --bench regions`.
 //!
-//! For 1, 2, 4, … threads, in microseconds: a region of the pool with one item a thread, and regions
-//! over an iterator of many items, empty ones and such as take a microsecond.
+//! For 1, 2, 4, … threads, in microseconds: a region of the pool with one item a thread, regions over
+//! an iterator of many items, and regions over tiles, empty ones and such as take a microsecond.
 
 use std::hint::{black_box, spin_loop};
 use std::time::{Duration, Instant};
 
 use moe_kernels::isa::physical_cores;
 use moe_kernels::pool::Pool;
-use moe_kernels::region::for_each;
+use moe_kernels::region::{for_each, for_each_tile};
+use moe_kernels::rows::RowsMut;
 
 fn main() {
     let cores = physical_cores();
-    println!("threads  one item each  96 empty  256 empty  256 of 1 us (ideal)");
+    println!(
+        "threads  one item each  96 items  256 items  96 tiles  256 tiles  256 of 1 us (ideal)"
+    );
     for threads in std::iter::successors(Some(1), |n| Some(n * 2)).take_while(|n| *n <= cores) {
         let pool = Pool::new(threads).expect("threads start");
         let each = median(|| pool.run(threads, &|_, item| _ = black_box(item)));
-        let empty = |items| median(|| for_each(&pool, 0..items, |item| _ = black_box(item)));
-        let busy = median(|| for_each(&pool, 0..256, |_| spin(Duration::from_micros(1))));
+        let (mut out, mut busy_out) = (vec![0.0; 256], vec![0.0; 256]);
+        let mut tiles = |count| {
+            median(|| {
+                let mut rows = RowsMut::new(&mut out, count, 1, 1);
+                for_each_tile(&pool, &mut [], &rows.even_tiles(1, 1), |_, tile| {
+                    _ = black_box(tile)
+                });
+            })
+        };
+        let items = |items| median(|| for_each(&pool, 0..items, |item| _ = black_box(item)));
+        let busy = median(|| {
+            let mut rows = RowsMut::new(&mut busy_out, 256, 1, 1);
+            let tiles = rows.even_tiles(1, 1);
+            for_each_tile(&pool, &mut [], &tiles, |_, _| spin(Duration::from_micros(1)));
+        });
         println!(
-            "{threads:7}  {each:13.2}  {:8.1}  {:9.1}  {busy:11.1} ({:.1})",
-            empty(96),
-            empty(256),
+            "{threads:7}  {each:13.2}  {:8.1}  {:9.1}  {:8.1}  {:9.1}  {busy:11.1} ({:.1})",
+            items(96),
+            items(256),
+            tiles(96),
+            tiles(256),
             256.0 / threads as f64
         );
     }

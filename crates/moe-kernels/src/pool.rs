@@ -97,7 +97,7 @@ impl Pool {
     /// The operating system refused to start a thread.
     pub fn new(threads: usize) -> io::Result<Pool> {
         let order = POOLS.fetch_add(1, Ordering::Relaxed);
-        let shared = Arc::new(Shared::new(threads));
+        let shared = Arc::new(Shared::new());
         let mut pool = Pool { number: order, shared, workers: Vec::new() };
         for number in 1..threads {
             let shared = Arc::clone(&pool.shared);

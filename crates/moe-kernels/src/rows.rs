@@ -5,6 +5,7 @@
 
 use std::marker::PhantomData;
 use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Elements from the start of the first row to the end of the last; `None` beyond `usize`.
 fn extent(rows: usize, cols: usize, stride: usize) -> Option<usize> {
@@ -163,9 +164,9 @@ impl<'a> RowsMut<'a> {
         }
     }
 
-    /// Cuts the rows into tiles, for [`for_each`](crate::region::for_each): each is the window of the
-    /// rows `blocks[block]` and the columns `cols`, at most `tile_cols` of them. Tiles of one block
-    /// come one after another. Rows outside all blocks are left alone.
+    /// Cuts the rows into tiles, for [`for_each_tile`](crate::region::for_each_tile): each is the
+    /// window of the rows `blocks[block]` and the columns `cols`, at most `tile_cols` of them. Tiles
+    /// of one block come one after another. Rows outside all blocks are left alone.
     ///
     /// # Panics
     /// If `blocks` are not ascending, disjoint and inside the rows, or `tile_cols` is zero.
@@ -190,13 +191,13 @@ impl<'a> RowsMut<'a> {
 
     fn tiles_of<'b>(&'b mut self, of: Blocks<'b>, blocks: usize, tile_cols: usize) -> Tiles<'b> {
         assert!(tile_cols > 0, "tiles of no columns");
-        let end = blocks * self.cols.div_ceil(tile_cols);
+        let count = blocks * self.cols.div_ceil(tile_cols);
         Tiles {
             whole: self.window(0..self.rows, 0..self.cols),
             blocks: of,
             tile_cols,
-            next: 0,
-            end,
+            next: AtomicUsize::new(0),
+            count,
         }
     }
 }
@@ -220,8 +221,9 @@ pub struct Tiles<'a> {
     whole: RowsMut<'a>,
     blocks: Blocks<'a>,
     tile_cols: usize,
-    next: usize,
-    end: usize,
+    /// The next that nobody has claimed; `count` or more when all are.
+    next: AtomicUsize,
+    count: usize,
 }
 
 /// Which rows make a block. Blocks are disjoint and inside the rows.
@@ -231,34 +233,36 @@ enum Blocks<'a> {
     Even(usize),
 }
 
-impl<'a> Iterator for Tiles<'a> {
-    type Item = Tile<'a>;
+impl<'a> Tiles<'a> {
+    /// The number of tiles, claimed or not.
+    pub fn count(&self) -> usize {
+        self.count
+    }
 
-    fn next(&mut self) -> Option<Tile<'a>> {
-        if self.next == self.end {
+    /// The next tile, which nobody else gets.
+    pub fn claim(&self) -> Option<Tile<'a>> {
+        // The first look spares the line from writes of those who come too late.
+        if self.next.load(Ordering::Relaxed) >= self.count {
+            return None;
+        }
+        let tile = self.next.fetch_add(1, Ordering::Relaxed);
+        if tile >= self.count {
             return None;
         }
         let across = self.whole.cols.div_ceil(self.tile_cols);
-        let (block, column) = (self.next / across, self.next % across);
-        self.next += 1;
+        let (block, column) = (tile / across, tile % across);
         let rows = match self.blocks {
             Blocks::Given(blocks) => blocks[block].clone(),
             Blocks::Even(rows) => block * rows..self.whole.rows.min((block + 1) * rows),
         };
         let start = column * self.tile_cols;
         let cols = start..self.whole.cols.min(start + self.tile_cols);
-        // SAFETY: blocks are disjoint and inside, the columns of different tiles do not overlap,
-        // each tile is made once, and the rows stay borrowed for 'a.
+        // SAFETY: blocks are disjoint and inside, the columns of different tiles do not overlap, the
+        // counter gives each tile once, and the rows stay borrowed for 'a.
         let out = unsafe { self.whole.window_unchecked(rows.clone(), cols.clone()) };
         Some(Tile { block, rows, cols, out })
     }
-
-    fn size_hint(&self) -> (usize, Option<usize>) {
-        (self.end - self.next, Some(self.end - self.next))
-    }
 }
-
-impl ExactSizeIterator for Tiles<'_> {}
 
 #[cfg(test)]
 mod tests;

@@ -67,8 +67,6 @@ pub(super) struct Shared {
     unfinished: Line<AtomicUsize>,
     /// Workers that sleep, or are about to.
     sleepers: Line<AtomicUsize>,
-    /// The caller's among them.
-    threads: usize,
     stop: AtomicBool,
     job: UnsafeCell<Option<Job>>,
     panic: Mutex<Option<Payload>>,
@@ -85,13 +83,11 @@ unsafe impl Sync for Shared {}
 unsafe impl Send for Shared {}
 
 impl Shared {
-    /// For a pool of `threads` threads.
-    pub(super) fn new(threads: usize) -> Shared {
+    pub(super) fn new() -> Shared {
         Shared {
             unclaimed: Line(AtomicIsize::new(0)),
             unfinished: Line(AtomicUsize::new(0)),
             sleepers: Line(AtomicUsize::new(0)),
-            threads,
             stop: AtomicBool::new(false),
             job: UnsafeCell::new(None),
             panic: Mutex::new(None),
@@ -131,11 +127,11 @@ impl Shared {
         // A swap, which even the model checker orders after the claims of those who came too late.
         self.unclaimed.0.swap(items as isize, Ordering::Release);
         fence(Ordering::SeqCst);
-        if self.sleepers.0.load(Ordering::Relaxed) > 0 {
+        let sleepers = self.sleepers.0.load(Ordering::Relaxed);
+        if sleepers > 0 {
             drop(lock(&self.sleep));
-            for _ in 1..self.threads.min(items) {
-                self.wake.notify_one();
-            }
+            // one item is the caller's own
+            (1..items).take(sleepers).for_each(|_| self.wake.notify_one());
         }
         self.run_items(Worker(0));
         let mut wait = Wait::new();

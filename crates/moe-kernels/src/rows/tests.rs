@@ -1,7 +1,7 @@
 //! Views refuse what is not there; tiles are made once each.
 
 use super::*;
-use crate::region::for_each;
+use crate::region::for_each_tile;
 
 #[test]
 fn views_refuse_what_is_not_there() {
@@ -38,7 +38,8 @@ fn tiles_cover_their_blocks_once_even_with_a_pool_that_repeats_items() {
     let mut data = vec![0.0; 6 * 5];
     let blocks = [0..2, 3..3, 4..5];
     let mut rows = RowsMut::new(&mut data, 6, 5, 5);
-    for_each(&Twice, rows.tiles(&blocks, 2), |Tile { block, cols, mut out, .. }| {
+    for_each_tile(&Twice, &mut [], &rows.tiles(&blocks, 2), |_, tile| {
+        let Tile { block, cols, mut out, .. } = tile;
         assert_eq!((out.rows(), out.cols()), (blocks[block].len(), cols.len()));
         for i in 0..out.rows() {
             for (value, col) in out.row_mut(i).iter_mut().zip(cols.clone()) {

@@ -15,7 +15,7 @@
 use std::ops::Range;
 
 use moe_kernels::arena::room;
-use moe_kernels::region::{for_each, for_each_with, rows_together};
+use moe_kernels::region::{for_each, for_each_tile, for_each_with, rows_together};
 use moe_kernels::rows::{RowsMut, Tile};
 
 use super::{ExpertCall, ExpertShape};
@@ -156,7 +156,7 @@ pub(super) fn forward(products: &impl Products, call: ExpertCall<'_>) -> Result<
 
     let mut h_rows = RowsMut::new(h, slots, intermediate, intermediate);
     let tiles = h_rows.tiles(plan.blocks(), products.tile());
-    for_each_with(pool, scratch.chunks_exact_mut(each), tiles, |scratch, mut tile| {
+    for_each_tile(pool, scratch, &tiles, |scratch, mut tile| {
         let block = Block::new(products, Product::First, plan, tile.block, (x, stride), weights);
         products.first(block, &mut tile, scratch);
     });
@@ -186,7 +186,7 @@ pub(super) fn forward(products: &impl Products, call: ExpertCall<'_>) -> Result<
 
     let mut out_rows = RowsMut::new(out, slots, hidden, hidden);
     let tiles = out_rows.tiles(plan.blocks(), products.tile());
-    for_each_with(pool, scratch.chunks_exact_mut(each), tiles, |scratch, mut tile| {
+    for_each_tile(pool, scratch, &tiles, |scratch, mut tile| {
         let block = Block::new(products, Product::Second, plan, tile.block, (x, stride), weights);
         products.second(block, &mut tile, scratch);
     });

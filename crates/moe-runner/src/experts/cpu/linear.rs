@@ -4,7 +4,7 @@ use moe_kernels::arena::{Arena, room};
 use moe_kernels::isa::{Cpu, Features};
 use moe_kernels::pack::UNIT;
 use moe_kernels::pool::ThreadPool;
-use moe_kernels::region::{for_each, for_each_with, rows_together};
+use moe_kernels::region::{for_each_tile, for_each_with, rows_together};
 use moe_kernels::rows::RowsMut;
 
 use super::packed::Projection;
@@ -75,7 +75,7 @@ impl Linear {
         let mut out = RowsMut::new(out, tokens, rows, rows);
         // few enough rows that a projection with few features keeps all threads busy
         let together = TOGETHER.min(tokens.div_ceil(2 * threads).next_multiple_of(8));
-        for_each(pool, out.even_tiles(together.max(1), UNIT), |mut tile| {
+        for_each_tile(pool, &mut [], &out.even_tiles(together.max(1), UNIT), |_, mut tile| {
             let x = &operand[tile.rows.start * stride..];
             self.weights.run(x, stride, &tile.cols, &mut tile.out);
         });

@@ -43,7 +43,7 @@ TINY = dict(
     mamba_n_heads=4, mamba_num_heads=4, mamba_head_dim=16, mamba_d_head=16, mamba_expand=2, mamba_n_groups=1, n_groups=1,
     ssm_state_size=8, mamba_d_conv=4, chunk_size=8, first_k_dense_replace=1, num_dense_layers=1, dense_mlp_idx=1,
     moe_layer_start_index=1, expert_ffn_hidden_size=16, ffn_hidden_size=48, num_layers=2, zero_expert_num=2,
-    moe_latent_size=None,
+    moe_latent_size=None, moe_hidden_size=24,
 )
 FULL = ["full_attention"] * 4
 OWN = {
@@ -62,6 +62,7 @@ OWN = {
                         no_rope_layers=None, layer_types=None),
     "granitemoehybrid": dict(layers_block_type=["attention"] * 2, num_hidden_layers=2),
     "deepseek_v2": dict(num_experts_per_tok=4),
+    "bailing_hybrid": dict(num_experts_per_tok=4),
     "dots1": dict(n_shared_experts=2, num_experts_per_tok=4, n_routed_experts=16, n_group=1, topk_group=1),
     "deepseek_ocr2_text": dict(num_experts_per_tok=4, mlp_layer_types=["dense"] + ["sparse"] * 3),
     "glm5_next_text": dict(index_topk=32, index_kpool=16, qk_rope_head_dim=0),
@@ -77,7 +78,9 @@ OWN = {
                         hidden_size_per_layer_input=0, vocab_size_per_layer_input=64),
     "diffusion_gemma_text": dict(num_experts=8, top_k_experts=2, layer_types=FULL),
     "deepseek_v4": dict(mlp_layer_types=["hash_moe"] * 2 + ["moe"] * 2),
-    # what does not fit a layer
+    "qwen4_exp_text": dict(layer_types=["linear_attention"] * 4),
+    # what does not fit a layer; an encoder of images; one whose class lacks a key that its model reads
+    "ernie4_5_vl_moe_text": None, "dots3_note_vision_encoder": None, "qwen3_omni_moe_talker_text": None,
     "zaya": None, "doge": None, "switch_transformers": None, "nllb-moe": None, "vitpose_backbone": None,
 }
 TOUCH = """expert moe topk top_k group scal renorm norm_topk dense sparse interleave swiglu act scor route shared limit alpha beta

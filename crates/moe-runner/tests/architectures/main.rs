@@ -8,5 +8,6 @@ mod gguf;
 mod golden;
 mod layouts;
 mod outline;
+mod recorded;
 mod synthetic;
 mod variants;

@@ -3,7 +3,7 @@
 use moe_runner::hidden::{ActivationDtype, Rows, RowsMut};
 use serde::Serialize;
 
-use crate::measure::Times;
+use crate::times::Times;
 
 /// What a GPU can do at most. Rates are 10⁹ a second; multiply-adds count two.
 #[derive(Clone, Copy, Debug, Serialize)]
@@ -48,7 +48,7 @@ mod measured {
     use moe_runner::hidden::{DeviceRows, DeviceRowsMut};
 
     use super::*;
-    use crate::measure::times;
+    use crate::times::times;
 
     /// How long a graph is replayed, if that is short.
     const BUDGET: Duration = Duration::from_millis(300);

@@ -19,6 +19,7 @@ mod presets;
 mod report;
 mod routing;
 mod splitting;
+mod times;
 
 use std::ffi::OsString;
 use std::panic::{AssertUnwindSafe, catch_unwind};

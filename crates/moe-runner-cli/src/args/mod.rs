@@ -1,6 +1,6 @@
 //! The arguments, as written.
 
-mod common;
+pub(crate) mod common;
 mod help;
 
 pub(crate) use common::{Common, DtypeArg, KernelArgs, SeedArg, ThreadArgs};

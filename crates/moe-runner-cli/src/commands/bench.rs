@@ -17,12 +17,13 @@ use crate::args::{BenchArgs, Common};
 use crate::checkpoints::Opened;
 use crate::failure::{one_line, unusable};
 use crate::gpu::{self, GpuLimits};
-use crate::measure::{MachineLimits, times};
+use crate::measure::MachineLimits;
 use crate::report::Report;
 use crate::report::progress::Progress;
 use crate::report::table::{Columns, Facts};
 use crate::report::units::{self, plural};
 use crate::splitting::{self, Ranks};
+use crate::times::times;
 use crate::{formats, memory, presets};
 
 /// Distinct weights that are touched in turn: far more than caches hold.

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 pub use moe_kernels::stored::Bytes;
 
-use super::gguf::GgmlType;
+use super::gguf::types::GgmlType;
 use crate::{Error, Result};
 
 /// The dtype of a stored tensor: what the container's header says.
@@ -45,6 +45,23 @@ impl Dtype {
             Self::U64 | Self::I64 | Self::F64 => 8,
             Self::Ggml(_) => return None,
         })
+    }
+}
+
+impl From<GgmlType> for Dtype {
+    /// Plain types have a dtype of their own.
+    fn from(stored: GgmlType) -> Self {
+        match stored.name {
+            "F32" => Self::F32,
+            "F16" => Self::F16,
+            "BF16" => Self::Bf16,
+            "F64" => Self::F64,
+            "I8" => Self::I8,
+            "I16" => Self::I16,
+            "I32" => Self::I32,
+            "I64" => Self::I64,
+            _ => Self::Ggml(stored.number),
+        }
     }
 }
 

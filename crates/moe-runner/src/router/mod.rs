@@ -13,6 +13,7 @@ mod ids;
 mod replay;
 mod routing;
 mod score;
+mod scratch;
 mod select;
 mod simulate;
 mod trace;
@@ -31,7 +32,7 @@ use moe_kernels::region::{for_each_with, rows_together};
 
 use crate::spec::{Correction, RouterSpec, Selection};
 use crate::{Error, Result};
-use routing::Scratch;
+use scratch::Scratch;
 
 /// What a router reads from the checkpoint, beside the gate.
 #[derive(Clone, Debug, Default, PartialEq)]

@@ -1,14 +1,7 @@
 //! Which experts: the choice values of one token, groups, and the k largest.
 
-use super::routing::Scratch;
+use super::scratch::{Candidate, Scratch};
 use crate::spec::{Correction, GroupFill, GroupScore, Groups, RouterSpec, Selection};
-
-/// An id (of an expert or of a group) and the value it competes with.
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Candidate {
-    pub(super) choice: f32,
-    pub(super) id: u32,
-}
 
 /// Fills `scratch.chosen` from scores and logits; best first, ties to the lowest id.
 pub(super) fn select(spec: &RouterSpec, correction: Option<&[f32]>, scratch: &mut Scratch) {

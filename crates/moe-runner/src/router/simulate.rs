@@ -2,7 +2,7 @@
 
 use std::str::FromStr;
 
-use super::routing::Scratch;
+use super::scratch::Scratch;
 use super::select::top_k;
 use super::{LogicalId, Routing};
 use crate::random::Random;

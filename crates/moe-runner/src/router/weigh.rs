@@ -1,7 +1,7 @@
 //! The weights of one token's chosen experts, in float64.
 
-use super::routing::Scratch;
 use super::score::{log_sigmoid, sigmoid, softmax};
+use super::scratch::Scratch;
 use crate::spec::{Renormalise, RouterSpec, Selection, WeightFrom};
 
 /// Fills `scratch.weights` for `scratch.chosen`: k weights, then those of jointly weighted shared

@@ -14,7 +14,7 @@ mod validate;
 
 pub use activation::ActivationQuant;
 pub use load::{Accounting, account, survey};
-pub(crate) use load::{Loader, float};
+pub(crate) use load::{accounting::Loader, float};
 pub use matrix::Matrix;
 pub use stacked::{GateUp, Stack, StackedExperts};
 pub use synthetic::{RandomFormat, RandomScaled, random_layer, random_matrix};

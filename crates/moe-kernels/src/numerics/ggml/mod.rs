@@ -14,8 +14,7 @@ mod ternary;
 use super::e2m1;
 use super::vectorised::for_each_isa;
 use crate::isa::Cpu;
-pub(crate) use non_linear::unsigned_e4m3;
-pub(crate) use parts::{Form, Parts, Points};
+pub(crate) use parts::{Form, Parts, Points, unsigned_e4m3};
 
 /// A block type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -53,17 +53,6 @@ pub(super) fn nvfp4(block: &[u8], parts: &mut Parts) {
     block[4..36].chunks_exact(8).zip(codes).for_each(|(bytes, codes)| nibbles(bytes, codes));
 }
 
-/// E4M3 without a sign; the code that would be NaN is zero, as in ggml.
-#[inline(always)]
-pub(crate) fn unsigned_e4m3(code: u8) -> f32 {
-    let (exponent, mantissa) = (i32::from(code >> 3 & 15), f32::from(code & 7));
-    match (code, exponent) {
-        (0 | 0x7f, _) => 0.0,
-        (_, 0) => mantissa / 512.0,
-        _ => (1.0 + mantissa / 8.0) * f32::from_bits(((exponent - 7 + 127) as u32) << 23),
-    }
-}
-
 /// ggml's rule: the scale's exponent is that of the largest magnitude less 2, so that it lies in
 /// [4, 8) before it saturates at 6; then the nearest value. Ties go to the even code, as everywhere
 /// here; ggml's go to the smaller magnitude.

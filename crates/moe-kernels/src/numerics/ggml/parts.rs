@@ -2,7 +2,6 @@
 
 use super::super::e8m0;
 use super::BlockType;
-use super::non_linear::unsigned_e4m3;
 
 /// What a block consists of. Parts that a type lacks are left alone.
 pub(crate) struct Parts {
@@ -116,5 +115,16 @@ pub(super) fn pairs(bytes: &[u8], codes: &mut [u8; 256]) {
         for (code, byte) in codes.iter_mut().zip(bytes) {
             *code = byte >> (part % 4 * 2) & 3;
         }
+    }
+}
+
+/// E4M3 without a sign; the code that would be NaN is zero, as in ggml.
+#[inline(always)]
+pub(crate) fn unsigned_e4m3(code: u8) -> f32 {
+    let (exponent, mantissa) = (i32::from(code >> 3 & 15), f32::from(code & 7));
+    match (code, exponent) {
+        (0 | 0x7f, _) => 0.0,
+        (_, 0) => mantissa / 512.0,
+        _ => (1.0 + mantissa / 8.0) * f32::from_bits(((exponent - 7 + 127) as u32) << 23),
     }
 }

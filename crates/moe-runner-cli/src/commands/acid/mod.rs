@@ -12,7 +12,7 @@ use moe_acid::write::Form;
 use moe_acid::{Block, Decoder, FAMILIES, Family, Readings};
 use serde::Serialize;
 
-use crate::args::Common;
+use crate::args::common::Common;
 use crate::failure::unusable;
 use crate::report::Report;
 use crate::report::table::{Columns, Tone, toned};

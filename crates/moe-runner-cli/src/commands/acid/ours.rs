@@ -10,7 +10,7 @@ use moe_runner::runner::{ForwardInput, MoeRunner, MoeRunnerInterface};
 use tempfile::TempDir;
 
 use super::{Line, families, forms, report};
-use crate::args::{Common, KernelArgs, ThreadArgs};
+use crate::args::common::{Common, KernelArgs, ThreadArgs};
 use crate::checkpoints::Opened;
 use crate::choice::LayerChoice;
 use crate::report::Report;

@@ -22,12 +22,13 @@ use crate::args::Common;
 use crate::checkpoints::Opened;
 use crate::gpu;
 use crate::input::{Input, LayerInput};
-use crate::measure::{MachineLimits, Times, times};
+use crate::measure::MachineLimits;
 use crate::memory;
 use crate::report::findings::{self, FindingJson};
 use crate::report::units::plural;
 use crate::routing::weight_factor;
 use crate::splitting::Ranks;
+use crate::times::{Times, times};
 
 /// Bound of the logits' NMSE: they are f32, whatever the activations.
 pub(super) const LOGITS_BOUND: f64 = 1e-11;

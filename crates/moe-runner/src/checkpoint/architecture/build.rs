@@ -1,9 +1,10 @@
 //! From a row, a config and the names in a checkpoint to the layers.
 
-use super::row::{Architecture, ExpertNames, Names, Renorm, Shared};
+use super::row::{Architecture, Names, Renorm, Shared};
 use super::rules::listed_kind;
 use super::settings::Settings;
 use super::tensors::{Experts, Form, LayerTensors, Projection, SharedTensors, StepTensors};
+use super::variants::ExpertNames;
 use super::{LayerEntry, TensorNames, variants};
 use crate::checkpoint::Checkpoint;
 use crate::spec::{

@@ -1,10 +1,11 @@
 //! Top-k on the logits themselves; the weights are a softmax or a sigmoid over the chosen ones.
 
-use super::row::{Architecture, ExpertNames, Names, Renorm, Shared};
+use super::row::{Architecture, Names, Renorm, Shared};
 use super::rules::LayerRule;
 use super::sigmoid::biased_shared;
 use super::softmax::WHOLE_WIDTH;
 use super::tensors::Form;
+use super::variants::ExpertNames;
 use crate::spec::{
     Activation, Correction, Renormalise, Score, Selection, SharedCombine, WeightFrom, WeightOn,
 };

@@ -1,8 +1,9 @@
 //! Layers of a GGUF file: llama.cpp's general names and keys, and what each architecture fixes.
 
 use super::build::{Resolver, Scope};
-use super::row::{ExpertNames, Names};
+use super::row::Names;
 use super::tensors::Form;
+use super::variants::ExpertNames;
 use super::{Description, LayerEntry};
 use crate::checkpoint::gguf::Metadata;
 use crate::spec::{

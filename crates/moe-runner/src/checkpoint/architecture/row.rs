@@ -1,17 +1,13 @@
 //! The columns of the table of architectures.
 
 use super::rules::LayerRule;
-use super::settings::Settings;
-use super::tensors::Form;
-use super::variants;
+use super::settings::{Keys, Settings};
+use super::variants::{self, ExpertNames};
 use crate::Result;
 use crate::spec::{
     Activation, Correction, GroupFill, GroupScore, LayerSpec, ScaleOn, Score, SharedCombine,
     WeightFrom, WeightOn,
 };
-
-/// Alternative spellings of a key; the first one that is present counts.
-pub(super) type Keys = &'static [&'static str];
 
 /// One row: a family of models whose MoE block has one form. Rows are written as what differs
 /// from [`Architecture::SOFTMAX`] or from another row.
@@ -132,27 +128,6 @@ pub(super) struct Names {
     pub scopes: &'static [&'static str],
 }
 
-/// Names of an expert's modules; `{e}` stands for the expert's index.
-#[derive(Clone, Copy)]
-pub(super) struct ExpertNames {
-    /// Gate projection; empty: none. The same name as `up`: both are one array, gate first.
-    pub gate: &'static str,
-    /// Up projection.
-    pub up: &'static str,
-    /// Down projection.
-    pub down: &'static str,
-    /// How experts share arrays.
-    pub form: Form,
-    /// Where gate and up are one array: its rows alternate.
-    pub interleaved: bool,
-    /// Ending of the biases' names.
-    pub bias: &'static str,
-    /// Ending of a tensor that must be there for this way to be the one; empty: any.
-    pub marker: &'static str,
-    /// Tensor of the norm after each expert, the same for all of them.
-    pub norm: &'static str,
-}
-
 /// Spellings of the number of experts. Config classes alias them to each other.
 pub(super) const EXPERTS: Keys =
     &["num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"];
@@ -263,42 +238,4 @@ impl Names {
         experts: &[ExpertNames::W123, ExpertNames::STACKED],
         ..Self::MLP
     };
-}
-
-impl ExpertNames {
-    /// `experts.{e}.gate_proj`, `.up_proj`, `.down_proj`.
-    pub(super) const EACH: Self =
-        Self::mlp("experts.{e}.gate_proj", "experts.{e}.up_proj", "experts.{e}.down_proj");
-
-    /// `experts.{e}.w1` (gate), `.w3` (up), `.w2` (down).
-    pub(super) const W123: Self = Self::mlp("experts.{e}.w1", "experts.{e}.w3", "experts.{e}.w2");
-
-    /// `experts.{e}.gate_up_proj` `[2I, H]`, `experts.{e}.down_proj`.
-    pub(super) const EACH_FUSED: Self =
-        Self::mlp("experts.{e}.gate_up_proj", "experts.{e}.gate_up_proj", "experts.{e}.down_proj");
-
-    /// `experts.gate_up_proj` `[E, 2I, H]`, `experts.down_proj` `[E, H, I]`.
-    pub(super) const STACKED: Self = Self {
-        form: Form::Stacked,
-        bias: "_bias",
-        ..Self::mlp("experts.gate_up_proj", "experts.gate_up_proj", "experts.down_proj")
-    };
-
-    /// `experts.gate_up_proj` `[E, H, 2I]`, `experts.down_proj` `[E, I, H]`.
-    pub(super) const STACKED_TRANSPOSED: Self =
-        Self { form: Form::StackedTransposed, ..Self::STACKED };
-
-    /// An array for each projection.
-    pub(super) const fn mlp(gate: &'static str, up: &'static str, down: &'static str) -> Self {
-        Self {
-            gate,
-            up,
-            down,
-            form: Form::Each,
-            interleaved: false,
-            bias: ".bias",
-            marker: "",
-            norm: "",
-        }
-    }
 }

@@ -2,8 +2,7 @@
 
 use serde_json::Value;
 
-use super::row::Keys;
-use super::settings::Settings;
+use super::settings::{Keys, Settings};
 use crate::Result;
 
 /// Which decoder layers are MoE. A list `mlp_layer_types` in the config decides for every model.

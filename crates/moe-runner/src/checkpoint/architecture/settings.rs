@@ -4,10 +4,12 @@
 use serde_json::Value;
 
 use super::classes::Class;
-use super::row::Keys;
 use crate::checkpoint::Config;
 use crate::spec::Activation;
 use crate::{Error, Result};
+
+/// Alternative spellings of a key; the first one that is present counts.
+pub(super) type Keys = &'static [&'static str];
 
 /// The text part of a config.
 pub(super) struct Settings {

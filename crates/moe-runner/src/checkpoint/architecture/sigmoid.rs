@@ -1,9 +1,10 @@
 //! The DeepSeek family: scores, a bias that only chooses, groups, renormalised and scaled weights.
 
-use super::row::{Architecture, ExpertNames, Names, Renorm, Shared};
+use super::row::{Architecture, Names, Renorm, Shared};
 use super::rules::LayerRule;
 use super::settings::Settings;
 use super::tensors::Form;
+use super::variants::ExpertNames;
 use crate::Result;
 use crate::spec::{
     Activation, Correction, GroupFill, GroupScore, LayerSpec, RmsNorm, ScaleOn, Score, Transform,

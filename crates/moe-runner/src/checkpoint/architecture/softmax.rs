@@ -1,8 +1,10 @@
 //! Softmax over all experts, then top-k: Mixtral, Qwen, OLMoE and their kin.
 
-use super::row::{Architecture, ExpertNames, Keys, Names, Renorm, Shared};
+use super::row::{Architecture, Names, Renorm, Shared};
 use super::rules::LayerRule;
+use super::settings::Keys;
 use super::tensors::Form;
+use super::variants::ExpertNames;
 use crate::spec::{
     Activation, Correction, IdleExperts, Renormalise, RmsNorm, Transform, TransformStep,
 };

@@ -1,11 +1,12 @@
 //! Scores, a bias that only chooses, no groups: the later kin of the DeepSeek family.
 
 use super::build::is_hash_layer;
-use super::row::{Architecture, ExpertNames, Names, Renorm, Shared};
+use super::row::{Architecture, Names, Renorm, Shared};
 use super::rules::LayerRule;
 use super::sigmoid::{SHARED_W123, biased_shared, both, clamped};
 use super::softmax::WHOLE_WIDTH;
 use super::tensors::Form;
+use super::variants::ExpertNames;
 use crate::spec::{
     Activation, Correction, RmsNorm, ScaleOn, Score, Selection, SharedCombine, TransformStep,
     WeightFrom,

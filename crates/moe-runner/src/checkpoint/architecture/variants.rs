@@ -2,8 +2,66 @@
 //! architectures. A row of the table of architectures names what is published for it; whatever
 //! else stands here is found as well.
 
-use super::row::ExpertNames;
 use super::tensors::Form;
+
+/// Names of an expert's modules; `{e}` stands for the expert's index.
+#[derive(Clone, Copy)]
+pub(super) struct ExpertNames {
+    /// Gate projection; empty: none. The same name as `up`: both are one array, gate first.
+    pub gate: &'static str,
+    /// Up projection.
+    pub up: &'static str,
+    /// Down projection.
+    pub down: &'static str,
+    /// How experts share arrays.
+    pub form: Form,
+    /// Where gate and up are one array: its rows alternate.
+    pub interleaved: bool,
+    /// Ending of the biases' names.
+    pub bias: &'static str,
+    /// Ending of a tensor that must be there for this way to be the one; empty: any.
+    pub marker: &'static str,
+    /// Tensor of the norm after each expert, the same for all of them.
+    pub norm: &'static str,
+}
+
+impl ExpertNames {
+    /// `experts.{e}.gate_proj`, `.up_proj`, `.down_proj`.
+    pub(super) const EACH: Self =
+        Self::mlp("experts.{e}.gate_proj", "experts.{e}.up_proj", "experts.{e}.down_proj");
+
+    /// `experts.{e}.w1` (gate), `.w3` (up), `.w2` (down).
+    pub(super) const W123: Self = Self::mlp("experts.{e}.w1", "experts.{e}.w3", "experts.{e}.w2");
+
+    /// `experts.{e}.gate_up_proj` `[2I, H]`, `experts.{e}.down_proj`.
+    pub(super) const EACH_FUSED: Self =
+        Self::mlp("experts.{e}.gate_up_proj", "experts.{e}.gate_up_proj", "experts.{e}.down_proj");
+
+    /// `experts.gate_up_proj` `[E, 2I, H]`, `experts.down_proj` `[E, H, I]`.
+    pub(super) const STACKED: Self = Self {
+        form: Form::Stacked,
+        bias: "_bias",
+        ..Self::mlp("experts.gate_up_proj", "experts.gate_up_proj", "experts.down_proj")
+    };
+
+    /// `experts.gate_up_proj` `[E, H, 2I]`, `experts.down_proj` `[E, I, H]`.
+    pub(super) const STACKED_TRANSPOSED: Self =
+        Self { form: Form::StackedTransposed, ..Self::STACKED };
+
+    /// An array for each projection.
+    pub(super) const fn mlp(gate: &'static str, up: &'static str, down: &'static str) -> Self {
+        Self {
+            gate,
+            up,
+            down,
+            form: Form::Each,
+            interleaved: false,
+            bias: ".bias",
+            marker: "",
+            norm: "",
+        }
+    }
+}
 
 /// Where decoder layers stand in published checkpoints. Names of modules in configurations may have
 /// another one of these than the tensors: they mean the same.

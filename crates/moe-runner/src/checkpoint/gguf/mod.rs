@@ -9,7 +9,7 @@
 
 mod metadata;
 mod reader;
-mod types;
+pub(super) mod types;
 
 pub use metadata::{Array, Metadata, Value};
 pub use types::GgmlType;
@@ -202,7 +202,7 @@ impl Info {
         }
         let (dtype, bytes) = match GgmlType::of(kind) {
             Some(stored) => {
-                (StoredDtype::Known(stored.dtype()), block_bytes(stored, &shape).map_err(&error)?)
+                (StoredDtype::Known(stored.into()), block_bytes(stored, &shape).map_err(&error)?)
             }
             // Nobody knows how long it is; as it cannot be read, that does not matter.
             None => (StoredDtype::Unknown(format!("ggml type {kind}").into()), 0),

@@ -3,8 +3,6 @@
 
 use moe_kernels::numerics::ggml::BlockType;
 
-use crate::checkpoint::tensor::Dtype;
-
 /// How a type of GGUF tensor is stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GgmlType {
@@ -27,21 +25,6 @@ impl GgmlType {
         };
         let (number, name, block, bytes) = row;
         Some(Self { number, name, block, bytes })
-    }
-
-    /// The dtype of a tensor of this type: plain types have one of their own.
-    pub(super) fn dtype(self) -> Dtype {
-        match self.name {
-            "F32" => Dtype::F32,
-            "F16" => Dtype::F16,
-            "BF16" => Dtype::Bf16,
-            "F64" => Dtype::F64,
-            "I8" => Dtype::I8,
-            "I16" => Dtype::I16,
-            "I32" => Dtype::I32,
-            "I64" => Dtype::I64,
-            _ => Dtype::Ggml(self.number),
-        }
     }
 }
 
@@ -81,7 +64,7 @@ mod tests {
     fn plain_types_have_their_own_dtype() {
         for number in 0..50 {
             let Some(stored) = GgmlType::of(number) else { continue };
-            match stored.dtype().size() {
+            match crate::checkpoint::Dtype::from(stored).size() {
                 Some(size) => {
                     assert_eq!((stored.block, stored.bytes), (1, size), "{}", stored.name)
                 }

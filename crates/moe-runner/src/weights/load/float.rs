@@ -1,9 +1,9 @@
 //! Plain floats: one tensor, one number for each weight.
 
-use super::Loader;
+use super::accounting::Loader;
 use crate::checkpoint::architecture::{Part, Projection, Stack, VectorPart};
 use crate::checkpoint::{Checkpoint, Dtype, Tensor};
-use crate::weights::quant::Problem;
+use crate::weights::quant::module::Problem;
 use crate::weights::{FloatType, Floats, Matrix};
 use crate::{Error, Result};
 

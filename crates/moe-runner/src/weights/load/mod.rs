@@ -3,7 +3,7 @@
 //! `Loader` notes what is missing or wrong instead of stopping at it, so that one pass tells
 //! everything: [`account`] returns the account, [`LoadedLayer::load`] fails on it.
 
-mod accounting;
+pub(crate) mod accounting;
 pub(crate) mod float;
 
 pub use accounting::Accounting;
@@ -17,7 +17,7 @@ use crate::checkpoint::architecture::{
 };
 use crate::spec::{LayerSpec, Selection};
 use crate::{Error, Result};
-pub(crate) use accounting::Loader;
+use accounting::Loader;
 
 impl LoadedLayer {
     /// The layer with its weights, which stay in the mapped files where they can.

@@ -5,7 +5,7 @@
 mod codes;
 mod input;
 mod k_first;
-mod module;
+pub(crate) mod module;
 pub(crate) mod names;
 mod packed;
 mod scaled_blocks;
@@ -17,7 +17,7 @@ pub(crate) use scaled_blocks::times_its_scale;
 
 use moe_kernels::numerics::ggml::BlockType;
 
-use super::load::Loader;
+use super::load::accounting::Loader;
 use super::{Blocks, Matrix};
 use crate::checkpoint::architecture::Projection;
 use crate::checkpoint::quantization::{Scheme, WeightScheme};

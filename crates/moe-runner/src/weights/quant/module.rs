@@ -4,7 +4,7 @@ use super::names;
 use crate::Error;
 use crate::checkpoint::architecture::{Projection, Stack};
 use crate::checkpoint::{Dtype, Tensor};
-use crate::weights::load::Loader;
+use crate::weights::load::accounting::Loader;
 use crate::weights::{Matrix, Misfit, ScaleType, Stored};
 
 /// Why a projection could not be loaded.

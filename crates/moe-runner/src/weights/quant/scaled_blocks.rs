@@ -8,7 +8,7 @@ use super::module::{Problem, Result, misfit};
 use crate::checkpoint::Tensor;
 use crate::checkpoint::architecture::Projection;
 use crate::spec::Granularity;
-use crate::weights::load::Loader;
+use crate::weights::load::accounting::Loader;
 use crate::weights::{
     Blocks, Codes, Element, Global, Matrix, Packing, ScaleType, Scales, Stored, Zeros,
 };

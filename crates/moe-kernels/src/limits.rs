@@ -81,7 +81,7 @@ fn best_time(end: Instant, mut work: impl FnMut()) -> Duration {
 }
 
 /// Bytes of the last-level cache, where Linux's `/sys` tells.
-fn last_level_cache() -> Option<usize> {
+pub fn last_level_cache() -> Option<usize> {
     (0..8)
         .filter_map(|index| {
             let path = format!("/sys/devices/system/cpu/cpu0/cache/index{index}/size");

@@ -31,7 +31,7 @@ pub(crate) fn time(
     _: &[&[f32]],
     _: impl FnMut(usize, Rows<'_>, RowsMut<'_>) -> moe_runner::Result<()>,
 ) -> moe_runner::Result<Times> {
-    limits(0).map(|_| Times { median: 0.0, min: 0.0, max: 0.0, runs: 0 })
+    limits(0).map(|_| Times::default())
 }
 
 #[cfg(feature = "cuda")]

@@ -3,10 +3,12 @@
 use std::time::Duration;
 
 /// The times of repeated runs, in seconds.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Times {
     pub(crate) median: f64,
     pub(crate) min: f64,
+    /// Half of the runs are between these.
+    pub(crate) quartiles: [f64; 2],
     pub(crate) max: f64,
     pub(crate) runs: usize,
 }
@@ -34,6 +36,7 @@ pub(crate) fn times<E>(
     Ok(Times {
         median: seconds[seconds.len() / 2],
         min: seconds[0],
+        quartiles: [seconds[seconds.len() / 4], seconds[3 * seconds.len() / 4]],
         max: seconds[seconds.len() - 1],
         runs: seconds.len(),
     })
@@ -53,6 +56,7 @@ mod tests {
         let times = times.unwrap();
         assert_eq!((times.runs, calls), (5, 6));
         assert_eq!((times.min, times.median, times.max), (0.002, 0.004, 0.006));
+        assert_eq!(times.quartiles, [0.003, 0.005]);
         assert!(times.min <= times.median && times.median <= times.max);
     }
 }

@@ -85,7 +85,8 @@ this machine could read the weights or do the arithmetic, over the median. GB/s
 are 10^9 bytes of weights read; GFLOP/s 10^9 operations, a multiply-add being
 two. Split over ranks, a time is that of the slowest rank from a common start,
 all else is over all ranks, and moved/token are the bytes that they send to
-each other.
+each other. With --compare, speed is the earlier median over this one, and a
+difference is one only where the quartiles of both are apart.
 
 Formats: f32, f16, bf16; with activations quantised: fp8 (a scale for each
 channel; activations per token), fp8-tensor, fp8-block (128x128), int8 (as
@@ -99,6 +100,8 @@ deepseek-v3, gpt-oss-20b, gpt-oss-120b.
 Examples:
   moe-runner bench --preset qwen3-30b-a3b
   moe-runner bench --preset deepseek-v3 --format int4 --tokens 1,8,64
+  moe-runner bench ./model --json > before.json
+  moe-runner bench ./model --compare before.json
   moe-runner bench --preset olmoe-1b-7b --format q4_k --dp 2 --ep
   moe-runner bench ./OLMoE-1B-7B --layers 3 --kernel cpu_avx2 --json";
 

@@ -198,6 +198,9 @@ pub(crate) struct BenchArgs {
     /// Tokens of the batches, one row of the report each.
     #[arg(long, value_name = "N,N", value_delimiter = ',', default_value = "1,4,16,64,256")]
     pub(crate) tokens: Vec<usize>,
+    /// Show the times beside earlier ones of the same layer: a file that `bench --json` wrote.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) compare: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) splitting: Splitting,
     #[command(flatten)]

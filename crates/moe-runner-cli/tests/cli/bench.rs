@@ -48,6 +48,38 @@ fn a_split_layer_is_timed() {
     }
 }
 
+/// A measurement stands beside an earlier one of the same layer, and beside no other.
+#[test]
+fn times_are_compared_with_earlier_ones() {
+    let folder = tempfile::tempdir().unwrap();
+    let earlier = folder.path().join("before.json");
+    let case = case("qwen2_moe_f16");
+    let case = case.to_str().unwrap();
+    let mut before = json(["bench", case, "--layer", "2", "--tokens", "1,3", "--json"]);
+    // small weights stay in any cache
+    assert_eq!(before["cached"], true);
+    let row = &mut before["rows"][1];
+    let (median, quartiles) = (row["median_s"].as_f64().unwrap(), row["quartiles_s"].clone());
+    assert!(quartiles[0].as_f64().unwrap() <= median && median <= quartiles[1].as_f64().unwrap());
+    // as if it had taken a thousand times as long
+    row["median_s"] = (1e3 * median).into();
+    row["quartiles_s"] = [0, 1].map(|i| 1e3 * quartiles[i].as_f64().unwrap()).to_vec().into();
+    std::fs::write(&earlier, before.to_string()).unwrap();
+    let earlier = earlier.to_str().unwrap();
+    let with = |layer, tokens| {
+        vec!["bench", case, "--layer", layer, "--tokens", tokens, "--compare", earlier]
+    };
+    let compared = &json([with("2", "3,4"), vec!["--json"]].concat())["compared"];
+    let rows = compared["rows"].as_array().unwrap();
+    assert_eq!(rows.len(), 1, "4 tokens were not measured then: {compared}");
+    assert_eq!((&rows[0]["tokens"], &rows[0]["beyond_noise"]), (&3.into(), &true.into()));
+    assert!((10.0..1e5).contains(&rows[0]["speed"].as_f64().unwrap()), "{compared}");
+    assert!(refused(2, with("0", "3")).contains("another layer"));
+    assert!(refused(2, with("2", "5")).contains("other numbers of tokens"));
+    std::fs::write(earlier, "{}").unwrap();
+    assert!(refused(2, with("2", "3")).contains("bench --json"));
+}
+
 #[test]
 fn unusable_arguments() {
     let case = case("qwen2_moe_f16");

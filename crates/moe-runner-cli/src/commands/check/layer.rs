@@ -351,7 +351,7 @@ impl Checker<'_> {
             Ok::<_, moe_runner::Error>(pass.time)
         };
         let of_host = input.router_logits.is_some() || input.input_ids.is_some();
-        let Times { median, min, max, runs } = match runner.runner().stream() {
+        let Times { median, min, max, runs, .. } = match runner.runner().stream() {
             Some(stream) if !of_host => {
                 pass(runner)?;
                 let runner = runner.runner_mut();

@@ -1,9 +1,12 @@
 //! `bench`: the time of a layer, as a share of what this machine allows.
 
+mod compare;
+
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 use anyhow::Result;
+use moe_kernels::limits::last_level_cache;
 use moe_runner::comm::{Groups, Sizes};
 use moe_runner::hidden::ActivationDtype;
 use moe_runner::random::Random;
@@ -25,9 +28,16 @@ use crate::report::units::{self, plural};
 use crate::splitting::{self, Ranks};
 use crate::times::times;
 use crate::{formats, memory, presets};
+use compare::{Comparison, Earlier};
 
-/// Distinct weights that are touched in turn: far more than caches hold.
+/// Distinct weights of a preset that are touched in turn, at least: far more than caches hold.
 const DISTINCT_BYTES: usize = 1 << 30;
+
+/// What is this many times a cache's size does not stay there: hits are one in four at most.
+const BEYOND_CACHE: usize = 4;
+
+/// The last-level cache, where the machine does not tell: what large servers have a processor.
+const USUAL_CACHE: usize = 64 << 20;
 
 /// Tokens of the passes that are timed together on a GPU, where that is more than two passes.
 const GPU_TOKENS: usize = 64;
@@ -50,11 +60,16 @@ struct BenchJson {
     seed: u64,
     /// Bytes of weights that differ from each other; other experts share them.
     distinct_bytes: usize,
+    /// Whether so few may stay in the last-level cache, so that rows measure that and not memory.
+    cached: bool,
     /// The ranks, where there are several.
     #[serde(skip_serializing_if = "Option::is_none")]
     split: Option<Sizes>,
     limits: LimitsJson,
     rows: Vec<Row>,
+    /// Beside an earlier measurement.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    compared: Option<Comparison>,
 }
 
 #[derive(Serialize)]
@@ -69,11 +84,13 @@ struct LimitsJson {
     gpu: Option<GpuLimits>,
 }
 
-#[derive(Serialize)]
+#[derive(Default, Serialize)]
 struct Row {
     tokens: usize,
     median_s: f64,
     min_s: f64,
+    /// Between which half of the runs are.
+    quartiles_s: [f64; 2],
     max_s: f64,
     runs: usize,
     tokens_per_s: f64,
@@ -104,6 +121,7 @@ pub(crate) fn run(args: &BenchArgs, common: &Common) -> Result<Report> {
     if let Some(bad) = args.tokens.iter().find(|tokens| !(1..=MAX_TOKENS).contains(*tokens)) {
         return Err(unusable(format!("--tokens {bad}: must be 1 to {MAX_TOKENS}")));
     }
+    let earlier = args.compare.as_deref().map(Earlier::read).transpose()?;
     let parallel = args.splitting.parallel()?;
     let ranks = args.splitting.ranks()?;
     let progress = Progress::new(args.tokens.len() + 2);
@@ -143,13 +161,15 @@ pub(crate) fn run(args: &BenchArgs, common: &Common) -> Result<Report> {
     if !ranks.reports() {
         return Ok(Report::silent(true));
     }
-    let json = BenchJson {
+    let mut json = BenchJson {
         layer: subject.title,
         kernel,
         format: subject.format,
         dtype: subject.dtype.name(),
         seed: common.seed,
         distinct_bytes: subject.distinct_bytes,
+        cached: subject.distinct_bytes / BEYOND_CACHE
+            < last_level_cache().filter(|_| machine.gpu.is_none()).unwrap_or(USUAL_CACHE),
         split: ranks.split(),
         limits: LimitsJson {
             read_gbps: machine.gpu.map_or(machine.read_gbps, |gpu| gpu.read_gbps),
@@ -169,7 +189,9 @@ pub(crate) fn run(args: &BenchArgs, common: &Common) -> Result<Report> {
             isa: machine.isa,
         },
         rows,
+        compared: None,
     };
+    json.compared = earlier.map(|earlier| earlier.beside(&json)).transpose()?;
     Report::new(true, text(&json, &why, &machine), &json)
 }
 
@@ -260,7 +282,8 @@ fn synthetic(
         )));
     };
     let expert_bytes = down_bytes + in_bytes * if spec.expert.gated { 2 } else { 1 };
-    let wanted = memory::available().map_or(DISTINCT_BYTES, |free| DISTINCT_BYTES.min(free / 4));
+    let beyond = last_level_cache().unwrap_or(0).saturating_mul(BEYOND_CACHE).max(DISTINCT_BYTES);
+    let wanted = memory::available().map_or(beyond, |free| beyond.min(free / 4));
     let distinct = wanted.div_ceil(expert_bytes).clamp(1, spec.router.experts);
     memory::ensure(
         distinct * expert_bytes,
@@ -363,6 +386,7 @@ impl Bench<'_> {
             tokens,
             median_s: times.median,
             min_s: times.min,
+            quartiles_s: times.quartiles,
             max_s: times.max,
             runs: times.runs,
             tokens_per_s: tokens as f64 / times.median,
@@ -401,6 +425,7 @@ fn text(json: &BenchJson, why: &str, machine: &MachineLimits) -> String {
         ">tokens",
         ">median",
         ">min",
+        ">quartiles",
         ">max",
         ">tokens/s",
         ">GB/s",
@@ -418,6 +443,7 @@ fn text(json: &BenchJson, why: &str, machine: &MachineLimits) -> String {
             row.tokens.to_string(),
             units::seconds(row.median_s),
             units::seconds(row.min_s),
+            row.quartiles_s.map(units::seconds).join(" - "),
             units::seconds(row.max_s),
             format!("{:.0}", row.tokens_per_s),
             format!("{:.1}", row.gbps),
@@ -427,11 +453,12 @@ fn text(json: &BenchJson, why: &str, machine: &MachineLimits) -> String {
         ];
         table.row(cells.into_iter().chain(moved));
     }
-    let cached = match json.distinct_bytes < DISTINCT_BYTES / 8 {
+    let cached = match json.cached {
         true => {
             "\nThese weights may stay in the caches: few tokens then measure those, not memory."
         }
         false => "",
     };
-    format!("{facts}\n{table}{cached}")
+    let compared = json.compared.as_ref().map(|compared| compared.text(json.limits.read_gbps));
+    format!("{facts}\n{table}{cached}{}", compared.unwrap_or_default())
 }

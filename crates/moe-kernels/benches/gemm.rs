@@ -1,7 +1,7 @@
 //! Products with packed weights: bytes and operations a second for each format; how fast they are
 //! packed, beside a copy; the functions between products; an empty region.
 //!
-//! `cargo bench -p moe-kernels --bench gemm -- [format]…` Experts of a layer with hidden size 2048
+//! `cargo bench -p moe-kernels --bench gemm -- [set of features]… [format]…` Experts of a layer with hidden size 2048
 //! and intermediate size 768, eight at a time out of more than 256 MiB, in an order without pattern.
 
 use std::time::{Duration, Instant};
@@ -60,6 +60,14 @@ const FORMATS: &[(&str, Make)] = &[
     ("iq4_xs", |shape| blocks(BlockType::Iq4Xs, shape)),
     ("tq2_0", |shape| blocks(BlockType::Tq2_0, shape)),
     ("bf16 transposed", |shape| floats(FloatType::Bf16, shape, true)),
+];
+
+/// Sets of features, with the rows that are multiplied with them.
+const SETS: [(&str, OperandKind, Features); 4] = [
+    ("avx512_bf16", OperandKind::Bf16, Features::V4_BF16),
+    ("avx512", OperandKind::F32, Features::V4),
+    ("avx2", OperandKind::F32, Features::V3),
+    ("portable", OperandKind::F32, Features::NONE),
 ];
 
 /// Bytes without a pattern (splitmix64).
@@ -284,20 +292,17 @@ fn main() {
             empty * 1e6
         );
         println!("{threads} threads; rows an expert: 1, 4, 16, 128");
-        for have in [Features::V4, Features::V3, Features::NONE] {
-            let given = |name: &str| wanted.is_empty() || wanted.iter().any(|w| w == name);
-            let allowed = Cpu::detect().has(have) && given(&have.to_string());
-            let chosen = wanted.iter().any(|w| FORMATS.iter().any(|(name, _)| w == name));
-            if !(allowed || chosen && have == Features::V4) {
+        for (set, rows, have) in SETS {
+            let among = |names: &[&str]| wanted.iter().any(|w| names.contains(&w.as_str()));
+            let asked = |names: &[&str], name: &str| !among(names) || among(&[name]);
+            if !(Cpu::detect().has(have) && asked(&SETS.map(|(set, ..)| set), set)) {
                 continue;
             }
-            println!(" {have}");
-            for (name, make) in FORMATS {
-                if chosen && !given(name) {
-                    continue;
-                }
+            println!(" {set}");
+            let names: Vec<&str> = FORMATS.iter().map(|(name, _)| *name).collect();
+            for (name, make) in FORMATS.iter().filter(|(name, _)| asked(&names, name)) {
                 let views = shapes.map(make);
-                let entry = gemm(&views[0], OperandKind::F32, have).expect("every format has one");
+                let Some(entry) = gemm(&views[0], rows, have) else { continue };
                 let stored: usize = views.iter().map(View::stored_bytes).sum();
                 let count = LEAST.div_ceil(stored).next_multiple_of(ACTIVE);
                 let start = Instant::now();

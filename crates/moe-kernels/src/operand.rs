@@ -7,7 +7,10 @@
 
 use std::ops::Range;
 
-use crate::pack::{LINE, Packed};
+use half::bf16;
+
+use crate::numerics::float16::{bf16_to_f32, f32_to_bf16};
+use crate::pack::{BLOCK, LINE, Packed};
 use crate::rows::Rows;
 
 /// What the elements of a kernel's rows are.
@@ -16,32 +19,46 @@ use crate::rows::Rows;
 pub enum OperandKind {
     /// f32, as they come.
     F32,
+    /// Rounded to bf16, to nearest, ties to even.
+    Bf16,
+}
+
+impl OperandKind {
+    /// Elements of a word of 32 bits.
+    const fn per_word(self) -> usize {
+        match self {
+            OperandKind::F32 => 1,
+            OperandKind::Bf16 => 2,
+        }
+    }
 }
 
 /// Rows that a kernel reads, made for packed weights or for others with the same
 /// [order of columns](Packed::takes).
 #[derive(Clone, Copy, Debug)]
 pub struct Operand<'a> {
-    /// `rows` rows, `stride` apart: `steps` elements, then `sums` sums of groups.
+    /// `rows` rows, `stride` apart: words of elements, then sums of groups.
     data: &'a [f32],
     rows: usize,
     shape: RowShape,
     stride: usize,
 }
 
-/// What a row consists of.
+/// What a row consists of, in words of 32 bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct RowShape {
+    kind: OperandKind,
     elements: usize,
     sums: usize,
 }
 
 impl RowShape {
     fn of(w: &Packed) -> RowShape {
-        RowShape { elements: w.order().padded(), sums: w.sums() }
+        let kind = w.gemm().rows();
+        RowShape { kind, elements: w.order().padded() / kind.per_word(), sums: w.sums() }
     }
 
-    /// Elements from one row to the next: an odd number of cache lines, so that the same columns of
+    /// Words from one row to the next: an odd number of cache lines, so that the same columns of
     /// the rows of a tile do not meet in one set of a cache.
     fn stride(self) -> usize {
         let lines = (self.elements + self.sums).div_ceil(LINE / 4);
@@ -54,7 +71,7 @@ pub(crate) fn bytes(w: &Packed, rows: usize) -> usize {
     RowShape::of(w).stride().saturating_mul(rows).saturating_mul(4)
 }
 
-/// Writes `rows` for `w`, as f32.
+/// Writes `rows` for `w`.
 pub(crate) fn write<'a>(w: &Packed, rows: Rows<'_>, into: &'a mut [u8]) -> Operand<'a> {
     let shape = RowShape::of(w);
     let len = shape.stride() * rows.rows();
@@ -63,9 +80,17 @@ pub(crate) fn write<'a>(w: &Packed, rows: Rows<'_>, into: &'a mut [u8]) -> Opera
     let data = &mut data[..len];
     for (i, to) in data.chunks_exact_mut(shape.stride()).enumerate() {
         let (elements, sums) = to.split_at_mut(shape.elements);
-        w.order().apply(rows.row(i), elements);
-        if shape.sums > 0 {
-            w.group_ranges().zip(sums).for_each(|(group, to)| *to = sum(&elements[group]));
+        match shape.kind {
+            OperandKind::F32 => {
+                w.order().apply(rows.row(i), elements);
+                w.group_ranges().zip(sums).for_each(|(group, to)| *to = sum(&elements[group]));
+            }
+            OperandKind::Bf16 => {
+                let elements = halves(elements);
+                w.order().place(rows.row(i), elements, f32_to_bf16, bf16::from_f32);
+                let groups = w.group_ranges().zip(sums);
+                groups.for_each(|(group, to)| *to = sum_of_halves(&elements[group]));
+            }
         }
     }
     Operand { data, rows: rows.rows(), shape, stride: shape.stride() }
@@ -92,6 +117,23 @@ fn floats(bytes: &mut [u8]) -> &mut [f32] {
     let (head, floats, _) = unsafe { bytes.align_to_mut::<f32>() };
     assert!(head.is_empty(), "memory for an operand begins at a multiple of four bytes");
     floats
+}
+
+/// The same memory as 16-bit numbers.
+fn halves(words: &mut [f32]) -> &mut [bf16] {
+    // SAFETY: any two bytes are a bf16, and an f32 is aligned as one.
+    let (head, halves, tail) = unsafe { words.align_to_mut::<bf16>() };
+    assert!(head.is_empty() && tail.is_empty(), "a word is two halves");
+    halves
+}
+
+/// The sum of numbers that were rounded.
+fn sum_of_halves(halves: &[bf16]) -> f32 {
+    // a group has at most so many columns
+    let mut values = [0.0; BLOCK];
+    let values = &mut values[..halves.len()];
+    bf16_to_f32(halves, values);
+    sum(values)
 }
 
 /// The sum in f64 over eight lanes, rounded once: the same on every CPU.

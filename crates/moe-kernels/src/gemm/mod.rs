@@ -16,6 +16,13 @@
 //! out = acc, times or divided by the scale of the whole matrix
 //! ```
 //!
+//! With rows of bf16 a group's columns go in pairs, each of which is two fused multiply-adds, the odd
+//! column's first; numbers below the smallest normal one are zero there, before and after:
+//!
+//! ```text
+//! s = x[k] · code[k] + (x[k + 1] · code[k + 1] + s)
+//! ```
+//!
 //! Each `·` with its `+` is one fused multiply-add in f32; codes, less their zero points, and scales
 //! are exact, `Σx` is computed in f64 and rounded once. So the result is the same bit by bit for any rows
 //! beside it, any split into units, and on every set of features.
@@ -24,6 +31,10 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod avx512_bf16;
+#[cfg(target_arch = "x86_64")]
+mod pairs;
 mod panel;
 mod portable;
 mod simd;
@@ -50,23 +61,26 @@ pub struct Gemm {
     shapes: &'static [Shape],
 }
 
-/// The entries of one set of features.
+/// The entries of one set of features for one kind of rows.
 macro_rules! entries {
-    ($set:ident, $name:literal, $needs:expr; $($panel:ident $codes:literal),*) => {
+    (
+        $set:ident, $panels:ident, $rows:ident $rows_name:literal, $name:literal, $needs:expr;
+        $($panel:ident $codes:literal),*
+    ) => {
         [$(Gemm {
-            name: concat!($codes, " · f32, ", $name),
+            name: concat!($codes, " · ", $rows_name, ", ", $name),
             codes: Codes::$panel,
-            rows: OperandKind::F32,
+            rows: OperandKind::$rows,
             needs: $needs,
-            shapes: $set::of::<panel::$panel>(),
+            shapes: $set::of::<$panels::$panel>(),
         }),*]
     };
 }
 
-/// The entries for all codes of one set of features.
-macro_rules! set {
+/// The entries for rows of f32: they read all codes.
+macro_rules! f32_entries {
     ($set:ident, $name:literal, $needs:expr) => {
-        entries!($set, $name, $needs;
+        entries!($set, panel, F32 "f32", $name, $needs;
             F32 "f32", F16 "f16", Bf16 "bf16", Int8 "int8", E4m3 "e4m3", E5m2 "e5m2",
             Table2 "2-bit table", Table3 "3-bit table", Table4 "4-bit table",
             Int5 "5-bit integers", Int6 "6-bit integers", Table6 "6-bit table")
@@ -74,20 +88,30 @@ macro_rules! set {
 }
 
 #[cfg(target_arch = "x86_64")]
-static AVX512: [Gemm; 12] = set!(avx512, "avx512", Features::V4);
+static AVX512_BF16: [Gemm; 10] = entries!(
+    avx512_bf16, pairs, Bf16 "bf16", "avx512_bf16", Features::V4_BF16;
+    Bf16 "bf16", Int8 "int8", E4m3 "e4m3", E5m2 "e5m2",
+    Table2 "2-bit table", Table3 "3-bit table", Table4 "4-bit table",
+    Int5 "5-bit integers", Int6 "6-bit integers", Table6 "6-bit table");
 #[cfg(target_arch = "x86_64")]
-static AVX2: [Gemm; 12] = set!(avx2, "avx2", Features::V3);
-static PORTABLE: [Gemm; 12] = set!(portable, "portable", Features::NONE);
+static AVX512: [Gemm; 12] = f32_entries!(avx512, "avx512", Features::V4);
+#[cfg(target_arch = "x86_64")]
+static AVX2: [Gemm; 12] = f32_entries!(avx2, "avx2", Features::V3);
+static PORTABLE: [Gemm; 12] = f32_entries!(portable, "portable", Features::NONE);
 
-/// Every entry, the preferred ones first.
+/// Every entry; of those for the same rows the preferred ones first.
 #[cfg(target_arch = "x86_64")]
-pub static ALL: [&[Gemm]; 3] = [&AVX512, &AVX2, &PORTABLE];
-/// Every entry, the preferred ones first.
+pub static ALL: [&[Gemm]; 4] = [&AVX512_BF16, &AVX512, &AVX2, &PORTABLE];
+/// Every entry; of those for the same rows the preferred ones first.
 #[cfg(not(target_arch = "x86_64"))]
 pub static ALL: [&[Gemm]; 1] = [&PORTABLE];
 
-/// The best entry for `weights` and `rows` on a CPU with `have`; `None` if there is none.
+/// The best entry for `weights` and `rows` on a CPU with `have`; `None` if there is none, also where
+/// rows of that kind are multiplied by weights of the same kind, which does not hold all of `weights`.
 pub fn gemm(weights: &View, rows: OperandKind, have: Features) -> Option<&'static Gemm> {
+    if !crate::pack::holds(rows, weights) {
+        return None;
+    }
     let codes = crate::pack::codes(weights);
     let mut entries = ALL.into_iter().flatten();
     entries.find(|gemm| gemm.codes == codes && gemm.rows == rows && have.contains(gemm.needs))

@@ -1,4 +1,6 @@
 //! How the lines of a panel become numbers: for each kind of [`Codes`], a few lines.
+//!
+//! Here they become f32, for multiply-adds of one k at a time; [`pairs`](super::pairs) has others.
 
 use super::simd::{MAGIC, Simd};
 use crate::pack::{Codes, position};
@@ -10,21 +12,72 @@ use crate::pack::{Codes, position};
 /// As [`Simd`]; `at` is readable for the panel's items of the step, `octet < 4`, `j < 8`.
 pub(super) trait Panel<S: Simd> {
     const CODES: Codes;
+    /// Bytes of an item.
+    const ITEM: usize;
+    /// k that are multiplied at a time: those of a word of a token row.
+    const K: usize;
     /// What stays in registers.
     type Constants: Copy;
     /// What is loaded once for an octet.
     type Octet: Copy;
+    /// Zero points of sixteen rows.
+    type Zero: Copy;
+    /// Weights of sixteen rows.
+    type Value: Copy;
 
     unsafe fn constants(table: &[f32; 64]) -> Self::Constants;
 
     unsafe fn octet<const W: usize>(at: *const u8, octet: usize) -> Self::Octet;
 
-    /// The `j`-th k of the octet, of all sixteen rows. `j` is a literal once everything is inlined.
+    /// What is added to codes, as the header has it.
+    unsafe fn zero(numbers: S::V) -> Self::Zero;
+
+    /// The `j`-th `K` k of the octet, of all sixteen rows. `j` is a literal once everything is
+    /// inlined.
     unsafe fn value<const W: usize>(
         constants: &Self::Constants,
         octet: &Self::Octet,
         j: usize,
-    ) -> S::V;
+        zero: Option<&Self::Zero>,
+    ) -> Self::Value;
+
+    /// `value · x + sum`, for a word of a token row in all lanes.
+    unsafe fn product(value: Self::Value, x: S::V, sum: S::V) -> S::V;
+}
+
+/// What all panels of f32 have in common.
+macro_rules! of_f32 {
+    ($name:ident) => {
+        const CODES: Codes = Codes::$name;
+        const ITEM: usize = Codes::$name.item_bytes();
+        const K: usize = 1;
+        type Zero = S::V;
+        type Value = S::V;
+
+        #[inline(always)]
+        unsafe fn zero(numbers: S::V) -> S::V {
+            numbers
+        }
+
+        #[inline(always)]
+        unsafe fn product(value: S::V, x: S::V, sum: S::V) -> S::V {
+            // SAFETY: the caller's.
+            unsafe { S::fma(value, x, sum) }
+        }
+    };
+}
+
+/// `value + zero`, where there is a zero.
+///
+/// # Safety
+/// As [`Simd`].
+#[inline(always)]
+unsafe fn shifted<S: Simd>(value: S::V, zero: Option<&S::V>) -> S::V {
+    match zero {
+        // SAFETY: the caller's.
+        Some(zero) => unsafe { S::add(value, *zero) },
+        None => value,
+    }
 }
 
 /// Codes of whole bytes: `$per` k to an item of `$bytes` bytes, `|item, j| number`.
@@ -33,7 +86,7 @@ macro_rules! bytes {
         pub(super) struct $name;
 
         impl<S: Simd> Panel<S> for $name {
-            const CODES: Codes = Codes::$name;
+            of_f32!($name);
             type Constants = ();
             type Octet = *const u8;
 
@@ -47,11 +100,16 @@ macro_rules! bytes {
             }
 
             #[inline(always)]
-            unsafe fn value<const W: usize>(_: &(), octet: &*const u8, $j: usize) -> S::V {
+            unsafe fn value<const W: usize>(
+                _: &(),
+                octet: &*const u8,
+                $j: usize,
+                zero: Option<&S::V>,
+            ) -> S::V {
                 // SAFETY: the caller's.
                 unsafe {
                     let $item = octet.add($j / $per * W * $bytes);
-                    $value
+                    shifted::<S>($value, zero)
                 }
             }
         }
@@ -78,7 +136,7 @@ macro_rules! planes {
         pub(super) struct $name;
 
         impl<S: Simd> Panel<S> for $name {
-            const CODES: Codes = Codes::$name;
+            of_f32!($name);
             type Constants = $Constants;
             type Octet = $Octet;
 
@@ -99,9 +157,10 @@ macro_rules! planes {
                 $c: &Self::Constants,
                 $o: &Self::Octet,
                 $j: usize,
+                zero: Option<&S::V>,
             ) -> S::V {
                 // SAFETY: the caller's.
-                unsafe { $value }
+                unsafe { shifted::<S>($value, zero) }
             }
         }
     };
@@ -152,7 +211,7 @@ unsafe fn copied(numbers: &[f32; 64]) -> [f32; 64] {
 /// # Safety
 /// As [`Panel`].
 #[inline(always)]
-unsafe fn four<S: Simd, const W: usize>(at: *const u8, octet: usize) -> S::I {
+pub(super) unsafe fn four<S: Simd, const W: usize>(at: *const u8, octet: usize) -> S::I {
     // SAFETY: the caller's.
     unsafe { S::words(at.add(octet * W * 64)) }
 }
@@ -162,7 +221,7 @@ unsafe fn four<S: Simd, const W: usize>(at: *const u8, octet: usize) -> S::I {
 /// # Safety
 /// As [`Panel`].
 #[inline(always)]
-unsafe fn two<S: Simd, const W: usize>(at: *const u8, octet: usize) -> S::I {
+pub(super) unsafe fn two<S: Simd, const W: usize>(at: *const u8, octet: usize) -> S::I {
     // SAFETY: the caller's.
     unsafe { S::shr(S::words(at.add(octet / 2 * W * 64)), octet as u32 % 2 * 16) }
 }
@@ -172,7 +231,7 @@ unsafe fn two<S: Simd, const W: usize>(at: *const u8, octet: usize) -> S::I {
 /// # Safety
 /// As [`Panel`].
 #[inline(always)]
-unsafe fn one<S: Simd, const W: usize>(at: *const u8, octet: usize) -> S::I {
+pub(super) unsafe fn one<S: Simd, const W: usize>(at: *const u8, octet: usize) -> S::I {
     // SAFETY: the caller's.
     unsafe { S::shr(S::words(at), octet as u32 * 8) }
 }

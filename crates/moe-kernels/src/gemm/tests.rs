@@ -2,6 +2,7 @@
 
 mod cases;
 
+use half::bf16;
 use proptest::prelude::*;
 
 use super::*;
@@ -33,10 +34,17 @@ fn product(
     out
 }
 
-/// Entries for `view` that this CPU can run.
-fn entries(view: &View) -> Vec<&'static Gemm> {
-    let all = ALL.iter().copied().flatten();
-    all.filter(|gemm| gemm.codes() == crate::pack::codes(view) && gemm.runs_here()).collect()
+/// Entries for `view` and rows of that kind that this CPU can run.
+fn entries(view: &View, rows: OperandKind) -> Vec<&'static Gemm> {
+    let all = ALL.iter().copied().flatten().filter(|gemm| gemm.rows() == rows);
+    let reads = |gemm: &&Gemm| gemm.codes() == crate::pack::codes(view);
+    let holds = crate::pack::holds(rows, view);
+    all.filter(|gemm| holds && reads(gemm) && gemm.runs_here()).collect()
+}
+
+/// Entries for `view` and any rows that this CPU can run.
+fn all_entries(view: &View) -> Vec<&'static Gemm> {
+    [OperandKind::F32, OperandKind::Bf16].into_iter().flat_map(|rows| entries(view, rows)).collect()
 }
 
 /// As bits; all NaN alike.
@@ -60,13 +68,16 @@ proptest! {
         let mut numbers = Numbers(seed);
         for (name, view) in cases(&mut numbers, n, k) {
             let x = numbers.normal(m * view.cols());
-            let twin = twin::product(&view, &x);
-            check_against_float64(&name, &view, &x, &twin)?;
-            let found = entries(&view);
-            prop_assert!(!found.is_empty(), "{}", name);
-            for gemm in found {
-                let got = product(gemm, &view, &x, m, (unit_cut, row_cut));
-                prop_assert_eq!(bits(&got), bits(&twin), "{} by {:?}", name, gemm);
+            let rounded: Vec<f32> = x.iter().map(|x| bf16::from_f32(*x).to_f32()).collect();
+            for (kind, x_of_kind) in [(OperandKind::F32, &x), (OperandKind::Bf16, &rounded)] {
+                let twin = twin::product(&view, &x, kind);
+                check_against_float64(&name, &view, x_of_kind, &twin)?;
+                let found = entries(&view, kind);
+                prop_assert!(!found.is_empty() || kind != OperandKind::F32, "{}", name);
+                for gemm in found {
+                    let got = product(gemm, &view, &x, m, (unit_cut, row_cut));
+                    prop_assert_eq!(bits(&got), bits(&twin), "{} by {:?}", name, gemm);
+                }
             }
         }
     }
@@ -213,9 +224,11 @@ fn zero_points_cancel_nothing() {
         let codes =
             Codes::new(format, bytes.into(), [n, k], scales, Zeros::Each(zeros), None).unwrap();
         let view = View::new(codes);
-        for gemm in entries(&view) {
+        for gemm in all_entries(&view) {
             let out = product(gemm, &view, &x, 1, (0, 0));
-            assert_eq!(out[0].abs(), 1e-3, "{gemm:?}");
+            let least =
+                if gemm.rows() == OperandKind::F32 { 1e-3 } else { bf16::from_f32(1e-3).to_f32() };
+            assert_eq!(out[0].abs(), least, "{gemm:?}");
             assert!(out[1..].iter().all(|v| *v == 0.0), "{gemm:?}");
         }
     }
@@ -230,10 +243,29 @@ fn special_values() {
         values[at] = f32::INFINITY;
         values[2 * k + at] = f32::NAN;
         let view = View::new(crate::stored::Floats::from_f32(&values, [3, k]).unwrap());
-        for gemm in entries(&view) {
+        for gemm in all_entries(&view) {
             let out = product(gemm, &view, &vec![1.0; k], 1, (0, 0));
             assert_eq!((out[0], out[1]), (f32::INFINITY, k as f32), "{gemm:?}");
             assert!(out[2].is_nan(), "{gemm:?}");
+        }
+    }
+}
+
+/// Dot products of bf16 take numbers below the normal ones for zero: weights, rows and sums.
+#[test]
+fn small_numbers() {
+    let least = f32::MIN_POSITIVE;
+    let values = [least, least / 2.0, -least / 4.0, 1.5 * least, 2.0, -3e-5, 1e-20, 0.0];
+    let numbers = |shift: usize| (0..64).map(move |i| values[(i * i + shift) % 8]);
+    let weights: Vec<f32> = (0..20).flat_map(numbers).collect();
+    let weights: Vec<u8> = weights.iter().flat_map(|w| bf16::from_f32(*w).to_le_bytes()).collect();
+    let float = crate::stored::FloatType::Bf16;
+    let floats = crate::stored::Floats::row_major(weights.into(), float, [20, 64]).unwrap();
+    let (view, x) = (View::new(floats), numbers(3).collect::<Vec<f32>>());
+    for kind in [OperandKind::F32, OperandKind::Bf16] {
+        let twin = twin::product(&view, &x, kind);
+        for gemm in entries(&view, kind) {
+            assert_eq!(bits(&product(gemm, &view, &x, 1, (0, 0))), bits(&twin), "{gemm:?}");
         }
     }
 }
@@ -242,7 +274,7 @@ fn special_values() {
 fn empty_matrices() {
     for (m, n, k) in [(0, 4, 8), (4, 0, 8), (4, 4, 0), (0, 0, 0)] {
         let view = View::new(crate::stored::Floats::from_f32(&vec![1.0; n * k], [n, k]).unwrap());
-        for gemm in entries(&view) {
+        for gemm in all_entries(&view) {
             let out = product(gemm, &view, &vec![1.0; m * k], m, (0, 0));
             assert!(out.iter().all(|v| *v == 0.0), "no products: the sum is zero");
         }

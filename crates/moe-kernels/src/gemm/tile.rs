@@ -32,11 +32,11 @@ pub(super) struct Args<'a> {
     pub(super) unit: *const u8,
     /// The tile's first panel in the unit.
     pub(super) first: usize,
-    /// The tile's first token row.
+    /// The tile's first token row: words of as many elements as the panels multiply at a time.
     pub(super) x: *const f32,
-    /// From one token row to the next, in elements.
+    /// From one token row to the next, in words.
     pub(super) x_stride: usize,
-    /// From a token row to its sums of groups, in elements.
+    /// From a token row to its sums of groups, in words.
     pub(super) sums: usize,
     /// For the first token row and the first panel.
     pub(super) out: *mut f32,
@@ -96,7 +96,7 @@ pub(super) unsafe fn tile<S: Simd, P: Panel<S>, const M: usize, const N: usize, 
             let groups = layout.groups(steps);
             let octets = steps * (STEP / OCTET) / groups;
             at = at.add(W * PANEL * layout.header_bytes(steps));
-            let codes = at.add(args.first * P::CODES.item_bytes());
+            let codes = at.add(args.first * P::ITEM);
             at = at.add(steps * W * P::CODES.panel_bytes());
             let mut octet = 0;
             for group in 0..groups {
@@ -105,14 +105,18 @@ pub(super) unsafe fn tile<S: Simd, P: Panel<S>, const M: usize, const N: usize, 
                 match layout.offset {
                     Offset::Zero(number) if P::CODES.have_zeros() => {
                         let (_, zeros) = numbers::<W>(&layout, header, group);
-                        let zero = read::<S, N>(number, zeros, args.first * PANEL);
+                        let zeros = read::<S, N>(number, zeros, args.first * PANEL);
+                        let mut zero = [P::zero(zeros[0]); N];
+                        for q in 1..N {
+                            zero[q] = P::zero(zeros[q]);
+                        }
                         let zero = Some(&zero);
                         group_sum::<S, P, M, N, W>(args, &constants, codes, of, x, zero, &mut sum);
                     }
                     _ => group_sum::<S, P, M, N, W>(args, &constants, codes, of, x, None, &mut sum),
                 }
                 octet += octets;
-                x = x.add(octets * OCTET);
+                x = x.add(octets * OCTET / P::K);
                 finish_group::<S, M, N, W>(args, header, group, sums, &sum, &mut acc);
                 sums = sums.add(1);
             }
@@ -132,7 +136,7 @@ unsafe fn group_sum<S: Simd, P: Panel<S>, const M: usize, const N: usize, const 
     codes: *const u8,
     of: Range<usize>,
     mut x: *const f32,
-    zero: Option<&[S::V; N]>,
+    zero: Option<&[P::Zero; N]>,
     sum: &mut [[S::V; N]; M],
 ) {
     let octet_bytes = P::CODES.panel_bytes() / 4;
@@ -145,7 +149,7 @@ unsafe fn group_sum<S: Simd, P: Panel<S>, const M: usize, const N: usize, const 
                 S::prefetch(ahead.wrapping_add(64 * line));
             }
             products::<S, P, M, N, W>(constants, step, octet % 4, x, args.x_stride, zero, sum);
-            x = x.add(OCTET);
+            x = x.add(OCTET / P::K);
         }
     }
 }
@@ -161,30 +165,27 @@ unsafe fn products<S: Simd, P: Panel<S>, const M: usize, const N: usize, const W
     octet: usize,
     x: *const f32,
     x_stride: usize,
-    zero: Option<&[S::V; N]>,
+    zero: Option<&[P::Zero; N]>,
     sum: &mut [[S::V; N]; M],
 ) {
     // SAFETY: the caller's.
     unsafe {
         let mut lines = [P::octet::<W>(step, octet); N];
         for q in 1..N {
-            lines[q] = P::octet::<W>(step.add(q * P::CODES.item_bytes()), octet);
+            lines[q] = P::octet::<W>(step.add(q * P::ITEM), octet);
         }
         macro_rules! one {
             ($($j:literal)*) => {$(
-                let mut w = [P::value::<W>(constants, &lines[0], $j); N];
-                for q in 1..N {
-                    w[q] = P::value::<W>(constants, &lines[q], $j);
-                }
-                if let Some(zero) = zero {
-                    for q in 0..N {
-                        w[q] = S::add(w[q], zero[q]);
+                if $j < OCTET / P::K {
+                    let mut w = [P::value::<W>(constants, &lines[0], $j, zero.map(|z| &z[0])); N];
+                    for q in 1..N {
+                        w[q] = P::value::<W>(constants, &lines[q], $j, zero.map(|z| &z[q]));
                     }
-                }
-                for m in 0..M {
-                    let x = S::splat(*x.add(m * x_stride + $j));
-                    for q in 0..N {
-                        sum[m][q] = S::fma(w[q], x, sum[m][q]);
+                    for m in 0..M {
+                        let x = S::splat(*x.add(m * x_stride + $j));
+                        for q in 0..N {
+                            sum[m][q] = P::product(w[q], x, sum[m][q]);
+                        }
                     }
                 }
             )*};

@@ -63,6 +63,11 @@ impl Features {
     /// AVX-512 on top of [`V3`](Self::V3): the vectors of x86-64-v4.
     pub const V4: Features = Features::V3.with(Features::AVX512);
 
+    /// Dot products of bf16 and byte permutations on top of [`V4`](Self::V4): Zen 4, Sapphire Rapids
+    /// and what came after them.
+    pub const V4_BF16: Features =
+        Features::V4.with(Features::AVX512_BF16).with(Features::AVX512_VBMI);
+
     /// The features of either set.
     pub const fn with(self, other: Features) -> Features {
         Features(self.0 | other.0)

@@ -144,8 +144,13 @@ for_each_isa! {
                 }
             }
             Lie::Columns(4) => along_columns::<4>(fast, plan, row, place, to),
-            Lie::Columns(2) if plan.layout.codes == Codes::Bf16 => pairs(fast, plan, row, place, to),
+            Lie::Columns(2) if plan.layout.codes == Codes::Bf16 => {
+                words_of_columns::<2>(fast, plan, row, place, to);
+            }
             Lie::Columns(2) => along_columns::<2>(fast, plan, row, place, to),
+            Lie::Columns(_) | Lie::GptqBytes if plan.layout.quads => {
+                words_of_columns::<1>(fast, plan, row, place, to);
+            }
             Lie::Columns(_) | Lie::GptqBytes => along_columns::<1>(fast, plan, row, place, to),
         }
         if plan.recode == Recode::Signed {
@@ -171,7 +176,7 @@ fn along_rows(
             let row = fast.first + (row + panel * PANEL + r) * fast.step;
             &fast.bytes[row * fast.stride + start..]
         };
-        let items = &mut Items { step: &mut *to, panel, panels };
+        let items = &mut Items { step: &mut *to, panel, panels, quads: plan.layout.quads };
         match codes.bits() {
             32 => lines::from_words::<32>(codes, row, items),
             16 => lines::from_words::<16>(codes, row, items),
@@ -254,20 +259,27 @@ fn along_columns<const SIZE: usize>(
     }
 }
 
-/// Pairs of bf16 of two columns.
+/// Words of codes of `SIZE` bytes: of two columns of bf16, of four of bytes.
 #[inline(always)]
-fn pairs(fast: &Fast<'_>, plan: &Plan, row: usize, place: usize, to: &mut [u8]) {
-    let mut columns = [[[0; 2]; UNIT]; 2];
+fn words_of_columns<const SIZE: usize>(
+    fast: &Fast<'_>,
+    plan: &Plan,
+    row: usize,
+    place: usize,
+    to: &mut [u8],
+) {
+    let mut columns = [[[0; SIZE]; UNIT]; 4];
+    let columns = &mut columns[..4 / SIZE];
     for (i, items) in to.chunks_exact_mut(UNIT * 4).enumerate() {
         for (j, values) in columns.iter_mut().enumerate() {
-            match fast.column(plan, place + 2 * i + j) {
-                Some(k) => column::<2>(fast, row, k, values),
-                None => values.fill([0; 2]),
+            match fast.column(plan, place + i * 4 / SIZE + j) {
+                Some(k) => column::<SIZE>(fast, row, k, values),
+                None => values.fill([0; SIZE]),
             }
         }
-        for (r, pair) in items.as_chunks_mut::<4>().0.iter_mut().enumerate() {
-            let ([a, b], [c, d]) = (columns[0][r], columns[1][r]);
-            *pair = [a, b, c, d];
+        for (r, word) in items.as_chunks_mut::<4>().0.iter_mut().enumerate() {
+            let codes = word.as_chunks_mut::<SIZE>().0.iter_mut();
+            codes.zip(&*columns).for_each(|(code, column)| *code = column[r]);
         }
     }
 }

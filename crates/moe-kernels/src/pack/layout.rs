@@ -16,7 +16,7 @@
 //! |---|---|
 //! | f32 | 32 of 64 bytes: item `k` holds `k` |
 //! | f16 | 32 of 32 bytes: likewise |
-//! | 8 bits | 32 of 16 bytes: likewise |
+//! | 8 bits | 32 of 16 bytes: likewise; in quads 8 of 64 bytes: item `k / 4` holds a word for each row: four `k` |
 //! | bf16 | 16 of 64 bytes: item `k / 2` holds a word for each row: the pair `k`, `k + 1`, low half first |
 //! | 4 bits | 4 of 64 bytes: item `k / 8` holds a word for each row: eight `k`, in nibbles |
 //! | 2 bits | 2 of 64 bytes: item `k / 16` holds a word for each row: sixteen `k`, eight in each half |
@@ -185,6 +185,8 @@ pub(crate) enum Group {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Layout {
     pub(crate) codes: Codes,
+    /// Whether codes of 8 bits lie in quads: rows of 16 bits and fewer are multiplied so.
+    pub(crate) quads: bool,
     pub(crate) group: Group,
     /// `None` where codes are the weights.
     pub(crate) scale: Option<Number>,
@@ -200,6 +202,7 @@ impl Layout {
     pub(crate) const fn plain(codes: Codes) -> Layout {
         Layout {
             codes,
+            quads: false,
             group: Group::Block,
             scale: None,
             outer_scale: false,

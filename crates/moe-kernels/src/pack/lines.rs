@@ -9,6 +9,8 @@ pub(super) struct Items<'a> {
     pub(super) panel: usize,
     /// Panels of the unit.
     pub(super) panels: usize,
+    /// Whether codes of 8 bits lie in quads.
+    pub(super) quads: bool,
 }
 
 impl Items<'_> {
@@ -79,7 +81,7 @@ pub(super) fn from_words<'a, const N: usize>(
                     }
                 }
             }
-            Codes::Int8 | Codes::E4m3 | Codes::E5m2 => {
+            Codes::Int8 | Codes::E4m3 | Codes::E5m2 if !to.quads => {
                 for byte in 0..4 {
                     let item = to.item::<16>(4 * i + byte);
                     for (to, word) in item.iter_mut().zip(line) {

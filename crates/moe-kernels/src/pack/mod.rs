@@ -21,13 +21,14 @@ mod unit;
 use std::fmt;
 use std::ops::Range;
 
+pub(crate) use layout::{BLOCK, Number, OCTET, Offset, PANEL, PANELS, STEP, position};
 pub use layout::{Codes, Layout, UNIT};
-pub(crate) use layout::{Number, OCTET, Offset, PANEL, PANELS, STEP, position};
 pub(crate) use memory::LINE;
 pub(crate) use order::Order;
-pub(crate) use plan::{Finish, codes};
+pub(crate) use plan::{Finish, codes, holds};
 
 use crate::gemm::Gemm;
+use crate::operand::OperandKind;
 use crate::stored::View;
 use memory::Memory;
 use order::Columns;
@@ -55,6 +56,12 @@ pub enum Refusal {
         /// What the weights would be packed as.
         found: Codes,
     },
+    /// Not all of the weights, before they are scaled, are numbers of the kind that the entry
+    /// multiplies.
+    Inexact {
+        /// The entry's name.
+        gemm: &'static str,
+    },
     /// This CPU lacks features.
     Lacks {
         /// The entry's name.
@@ -75,6 +82,9 @@ impl fmt::Display for Refusal {
             Refusal::OtherCodes { gemm, found } => {
                 write!(f, "{gemm} does not read {found:?}")
             }
+            Refusal::Inexact { gemm } => {
+                write!(f, "{gemm} would round weights: their zero points are out of range")
+            }
             Refusal::Lacks { gemm, features } => {
                 write!(f, "{gemm} needs {features}, which this processor lacks")
             }
@@ -90,7 +100,8 @@ impl std::error::Error for Refusal {}
 /// Packs `view` for `gemm`, on the calling thread.
 ///
 /// # Errors
-/// If `gemm` reads other codes or this CPU cannot run it, or there is no memory for the result.
+/// If `gemm` reads other codes or would round weights, this CPU cannot run it, or there is no memory
+/// for the result.
 pub fn pack(view: &View, gemm: &'static Gemm) -> Result<Packed, Refusal> {
     if codes(view) != gemm.codes() {
         return Err(Refusal::OtherCodes { gemm: gemm.name(), found: codes(view) });
@@ -99,7 +110,11 @@ pub fn pack(view: &View, gemm: &'static Gemm) -> Result<Packed, Refusal> {
         let lacking = gemm.needs().without(crate::isa::Cpu::detect().features());
         return Err(Refusal::Lacks { gemm: gemm.name(), features: lacking.to_string() });
     }
-    let plan = Plan::of(view);
+    if !holds(gemm.rows(), view) {
+        return Err(Refusal::Inexact { gemm: gemm.name() });
+    }
+    let mut plan = Plan::of(view);
+    plan.layout.quads = gemm.rows() != OperandKind::F32;
     let panels = view.rows().div_ceil(PANEL);
     let bytes = panels.saturating_mul(panel_bytes(&plan.layout, &plan.columns.blocks));
     let bytes = Memory::zeroed(bytes).map_err(|_| Refusal::NoMemory { bytes })?;
@@ -192,7 +207,7 @@ impl Packed {
         &self.columns.order
     }
 
-    /// Sums of groups that an operand needs.
+    /// Sums of groups that an operand needs: none, or one of each.
     pub(crate) fn sums(&self) -> usize {
         match self.layout.offset {
             Offset::None | Offset::Zero(_) => 0,

@@ -40,17 +40,31 @@ impl Order {
 
     /// Writes the elements of `row` to their places, zeros to the others.
     pub(crate) fn apply<T: Copy + Default>(&self, row: &[T], places: &mut [T]) {
+        self.place(row, places, |row, places| places.copy_from_slice(row), |element| element);
+    }
+
+    /// The same for elements that become others: `all` of a run of them, or `one`.
+    pub(crate) fn place<S: Copy, T: Copy + Default>(
+        &self,
+        row: &[S],
+        places: &mut [T],
+        all: impl Fn(&[S], &mut [T]),
+        one: impl Fn(S) -> T,
+    ) {
         match self {
             Order::Straight { lead, cols, .. } => {
                 let (head, rest) = places.split_at_mut(*lead);
                 let (middle, tail) = rest.split_at_mut(*cols);
                 head.fill(T::default());
-                middle.copy_from_slice(row);
+                all(row, middle);
                 tail.fill(T::default());
             }
             Order::Permuted(from) => {
                 for (place, from) in places.iter_mut().zip(from) {
-                    *place = if *from == PADDING { T::default() } else { row[*from as usize] };
+                    *place = match *from {
+                        PADDING => T::default(),
+                        column => one(row[column as usize]),
+                    };
                 }
             }
         }

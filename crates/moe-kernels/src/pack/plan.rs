@@ -4,6 +4,7 @@ use super::blocks;
 use super::layout::{BLOCK, Codes, Group, Layout, Number, Offset, STEP};
 use super::order::Columns;
 use crate::numerics::e8m0;
+use crate::operand::OperandKind;
 use crate::stored::{self, Element, FloatType, Global, ScaleType, Stored, View, Zeros};
 
 /// What happens to a sum before it is written.
@@ -54,6 +55,22 @@ pub(crate) fn codes(view: &View) -> Codes {
         },
         Stored::Blocks(stored) => blocks::layout(stored.block()).0.codes,
     }
+}
+
+/// Whether all of `view`, before it is scaled, is what rows of that kind are multiplied by. Codes of 8
+/// bits and fewer are; zero points may bring them beyond it.
+pub(crate) fn holds(rows: OperandKind, view: &View) -> bool {
+    let Stored::Codes(stored) = view.stored() else { return true };
+    let range = match (rows, stored.element(), stored.zeros()) {
+        (OperandKind::F32, ..) | (_, _, Zeros::None) => return true,
+        (_, Element::Uint4, _) => -16.0..=0.0,
+        (_, Element::Int8 | Element::Uint8, _) => -128.0..=128.0,
+        (_, Element::Int4, Zeros::Same(_)) => -128.0..=128.0,
+        _ => return false,
+    };
+    let [_, groups] = stored.scales().shape();
+    let mut rows = (0..view.rows()).map(|row| view.stored_row(row));
+    rows.all(|row| (0..groups).all(|group| range.contains(&zero(stored, row, group))))
 }
 
 impl Plan {

@@ -1,7 +1,7 @@
 //! The kernels' scalar twin: the promise of [`gemm`](crate::gemm), word by word, on rows as they
 //! are before they are packed into lines.
 
-use half::f16;
+use half::{bf16, f16};
 
 use super::layout::{BLOCK, Codes, Group, Number, Offset, STEP};
 use super::order::PADDING;
@@ -9,6 +9,7 @@ use super::plan::{Plan, Recode, is_nan, zero};
 use super::unit::{code_bytes, row_codes};
 use crate::numerics::ggml::{Parts, unsigned_e4m3};
 use crate::numerics::{DecodeScale, EncodeScale, e4m3, e5m2};
+use crate::operand::OperandKind;
 use crate::stored::{Global, Stored, View};
 
 /// A row as the promise names its parts.
@@ -27,14 +28,17 @@ struct Numbers {
     minimum: f32,
 }
 
-/// `out[i][j] = Σ_k x[i][k] · w[j][k]` for rows `x`, one after the other.
-pub(crate) fn product(view: &View, x: &[f32]) -> Vec<f32> {
+/// `out[i][j] = Σ_k x[i][k] · w[j][k]` for rows `x`, one after the other, multiplied as `kind`.
+pub(crate) fn product(view: &View, x: &[f32], kind: OperandKind) -> Vec<f32> {
     let plan = Plan::of(view);
     let order = &plan.columns.order;
     let rows = x.len() / view.cols();
     let mut places = vec![0.0; rows * order.padded()];
     for (x, places) in x.chunks(view.cols()).zip(places.chunks_mut(order.padded())) {
         order.apply(x, places);
+        if kind == OperandKind::Bf16 {
+            places.iter_mut().for_each(|x| *x = bf16::from_f32(*x).to_f32());
+        }
     }
     let mut out = vec![0.0; rows * view.rows()];
     for row in 0..view.rows() {
@@ -43,21 +47,28 @@ pub(crate) fn product(view: &View, x: &[f32]) -> Vec<f32> {
             _ => code_row(view, &plan, row),
         };
         for (i, places) in places.chunks(order.padded()).enumerate() {
-            out[i * view.rows() + row] = element(&plan, places, &numbers);
+            out[i * view.rows() + row] = element(&plan, places, &numbers, kind);
         }
     }
     out
 }
 
 /// One sum.
-fn element(plan: &Plan, places: &[f32], row: &Row) -> f32 {
+fn element(plan: &Plan, places: &[f32], row: &Row, kind: OperandKind) -> f32 {
     let mut products = places.iter().zip(&row.codes);
     let mut acc = 0.0f32;
     for group in &row.groups {
         let (mut sum, mut sum_x) = (0.0f32, 0.0f64);
-        for (x, code) in products.by_ref().take(group.places) {
-            sum = (code + group.zero).mul_add(*x, sum);
-            sum_x += f64::from(*x);
+        let of_group: Vec<(f32, f32)> =
+            products.by_ref().take(group.places).map(|(x, code)| (*x, code + group.zero)).collect();
+        of_group.iter().for_each(|(x, _)| sum_x += f64::from(*x));
+        match kind {
+            OperandKind::F32 => of_group.iter().for_each(|(x, w)| sum = w.mul_add(*x, sum)),
+            OperandKind::Bf16 => {
+                for (x, w) in of_group.as_chunks::<2>().0.iter().flat_map(|[a, b]| [b, a]) {
+                    sum = normal(normal(*w).mul_add(normal(*x), sum));
+                }
+            }
         }
         let sum_x = sum_x as f32;
         let Some(scale) = group.scale else {
@@ -75,6 +86,11 @@ fn element(plan: &Plan, places: &[f32], row: &Row) -> f32 {
         Some(Global::Multiply(DecodeScale(by))) => acc * by,
         Some(Global::Divide(EncodeScale(by))) => acc / by,
     }
+}
+
+/// What dot products of bf16 make of numbers below the normal ones.
+fn normal(value: f32) -> f32 {
+    if value.abs() < f32::MIN_POSITIVE { 0f32.copysign(value) } else { value }
 }
 
 /// A row of floats, or of codes with scales in an array of their own.
@@ -172,7 +188,7 @@ fn value(plan: &Plan, code: &[u8]) -> f32 {
     match plan.layout.codes {
         Codes::F32 => f32::from_le_bytes(code.try_into().unwrap()),
         Codes::F16 => f16::from_le_bytes(code.try_into().unwrap()).to_f32(),
-        Codes::Bf16 => half::bf16::from_le_bytes(code.try_into().unwrap()).to_f32(),
+        Codes::Bf16 => bf16::from_le_bytes(code.try_into().unwrap()).to_f32(),
         Codes::Int8 => f32::from(code[0] as i8),
         Codes::E4m3 => e4m3::decode(code[0]) / 256.0,
         Codes::E5m2 => e5m2::decode(code[0]),

@@ -95,7 +95,8 @@ impl<'a> Packing<'a> {
         let stride = BLOCK * size;
         for panel in 0..panels {
             let codes = &self.codes[panel * PANEL * stride + i * STEP * size..];
-            let items = &mut Items { step: &mut *to, panel, panels };
+            let quads = self.plan.layout.quads;
+            let items = &mut Items { step: &mut *to, panel, panels, quads };
             lines::from_codes(self.plan.layout.codes, codes, stride, items);
         }
     }

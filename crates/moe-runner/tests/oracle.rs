@@ -6,8 +6,8 @@ use std::path::Path;
 use moe_runner::Error;
 use moe_runner::checkpoint::{Checkpoint, architecture};
 use moe_runner::experts::{
-    Archs, Caps, Device, Formats, Functions, KERNELS, KernelDesc, ProductFormat, RowFormat, Scheme,
-    Target,
+    self, Archs, Caps, Device, Formats, Functions, KERNELS, KernelDesc, ProductFormat, RowFormat,
+    Scheme, Target,
 };
 use moe_runner::hidden::ActivationDtype::{self, Bf16, F16, F32};
 use moe_runner::oracle::{Machine, Request, failing_conditions, select};
@@ -32,7 +32,7 @@ const CUDA: KernelDesc = KernelDesc {
     multiples: (128, 64),
     caps: Caps::ROUTES.with(Caps::CAPTURES),
     row_formats: &[RowFormat::Batched],
-    ..*KERNELS[0]
+    ..experts::cpu::CPU_PORTABLE
 };
 
 /// One that asks for less.
@@ -282,11 +282,12 @@ fn reasons_and_fixes_in_words() {
     let avx2 = reasons("avx2");
     assert!(avx2[1].starts_with("needs an NVIDIA GPU, which avx2 does not have"), "{avx2:?}");
     let machine = Machine::named("avx2").unwrap();
-    let reason = &failing_conditions(KERNELS[0], &request, &machine)[0];
-    assert_eq!(
-        reason.to_string(),
-        "needs avx512, which avx2 does not have (a processor with avx512)"
-    );
+    for (kernel, needs) in [("cpu_avx512", "avx512"), ("cpu_avx512_bf16", "avx512_bf16")] {
+        let kernel = KERNELS.iter().find(|known| known.name == kernel).unwrap();
+        let reason = &failing_conditions(kernel, &request, &machine)[0];
+        let words = format!("needs {needs}, which avx2 does not have (a processor with {needs})");
+        assert_eq!(reason.to_string(), words);
+    }
 }
 
 /// Code for sm_90a runs on that architecture alone, not on newer ones; and a kernel takes formats
@@ -329,13 +330,14 @@ fn machines_by_name() {
     assert_eq!(chosen("portable"), "cpu_portable");
     assert_eq!(chosen("avx2"), "cpu_avx2");
     assert_eq!(chosen("AVX512"), "cpu_avx512");
+    assert_eq!(chosen("avx512_bf16"), "cpu_avx512"); // the rows are quantised
     assert_eq!(chosen("sm90"), "cpu_avx512");
     let capability = |name: &str| Machine::named(name).unwrap().compute_capability;
     assert_eq!(["sm90", "sm_90", "SM90a"].map(capability), [Some(90); 3]);
     assert_eq!(capability("sm100"), Some(100));
     for unknown in ["", "sm", "sm91", "smx", "avx", "sm-90", "sm4294967386"] {
         let text = Machine::named(unknown).unwrap_err().to_string();
-        assert!(text.contains("portable, avx2, avx512, sm70"), "{unknown}: {text}");
+        assert!(text.contains("portable, avx2, avx512, avx512_bf16, sm70"), "{unknown}: {text}");
     }
 }
 

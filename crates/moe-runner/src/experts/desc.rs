@@ -195,6 +195,8 @@ pub enum Arithmetic {
     F64,
     /// Products and sums in f32; nothing is rounded to 16 bits between the layer's ends.
     F32,
+    /// The rows of both products are rounded to bf16; products and sums in f32.
+    Bf16,
     /// In f32, every intermediate result stored in the activations' dtype: that rounding is part of
     /// what the kernel computes, and of its distance to the reference.
     Rounded,
@@ -271,6 +273,8 @@ pub enum Formats<F: 'static> {
     All,
     /// These.
     Only(&'static [F]),
+    /// All but these; and one that is left, for who must name one.
+    Except(&'static [F], F),
 }
 
 impl<F: PartialEq> Formats<F> {
@@ -279,6 +283,7 @@ impl<F: PartialEq> Formats<F> {
         match self {
             Self::All => true,
             Self::Only(formats) => formats.contains(format),
+            Self::Except(formats, _) => !formats.contains(format),
         }
     }
 }
@@ -286,9 +291,11 @@ impl<F: PartialEq> Formats<F> {
 impl<F: std::fmt::Display> Formats<F> {
     /// The formats, for people.
     pub fn list(&self) -> String {
+        let list = |formats: &[F]| formats.iter().map(F::to_string).collect::<Vec<_>>().join(", ");
         match self {
             Self::All => "any format".into(),
-            Self::Only(formats) => formats.iter().map(F::to_string).collect::<Vec<_>>().join(", "),
+            Self::Only(formats) => list(formats),
+            Self::Except(formats, _) => format!("any format but {}", list(formats)),
         }
     }
 }

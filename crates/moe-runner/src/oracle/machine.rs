@@ -19,8 +19,15 @@ pub struct Machine {
 }
 
 /// Processors by name, and their features.
-const PROCESSORS: [(&str, Features); 3] =
-    [("portable", Features::NONE), ("avx2", Features::V3), ("avx512", Features::V4)];
+const PROCESSORS: [(&str, Features); 4] = [
+    ("portable", Features::NONE),
+    ("avx2", Features::V3),
+    ("avx512", Features::V4),
+    ("avx512_bf16", Features::V4_BF16),
+];
+
+/// The processor that a GPU is taken to stand beside.
+const HOST: Features = Features::V4;
 
 /// NVIDIA's architectures with tensor cores: compute capability, ten times, and where it is found.
 const GPUS: [(u32, &str); 12] = [
@@ -46,7 +53,7 @@ pub(super) fn gpu_name(capability: u32) -> String {
     }
 }
 
-/// "avx512" for all that x86-64-v4 is; the features' own names otherwise.
+/// "avx512" for all that x86-64-v4 is, and so on; the features' own names otherwise.
 pub(super) fn features_name(features: Features) -> String {
     match PROCESSORS.iter().find(|(_, known)| *known == features) {
         Some((name, _)) => (*name).into(),
@@ -123,7 +130,7 @@ impl Machine {
         match GPUS.iter().find(|(known, _)| Some(*known) == capability) {
             Some((capability, _)) => Ok(Self {
                 name: format!("sm{capability}"),
-                features: PROCESSORS[PROCESSORS.len() - 1].1,
+                features: HOST,
                 compute_capability: Some(*capability),
                 without_gpu: None,
             }),

@@ -164,8 +164,8 @@ fn replace<'a, F: Copy + PartialEq + 'a>(
     from: F,
     to: Formats<F>,
 ) {
-    if let Formats::Only(&[first, ..]) = to {
-        formats.filter(|format| **format == from).for_each(|format| *format = first);
+    if let Formats::Only(&[one, ..]) | Formats::Except(_, one) = to {
+        formats.filter(|format| **format == from).for_each(|format| *format = one);
     }
 }
 
@@ -190,6 +190,9 @@ impl fmt::Display for Change {
                     Formats::All => f.write_str("a checkpoint with any scales"),
                     Formats::Only(groups) => {
                         write!(f, "a checkpoint with a scale for each {}", list(groups))
+                    }
+                    Formats::Except(groups, _) => {
+                        write!(f, "a checkpoint with no scale for each {}", list(groups))
                     }
                 }
             }

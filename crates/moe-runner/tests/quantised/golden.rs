@@ -2,11 +2,11 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::kernels;
 use crate::layers::{forward, nmse, runner, truth};
+use crate::{kernels, sixteen_bit_kernels};
 use moe_runner::checkpoint::{Checkpoint, architecture};
 use moe_runner::doctor;
-use moe_runner::hidden::ActivationDtype::F32;
+use moe_runner::hidden::ActivationDtype::{Bf16, F32};
 use moe_runner::spec::ActivationFormat;
 use moe_runner::weights::LoadedLayer;
 
@@ -122,6 +122,14 @@ fn every_case_equals_its_recorded_outputs_with_every_kernel() {
                     assert!(error <= bound, "{name} {at}, {kernel}: NMSE {error:e}");
                     let error = nmse(&y, &reference);
                     assert!(error <= own, "{name} {at}, {kernel} to reference: NMSE {error:e}");
+                }
+                // and with those that multiply in 16 bits, rows that are so
+                let x: Vec<f32> = x.iter().map(|v| Bf16.round(*v)).collect();
+                let reference = truth(&layer, &x);
+                for kernel in sixteen_bit_kernels(&layer) {
+                    let y = forward(&mut runner(&layer, Some(kernel.name), Bf16), &x);
+                    let (error, bound) = (nmse(&y, &reference), kernel.bound(Bf16, quantised));
+                    assert!(error <= bound, "{name} {at}, {}: NMSE {error:e}", kernel.name);
                 }
                 compared += 1;
             }

@@ -12,8 +12,8 @@ mod models;
 mod schemes;
 mod stacks;
 
-use moe_runner::experts::KERNELS;
-use moe_runner::hidden::ActivationDtype::F32;
+use moe_runner::experts::{Arithmetic, KERNELS, KernelDesc};
+use moe_runner::hidden::ActivationDtype::{Bf16, F32};
 use moe_runner::oracle::{Machine, Request, failing_conditions};
 use moe_runner::weights::LoadedLayer;
 
@@ -24,4 +24,11 @@ fn kernels(layer: &LoadedLayer) -> Vec<&'static str> {
     let names: Vec<&str> = able.map(|kernel| kernel.name).collect();
     assert!(["cpu_portable", "reference"].iter().all(|name| names.contains(name)), "{names:?}");
     names
+}
+
+/// Kernels that multiply `layer` in 16 bits on this machine.
+fn sixteen_bit_kernels(layer: &LoadedLayer) -> Vec<&'static KernelDesc> {
+    let (machine, request) = (Machine::detect(), Request::of(layer, Bf16));
+    let able = KERNELS.iter().filter(|k| failing_conditions(k, &request, &machine).is_empty());
+    able.copied().filter(|kernel| kernel.arithmetic == Arithmetic::Bf16).collect()
 }

@@ -2,6 +2,7 @@
 
 use moe_kernels::arena::{Arena, room};
 use moe_kernels::isa::{Cpu, Features};
+use moe_kernels::operand::OperandKind;
 use moe_kernels::pack::UNIT;
 use moe_kernels::pool::ThreadPool;
 use moe_kernels::region::{for_each_tile, for_each_with, rows_together};
@@ -26,7 +27,8 @@ impl Linear {
     /// # Errors
     /// [`Error::NoKernel`] if no product reads it.
     pub fn new(matrix: &Matrix, features: Features) -> Result<Self> {
-        let weights = Projection::new(matrix, None, features).map_err(Error::NoKernel)?;
+        let weights =
+            Projection::new(matrix, None, features, OperandKind::F32).map_err(Error::NoKernel)?;
         let cpu = Cpu::detect().only(features);
         Ok(Self { weights, input: matrix.input, cpu })
     }

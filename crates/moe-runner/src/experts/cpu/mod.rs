@@ -1,4 +1,5 @@
-//! The float kernels for processors: products in f32 with packed weights, for every format.
+//! The float kernels for processors: products with packed weights, for every format. Most multiply in
+//! f32; `cpu_avx512_bf16` rounds rows to bf16 and has exact products of them.
 //!
 //! Weights stay what they are in the checkpoint, codes with scales or floats; the products decode
 //! them in registers. The order of every sum is the kernel crate's, so a row's result does not depend
@@ -17,11 +18,11 @@ pub use linear::Linear;
 use crate::experts::grouped::{self, Block, Product, Products};
 use crate::experts::{
     Arithmetic, BuildCall, BuiltKernel, Caps, Determinism, ExpertCall, ExpertShape, Experts,
-    Functions, KernelDesc, RowFormat, Scheme, Target, rms_norm,
+    Formats, Functions, KernelDesc, RowFormat, Scheme, Target, rms_norm,
 };
 use crate::hidden::ActivationDtype;
 use crate::plan::Plan;
-use crate::spec::{ExpertSpec, WeightOn};
+use crate::spec::{ActivationFormat, ExpertSpec, WeightFormat, WeightOn};
 use crate::{Error, Result};
 use packed::PackedExpert;
 
@@ -42,6 +43,22 @@ const fn desc(name: &'static str, summary: &'static str, features: Features) -> 
         dense: None,
     }
 }
+
+/// With AVX-512's dot products of bf16: hidden states of bf16, and weights whose codes bf16 holds.
+pub const CPU_AVX512_BF16: KernelDesc = KernelDesc {
+    schemes: &[Scheme {
+        weights: Formats::Except(&[WeightFormat::F32, WeightFormat::F16], WeightFormat::Bf16),
+        rows: Formats::Only(&[ActivationFormat::Unquantised]),
+        ..Scheme::ANY
+    }],
+    dtypes: &[ActivationDtype::Bf16],
+    arithmetic: Arithmetic::Bf16,
+    ..desc(
+        "cpu_avx512_bf16",
+        "bf16 dot products with sums in f32 on all threads (AVX-512 BF16)",
+        Features::V4_BF16,
+    )
+};
 
 /// With AVX-512.
 pub const CPU_AVX512: KernelDesc =

@@ -12,7 +12,8 @@ use moe_kernels::region::for_each;
 use moe_kernels::rows::{Rows, RowsMut};
 
 use crate::experts::reference::stored_bytes;
-use crate::experts::{BuildCall, KernelDesc, Progress};
+use crate::experts::{Arithmetic, BuildCall, KernelDesc, Progress};
+use crate::spec::ActivationFormat;
 use crate::weights::{ActivationQuant, Expert, Matrix};
 use crate::{Error, Result};
 
@@ -23,13 +24,17 @@ pub(super) struct Projection {
 }
 
 impl Projection {
-    /// Packs `matrix` for the best product that `features` allow.
+    /// Packs `matrix` for the best product that `features` allow. Its rows are `rows` where that loses
+    /// nothing of what the checkpoint says, and f32 elsewhere.
     pub(super) fn new(
         matrix: &Matrix,
         bias: Option<Vec<f32>>,
         features: Features,
+        rows: OperandKind,
     ) -> Result<Self, String> {
-        let entry = gemm(matrix.view(), OperandKind::F32, features);
+        let exact = matrix.input.format() == ActivationFormat::Unquantised;
+        let entry = exact.then(|| gemm(matrix.view(), rows, features)).flatten();
+        let entry = entry.or_else(|| gemm(matrix.view(), OperandKind::F32, features));
         let entry = entry.ok_or_else(|| format!("no product reads {}", matrix.describe()))?;
         let packed = pack(matrix.view(), entry).map_err(|refusal| refusal.to_string())?;
         Ok(Self { packed, bias })
@@ -115,6 +120,10 @@ impl PackedExpert {
 pub(super) fn pack_all(desc: &KernelDesc, call: BuildCall<'_>) -> Result<Vec<PackedExpert>> {
     let BuildCall { experts, pool, progress, .. } = call;
     let features = desc.target.features();
+    let rows = match desc.arithmetic {
+        Arithmetic::Bf16 => OperandKind::Bf16,
+        _ => OperandKind::F32,
+    };
     let (mut rest, mut jobs) = (Vec::new(), Vec::new());
     for expert in experts {
         let bytes = stored_bytes(&expert);
@@ -128,7 +137,7 @@ pub(super) fn pack_all(desc: &KernelDesc, call: BuildCall<'_>) -> Result<Vec<Pac
     packed.resize_with(total, || None);
     let progress = Mutex::new((0, progress));
     for_each(pool, jobs.into_iter().zip(&mut packed), |((matrix, bias), to)| {
-        *to = Some(Projection::new(&matrix, bias, features));
+        *to = Some(Projection::new(&matrix, bias, features, rows));
         drop(matrix);
         // a panic of the callback ends the region, and nobody looks at the count then
         if let Ok(mut progress) = progress.lock() {

@@ -17,6 +17,8 @@ pub struct Limits {
     pub read_gbps: f64,
     /// f32 multiply-adds of all threads together, in registers: 10⁹ operations/s, two for each.
     pub f32_gflops: f64,
+    /// bf16 dot products, likewise, where the CPU has them.
+    pub bf16_gflops: Option<f64>,
     /// Threads that took part.
     pub threads: usize,
 }
@@ -31,7 +33,10 @@ impl Limits {
     pub fn measure(kernel: Kernel, pool: &Pool, budget: Duration) -> Limits {
         Limits {
             read_gbps: read_gbps(kernel, pool, budget / 2),
-            f32_gflops: f32_gflops(kernel, pool, budget / 2),
+            f32_gflops: gflops(pool, budget / 4, |rounds| kernel.probe_multiply_add(rounds)),
+            bf16_gflops: kernel.probe_dots(1).map(|_| {
+                gflops(pool, budget / 4, |rounds| kernel.probe_dots(rounds).unwrap_or_default())
+            }),
             threads: pool.threads(),
         }
     }
@@ -53,14 +58,14 @@ fn read_gbps(kernel: Kernel, pool: &Pool, budget: Duration) -> f64 {
     (data.len() * 4) as f64 / best.as_secs_f64() / 1e9
 }
 
-fn f32_gflops(kernel: Kernel, pool: &Pool, budget: Duration) -> f64 {
+fn gflops(pool: &Pool, budget: Duration, probe: impl Fn(usize) -> u64 + Sync) -> f64 {
     // Items of some 50 µs, many to a thread, so that the threads end at about the same time.
     const ROUNDS: usize = 15_000;
     let items = 64 * pool.threads();
-    let operations = kernel.probe_multiply_add(ROUNDS) * items as u64;
+    let operations = probe(ROUNDS) * items as u64;
     let best = best_time(Instant::now() + budget, || {
         pool.run(items, &|_, _| {
-            kernel.probe_multiply_add(ROUNDS);
+            probe(ROUNDS);
         });
     });
     operations as f64 / best.as_secs_f64() / 1e9
@@ -122,6 +127,9 @@ mod tests {
             let one = kernel.probe_multiply_add(1);
             assert!(one >= 2 * 8, "{cpu:?}");
             assert_eq!(kernel.probe_multiply_add(100), 100 * one, "{cpu:?}");
+        }
+        if let Some(one) = Kernel::detect().probe_dots(1) {
+            assert_eq!(Kernel::detect().probe_dots(100), Some(100 * one));
         }
     }
 

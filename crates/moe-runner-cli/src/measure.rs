@@ -6,7 +6,7 @@ use std::time::Duration;
 use moe_kernels::kernel::Kernel;
 use moe_kernels::limits::Limits;
 use moe_kernels::pool::Pool;
-use moe_runner::experts::{Archs, Formats, KernelDesc, Target};
+use moe_runner::experts::{Archs, Arithmetic, Formats, KernelDesc, Target};
 use moe_runner::spec::ActivationFormat;
 use serde::Serialize;
 
@@ -25,6 +25,9 @@ pub(crate) struct MachineLimits {
     pub(crate) read_gbps: f64,
     /// 10⁹ f32 operations/s; multiply-adds count two.
     pub(crate) f32_gflops: f64,
+    /// The same of bf16 dot products, where the processor has them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) bf16_gflops: Option<f64>,
     /// Of a GPU, where kernels run on one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) gpu: Option<GpuLimits>,
@@ -33,9 +36,9 @@ pub(crate) struct MachineLimits {
 impl MachineLimits {
     pub(crate) fn measure(pool: &Pool) -> Self {
         let kernel = Kernel::detect();
-        let Limits { read_gbps, f32_gflops, threads } =
+        let Limits { read_gbps, f32_gflops, bf16_gflops, threads } =
             Limits::measure(kernel, pool, LIMITS_BUDGET);
-        Self { threads, isa: kernel.name(), read_gbps, f32_gflops, gpu: None }
+        Self { threads, isa: kernel.name(), read_gbps, f32_gflops, bf16_gflops, gpu: None }
     }
 
     /// The same, with GPU `index`.
@@ -48,7 +51,10 @@ impl MachineLimits {
     pub(crate) fn least_seconds(&self, kernel: &KernelDesc, bytes: f64, flops: f64) -> f64 {
         let (read_gbps, gflops) = match (&self.gpu, kernel.target) {
             (Some(gpu), Target::Cuda(archs)) => (gpu.read_gbps, gpu.gflops(kernel, archs)),
-            _ => (self.read_gbps, self.f32_gflops),
+            _ => {
+                let bf16 = self.bf16_gflops.filter(|_| kernel.arithmetic == Arithmetic::Bf16);
+                (self.read_gbps, bf16.unwrap_or(self.f32_gflops))
+            }
         };
         (bytes / read_gbps).max(flops / gflops) / 1e9
     }
@@ -87,12 +93,16 @@ impl fmt::Display for MachineLimits {
         }
         write!(
             f,
-            "{}, {}: reads {:.1} GB/s, computes {:.0} GFLOP/s in f32 (measured now)",
+            "{}, {}: reads {:.1} GB/s, computes {:.0} GFLOP/s in f32",
             plural(self.threads, "thread"),
             self.isa,
             self.read_gbps,
             self.f32_gflops
-        )
+        )?;
+        if let Some(gflops) = self.bf16_gflops {
+            write!(f, ", {gflops:.0} in bf16")?;
+        }
+        f.write_str(" (measured now)")
     }
 }
 
@@ -107,11 +117,14 @@ mod tests {
             isa: "portable",
             read_gbps: 10.0,
             f32_gflops: 100.0,
+            bf16_gflops: Some(200.0),
             gpu: None,
         };
         let kernel = &moe_runner::experts::cpu::CPU_PORTABLE;
         assert!((limits.least_seconds(kernel, 20e9, 50e9) - 2.0).abs() < 1e-9);
         assert!((limits.least_seconds(kernel, 1e9, 50e9) - 0.5).abs() < 1e-9);
+        let kernel = &moe_runner::experts::cpu::CPU_AVX512_BF16;
+        assert!((limits.least_seconds(kernel, 1e9, 50e9) - 0.25).abs() < 1e-9);
     }
 
     /// A kernel is held against the units that it uses, of the device that it runs on.
@@ -131,6 +144,7 @@ mod tests {
             isa: "portable",
             read_gbps: 10.0,
             f32_gflops: 100.0,
+            bf16_gflops: Some(200.0),
             gpu: Some(gpu),
         };
         for (kernel, seconds) in [(&CUDA_F32, 2.0), (&CUDA_SM90_BF16, 0.2), (&CUDA_SM90_FP8, 0.1)] {

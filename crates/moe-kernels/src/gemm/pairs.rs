@@ -3,6 +3,7 @@
 //!
 //! Every code of eight bits or fewer stands for a number that bf16 holds exactly: codes are looked up.
 
+use std::arch::asm;
 use std::arch::x86_64::*;
 
 use super::avx512::Avx512;
@@ -62,14 +63,8 @@ macro_rules! pairs {
 
             #[inline(always)]
             unsafe fn product(value: __m512i, x: __m512, sum: __m512) -> __m512 {
-                // SAFETY: the caller's; 512 bits are 32 bf16.
-                unsafe {
-                    let (value, x) = (
-                        std::mem::transmute::<__m512i, __m512bh>(value),
-                        std::mem::transmute::<__m512, __m512bh>(x),
-                    );
-                    _mm512_dpbf16_ps(sum, value, x)
-                }
+                // SAFETY: the caller's.
+                unsafe { dot(value, x, sum) }
             }
         }
     };
@@ -178,6 +173,23 @@ pairs!(
         _mm512_permutex2var_epi16(tables[0], joined::<4, 2>(planes, j), tables[1])
     }
 );
+
+/// `value · x + sum`: pairs of bf16, the odd one first.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bf16")]
+fn dot(value: __m512i, x: __m512, sum: __m512) -> __m512 {
+    // SAFETY: 512 bits are 32 bf16. The assembly has no instruction: it keeps the compiler from loading
+    // the words of all rows and columns of an octet before the first product, which spills them.
+    unsafe {
+        let (value, x) = (
+            std::mem::transmute::<__m512i, __m512bh>(value),
+            std::mem::transmute::<__m512, __m512bh>(x),
+        );
+        let mut sum = _mm512_dpbf16_ps(sum, value, x);
+        asm!("/* {} */", inout(zmm_reg) sum, options(nostack, preserves_flags));
+        sum
+    }
+}
 
 /// Codes of four bits less their zero points, plus 16, are indices of it.
 static DIFFERENCES: [f32; 64] = from(-16.0);
@@ -404,7 +416,11 @@ unsafe fn woven(low: __m512i, high: __m512i, codes: __m512i, j: usize) -> __m512
     // SAFETY: the caller's. The table of the function: high | codes & mask.
     unsafe {
         let high = _mm512_ternarylogic_epi32::<0xF8>(high, codes, _mm512_set1_epi8(-128));
-        if j % 2 == 0 { _mm512_unpacklo_epi8(low, high) } else { _mm512_unpackhi_epi8(low, high) }
+        if j.is_multiple_of(2) {
+            _mm512_unpacklo_epi8(low, high)
+        } else {
+            _mm512_unpackhi_epi8(low, high)
+        }
     }
 }
 

@@ -17,7 +17,7 @@ use std::fmt;
 use crate::activation::Activation;
 use crate::isa::{Cpu, Features};
 use activation::ActivateFn;
-use probe::Probes;
+use probe::{Probes, Rounds};
 
 /// The kernels of one set of features: [`Features::V4`], [`Features::V3`], or none.
 #[derive(Clone, Copy)]
@@ -26,6 +26,8 @@ pub struct Kernel {
     cpu: Cpu,
     activate: ActivateFn,
     probes: Probes,
+    /// Dot products of bf16, where the CPU has them.
+    dots: Option<Rounds>,
 }
 
 impl Kernel {
@@ -46,7 +48,11 @@ impl Kernel {
         const PORTABLE: Level = ("portable", Features::NONE, portable::activate, portable::PROBES);
         let able = LEVELS.iter().find(|(_, needs, ..)| cpu.has(*needs));
         let &(name, needs, activate, probes) = able.unwrap_or(&PORTABLE);
-        Kernel { name, cpu: cpu.only(needs), activate, probes }
+        #[cfg(target_arch = "x86_64")]
+        let dots = cpu.has(Features::V4_BF16).then_some(avx512::dots as Rounds);
+        #[cfg(not(target_arch = "x86_64"))]
+        let dots = None;
+        Kernel { name, cpu: cpu.only(needs), activate, probes, dots }
     }
 
     /// The name in reports: `avx512`, `avx2`, `portable`.
@@ -80,6 +86,13 @@ impl Kernel {
     pub(crate) fn probe_multiply_add(&self, rounds: usize) -> u64 {
         // SAFETY: the CPU has the features, as above.
         unsafe { (self.probes.multiply_add)(rounds) }
+    }
+
+    /// Does `rounds` rounds of bf16 dot products in registers, where the CPU has them; returns the
+    /// number of operations.
+    pub(crate) fn probe_dots(&self, rounds: usize) -> Option<u64> {
+        // SAFETY: the CPU has the features, as above.
+        self.dots.map(|dots| unsafe { dots(rounds) })
     }
 }
 

@@ -9,9 +9,12 @@ use super::lanes::Lanes;
 pub(super) struct Probes {
     /// Reads all elements; the sum of some of them keeps the compiler from leaving that out.
     pub(super) read: unsafe fn(&[f32]) -> f32,
-    /// Does `rounds` rounds of multiply-adds; returns how many f32 operations that were.
-    pub(super) multiply_add: unsafe fn(usize) -> u64,
+    /// Multiply-adds of f32.
+    pub(super) multiply_add: Rounds,
 }
+
+/// Does so many rounds of arithmetic in registers; returns the number of operations.
+pub(super) type Rounds = unsafe fn(usize) -> u64;
 
 /// Four rows of a page at a time, with the next four asked for: the order in which a kernel reads
 /// weights, and the fastest of those tried.

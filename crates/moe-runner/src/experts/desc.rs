@@ -195,7 +195,7 @@ pub enum Arithmetic {
     F64,
     /// Products and sums in f32; nothing is rounded to 16 bits between the layer's ends.
     F32,
-    /// The rows of both products are rounded to bf16; products and sums in f32.
+    /// The row between the products is rounded to bf16; products and sums in f32.
     Bf16,
     /// In f32, every intermediate result stored in the activations' dtype: that rounding is part of
     /// what the kernel computes, and of its distance to the reference.

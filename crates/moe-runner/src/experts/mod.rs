@@ -80,6 +80,7 @@ pub fn build(
         experts: experts.to_vec(),
         layer: None,
         dtype,
+        rows: dtype,
         gpu: 0,
         pool: &Inline,
         progress: &mut |_| (),
@@ -99,6 +100,8 @@ pub struct BuildCall<'a> {
     pub layer: Option<&'a LoadedLayer>,
     /// Dtype of the hidden states.
     pub dtype: ActivationDtype,
+    /// Dtype that holds the experts' rows exactly: that of the hidden states, or f32 after a transform.
+    pub rows: ActivationDtype,
     /// Which GPU, for kernels that run on one.
     pub gpu: usize,
     /// Threads to pack on.

@@ -117,7 +117,8 @@ impl Machine {
     /// [`Error::Input`] listing the names.
     pub fn named(name: &str) -> Result<Self> {
         let lower = name.to_ascii_lowercase().replace('_', "");
-        if let Some((name, features)) = PROCESSORS.iter().find(|(known, _)| *known == lower) {
+        let known = |processor: &&(&str, _)| processor.0.replace('_', "") == lower;
+        if let Some((name, features)) = PROCESSORS.iter().find(known) {
             return Ok(Self {
                 name: (*name).into(),
                 features: *features,

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::ready::{Options, QuantMethod, build};
+use super::ready::{Options, QuantMethod, build, rows_after};
 use super::slices::Slices;
 use super::{MoeRunner, MoeRunnerInterface, ReadyLayer};
 use crate::Result;
@@ -112,6 +112,7 @@ impl MoeRunner {
             experts: experts.to_vec(),
             layer: None,
             dtype: options.dtype,
+            rows: rows_after(spec.input_transform.is_identity(), options.dtype),
             gpu: options.gpu,
             pool: &*options.pool,
             progress: &mut |_| (),

@@ -308,6 +308,7 @@ impl LoadedLayer {
             experts: weights.experts.clone(),
             layer: None,
             dtype: options.dtype,
+            rows: rows_after(shared.input_norm.is_none(), options.dtype),
             gpu: options.gpu,
             pool: &*options.pool,
             progress: &mut |_| (),
@@ -423,9 +424,15 @@ pub(super) fn build(
 ) -> Result<BuiltKernel> {
     let (spec, weight_on) = (&layer.spec.expert, layer.spec.router.weight_on);
     let Options { dtype, gpu, .. } = *options;
+    let rows = rows_after(layer.spec.input_transform.is_identity(), dtype);
     let (layer, pool) = (Some(layer), &*options.pool);
-    let call = BuildCall { spec, weight_on, experts, layer, dtype, gpu, pool, progress };
+    let call = BuildCall { spec, weight_on, experts, layer, dtype, rows, gpu, pool, progress };
     (kernel.build)(kernel, call)
+}
+
+/// What holds hidden states of `dtype` exactly after a step that is the identity, or is not.
+pub(super) fn rows_after(identity: bool, dtype: ActivationDtype) -> ActivationDtype {
+    if identity { dtype } else { ActivationDtype::F32 }
 }
 
 /// What the dense products beside a kernel may use: the kernel's own features, so that a kernel named

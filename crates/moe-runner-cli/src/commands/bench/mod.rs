@@ -174,16 +174,20 @@ pub(crate) fn run(args: &BenchArgs, common: &Common) -> Result<Report> {
         limits: LimitsJson {
             read_gbps: machine.gpu.map_or(machine.read_gbps, |gpu| gpu.read_gbps),
             gflops: match machine.gpu {
-                None => BTreeMap::from([("f32", machine.f32_gflops)]),
+                None => [
+                    ("f32", Some(machine.f32_gflops)),
+                    ("bf16", machine.bf16_gflops),
+                    ("fp8", None),
+                ],
                 Some(gpu) => [
                     ("f32", Some(gpu.f32_gflops)),
                     ("bf16", gpu.bf16_gflops),
                     ("fp8", gpu.fp8_gflops),
-                ]
-                .into_iter()
-                .filter_map(|(name, rate)| Some((name, rate?)))
-                .collect(),
-            },
+                ],
+            }
+            .into_iter()
+            .filter_map(|(name, rate)| Some((name, rate?)))
+            .collect(),
             gpu: machine.gpu,
             threads: machine.threads,
             isa: machine.isa,

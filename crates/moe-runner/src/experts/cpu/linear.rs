@@ -79,7 +79,7 @@ impl Linear {
         let together = TOGETHER.min(tokens.div_ceil(2 * threads).next_multiple_of(8));
         for_each_tile(pool, &mut [], &out.even_tiles(together.max(1), UNIT), |_, mut tile| {
             let x = &operand[tile.rows.start * stride..];
-            self.weights.run(x, stride, &tile.cols, &mut tile.out);
+            self.weights.run((x, stride), None, &tile.cols, &mut tile.out);
         });
     }
 }

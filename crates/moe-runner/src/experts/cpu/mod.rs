@@ -1,5 +1,5 @@
 //! The float kernels for processors: products with packed weights, for every format. Most multiply in
-//! f32; `cpu_avx512_bf16` rounds rows to bf16 and has exact products of them.
+//! f32; `cpu_avx512_bf16` multiplies rows of bf16, and rounds the row between the products to it.
 //!
 //! Weights stay what they are in the checkpoint, codes with scales or floats; the products decode
 //! them in registers. The order of every sum is the kernel crate's, so a row's result does not depend
@@ -102,6 +102,12 @@ impl CpuExperts {
         let row_lens = [most(PackedExpert::first_len), most(|expert| expert.down.row_len())];
         Ok(Self { desc, kernel, spec, weight_on, experts, shape, row_lens })
     }
+
+    /// Weights on the input multiply the first product's sums instead: rows that are rounded to bf16
+    /// are bf16 already, and stay what they are.
+    fn weighs_sums(&self) -> bool {
+        self.desc.arithmetic == Arithmetic::Bf16
+    }
 }
 
 impl std::fmt::Debug for CpuExperts {
@@ -154,7 +160,7 @@ impl Products for CpuExperts {
     }
 
     fn enter(&self, expert: usize, row: &mut [f32], weight: f32, quantised: bool) {
-        if self.weight_on == WeightOn::Input {
+        if self.weight_on == WeightOn::Input && !self.weighs_sums() {
             row.iter_mut().for_each(|v| *v *= weight);
         }
         if !quantised {
@@ -196,17 +202,19 @@ impl Products for CpuExperts {
         let expert = &self.experts[block.expert];
         let activation = self.spec.activation;
         let (rows, stride) = (block.slots.len(), expert.first_len());
+        let weighs = self.weight_on == WeightOn::Input && self.weighs_sums();
+        let weights = weighs.then_some((block.slots, block.weights));
         let Tile { cols, out, .. } = tile;
         let Some(gate) = &expert.gate else {
-            expert.up.run(block.rows, stride, cols, out);
+            expert.up.run((block.rows, stride), weights, cols, out);
             (0..rows).for_each(|i| self.kernel.activate(activation, out.row_mut(i), None));
             return;
         };
         let own = if expert.gate_rows().is_some() { expert.up.row_len() } else { 0 };
-        gate.run(&block.rows[own..], stride, cols, out);
+        gate.run((&block.rows[own..], stride), weights, cols, out);
         let width = cols.len();
         let mut up = RowsMut::new(scratch, rows, width, width);
-        expert.up.run(block.rows, stride, cols, &mut up);
+        expert.up.run((block.rows, stride), weights, cols, &mut up);
         for i in 0..rows {
             self.kernel.activate(activation, out.row_mut(i), Some(up.row(i)));
         }
@@ -214,7 +222,7 @@ impl Products for CpuExperts {
 
     fn second(&self, block: Block<'_>, tile: &mut Tile<'_>, _scratch: &mut [f32]) {
         let down = &self.experts[block.expert].down;
-        down.run(block.rows, down.row_len(), &tile.cols, &mut tile.out);
+        down.run((block.rows, down.row_len()), None, &tile.cols, &mut tile.out);
     }
 
     fn normalises(&self) -> bool {

@@ -13,6 +13,7 @@ use moe_kernels::rows::{Rows, RowsMut};
 
 use crate::experts::reference::stored_bytes;
 use crate::experts::{Arithmetic, BuildCall, KernelDesc, Progress};
+use crate::hidden::ActivationDtype;
 use crate::spec::ActivationFormat;
 use crate::weights::{ActivationQuant, Expert, Matrix};
 use crate::{Error, Result};
@@ -62,11 +63,11 @@ impl Projection {
     }
 
     /// The features `cols`, from a multiple of [`UNIT`] on, of the rows in `memory`, `stride` floats
-    /// apart; with the bias.
+    /// apart, each row times its slot's weight where slots and weights are given; with the bias.
     pub(super) fn run(
         &self,
-        memory: &[f32],
-        stride: usize,
+        (memory, stride): (&[f32], usize),
+        weights: Option<(&[u32], &[f32])>,
         cols: &Range<usize>,
         out: &mut RowsMut<'_>,
     ) {
@@ -74,6 +75,11 @@ impl Projection {
         let x = gemm.written(&self.packed, bytes(memory), rows, stride * size_of::<f32>());
         let units = cols.start / UNIT..cols.end.div_ceil(UNIT);
         gemm.run(&self.packed, x, 0..rows, units, out);
+        if let Some((slots, weights)) = weights {
+            for (i, slot) in slots.iter().enumerate() {
+                out.row_mut(i).iter_mut().for_each(|v| *v *= weights[*slot as usize]);
+            }
+        }
         if let Some(bias) = &self.bias {
             for i in 0..rows {
                 out.row_mut(i).iter_mut().zip(&bias[cols.clone()]).for_each(|(v, b)| *v += b);
@@ -118,25 +124,27 @@ impl PackedExpert {
 /// Packs all experts of `call`, projection by projection on all threads; a projection's stored
 /// numbers are let go of as soon as it is packed.
 pub(super) fn pack_all(desc: &KernelDesc, call: BuildCall<'_>) -> Result<Vec<PackedExpert>> {
-    let BuildCall { experts, pool, progress, .. } = call;
+    let BuildCall { experts, rows, pool, progress, .. } = call;
     let features = desc.target.features();
-    let rows = match desc.arithmetic {
-        Arithmetic::Bf16 => OperandKind::Bf16,
-        _ => OperandKind::F32,
+    // rows that a transform has made are not bf16, and the bound has no room for two roundings
+    let (first, second) = match (desc.arithmetic, rows) {
+        (Arithmetic::Bf16, ActivationDtype::Bf16) => (OperandKind::Bf16, OperandKind::Bf16),
+        (Arithmetic::Bf16, _) => (OperandKind::F32, OperandKind::Bf16),
+        _ => (OperandKind::F32, OperandKind::F32),
     };
     let (mut rest, mut jobs) = (Vec::new(), Vec::new());
     for expert in experts {
         let bytes = stored_bytes(&expert);
         let Expert { gate, up, down, gate_bias, up_bias, down_bias, norm } = expert;
         rest.push((gate.is_some(), up.input, down.input, norm, bytes));
-        jobs.extend(gate.map(|gate| (gate, gate_bias)));
-        jobs.extend([(up, up_bias), (down, down_bias)]);
+        jobs.extend(gate.map(|gate| (gate, gate_bias, first)));
+        jobs.extend([(up, up_bias, first), (down, down_bias, second)]);
     }
     let total = jobs.len();
     let mut packed: Vec<Option<Result<Projection, String>>> = Vec::new();
     packed.resize_with(total, || None);
     let progress = Mutex::new((0, progress));
-    for_each(pool, jobs.into_iter().zip(&mut packed), |((matrix, bias), to)| {
+    for_each(pool, jobs.into_iter().zip(&mut packed), |((matrix, bias, rows), to)| {
         *to = Some(Projection::new(&matrix, bias, features, rows));
         drop(matrix);
         // a panic of the callback ends the region, and nobody looks at the count then

@@ -1,11 +1,15 @@
 """Compares every family of models with routed experts with the library that defines it.
 
-    MOE_RUNNER=../../target/release/moe-runner python compare.py [MODEL_TYPE ...] [--keys | --add]
+    MOE_RUNNER=../../target/release/moe-runner python compare.py [MODEL_TYPE ...] [--keys | --add | --fields]
 
 For each model type: a tiny random model, saved as the library saves it; its MoE block computes random rows, and so does
 `moe-runner run`. With `--keys`, each key of config.json that touches the block is deleted, set to null, and set to
 something else, in turn; with `--add`, keys of other families are added, which the library ignores. What differs is
 printed; what the library itself refuses is passed over. Run by hand; needs `pip install torch transformers`.
+
+With `--fields`, each of those keys is deleted and set to null, and what both make of it is compared: where the library
+reads the same configuration as before, the layers must be the same ones; else outputs are compared. `compared.json` then
+says, for each family, with how many keys that was done; a test reads it.
 """
 
 import copy
@@ -21,6 +25,7 @@ from pathlib import Path
 
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 warnings.filterwarnings("ignore")
 
 import torch
@@ -205,6 +210,17 @@ def case(name, cls, config):
     found = list(blocks(model))
     if not found:
         return None
+    modules = dict(model.named_modules())
+    width = config.get("hidden_size") or config["d_model"]
+    x = torch.randn(1, 23, width, generator=torch.Generator().manual_seed(5))
+    ids = torch.arange(23) % (config.get("vocab_size") or 64)
+    wanted = []
+    for layer, path, block in found if len(found) < 3 else [found[0], found[-1]]:
+        try:
+            with torch.no_grad():
+                wanted.append((layer, output(block, modules.get(path.rpartition(".")[0]), x, ids)))
+        except Exception:
+            return None
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / name
         model.save_pretrained(folder)
@@ -218,16 +234,7 @@ def case(name, cls, config):
             return f"refused: {(report.stderr if hasattr(report, 'stderr') else report)}"[:300]
         if layers != sorted({layer for layer, _, _ in found}):
             return f"MoE layers {layers}, the library's {sorted({layer for layer, _, _ in found})}"
-        width = report["layers"][0]["hidden"]
-        x = torch.randn(1, 23, width, generator=torch.Generator().manual_seed(5))
-        ids = torch.arange(23) % config.get("vocab_size", 64)
-        modules = dict(model.named_modules())
-        for layer, path, block in found if len(found) < 3 else [found[0], found[-1]]:
-            try:
-                with torch.no_grad():
-                    want = output(block, modules.get(path.rpartition(".")[0]), x, ids)
-            except Exception:
-                return None
+        for layer, want in wanted:
             got = run(folder, layer, x[0], ids)
             if isinstance(got, str):
                 return f"layer {layer}: {got[:300]}"
@@ -235,6 +242,48 @@ def case(name, cls, config):
             if not error <= BOUND:
                 return f"layer {layer}: NMSE {error:.1e}"
     return None
+
+
+def layers_of(config):
+    """What the program makes of a config before there are weights: the layers, or its refusal."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(config, default=str))
+        done = subprocess.run([PROGRAM, "inspect", folder, "--json"], capture_output=True, text=True)
+    try:
+        return [layer["spec"] for layer in json.loads(done.stdout)["layers"]]
+    except (ValueError, KeyError):
+        return done.stderr.strip()[:200]
+
+
+def fields(name, cls, config):
+    """How many keys were compared as absent and as null, how many of those cases the library refuses, and what
+    differs."""
+
+    def read(config):
+        read = cls.from_dict(copy.deepcopy(config)).to_dict()
+        return json.dumps({k: v for k, v in read.items() if k != "transformers_version"}, sort_keys=True, default=str)
+
+    whole = {"model_type": name, **config}
+    usual, ours = read(config), layers_of(whole)
+    keys, refused, different = 0, 0, []
+    for key in sorted(config):
+        if not any(word in key for word in TOUCH) or any(word in key for word in LEAVE):
+            continue
+        keys += 1
+        without = {k: v for k, v in config.items() if k != key}
+        for what, changed in ((f"delete {key}", without), (f"null {key}", {**config, key: None})):
+            try:
+                same = read(changed) == usual
+            except Exception:
+                refused += 1
+                continue
+            if same:
+                now = layers_of({"model_type": name, **changed})
+                if now != ours:
+                    different.append(f"{what}: {now if isinstance(now, str) else 'other layers'}"[:200])
+            elif problem := case(name, cls, changed):
+                different.append(f"{what}: {problem}"[:200])
+    return dict(keys=keys, refused_by_the_library=refused, different=different)
 
 
 def another(key, value):
@@ -276,6 +325,20 @@ def main():
             config = tiny(name, cls)
         except Exception as error:
             print(f"{name}: no tiny model ({error})"[:200])
+            continue
+        if "--fields" in sys.argv:
+            record = Path(__file__).parent / "compared.json"
+            known = json.loads(record.read_text())["families"] if record.exists() else {}
+            if problem := case(name, cls, config):
+                found = dict(keys=0, refused_by_the_library=0, different=[f"as it is: {problem}"])
+            else:
+                found = fields(name, cls, config)
+            known[name] = found
+            lines = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in sorted(known.items()))
+            library = json.dumps(f"transformers {transformers.__version__}")
+            record.write_text(f'{{\n "library": {library},\n "families": {{\n{lines}\n }}\n}}\n')
+            different += len(found["different"])
+            print(name, found, flush=True)
             continue
         cases = [("as it is", config)]
         if "--keys" in sys.argv or "--add" in sys.argv:

@@ -61,6 +61,7 @@ OTHERS = {
         "values": dict(num_experts=16, num_shared_experts=0, num_experts_per_tok=2, norm_topk_prob=True,
                        first_k_dense_replace=0, hidden_act="silu"),
     },
+    # Ling 2.0's own class; that of Ming-flash-omni, of the same model_type, has a factor of 2.5
     "bailing_moe_v2": {
         "values": dict(num_experts=256, num_shared_experts=1, num_experts_per_tok=8, n_group=8, topk_group=4,
                        moe_intermediate_size=512, first_k_dense_replace=1, norm_topk_prob=True,

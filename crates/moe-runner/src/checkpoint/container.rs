@@ -1,12 +1,13 @@
 //! A checkpoint on disk: its files, mapped, and one table of all their tensors.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use super::config::Config;
 use super::file::{Entry, MAX_TENSORS, StoredDtype, TensorFile, map};
 use super::folder::{Folder, INDEX, has_weights, snapshot};
+use super::places::Places;
 use super::quantization::Quantization;
 use super::tensor::{Bytes, Dtype, Tensor};
 use super::{gguf, safetensors};
@@ -73,6 +74,10 @@ struct Inner {
     files: Vec<TensorFile>,
     /// Number of the file, and of the entry in it; sorted by name, no name twice.
     table: Vec<(u32, u32)>,
+    /// The same by name.
+    places: Places,
+    /// Whether any tensor's name ends so, of the endings that were asked for.
+    endings: Mutex<HashMap<Box<str>, bool>>,
     /// Tensors that must not be handed out, whether they are in the table or not.
     faults: BTreeMap<Box<str>, Fault>,
     quantization: OnceLock<Option<Arc<Quantization>>>,
@@ -221,11 +226,19 @@ impl Checkpoint {
                 }
             }
         }
-        let path = path.to_owned();
-        let seen = Seen::Files;
-        let quantization = OnceLock::new();
-        let inner =
-            Inner { path, seen, container, config, metadata, files, table, faults, quantization };
+        let inner = Inner {
+            path: path.to_owned(),
+            seen: Seen::Files,
+            container,
+            config,
+            metadata,
+            places: Places::new(table.iter().map(name)),
+            files,
+            table,
+            endings: Mutex::default(),
+            faults,
+            quantization: OnceLock::new(),
+        };
         Ok(Self { inner: Arc::new(inner), blank: false })
     }
 
@@ -341,6 +354,22 @@ impl Checkpoint {
         table[first..].iter().map(name).take_while(move |name| name.starts_with(prefix))
     }
 
+    /// Whether any tensor's name ends so. All names are looked through once for each ending.
+    pub(crate) fn any_name_ends(&self, ending: &str) -> bool {
+        let mut known = self.inner.endings.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(answer) = known.get(ending) {
+            return *answer;
+        }
+        let answer = self.names().any(|name| name.ends_with(ending));
+        known.insert(ending.into(), answer);
+        answer
+    }
+
+    /// Whether this is an [outline](Self::outline).
+    pub(crate) fn is_outline(&self) -> bool {
+        self.blank
+    }
+
     /// What the configuration says about number formats, read once.
     ///
     /// # Errors
@@ -412,9 +441,9 @@ impl Checkpoint {
     }
 
     fn find(&self, name: &str) -> Option<(&TensorFile, &Entry)> {
-        let table = &self.inner.table;
-        let i = table.binary_search_by(|place| (*self.entry(*place).1.name).cmp(name)).ok()?;
-        Some(self.entry(table[i]))
+        let Inner { table, places, .. } = &*self.inner;
+        let number = places.find(name, |number| &*self.entry(table[number]).1.name == name)?;
+        Some(self.entry(table[number]))
     }
 
     fn entry(&self, (file, entry): (u32, u32)) -> (&TensorFile, &Entry) {

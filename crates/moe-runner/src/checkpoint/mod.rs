@@ -11,6 +11,7 @@ mod file;
 mod folder;
 pub mod gguf;
 mod outline;
+mod places;
 pub mod quantization;
 mod safetensors;
 mod tail;

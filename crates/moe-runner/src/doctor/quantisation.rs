@@ -130,9 +130,9 @@ fn look(
     let scheme = loader.scheme(&projection.module).unwrap_or(Scheme::FLOAT);
     let name = &projection.module;
     let mut module = Module { loader, projection };
-    let codes = [names::PACKED_FLOATS, names::PACKED, names::QWEIGHT].concat();
-    let dtype = module
-        .name(&codes)
+    let mut codes = [names::PACKED_FLOATS, names::PACKED, names::QWEIGHT].into_iter();
+    let dtype = codes
+        .find_map(|endings| module.name(endings))
         .and_then(|name| module.loader.checkpoint().info(&name).map(|info| info.dtype.clone()));
     let float = matches!(dtype, Some(StoredDtype::Known(Dtype::F32 | Dtype::F16 | Dtype::Bf16)));
     let shown = dtype.map_or("absent".into(), |dtype| dtype.to_string());
@@ -152,12 +152,13 @@ fn look(
         });
         return seen;
     }
-    for endings in [names::SCALES, names::QSCALES] {
+    let readable = !module.loader.checkpoint().is_outline();
+    for endings in [names::SCALES, names::QSCALES].into_iter().filter(|_| readable) {
         if let Ok(Some(tensor)) = module.find(endings) {
             weight_scales(&tensor, expert, findings);
         }
     }
-    for endings in [names::ENCODE_SCALE, names::DECODE_SCALE] {
+    for endings in [names::ENCODE_SCALE, names::DECODE_SCALE].into_iter().filter(|_| readable) {
         if let Ok(Some(tensor)) = module.find(endings) {
             weight_scales(&tensor, expert, findings);
             seen.global = scale_value(&tensor).ok();
@@ -168,9 +169,6 @@ fn look(
 }
 
 fn weight_scales(tensor: &Tensor, expert: Option<usize>, findings: &mut Findings) {
-    if tensor.blank {
-        return;
-    }
     let Some(kind) = scale_of(tensor.dtype) else { return };
     let Ok(scales) = Scales::vector(tensor.bytes.clone(), kind) else { return };
     // blocks of zeros have a scale of zero, or the smallest one; powers of two go further

@@ -5,8 +5,8 @@ use std::path::Path;
 use moe_runner::checkpoint::Checkpoint;
 use moe_runner::checkpoint::architecture;
 use moe_runner::spec::{
-    Activation, Correction, GroupFill, GroupScore, Groups, LayerSpec, Renormalise, Score,
-    Selection, SharedCombine, WeightFrom, WeightOn,
+    Activation, Correction, GroupFill, GroupScore, Groups, LayerSpec, Renormalise, RmsNorm, Score,
+    Selection, SharedCombine, TransformStep, WeightFrom, WeightOn,
 };
 use moe_runner::weights::{LoadedLayer, account};
 
@@ -404,7 +404,22 @@ fn routers_with_sigmoids_that_files_need_not_state() {
         "blk.1.ffn_up_shexp.weight 4 8",
         "blk.1.ffn_down_shexp.weight 8 4",
     ];
-    for name in ["laguna", "hy_v3", "hy_v4", "deepseek32", "bailingmoe3", "cohere2moe"] {
+    for name in [
+        "laguna",
+        "hy_v3",
+        "hy_v4",
+        "deepseek32",
+        "bailingmoe3",
+        "cohere2moe",
+        "axk2",
+        "dots3note",
+        "glm5next",
+        "minimax-m3",
+        // whose weights are renormalised where the file says so
+        "glm4moe",
+        "dots1",
+        "step35",
+    ] {
         let spec = &specs(name, vec![], &with(&shared))[0];
         assert_eq!(spec.router.score, Score::Sigmoid, "{name}");
         assert_eq!(spec.router.renormalise, Renormalise::None, "{name}");
@@ -417,7 +432,78 @@ fn routers_with_sigmoids_that_files_need_not_state() {
     assert_eq!(specs("mellum", vec![], &EXPERTS)[0].router.score, Score::Softmax);
 }
 
-/// Clamped after the SiLU, in every architecture but DeepSeek-V4.
+/// Clamped before the SiLU; the shared experts by their own number.
+#[test]
+fn clamps_before_the_activation() {
+    let tensors = with(&SHARED);
+    for name in ["hy_v4", "glm5next"] {
+        let spec = &specs(name, vec![("swiglu_clamp_exp", F32(10.0))], &tensors)[0];
+        let clamped = Activation::ClampedSwiglu { alpha: 1.0, beta: 0.0, limit: 10.0 };
+        assert_eq!(spec.expert.activation, clamped, "{name}");
+        assert_eq!(spec.shared.as_ref().unwrap().activation, Activation::Silu, "{name}");
+        let spec = &specs(name, vec![("swiglu_clamp_shexp", F32(10.0))], &tensors)[0];
+        assert_eq!(spec.shared.as_ref().unwrap().activation, clamped, "{name}");
+    }
+    let spec = &specs("minimax-m3", vec![], &tensors)[0];
+    let clamped = Activation::ClampedSwiglu { alpha: 1.702, beta: 1.0, limit: 7.0 };
+    assert_eq!(spec.expert.activation, clamped);
+    assert_eq!(spec.shared.as_ref().unwrap().activation, clamped);
+}
+
+const SHARED: [&str; 3] = [
+    "blk.1.ffn_gate_shexp.weight 4 8",
+    "blk.1.ffn_up_shexp.weight 4 8",
+    "blk.1.ffn_down_shexp.weight 8 4",
+];
+
+/// Granite keeps both projections of the shared experts in one tensor.
+#[test]
+fn merged_gate_and_up_of_shared_experts() {
+    let fused = ["blk.1.ffn_up_shexp.weight 6 8", "blk.1.ffn_down_shexp.weight 8 3"];
+    let spec = &specs("granite_swa", vec![], &with(&fused))[0];
+    let shared = spec.shared.as_ref().unwrap();
+    assert_eq!((shared.intermediate, shared.gated), (3, true));
+}
+
+#[test]
+fn kimi_k3() {
+    let tensors = [
+        "blk.1.ffn_gate_inp.weight 4 8",
+        "blk.1.exp_probs_b.bias 4",
+        "blk.1.ffn_gate_exps.weight 4 4 6",
+        "blk.1.ffn_up_exps.weight 4 4 6",
+        "blk.1.ffn_down_exps.weight 4 6 4",
+        "blk.1.ffn_routed_down.weight 6 8",
+        "blk.1.ffn_routed_norm.weight 6",
+        "blk.1.ffn_routed_up.weight 8 6",
+        "blk.1.ffn_gate_shexp.weight 4 8",
+        "blk.1.ffn_up_shexp.weight 4 8",
+        "blk.1.ffn_down_shexp.weight 8 4",
+    ];
+    let keys = |linear| {
+        vec![
+            ("activation.situ_beta", F32(4.0)),
+            ("activation.situ_linear_beta", F32(linear)),
+            ("attention.layer_norm_rms_epsilon", F32(1e-5)),
+            ("expert_weights_norm", Bool(true)),
+            ("expert_gating_func", U32(2)),
+        ]
+    };
+    let spec = &specs("kimi-k3", keys(25.0), &tensors)[0];
+    let situ = Activation::Situ { beta: 4.0, lambda: Some(25.0) };
+    assert_eq!((spec.expert.activation, spec.dims.routed_hidden), (situ, 6));
+    assert_eq!(spec.shared.as_ref().unwrap().activation, situ);
+    let norm = RmsNorm { eps: 1e-5, unit_offset: false, scale_first: false };
+    let steps = vec![TransformStep::RmsNorm(norm), TransformStep::Linear { width: 8 }];
+    assert_eq!(spec.output_transform.steps, steps);
+    assert_eq!(spec.router.renormalise, Renormalise::Sum { eps: 1e-20 });
+    let without: Vec<&str> = tensors.into_iter().filter(|t| !t.contains("norm")).collect();
+    let spec = &specs("kimi-k3", keys(0.0), &without)[0];
+    assert_eq!(spec.expert.activation, Activation::Situ { beta: 4.0, lambda: None });
+    assert_eq!(spec.output_transform.steps, [TransformStep::Linear { width: 8 }]);
+}
+
+/// Clamped after the SiLU, in every architecture but those above and DeepSeek-V4.
 #[test]
 fn clamps_that_the_file_states() {
     let tensors = with(&[
@@ -482,4 +568,16 @@ fn scales_of_matrices_multiply() {
             }
         }
     }
+}
+
+/// `docs/checkpoints.md` lists what is read and what is not, with the reason.
+#[test]
+fn the_docs_list_all_architectures() {
+    let mut known: Vec<&str> = architecture::known_in_gguf().collect();
+    known.sort_unstable();
+    let mut list = format!("{}.\n\n", known.join(", "));
+    for (name, reason) in architecture::refused_in_gguf() {
+        list += &format!("* {name}: no, {reason}.\n");
+    }
+    crate::docs::expect("architectures in GGUF", &list);
 }

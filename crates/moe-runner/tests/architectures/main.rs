@@ -3,6 +3,7 @@
 mod accounting;
 mod block;
 mod defaults;
+mod docs;
 mod families;
 mod gguf;
 mod golden;

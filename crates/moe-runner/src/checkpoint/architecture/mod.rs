@@ -117,6 +117,16 @@ pub fn refused() -> impl Iterator<Item = (&'static str, &'static str)> {
     refused::all()
 }
 
+/// Names of the architectures of GGUF files that are understood.
+pub fn known_in_gguf() -> impl Iterator<Item = &'static str> {
+    gguf::known()
+}
+
+/// Architectures of GGUF files that are known not to fit the options of a layer, with the reason.
+pub fn refused_in_gguf() -> impl Iterator<Item = (&'static str, &'static str)> {
+    gguf::refused()
+}
+
 fn rows() -> impl Iterator<Item = &'static Architecture> {
     [softmax::ROWS, chosen::ROWS, sigmoid::ROWS, ungrouped::ROWS].into_iter().flatten()
 }

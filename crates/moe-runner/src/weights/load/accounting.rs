@@ -1,6 +1,6 @@
 //! Which tensors of a layer have been asked for, and what was wrong with them.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeSet, HashSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -81,7 +81,7 @@ impl Accounting {
 pub(crate) struct Loader<'a> {
     checkpoint: &'a Checkpoint,
     accounting: Accounting,
-    claimed: BTreeSet<String>,
+    claimed: HashSet<&'a str>,
     /// Tensors that several files hold.
     duplicates: Vec<(String, Vec<PathBuf>)>,
     /// Tensors with a problem noted: a stack of experts is asked for once for each.
@@ -90,8 +90,6 @@ pub(crate) struct Loader<'a> {
     quantization: Option<Arc<Quantization>>,
     /// Tensors that have a role elsewhere, though their names are those of matrices' scales.
     reserved: Vec<String>,
-    /// Whether any tensor's name ends so: looked up once, asked for each that is missing.
-    usual: BTreeMap<String, bool>,
 }
 
 impl<'a> Loader<'a> {
@@ -99,7 +97,7 @@ impl<'a> Loader<'a> {
         Self {
             checkpoint,
             accounting: Accounting::default(),
-            claimed: BTreeSet::new(),
+            claimed: HashSet::new(),
             duplicates: checkpoint
                 .duplicates()
                 .map(|(name, files)| {
@@ -109,7 +107,6 @@ impl<'a> Loader<'a> {
             noted: BTreeSet::new(),
             quantization: None,
             reserved: Vec::new(),
-            usual: BTreeMap::new(),
         }
         .with_quantization()
     }
@@ -142,15 +139,6 @@ impl<'a> Loader<'a> {
         }
     }
 
-    /// Whether names of this checkpoint's tensors end so.
-    pub(crate) fn is_usual(&mut self, ending: &str) -> bool {
-        let checkpoint = self.checkpoint;
-        *self
-            .usual
-            .entry(ending.to_string())
-            .or_insert_with(|| checkpoint.names().any(|name| name.ends_with(ending)))
-    }
-
     /// Keeps tensors for other roles than that of a matrix's scale.
     pub(super) fn reserve(&mut self, names: [&Option<String>; 2]) {
         self.reserved = names.into_iter().flatten().cloned().collect();
@@ -172,7 +160,7 @@ impl<'a> Loader<'a> {
     /// As [`Checkpoint::tensor`].
     pub(crate) fn claim(&mut self, name: &str) -> Result<Option<Tensor>> {
         if let Some(info) = self.checkpoint.info(name)
-            && self.claimed.insert(name.to_string())
+            && self.claimed.insert(info.name)
         {
             self.accounting.bytes += info.bytes;
         }
@@ -234,7 +222,8 @@ impl<'a> Loader<'a> {
             unclaimed.extend(names.filter(|name| !self.claimed.contains(*name)));
         }
         self.duplicates.retain(|(name, _)| {
-            self.claimed.contains(name) || entry.tensors.scopes.iter().any(|s| name.starts_with(s))
+            self.claimed.contains(name.as_str())
+                || entry.tensors.scopes.iter().any(|s| name.starts_with(s))
         });
         self.accounting.duplicates = std::mem::take(&mut self.duplicates);
         if self.accounting.wrong.iter().any(|error| matches!(error, Error::Config { .. })) {

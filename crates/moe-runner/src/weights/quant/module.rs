@@ -59,14 +59,17 @@ impl Module<'_, '_> {
             return Ok(tensor);
         }
         let mut named = endings.iter().filter(|ending| !ending.is_empty());
-        let usual = named.find(|ending| self.loader.is_usual(ending));
+        let usual = named.find(|ending| self.loader.checkpoint().any_name_ends(ending));
         Err(Problem::Missing(format!("{}{}", self.projection.module, usual.unwrap_or(&endings[0]))))
     }
 
     /// Gives all tensors of the module a role: one problem is enough to tell about.
     pub(super) fn set_all_aside(&mut self) {
-        for endings in names::ALL {
-            for ending in *endings {
+        let (checkpoint, projection) = (self.loader.checkpoint(), self.projection);
+        let module = &projection.module;
+        for name in checkpoint.names_below(module) {
+            let ending = &name[module.len()..];
+            if names::ALL.iter().any(|endings| endings.contains(&ending)) {
                 // what is wrong with one of them is not what is being told
                 let _ = self.find(&[ending]);
             }

@@ -1,4 +1,7 @@
-//! Layers of a GGUF file: llama.cpp's general names and keys, and what each architecture fixes.
+//! Layers of a GGUF file: llama.cpp's general names and keys, and what each architecture fixes
+//! (`table`).
+
+mod table;
 
 use super::build::{Resolver, Scope};
 use super::row::Names;
@@ -12,150 +15,7 @@ use crate::spec::{
     SharedCombine, SharedSpec, Transform, TransformStep, WeightFrom, WeightOn,
 };
 use crate::{Error, Result};
-
-/// What an architecture fixes, where the file's keys do not say otherwise. Absent keys are read as
-/// llama.cpp reads them for that architecture.
-#[derive(Clone, Copy)]
-struct Row {
-    name: &'static str,
-    /// `expert_gating_func` where the key is absent.
-    gating: Gating,
-    /// `expert_weights_norm` where the key is absent.
-    renormalise: bool,
-    /// Weights multiply the experts' input.
-    on_input: bool,
-    /// Experts have a gate projection.
-    gated: bool,
-    activation: Activation,
-    /// What else differs.
-    form: RowForm,
-}
-
-/// Blocks that are more than a router, experts, and shared experts.
-#[derive(Clone, Copy, PartialEq)]
-enum RowForm {
-    Plain,
-    /// Norms around every branch, a dense branch in every layer, scales of the router.
-    Gemma4,
-    /// Projections to a narrower width around the routed experts, where the file has them.
-    Latent,
-    /// Clamped by `swiglu_clamp_exp`; some layers choose by token.
-    DeepseekV4,
-    /// Half the sum of routed and shared experts.
-    Average,
-    /// Capped logits; a dense branch beside the experts, where the file has one, and the sum times √½.
-    Grok,
-    /// Two experts by sparsemixer, which is the model's own router.
-    SparseMixer,
-}
-
-/// `expert_gating_func`: how logits become weights.
-#[derive(Clone, Copy, PartialEq)]
-enum Gating {
-    /// 1
-    Softmax,
-    /// 2
-    Sigmoid,
-    /// 3: softmax over the chosen logits.
-    SoftmaxChosen,
-    /// 4
-    SqrtSoftplus,
-    /// Sigmoid of the chosen logit; no number, fixed by the architecture.
-    SigmoidChosen,
-}
-
-const SOFTMAX: Row = Row {
-    name: "",
-    gating: Gating::Softmax,
-    renormalise: true,
-    on_input: false,
-    gated: true,
-    activation: Activation::Silu,
-    form: RowForm::Plain,
-};
-
-/// Routers whose files say how they weigh.
-const STATED: Row = Row { renormalise: false, ..SOFTMAX };
-
-const SIGMOID: Row = Row { gating: Gating::Sigmoid, ..SOFTMAX };
-
-const ROWS: &[Row] = &[
-    Row { name: "llama", ..SOFTMAX },
-    Row { name: "mistral3", ..SOFTMAX },
-    Row { name: "minicpm", ..SOFTMAX },
-    Row { name: "qwen3moe", ..SOFTMAX },
-    Row { name: "qwen3vlmoe", ..SOFTMAX },
-    Row { name: "qwen3next", ..SOFTMAX },
-    Row { name: "qwen35moe", ..SOFTMAX },
-    Row { name: "rnd1", ..SOFTMAX },
-    Row { name: "mellum", ..SOFTMAX },
-    // the experts' branch alone: the dense one has another input
-    Row { name: "arctic", ..SOFTMAX },
-    Row { name: "phimoe", renormalise: false, form: RowForm::SparseMixer, ..SOFTMAX },
-    Row { name: "grok", activation: Activation::GeluTanh, form: RowForm::Grok, ..SOFTMAX },
-    Row { name: "nomic-bert-moe", gated: false, activation: Activation::Gelu, ..STATED },
-    Row { name: "dbrx", ..SOFTMAX },
-    Row { name: "hunyuan-moe", ..SOFTMAX },
-    Row { name: "ernie4_5-moe", ..SOFTMAX },
-    Row { name: "qwen2moe", ..STATED },
-    Row { name: "olmoe", ..STATED },
-    Row { name: "llada-moe", ..STATED },
-    Row { name: "jamba", ..STATED },
-    // a softmax over the chosen logits is a renormalised softmax over all of them
-    Row { name: "granitemoe", ..SOFTMAX },
-    Row { name: "granitehybrid", ..SOFTMAX },
-    Row { name: "deepseek", ..STATED },
-    Row { name: "deepseek2", ..STATED },
-    Row { name: "deepseek2-ocr", ..STATED },
-    Row { name: "mistral4", ..STATED },
-    Row { name: "bailingmoe", ..STATED },
-    Row { name: "bailingmoe2", gating: Gating::Sigmoid, ..STATED },
-    Row { name: "bailingmoe3", gating: Gating::Sigmoid, ..STATED },
-    Row { name: "cohere2moe", gating: Gating::Sigmoid, form: RowForm::Average, ..STATED },
-    Row { name: "laguna", gating: Gating::Sigmoid, ..STATED },
-    Row { name: "deepseek32", gating: Gating::Sigmoid, ..STATED },
-    Row { name: "hy_v3", gating: Gating::Sigmoid, ..STATED },
-    Row { name: "hy_v4", gating: Gating::Sigmoid, ..STATED },
-    Row { name: "glm-dsa", gating: Gating::Sigmoid, ..STATED },
-    Row { name: "exaone-moe", gating: Gating::Sigmoid, ..STATED },
-    Row { name: "afmoe", gating: Gating::Sigmoid, ..STATED },
-    Row { name: "glm4moe", ..SIGMOID },
-    Row { name: "dots1", ..SIGMOID },
-    Row { name: "minimax-m2", ..SIGMOID },
-    Row { name: "mimo2", ..SIGMOID },
-    Row { name: "lfm2moe", ..SIGMOID },
-    Row { name: "kimi-linear", ..SIGMOID },
-    Row { name: "step35", ..SIGMOID },
-    Row {
-        name: "nemotron_h_moe",
-        gated: false,
-        activation: Activation::Relu2,
-        form: RowForm::Latent,
-        ..SIGMOID
-    },
-    Row { name: "deepseek4", gating: Gating::SqrtSoftplus, form: RowForm::DeepseekV4, ..SOFTMAX },
-    Row { name: "gemma4", activation: Activation::GeluTanh, form: RowForm::Gemma4, ..SOFTMAX },
-    Row {
-        name: "llama4",
-        gating: Gating::SigmoidChosen,
-        renormalise: false,
-        on_input: true,
-        ..SOFTMAX
-    },
-    Row {
-        name: "gpt-oss",
-        gating: Gating::SoftmaxChosen,
-        renormalise: false,
-        activation: Activation::ClampedSwiglu { alpha: 1.702, beta: 1.0, limit: 7.0 },
-        ..SOFTMAX
-    },
-];
-
-/// Architectures with experts that do not fit, and why.
-const REFUSED: &[(&str, &str)] = &[
-    ("smallthinker", "the router sees the layer's input, the experts what attention makes of it"),
-    ("grovemoe", "groups of experts share further experts of their own"),
-];
+use table::{Gating, REFUSED, ROWS, Row, RowForm};
 
 const NAMES: Names = Names {
     block: "",
@@ -192,6 +52,7 @@ const NAMES: Names = Names {
         "ffn_up_shexp",
         "ffn_down_shexp",
         "ffn_latent_",
+        "ffn_routed_",
     ],
     ..Names::MLP
 };
@@ -210,6 +71,16 @@ const GEMMA4: Names = Names {
 /// Grok's dense branch has the names of a dense layer.
 const GROK: Names =
     Names { shared: ExpertNames::mlp("ffn_gate", "ffn_up", "ffn_down"), shared_gate: "", ..NAMES };
+
+/// Kimi-K3's routed experts stand between projections, with a norm before the second.
+const KIMI_K3: Names = Names {
+    input_transform: &["ffn_routed_down"],
+    output_transform: &["ffn_routed_norm.weight", "ffn_routed_up"],
+    ..NAMES
+};
+
+/// The same without the norm.
+const KIMI_K3_PLAIN: Names = Names { output_transform: &["ffn_routed_up"], ..KIMI_K3 };
 
 /// Keys of a GGUF file, under the name of its architecture.
 struct Keys<'a> {
@@ -242,6 +113,10 @@ impl Keys<'_> {
         }
     }
 
+    fn need_number(&self, key: &str) -> Result<f32> {
+        self.number(key, 0)?.ok_or_else(|| self.metadata.missing(&self.key(key)))
+    }
+
     fn need(&self, key: &str) -> Result<usize> {
         self.size(key)?.ok_or_else(|| self.metadata.missing(&self.key(key)))
     }
@@ -250,6 +125,16 @@ impl Keys<'_> {
 fn architecture(metadata: &Metadata) -> Result<&str> {
     const KEY: &str = "general.architecture";
     metadata.str(KEY)?.ok_or_else(|| metadata.missing(KEY))
+}
+
+/// Names of the architectures that are understood.
+pub(super) fn known() -> impl Iterator<Item = &'static str> {
+    ROWS.iter().map(|row| row.name)
+}
+
+/// Architectures with experts that do not fit, and why.
+pub(super) fn refused() -> impl Iterator<Item = (&'static str, &'static str)> {
+    REFUSED.iter().copied()
 }
 
 /// What kind of model the file holds.
@@ -263,7 +148,7 @@ pub(super) fn describe(metadata: &Metadata) -> Result<Description> {
 pub(super) fn layers(metadata: &Metadata, resolver: &Resolver) -> Result<Vec<LayerEntry>> {
     let architecture = architecture(metadata)?;
     if let Some((_, reason)) = REFUSED.iter().find(|(name, _)| *name == architecture) {
-        let known: Vec<&str> = ROWS.iter().map(|row| row.name).collect();
+        let known: Vec<&str> = known().collect();
         let reason = format!(
             "is '{architecture}', which cannot be run: {reason}; what can be is {}",
             known.join(", ")
@@ -271,7 +156,7 @@ pub(super) fn layers(metadata: &Metadata, resolver: &Resolver) -> Result<Vec<Lay
         return Err(metadata.error("general.architecture", reason));
     }
     let row = ROWS.iter().find(|row| row.name == architecture).ok_or_else(|| {
-        let known: Vec<&str> = ROWS.iter().map(|row| row.name).collect();
+        let known: Vec<&str> = known().collect();
         metadata.error(
             "general.architecture",
             format!(
@@ -287,14 +172,16 @@ pub(super) fn layers(metadata: &Metadata, resolver: &Resolver) -> Result<Vec<Lay
         return Err(metadata.error(&keys.key("block_count"), format!("is {count}")));
     }
     let mut layers = Vec::new();
-    let names = match row.form {
-        RowForm::Gemma4 => &GEMMA4,
-        RowForm::Grok => &GROK,
-        _ => &NAMES,
-    };
     for index in 0..count {
-        let scope = Scope::new("blk.", names, index);
+        let scope = Scope::new("blk.", &NAMES, index);
         let has = |name: &str| resolver.index.has_module(&scope.resolve(name));
+        let names = match row.form {
+            RowForm::Gemma4 => &GEMMA4,
+            RowForm::Grok => &GROK,
+            RowForm::KimiK3 if has("ffn_routed_norm") => &KIMI_K3,
+            RowForm::KimiK3 => &KIMI_K3_PLAIN,
+            _ => &NAMES,
+        };
         if !["ffn_gate_inp", "ffn_down_exps", "ffn_up_exps"].into_iter().any(has) {
             continue;
         }
@@ -305,10 +192,15 @@ pub(super) fn layers(metadata: &Metadata, resolver: &Resolver) -> Result<Vec<Lay
         let mut spec = spec(row, &keys, scope.block.clone(), index, has, shape)?;
         form(row, &keys, &mut spec, has, shape)?;
         spec.validate()?;
+        let mut names = *names;
         // some converters leave the ending out
-        let bare = has("exp_probs_b") && !has("exp_probs_b.bias");
-        let names = if bare { &Names { correction: "exp_probs_b", ..*names } } else { names };
-        let tensors = resolver.tensors(&scope, names, &spec);
+        if has("exp_probs_b") && !has("exp_probs_b.bias") {
+            names.correction = "exp_probs_b";
+        }
+        if row.gated && has("ffn_up_shexp") && is_fused(shape) {
+            names.shared.gate = names.shared.up;
+        }
+        let tensors = resolver.tensors(&scope, &names, &spec);
         layers.push(LayerEntry { spec, tensors });
     }
     Ok(layers)
@@ -345,14 +237,15 @@ fn form(
     has: impl Fn(&str) -> bool,
     shape: impl Fn(&str) -> Option<Vec<usize>>,
 ) -> Result<()> {
-    let clamp = |key: &str, plain: Activation| {
+    // by the file's number, where it is one
+    let clamp = |key: &str, clamped: fn(f32) -> Activation| -> Result<Activation> {
         let limit = keys.number(key, spec.index)?.filter(|limit| *limit > 0.0);
-        Ok::<_, crate::Error>(limit.map_or(plain, |limit| Activation::ClampedSwiglu {
-            alpha: 1.0,
-            beta: 0.0,
-            limit,
-        }))
+        Ok(limit.map_or(row.activation, clamped))
     };
+    const ROUTED: &str = "swiglu_clamp_exp";
+    const SHARED: &str = "swiglu_clamp_shexp";
+    let before = |limit| Activation::ClampedSwiglu { alpha: 1.0, beta: 0.0, limit };
+    let after = |limit| Activation::SwigluStep { limit };
     let dense = |norm| -> Result<SharedSpec> {
         let stored = shape("ffn_up").and_then(|shape| shape.first().copied());
         Ok(SharedSpec {
@@ -371,18 +264,36 @@ fn form(
         })
     };
     match row.form {
-        // clamped after the SiLU, where the file says so
         RowForm::Plain if row.activation == Activation::Silu => {
-            let clamped = |key: &str| -> Result<Activation> {
-                let limit = keys.number(key, spec.index)?.filter(|limit| *limit > 0.0);
-                Ok(limit.map_or(row.activation, |limit| Activation::SwigluStep { limit }))
-            };
-            spec.expert.activation = clamped("swiglu_clamp_exp")?;
-            if let Some(branch) = &mut spec.shared {
-                branch.activation = clamped("swiglu_clamp_shexp")?;
-            }
+            let [routed, shared] = [clamp(ROUTED, after)?, clamp(SHARED, after)?];
+            activations(spec, routed, shared);
         }
         RowForm::Plain => {}
+        RowForm::Clamped => {
+            let [routed, shared] = [clamp(ROUTED, before)?, clamp(SHARED, before)?];
+            activations(spec, routed, shared);
+        }
+        RowForm::ClampedSwiglu => {
+            let both = Activation::ClampedSwiglu { alpha: 1.702, beta: 1.0, limit: 7.0 };
+            activations(spec, both, both);
+        }
+        RowForm::KimiK3 => {
+            let beta = keys.need_number("activation.situ_beta")?;
+            let lambda = keys.need_number("activation.situ_linear_beta")?;
+            let both = Activation::Situ { beta, lambda: Some(lambda).filter(|l| *l > 0.0) };
+            activations(spec, both, both);
+            if let Some(width) = shape("ffn_routed_down").and_then(|s| s.first().copied()) {
+                let back = TransformStep::Linear { width: spec.dims.hidden };
+                spec.input_transform.steps = vec![TransformStep::Linear { width }];
+                spec.output_transform.steps = vec![back];
+                spec.dims.routed_hidden = width;
+            }
+            if has("ffn_routed_norm") {
+                let eps = keys.need_number("attention.layer_norm_rms_epsilon")?;
+                let norm = RmsNorm { eps, unit_offset: false, scale_first: false };
+                spec.output_transform.steps.insert(0, TransformStep::RmsNorm(norm));
+            }
+        }
         RowForm::Average => {
             if let Some(branch) = &mut spec.shared {
                 branch.combine = SharedCombine::Average;
@@ -410,15 +321,12 @@ fn form(
             }
         }
         RowForm::DeepseekV4 => {
-            let routed = clamp("swiglu_clamp_exp", row.activation)?;
-            let shared = match keys.number("swiglu_clamp_shexp", spec.index)? {
-                Some(_) => clamp("swiglu_clamp_shexp", row.activation)?,
+            let routed = clamp(ROUTED, before)?;
+            let shared = match keys.number(SHARED, spec.index)? {
+                Some(_) => clamp(SHARED, before)?,
                 None => routed,
             };
-            spec.expert.activation = routed;
-            if let Some(branch) = &mut spec.shared {
-                branch.activation = shared;
-            }
+            activations(spec, routed, shared);
             if has("ffn_gate_tid2eid") {
                 let vocabulary = shape("ffn_gate_tid2eid").and_then(|shape| shape.first().copied());
                 spec.router.selection =
@@ -438,6 +346,20 @@ fn form(
         }
     }
     Ok(())
+}
+
+/// Whether gate and up of the shared experts are one tensor, under the name of the latter.
+fn is_fused(shape: impl Fn(&str) -> Option<Vec<usize>>) -> bool {
+    let inner = shape("ffn_down_shexp").and_then(|shape| shape.get(1).copied());
+    let rows = shape("ffn_up_shexp").and_then(|shape| shape.first().copied());
+    shape("ffn_gate_shexp").is_none() && rows.is_some() && rows == inner.map(|inner| 2 * inner)
+}
+
+fn activations(spec: &mut LayerSpec, routed: Activation, shared: Activation) {
+    spec.expert.activation = routed;
+    if let Some(branch) = &mut spec.shared {
+        branch.activation = shared;
+    }
 }
 
 fn spec(
@@ -460,6 +382,7 @@ fn spec(
     };
     // some architectures' key is the width of all shared experts, others' that of one
     let shared_width = match stored("ffn_up_shexp", 0) {
+        Some(both) if row.gated && is_fused(&shape) => both / 2,
         Some(width) => width,
         None => match keys.size("expert_shared_feed_forward_length")? {
             Some(width) => width,

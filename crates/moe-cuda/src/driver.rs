@@ -40,6 +40,7 @@ functions! {
     cuDeviceGet(*mut c_int, c_int);
     cuDeviceGetName(*mut c_char, c_int, c_int);
     cuDeviceGetAttribute(*mut c_int, c_int, c_int);
+    cuDeviceGetUuid_v2(*mut u64, c_int);
     cuDevicePrimaryCtxRetain(*mut Handle, c_int);
     cuDevicePrimaryCtxRelease_v2(c_int);
     cuCtxSetCurrent(Handle);
@@ -65,6 +66,7 @@ functions! {
     cuEventCreate(*mut Handle, c_uint);
     cuEventRecord(Handle, Handle);
     cuEventSynchronize(Handle);
+    cuEventQuery(Handle);
     cuEventElapsedTime(*mut f32, Handle, Handle);
     cuEventDestroy_v2(Handle);
     cuModuleLoadData(*mut Handle, *const c_void);

@@ -103,6 +103,18 @@ impl Gpu {
         self.inner.index
     }
 
+    /// What tells this very GPU from all others, of any machine.
+    ///
+    /// # Errors
+    /// If the driver refuses.
+    pub fn uuid(&self) -> Result<[u64; 2]> {
+        let driver = self.bind()?;
+        let mut uuid = [0; 2];
+        // SAFETY: the pointer is good for 16 bytes.
+        call!(driver.cuDeviceGetUuid_v2(uuid.as_mut_ptr(), self.inner.device))?;
+        Ok(uuid)
+    }
+
     /// Bytes of its memory: free now, and in all.
     ///
     /// # Errors

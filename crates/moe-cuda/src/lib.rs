@@ -1,7 +1,7 @@
 //! The verbs of a mixture-of-experts layer on NVIDIA GPUs.
 //!
-//! Building needs no CUDA. The driver (`libcuda`) and the compiler (NVRTC) are opened at run time; a
-//! missing one, a driver that is too old, or a GPU older than Ampere is one clear error. Kernels are
+//! Building needs no CUDA. The driver (`libcuda`), the compiler (NVRTC) and, for many GPUs, NCCL are opened at run
+//! time; a missing one, a driver that is too old, or a GPU older than Ampere is one clear error. Kernels are
 //! CUDA C++ files of this crate, compiled for the GPU that is there and kept in a cache on disk.
 //!
 //! ```text
@@ -14,6 +14,7 @@
 //! FewExperts                    experts for few tokens, in one launch: bf16, FP8, INT4, MXFP4
 //! ManyExperts                   experts for many tokens, on tensor cores: bf16, FP8
 //! Limits                        what the GPU can do at most
+//! NcclLink                      bytes to and from the GPUs of other ranks
 //! FaultWord                     what kernels found wrong with the data, read when asked for
 //! ```
 //!
@@ -35,6 +36,7 @@ mod limits;
 mod many;
 mod memory;
 mod module;
+mod nccl;
 mod nvrtc;
 mod plan;
 pub mod router;
@@ -56,6 +58,7 @@ pub use limits::Limits;
 pub use many::{ManyExperts, ManyWorkspace};
 pub use memory::{Buffer, Pinned, Pod, View, ViewMut};
 pub use module::{Argument, Function, Launch, Modules};
+pub use nccl::{Nccl, NcclId, NcclLink};
 pub use nvrtc::{Compiled, Compiler, Resources, Source, resources};
 pub use plan::Plan;
 pub use router::{Router, RouterOptions, RouterTensors};

@@ -309,6 +309,20 @@ impl Event {
         call!(driver.cuEventSynchronize(self.handle))
     }
 
+    /// Whether its point is reached. Does not wait.
+    ///
+    /// # Errors
+    /// If work before it failed.
+    pub fn is_reached(&self) -> Result<bool> {
+        const NOT_READY: i32 = 600;
+        let driver = self.gpu.bind()?;
+        // SAFETY: the event lives.
+        match unsafe { (driver.cuEventQuery)(self.handle) } {
+            NOT_READY => Ok(false),
+            code => driver.check("cuEventQuery", code).map(|()| true),
+        }
+    }
+
     /// Microseconds from `earlier` to this one; both have been reached.
     ///
     /// # Errors

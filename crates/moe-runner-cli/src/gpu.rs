@@ -1,5 +1,8 @@
 //! Measurements on a GPU: what it can do at most, and passes on rows of its own memory, replayed as a graph.
 
+use std::sync::Arc;
+
+use moe_runner::comm::Communicator;
 use moe_runner::hidden::{ActivationDtype, Rows, RowsMut};
 use serde::Serialize;
 
@@ -32,6 +35,34 @@ pub(crate) fn time(
     _: impl FnMut(usize, Rows<'_>, RowsMut<'_>) -> moe_runner::Result<()>,
 ) -> moe_runner::Result<Times> {
     limits(0).map(|_| Times::default())
+}
+
+#[cfg(not(feature = "cuda"))]
+pub(crate) fn count() -> usize {
+    0
+}
+
+#[cfg(not(feature = "cuda"))]
+pub(crate) fn connect(
+    _: Arc<dyn Communicator>,
+    _: usize,
+) -> moe_runner::Result<Arc<dyn Communicator>> {
+    limits(0).map(|_| moe_runner::comm::single())
+}
+
+/// GPUs that the driver shows; none without one.
+#[cfg(feature = "cuda")]
+pub(crate) fn count() -> usize {
+    moe_cuda::Gpu::count().unwrap_or(0)
+}
+
+/// The same ranks, each with a GPU.
+#[cfg(feature = "cuda")]
+pub(crate) fn connect(
+    world: Arc<dyn Communicator>,
+    gpu: usize,
+) -> moe_runner::Result<Arc<dyn Communicator>> {
+    moe_runner::comm::nccl::open(world, gpu)
 }
 
 #[cfg(feature = "cuda")]

@@ -8,16 +8,19 @@ use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
 use moe_kernels::pool::Pool;
 use moe_runner::Error;
-use moe_runner::comm::{At, Groups, Sizes, Step, run_ranks};
+use moe_runner::comm::{self, At, Communicator, Groups, Sizes, Step, run_ranks, tcp};
 use moe_runner::exchange::ExpertMap;
 use moe_runner::experts::RowFormat;
+use moe_runner::hidden::ActivationDtype;
 use moe_runner::parallel::{ExchangeKind, Parallel, Placement};
 use moe_runner::router::LogicalId;
 use moe_runner::runner::{MoeRunner, Options, RankedRunner};
 use moe_runner::weights::LoadedLayer;
 use serde::Deserialize;
 
+use crate::args::Common;
 use crate::failure::unusable;
+use crate::gpu;
 use crate::measure::MachineLimits;
 
 /// Flags that split the layer over ranks.
@@ -59,10 +62,20 @@ pub(crate) struct Splitting {
     #[arg(long, value_name = "RULE|FILE", default_value = "linear", value_parser = placement)]
     placement: PlacementChoice,
     /// What the ranks are: threads of this process; with mpi, the processes that mpirun started; with
-    /// nccl, GPUs (not in this build).
+    /// tcp, processes that meet at --rendezvous; with nccl, any of these, each with a GPU, through which
+    /// rows travel.
     #[arg(long, value_enum, value_name = "WHAT", hide_possible_values = true)]
     #[arg(default_value_t = Comm::Threads)]
     comm: Comm,
+    /// Where processes meet: an address of the machine of rank 0. With --comm tcp or nccl.
+    #[arg(long, value_name = "HOST:PORT", requires = "rank")]
+    rendezvous: Option<String>,
+    /// Which rank this process is, from 0. With --rendezvous.
+    #[arg(long, value_name = "R", requires = "rendezvous")]
+    rank: Option<usize>,
+    /// How many processes meet: tp × dp × pcp, which is also taken where nothing is said.
+    #[arg(long, value_name = "N", requires = "rendezvous")]
+    world: Option<usize>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -129,7 +142,9 @@ enum Comm {
     Threads,
     /// Processes that mpirun started.
     Mpi,
-    /// GPUs through NCCL.
+    /// Processes that meet at an address.
+    Tcp,
+    /// Any of these, with GPUs through NCCL.
     Nccl,
 }
 
@@ -186,44 +201,102 @@ impl Splitting {
         })
     }
 
-    /// The ranks that the flags ask for.
-    pub(crate) fn ranks(&self) -> Result<Ranks> {
-        let sizes = self.parallel()?.sizes;
+    /// The ranks that the flags ask for; with GPUs, from `gpu` on.
+    pub(crate) fn ranks(&self, gpu: usize) -> Result<Ranks> {
+        let parallel = self.parallel()?;
+        let sizes = parallel.sizes;
         let plan = match &self.placement {
             PlacementChoice::Rule(_) => None,
             PlacementChoice::File(path) => Some((path.clone(), PlanFile::read(path)?)),
         };
-        let kind = match self.comm {
-            Comm::Threads => RanksKind::Threads,
-            Comm::Mpi => self.processes(sizes)?,
-            Comm::Nccl => {
+        let nccl = self.comm == Comm::Nccl;
+        let world = match (self.comm, &self.rendezvous) {
+            (Comm::Threads | Comm::Mpi, Some(_)) => {
+                return Err(unusable("--rendezvous: is for --comm tcp and --comm nccl"));
+            }
+            (Comm::Tcp, None) => {
                 return Err(unusable(
-                    "--comm nccl: connects GPUs, and this build has no GPU kernels; use threads or \
-                     mpi",
+                    "--comm tcp: needs --rendezvous HOST:PORT, where the processes meet, and --rank R",
                 ));
             }
+            (Comm::Tcp | Comm::Nccl, Some(address)) => Some(self.meet(address, sizes)?),
+            (Comm::Mpi, None) => Some(processes(sizes)?),
+            (Comm::Nccl, None) if is_launched() => Some(processes(sizes)?),
+            (Comm::Threads | Comm::Nccl, None) => None,
         };
-        Ok(Ranks { sizes, kind, plan })
-    }
-
-    /// Joins the processes that mpirun has started.
-    #[cfg(all(unix, feature = "mpi"))]
-    fn processes(&self, sizes: Sizes) -> Result<RanksKind> {
-        let world = moe_runner::comm::mpi::open()?;
-        if world.size() != sizes.ranks() {
-            return Err(unusable(format!(
-                "--tp × --dp × --pcp are {} ranks, but mpirun started {}",
-                sizes.ranks(),
-                world.size()
-            )));
+        let mut ranks = Ranks { sizes, kind: RanksKind::Threads, nccl, gpu, plan };
+        if let Some(world) = world {
+            agree(&*world, &format!("{parallel:?}"))?;
+            let world = ranks.connect(world, local_rank())?;
+            ranks.kind = RanksKind::Processes(Groups::new(world, sizes)?);
         }
-        Ok(RanksKind::Mpi(Groups::new(world, sizes)?))
+        Ok(ranks)
     }
 
-    #[cfg(not(all(unix, feature = "mpi")))]
-    fn processes(&self, _sizes: Sizes) -> Result<RanksKind> {
-        Err(unusable("--comm mpi: this program was built without MPI"))
+    /// Meets the other processes at `address`.
+    fn meet(&self, address: &str, sizes: Sizes) -> Result<Arc<dyn Communicator>> {
+        let ranks = sizes.ranks();
+        if let Some(world) = self.world.filter(|world| *world != ranks) {
+            let reason = format!("--world {world}: --tp × --dp × --pcp are {ranks} ranks");
+            return Err(unusable(reason));
+        }
+        let rank = self.rank.unwrap_or_default();
+        if rank >= ranks {
+            return Err(unusable(format!("--rank {rank}: there are {ranks} ranks, from 0 on")));
+        }
+        let at = tcp::Rendezvous { address: address.to_owned(), rank, ranks };
+        Ok(tcp::open(&at, comm::Options::default())?)
     }
+}
+
+/// What launchers say to each process about its number on its machine.
+const LOCAL_RANK: [&str; 4] =
+    ["OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID"];
+
+/// This process's number on its machine; 0 where nobody said.
+fn local_rank() -> usize {
+    let said = |name: &&str| std::env::var(name).ok()?.parse().ok();
+    LOCAL_RANK.iter().find_map(said).unwrap_or(0)
+}
+
+/// A launcher of MPI processes has started this one.
+fn is_launched() -> bool {
+    ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"]
+        .iter()
+        .any(|name| std::env::var_os(name).is_some())
+}
+
+/// Joins the processes that mpirun has started.
+#[cfg(all(unix, feature = "mpi"))]
+fn processes(sizes: Sizes) -> Result<Arc<dyn Communicator>> {
+    let world = comm::mpi::open()?;
+    if world.size() != sizes.ranks() {
+        return Err(unusable(format!(
+            "--tp × --dp × --pcp are {} ranks, but mpirun started {}",
+            sizes.ranks(),
+            world.size()
+        )));
+    }
+    Ok(world)
+}
+
+#[cfg(not(all(unix, feature = "mpi")))]
+fn processes(_: Sizes) -> Result<Arc<dyn Communicator>> {
+    Err(unusable("--comm mpi: this program was built without MPI"))
+}
+
+/// Processes are started one by one: all must have been told the same.
+fn agree(world: &dyn Communicator, told: &str) -> Result<()> {
+    let at = At::new("the command line", Step::Setup);
+    let all = world.all_gather_v(at, told.as_bytes())?;
+    let other = (0..world.size()).find(|rank| all.part(*rank) != all.part(0));
+    other.map_or(Ok(()), |rank| {
+        let reason = format!(
+            "ranks 0 and {rank} were started with different flags of splitting; give all the same"
+        );
+        world.abort(&reason);
+        Err(unusable(reason))
+    })
 }
 
 /// Where the way out is another split: how to ask for it.
@@ -240,6 +313,10 @@ fn with_option(error: Error) -> Error {
 pub(crate) struct Ranks {
     sizes: Sizes,
     kind: RanksKind,
+    /// Rows travel through GPUs.
+    nccl: bool,
+    /// The first GPU, where there are some.
+    gpu: usize,
     /// Where the experts are to be, if a file says so.
     plan: Option<(PathBuf, PlanFile)>,
 }
@@ -248,8 +325,7 @@ enum RanksKind {
     /// Threads of this process.
     Threads,
     /// This process is one of them, in these groups: communicators that all layers share.
-    #[cfg_attr(not(all(unix, feature = "mpi")), expect(dead_code, reason = "built without MPI"))]
-    Mpi(Groups),
+    Processes(Groups),
 }
 
 /// The sizes, for people.
@@ -271,13 +347,13 @@ impl Ranks {
     pub(crate) fn reports(&self) -> bool {
         match &self.kind {
             RanksKind::Threads => true,
-            RanksKind::Mpi(groups) => groups.world.rank() == 0,
+            RanksKind::Processes(groups) => groups.world.rank() == 0,
         }
     }
 
     /// The ranks are processes of their own.
     pub(crate) fn are_processes(&self) -> bool {
-        matches!(self.kind, RanksKind::Mpi(_))
+        matches!(self.kind, RanksKind::Processes(_))
     }
 
     /// This rank's runner of a layer, with its experts where a plan says, if there is one.
@@ -317,12 +393,45 @@ impl Ranks {
     pub(crate) fn in_this_process(&self) -> usize {
         match self.kind {
             RanksKind::Threads => self.sizes.ranks(),
-            RanksKind::Mpi(_) => 1,
+            RanksKind::Processes(_) => 1,
+        }
+    }
+
+    /// The options of the rank whose groups these are.
+    pub(crate) fn options(
+        &self,
+        common: &Common,
+        dtype: ActivationDtype,
+        groups: &Groups,
+    ) -> moe_runner::Result<Options> {
+        let options = common.options(dtype);
+        let number = match self.kind {
+            RanksKind::Threads => groups.world.rank(),
+            RanksKind::Processes(_) => local_rank(),
+        };
+        let gpu = if common.gpu_in_use().is_some() { self.gpu(number) } else { options.gpu };
+        Ok(Options { pool: self.pool(&common.pool)?, gpu, ..options })
+    }
+
+    /// The GPU of the rank with this number on its machine. Where there are fewer than ranks, they share.
+    fn gpu(&self, number: usize) -> usize {
+        (self.gpu + number) % gpu::count().max(1)
+    }
+
+    /// The same group, with rows that travel through GPUs if that was asked for.
+    fn connect(
+        &self,
+        world: Arc<dyn Communicator>,
+        number: usize,
+    ) -> moe_runner::Result<Arc<dyn Communicator>> {
+        match self.nccl {
+            false => Ok(world),
+            true => gpu::connect(world, self.gpu(number)),
         }
     }
 
     /// The threads of one rank: those of the process, dealt to its ranks.
-    pub(crate) fn pool(&self, process: &Arc<Pool>) -> moe_runner::Result<Arc<Pool>> {
+    fn pool(&self, process: &Arc<Pool>) -> moe_runner::Result<Arc<Pool>> {
         let ranks = self.in_this_process();
         if ranks == 1 {
             return Ok(process.clone());
@@ -344,7 +453,7 @@ impl Ranks {
         if let Some(gpu) = gpu {
             return MachineLimits::measure(pool).with_gpu(gpu);
         }
-        let RanksKind::Mpi(Groups { world, .. }) = &self.kind else {
+        let RanksKind::Processes(Groups { world, .. }) = &self.kind else {
             return Ok(MachineLimits::measure(pool));
         };
         let at = At::new("the machine", Step::Finish);
@@ -378,11 +487,13 @@ impl Ranks {
         let sizes = self.sizes;
         match &self.kind {
             RanksKind::Threads => {
-                let mut results =
-                    run_ranks(sizes.ranks(), |world| work(&Groups::new(world.clone(), sizes)?))?;
+                let mut results = run_ranks(sizes.ranks(), |world| {
+                    let world = self.connect(world.clone(), world.rank())?;
+                    work(&Groups::new(world, sizes)?)
+                })?;
                 Ok(results.swap_remove(0))
             }
-            RanksKind::Mpi(groups) => {
+            RanksKind::Processes(groups) => {
                 let result = work(groups);
                 if let Err(error) = &result {
                     // the others would wait for this rank

@@ -59,7 +59,9 @@ Examples:
   moe-runner run ./model --layers 0-3 --dp 4 --ep \\
     --input in.safetensors --output out.safetensors
   mpirun -n 4 moe-runner run ./model --layers 0 --comm mpi --dp 2 --tp 2 \\
-    --ep --input in.safetensors --output out.safetensors";
+    --ep --input in.safetensors --output out.safetensors
+  moe-runner run ./model --layers 0 --comm tcp --rendezvous host-a:29400 \\
+    --rank 1 --dp 2 --ep --input in.safetensors --output out.safetensors";
 
 pub(super) const INSPECT: &str = "\
 Reads headers only; weights are not loaded. With --doctor, all of them are read.

@@ -13,7 +13,7 @@ use moe_runner::comm::{At, Step};
 use moe_runner::hidden::ActivationDtype;
 use moe_runner::parallel::Parallel;
 use moe_runner::router::{self, LogicalId, Routing};
-use moe_runner::runner::{BatchOutput, Options, Timeline};
+use moe_runner::runner::{BatchOutput, Timeline};
 use moe_runner::spec::LayerSpec;
 use moe_runner::weights::LoadedLayer;
 use serde::Serialize;
@@ -67,7 +67,7 @@ struct Job<'a> {
 /// Runs the command.
 pub(crate) fn run(args: &RunArgs, common: &Common) -> Result<Report> {
     let parallel = args.splitting.parallel()?;
-    let ranks = args.splitting.ranks()?;
+    let ranks = args.splitting.ranks(common.gpu)?;
     let opened = Opened::open(&args.checkpoint)?;
     let entries = opened.select(&args.layers)?;
     let single = args.layers.is_single();
@@ -182,7 +182,7 @@ impl Job<'_> {
     ) -> Result<(BatchOutput, Vec<RankSpan>)> {
         let at = At::new(&self.spec().name, Step::Finish);
         let result = ranks.run(|groups| {
-            let options = Options { pool: ranks.pool(&common.pool)?, ..common.options(self.dtype) };
+            let options = ranks.options(common, self.dtype, groups)?;
             let mut runner = ranks.runner(&self.layer, &options, groups, parallel)?;
             memory::ensure(
                 ranks.in_this_process() * runner.workspace_bytes(self.input.tokens),

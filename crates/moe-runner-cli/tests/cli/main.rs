@@ -14,6 +14,7 @@ mod interface;
 mod outline;
 mod plan;
 mod quantize;
+mod ranks;
 mod run;
 
 use std::path::{Path, PathBuf};

@@ -164,7 +164,6 @@ pub struct Head {
 
 impl Head {
     /// Bytes of the wire form.
-    #[cfg_attr(not(all(unix, feature = "mpi")), allow(dead_code, reason = "what processes send"))]
     pub(crate) const WIRE: usize = 72;
 
     /// What is wrong if `self` and `other` are two ranks' heads of one collective.
@@ -185,8 +184,15 @@ impl Head {
         None
     }
 
+    /// Elements of a part of what a rank with this head brings, as it says: no more than all.
+    pub(super) fn part_size(&self, count: u64) -> Result<usize, String> {
+        match usize::try_from(count) {
+            Ok(size) if count <= self.total => Ok(size),
+            _ => Err(format!("a part of {count} of {} elements", self.total)),
+        }
+    }
+
     /// The wire form, little-endian.
-    #[cfg_attr(not(all(unix, feature = "mpi")), allow(dead_code, reason = "what processes send"))]
     pub(crate) fn encode(&self) -> [u8; Self::WIRE] {
         let mut wire = [0; Self::WIRE];
         wire[0] = self.kind as u8;
@@ -200,7 +206,6 @@ impl Head {
     }
 
     /// The inverse of [`encode`](Head::encode); `None` for bytes that no `encode` wrote.
-    #[cfg_attr(not(all(unix, feature = "mpi")), allow(dead_code, reason = "what processes send"))]
     pub(crate) fn decode(wire: &[u8; Self::WIRE]) -> Option<Self> {
         let mut layer = [0; Place::ROOM];
         layer.copy_from_slice(&wire[16..16 + Place::ROOM]);
@@ -215,6 +220,17 @@ impl Head {
             total: u64::from_le_bytes(wire[8..16].try_into().ok()?),
             place,
         })
+    }
+}
+
+/// Elements of all parts. They come from other processes: that they can be added up and held is
+/// theirs to say and ours to check.
+pub(super) fn total_size(counts: &[usize], width: usize) -> Result<usize, String> {
+    let total = counts.iter().try_fold(0usize, |sum, count| sum.checked_add(*count));
+    let bytes = total.and_then(|total| total.checked_mul(width));
+    match (total, bytes) {
+        (Some(total), Some(bytes)) if bytes <= isize::MAX as usize => Ok(total),
+        _ => Err(format!("the ranks send parts of {counts:?} elements, more than memory can hold")),
     }
 }
 
@@ -264,5 +280,17 @@ mod tests {
         assert!(a.conflict(&Head { root: 0, ..a }).unwrap().contains("3 and 0"));
         let a = Head { kind: Kind::AllReduce, ..a };
         assert!(a.conflict(&Head { total: 1, ..a }).unwrap().contains("numbers of elements"));
+    }
+
+    #[test]
+    fn sizes_from_other_processes_are_checked() {
+        assert_eq!(total_size(&[1, 0, 5], 4), Ok(6));
+        for counts in [&[usize::MAX, 2][..], &[usize::MAX / 2 + 1; 2], &[1 << 62, 0]] {
+            let reason = total_size(counts, 4).unwrap_err();
+            assert!(reason.contains("more than memory can hold"), "{reason}");
+        }
+        let head = Head { total: 7, ..head("x") };
+        assert_eq!(head.part_size(7), Ok(7));
+        assert!(head.part_size(8).is_err() && head.part_size(u64::MAX).is_err());
     }
 }

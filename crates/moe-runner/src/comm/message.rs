@@ -181,15 +181,19 @@ impl Message {
     }
 
     /// The elements' bytes.
-    #[cfg_attr(not(all(unix, feature = "mpi")), allow(dead_code, reason = "what processes send"))]
     pub(super) fn bytes(&self) -> &[u8] {
         &bytemuck::cast_slice(&self.words)[..self.len * self.dtype.size()]
     }
 
     /// The elements' bytes, to be written.
-    #[cfg_attr(not(all(unix, feature = "mpi")), allow(dead_code, reason = "what processes send"))]
     pub(super) fn bytes_mut(&mut self) -> &mut [u8] {
         &mut bytemuck::cast_slice_mut(&mut self.words)[..self.len * self.dtype.size()]
+    }
+
+    /// The bytes of the elements for `rank`.
+    pub(super) fn part(&self, rank: usize) -> &[u8] {
+        let (span, width) = (self.span(rank), self.dtype.size());
+        &self.bytes()[span.start * width..span.end * width]
     }
 
     /// The elements for `rank`.

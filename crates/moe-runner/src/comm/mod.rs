@@ -9,6 +9,9 @@
 //! * [`single`]: one rank; every collective is a copy.
 //! * [`threads`], [`run_ranks`]: the ranks are threads of this process (the embedded default).
 //! * [`mpi`]: the ranks are processes, on one machine or many; the library is opened at run time.
+//! * [`link`], `nccl` (feature `cuda`): over any of these, what ranks exchange goes another way, such as
+//!   through a GPU each.
+//! * [`tcp`]: the same over plain connections, for processes that are told where to meet.
 //!
 //! **Order of sums.** Contributions are added in rank order, in f32 for bf16 and f16, and rounded
 //! once. A result depends on the number of ranks and their contributions, on nothing else.
@@ -36,11 +39,15 @@ mod buffers;
 mod collectives;
 mod groups;
 mod head;
+pub mod link;
 mod message;
 #[cfg(all(unix, feature = "mpi"))]
 pub mod mpi;
+#[cfg(feature = "cuda")]
+pub mod nccl;
 mod single;
 mod sync;
+pub mod tcp;
 mod threads;
 mod traffic;
 
@@ -71,7 +78,7 @@ pub trait Communicator: Send + Sync {
     /// The number of ranks in the group.
     fn size(&self) -> usize;
 
-    /// "single", "threads", or the MPI library's name and version.
+    /// "single", "threads", "tcp", or the library's name and version.
     fn name(&self) -> String;
 
     /// Starts one exchange: hands out this rank's parts, returns without waiting for others.
@@ -86,6 +93,10 @@ pub trait Communicator: Send + Sync {
     /// Tells all ranks, of this group and of those related to it by `split`, that this one cannot
     /// go on: their calls end with `reason`. Does not wait.
     fn abort(&self, reason: &str);
+
+    /// The first failure, if one is known by now: for a rank that waits for something else than an
+    /// exchange. Does not wait.
+    fn check(&self) -> Result<()>;
 
     /// What this rank has sent and received in this group.
     fn traffic(&self) -> &TrafficCounter;

@@ -44,9 +44,7 @@ impl Communicator for Single {
     }
 
     fn start(&self, head: Head, message: Arc<Message>) -> Result<Flight> {
-        if let Some(cause) = self.failed.get() {
-            return Err(failure(0, cause));
-        }
+        self.check()?;
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         lock(&self.sent.0).push_back((number, message));
         Ok(Flight::new(number, head, self.sent.clone()))
@@ -58,6 +56,10 @@ impl Communicator for Single {
 
     fn abort(&self, reason: &str) {
         self.failed.get_or_init(|| format!("gave up: {reason}"));
+    }
+
+    fn check(&self) -> Result<()> {
+        self.failed.get().map_or(Ok(()), |cause| Err(failure(0, cause)))
     }
 
     fn traffic(&self) -> &TrafficCounter {

@@ -11,7 +11,7 @@ use moe_runner::comm::{Groups, Sizes};
 use moe_runner::hidden::ActivationDtype;
 use moe_runner::random::Random;
 use moe_runner::router::{Simulator, Strategy};
-use moe_runner::runner::{Batch, ForwardInput, MoeRunnerInterface, Options, RankedRunner};
+use moe_runner::runner::{Batch, ForwardInput, MoeRunnerInterface, RankedRunner};
 use moe_runner::spec::{Correction, LayerSpec, RouterSpec};
 use moe_runner::weights::{GateWeights, LoadedLayer, RandomFormat, random_layer, random_matrix};
 use serde::Serialize;
@@ -123,7 +123,7 @@ pub(crate) fn run(args: &BenchArgs, common: &Common) -> Result<Report> {
     }
     let earlier = args.compare.as_deref().map(Earlier::read).transpose()?;
     let parallel = args.splitting.parallel()?;
-    let ranks = args.splitting.ranks()?;
+    let ranks = args.splitting.ranks(common.gpu)?;
     let progress = Progress::new(args.tokens.len() + 2);
     progress.doing("making the weights");
     let subject = subject(args, common)?;
@@ -132,7 +132,7 @@ pub(crate) fn run(args: &BenchArgs, common: &Common) -> Result<Report> {
     let machine = ranks.measure(&common.pool, common.gpu_in_use())?;
     progress.step();
     let measured = ranks.run(|groups| {
-        let options = Options { pool: ranks.pool(&common.pool)?, ..common.options(subject.dtype) };
+        let options = ranks.options(common, subject.dtype, groups)?;
         let mut runners = Vec::with_capacity(subject.layers.len());
         for (layer, seed) in subject.layers.iter().zip(common.seed..) {
             let runner = ranks.runner(layer, &options, groups, &parallel)?;

@@ -9,9 +9,7 @@ use moe_runner::hidden::ActivationDtype;
 use moe_runner::parallel::Parallel;
 use moe_runner::random::Random;
 use moe_runner::router::{LogicalId, Routing};
-use moe_runner::runner::{
-    ForwardInput, MoeRunner, MoeRunnerInterface, Options, RankedRunner, reference,
-};
+use moe_runner::runner::{ForwardInput, MoeRunner, MoeRunnerInterface, RankedRunner, reference};
 use moe_runner::spec::{ActivationFormat, LayerSpec, Selection};
 use moe_runner::weights::{LoadedLayer, account};
 use serde::Serialize;
@@ -259,8 +257,7 @@ impl Checker<'_> {
     ) -> Result<Executed> {
         let most = inputs.iter().map(|input| input.tokens).max().unwrap_or(0);
         let executed = self.ranks.run(|groups| {
-            let pool = self.ranks.pool(&self.common.pool)?;
-            let options = Options { pool, ..self.common.options(dtype) };
+            let options = self.ranks.options(self.common, dtype, groups)?;
             let mut runner = self.ranks.runner(layer, &options, groups, self.parallel)?;
             memory::ensure(
                 self.ranks.in_this_process() * runner.workspace_bytes(most),

@@ -56,7 +56,7 @@ pub(crate) fn run(args: &CheckArgs, common: &Common, json: bool) -> Result<Repor
         return Err(unusable("--tokens 0: there is nothing to compare; give at least 1"));
     }
     let parallel = args.splitting.parallel()?;
-    let ranks = args.splitting.ranks()?;
+    let ranks = args.splitting.ranks(common.gpu)?;
     // removed at the end of this function, or when the run is interrupted
     let builtin = args.checkpoint.is_none().then(Builtin::unpack).transpose()?.map(Arc::new);
     if let Some(builtin) = builtin.clone() {

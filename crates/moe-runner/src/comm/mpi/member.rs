@@ -85,6 +85,14 @@ impl Communicator for Member {
         }
     }
 
+    fn check(&self) -> Result<()> {
+        let world = &self.seat.world;
+        world.check_thread()?;
+        let mut engine = world.engine();
+        world.check_failed()?;
+        world.progress(&mut engine)
+    }
+
     fn traffic(&self) -> &TrafficCounter {
         &self.traffic
     }

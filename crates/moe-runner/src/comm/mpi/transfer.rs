@@ -9,6 +9,7 @@ use std::ffi::c_int;
 use std::sync::Arc;
 
 use super::library::{Handle, Mpi};
+use crate::comm::head::total_size;
 use crate::comm::{Buffers, Head, Kind, Message, Part, sighting};
 use crate::{Error, Result};
 
@@ -160,7 +161,7 @@ impl Transfer {
 
     fn send_part(&mut self, mpi: &Mpi, mut buffer: Note, peer: usize) -> Result<()> {
         let comm = self.circle.comm;
-        let part = part(&self.send, peer);
+        let part = self.send.part(peer);
         let count = self.send.span(peer).len() as u64;
         let inline = if part.len() <= NOTE - INLINE { part } else { &[] };
         buffer[..Head::WIRE].copy_from_slice(&self.head.encode());
@@ -245,7 +246,8 @@ impl Transfer {
         seen[sender] = Some(head);
         let mut count = [0; 8];
         count.copy_from_slice(&note[Head::WIRE..INLINE]);
-        self.counts[peer] = part_size(u64::from_le_bytes(count), &head)
+        self.counts[peer] = head
+            .part_size(u64::from_le_bytes(count))
             .map_err(|reason| Fault::Here(format!("rank {sender}: {reason}, in {mine}")))?;
         Ok(())
     }
@@ -264,7 +266,7 @@ impl Transfer {
             let to = &mut room[start..start + len];
             start += len;
             if peer == me {
-                to.copy_from_slice(part(&self.send, me));
+                to.copy_from_slice(self.send.part(me));
             } else if len <= NOTE - INLINE
                 && let Some(note) = &self.arrived[peer]
             {
@@ -329,25 +331,6 @@ impl Transfer {
     }
 }
 
-/// Elements of a part, as its sender says: no more than it brings.
-fn part_size(count: u64, head: &Head) -> Result<usize, String> {
-    match usize::try_from(count) {
-        Ok(size) if count <= head.total => Ok(size),
-        _ => Err(format!("a part of {count} of {} elements", head.total)),
-    }
-}
-
-/// Elements of all parts. They come from other processes: that they can be added up and held is
-/// theirs to say and ours to check.
-fn total_size(counts: &[usize], width: usize) -> Result<usize, String> {
-    let total = counts.iter().try_fold(0usize, |sum, count| sum.checked_add(*count));
-    let bytes = total.and_then(|total| total.checked_mul(width));
-    match (total, bytes) {
-        (Some(total), Some(bytes)) if bytes <= isize::MAX as usize => Ok(total),
-        _ => Err(format!("the ranks send parts of {counts:?} elements, more than memory can hold")),
-    }
-}
-
 /// Why an exchange failed.
 pub(super) enum Fault {
     /// Found out here.
@@ -395,29 +378,4 @@ pub(super) fn send_farewell(mpi: &Mpi, circle: &Circle, cause: &str) -> Vec<Hand
 fn read_farewell(note: &[u8]) -> String {
     let len = usize::from(u16::from_le_bytes([note[1], note[2]]));
     String::from_utf8_lossy(&note[3..][..len.min(NOTE - 3)]).into_owned()
-}
-
-/// The bytes of the part for `rank`.
-fn part(message: &Message, rank: usize) -> &[u8] {
-    let (span, width) = (message.span(rank), message.dtype().size());
-    &message.bytes()[span.start * width..span.end * width]
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::comm::{At, Dtype, Step};
-
-    #[test]
-    fn sizes_from_other_processes_are_checked() {
-        assert_eq!(total_size(&[1, 0, 5], 4), Ok(6));
-        for counts in [&[usize::MAX, 2][..], &[usize::MAX / 2 + 1; 2], &[1 << 62, 0]] {
-            let reason = total_size(counts, 4).unwrap_err();
-            assert!(reason.contains("more than memory can hold"), "{reason}");
-        }
-        let place = At::new("layer", Step::Combine).into();
-        let head = Head { kind: Kind::AllToAllV, dtype: Dtype::F32, root: 0, total: 7, place };
-        assert_eq!(part_size(7, &head), Ok(7));
-        assert!(part_size(8, &head).is_err() && part_size(u64::MAX, &head).is_err());
-    }
 }

@@ -139,9 +139,7 @@ impl Communicator for Member {
 
     fn start(&self, head: Head, message: Arc<Message>) -> Result<Flight> {
         let Seat { group, rank } = &*self.seat;
-        if let Some(cause) = group.world.failed() {
-            return Err(failure(self.seat.world_rank(), cause));
-        }
+        self.check()?;
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         group.post(number, *rank, head, message);
         Ok(Flight::new(number, head, self.seat.clone()))
@@ -160,6 +158,11 @@ impl Communicator for Member {
     fn abort(&self, reason: &str) {
         let world = &self.presence.world;
         world.fail(format!("{}, gave up: {reason}", world.sighting(self.presence.rank)));
+    }
+
+    fn check(&self) -> Result<()> {
+        let failed = self.presence.world.failed();
+        failed.map_or(Ok(()), |cause| Err(failure(self.seat.world_rank(), cause)))
     }
 
     fn traffic(&self) -> &TrafficCounter {

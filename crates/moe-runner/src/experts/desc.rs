@@ -225,6 +225,9 @@ impl Caps {
     pub const UNGATED: Caps = Caps(1 << 7);
     /// Applies the router's weights to the experts' input, where a layer asks for that.
     pub const INPUT_WEIGHTS: Caps = Caps(1 << 8);
+    /// Routes by itself, and is also built for experts alone, where routing and exchanges happen outside:
+    /// then it is modular.
+    pub const ALONE: Caps = Caps(1 << 9);
     /// What an expert may have beside its products, all of it.
     pub const ALL_EXPERTS: Caps =
         Caps::BIASES.with(Caps::NORMS).with(Caps::UNGATED).with(Caps::INPUT_WEIGHTS);

@@ -108,6 +108,7 @@ pub fn failing_conditions(
     }
     if let Some(why) = request.routed_outside
         && kernel.caps.has(Caps::ROUTES)
+        && !kernel.caps.has(Caps::ALONE)
     {
         fail(
             format!("routes by itself, but routing must happen outside: {why}"),

@@ -5,17 +5,17 @@ use std::sync::Arc;
 use super::ready::{Options, QuantMethod, build, rows_after};
 use super::slices::Slices;
 use super::{MoeRunner, MoeRunnerInterface, ReadyLayer};
-use crate::Result;
 use crate::comm::{self, Communicator, Groups};
 use crate::exchange::{
     AllToAllExchange, BatchedExchange, Completeness, Exchange, ExpertMap, GatherExchange,
     LocalExchange, Wire,
 };
-use crate::experts::{self, BuildCall, Caps, RowFormat};
+use crate::experts::{self, BuildCall, BuiltKernel, Caps, Device, KernelDesc, RowFormat};
 use crate::oracle::{self, Request};
 use crate::parallel::{Parallel, Route, shard};
 use crate::spec::LayerSpec;
 use crate::weights::{Expert, LoadedLayer};
+use crate::{Error, Result};
 
 impl MoeRunner {
     /// The runner of this rank: its share of `layer` (which holds the weights of all ranks, as
@@ -76,7 +76,21 @@ impl MoeRunner {
         let shared_experts = share.shared.as_ref().map_or(&[][..], |shared| &shared.experts);
         let shared_slices = slices(shared_experts, sizes.tp > 1 && sizes.sp() == 1, &groups.tp);
         let experts = std::mem::take(&mut share.experts);
-        let kernel = build(choice.kernel, &share, experts, options, &mut |_| ())?;
+        if choice.kernel.target.device() == Device::Cuda
+            && (routed_slices.is_some() || shared_slices.is_some())
+        {
+            return Err(Error::Spec {
+                layer: layer.spec.name.clone(),
+                reason: "experts cannot be cut into slices on GPUs where a whole row between the \
+                         products has one scale; whole experts can be dealt to ranks (expert \
+                         parallelism)"
+                    .into(),
+            });
+        }
+        let kernel = match sizes.ranks() {
+            1 => build(choice.kernel, &share, experts, options, &mut |_| ())?,
+            _ => alone(choice.kernel, &layer.spec, experts, options)?,
+        };
         let method = QuantMethod { kernel, exchange, shared: None };
         let ready: ReadyLayer = share.ready_with(choice, method, options)?;
         // under sequence parallelism every rank has its own rows: nothing is left to reduce
@@ -106,21 +120,31 @@ impl MoeRunner {
     ) -> Result<QuantMethod> {
         let spec = self.layer.spec.clone();
         let desc = self.method().desc();
-        let call = BuildCall {
-            spec: &spec.expert,
-            weight_on: spec.router.weight_on,
-            experts: experts.to_vec(),
-            layer: None,
-            dtype: options.dtype,
-            rows: rows_after(spec.input_transform.is_identity(), options.dtype),
-            gpu: options.gpu,
-            pool: &*options.pool,
-            progress: &mut |_| (),
-        };
-        let kernel = (desc.build)(desc, call)?;
+        let kernel = alone(desc, &spec, experts.to_vec(), options)?;
         let exchange = exchange(&spec, self.wire, groups, parallel, map)?;
         self.replace_quant_method(QuantMethod { kernel, exchange, shared: None })
     }
+}
+
+/// Packs a rank's experts, without the layer around them: that is split over ranks.
+fn alone(
+    kernel: &'static KernelDesc,
+    spec: &LayerSpec,
+    experts: Vec<Expert>,
+    options: &Options,
+) -> Result<BuiltKernel> {
+    let call = BuildCall {
+        spec: &spec.expert,
+        weight_on: spec.router.weight_on,
+        experts,
+        layer: None,
+        dtype: options.dtype,
+        rows: rows_after(spec.input_transform.is_identity(), options.dtype),
+        gpu: options.gpu,
+        pool: &*options.pool,
+        progress: &mut |_| (),
+    };
+    (kernel.build)(kernel, call)
 }
 
 /// The exchange for the route that `parallel` comes to. Where rows stay or are gathered, the sum is

@@ -12,7 +12,10 @@ mod formats;
 mod inputs;
 mod on_device;
 mod options;
+mod ranks;
 mod recorded;
+#[path = "../comm_suite/mod.rs"]
+mod suite;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 

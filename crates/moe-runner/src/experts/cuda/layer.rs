@@ -99,7 +99,7 @@ impl Experts {
         self.products.dims()[2]
     }
 
-    fn new(
+    pub(super) fn new(
         upload: &mut Upload<'_>,
         (device, method): (&Device, Method),
         spec: &ExpertSpec,

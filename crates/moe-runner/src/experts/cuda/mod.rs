@@ -1,9 +1,14 @@
-//! The whole layer on an NVIDIA GPU: the flow of a pass in the verbs of `moe-cuda`.
+//! The whole layer on an NVIDIA GPU: the flow of a pass in the verbs of `moe-cuda`. Where a layer is split
+//! over ranks, a rank's experts alone.
 //!
 //! What a kernel is stands here in any build, so that every machine can be asked about it. The rest is
 //! compiled with the feature `cuda`; it opens NVIDIA's libraries at run time, and building it needs
 //! nothing of NVIDIA's.
 
+#[cfg(feature = "cuda")]
+mod alone;
+#[cfg(feature = "cuda")]
+mod branch;
 #[cfg(feature = "cuda")]
 mod device;
 #[cfg(feature = "cuda")]
@@ -19,9 +24,11 @@ use super::{
     Archs, Arithmetic, BuildCall, BuiltKernel, Caps, Determinism, Formats, Functions, KernelDesc,
     RowFormat, Scheme, Target,
 };
+#[cfg(not(feature = "cuda"))]
+use crate::Error;
+use crate::Result;
 use crate::hidden::ActivationDtype;
 use crate::spec::{ActivationFormat, Granularity, WeightFormat};
-use crate::{Error, Result};
 
 /// Every format in f32 on any GPU that is supported.
 pub const CUDA_F32: KernelDesc = KernelDesc {
@@ -34,7 +41,7 @@ pub const CUDA_F32: KernelDesc = KernelDesc {
     functions: Functions::All,
     multiples: (1, 1),
     arithmetic: Arithmetic::F32,
-    caps: Caps::ALL_EXPERTS.with(Caps::ROUTES).with(Caps::CAPTURES),
+    caps: Caps::ALL_EXPERTS.with(Caps::ROUTES).with(Caps::ALONE).with(Caps::CAPTURES),
     row_formats: &[RowFormat::Standard],
     determinism: Determinism::AnyBatch,
     build: |desc, call| build(desc, call, Method::F32),
@@ -56,7 +63,7 @@ pub const CUDA_SM90_BF16: KernelDesc = KernelDesc {
     multiples: (64, 64),
     // which of the two kernels runs is decided by the size of the batch
     determinism: Determinism::RunToRun,
-    caps: Caps::BIASES.with(Caps::ROUTES).with(Caps::CAPTURES),
+    caps: Caps::BIASES.with(Caps::ROUTES).with(Caps::ALONE).with(Caps::CAPTURES),
     build: |desc, call| build(desc, call, Method::Sm90(Sm90::Bf16)),
     ..CUDA_F32
 };
@@ -160,11 +167,12 @@ pub fn capability(index: usize) -> Result<u32> {
 
 #[cfg(feature = "cuda")]
 fn build(desc: &'static KernelDesc, call: BuildCall<'_>, method: Method) -> Result<BuiltKernel> {
-    let Some(layer) = call.layer else {
-        let name = desc.name;
-        return Err(Error::NoKernel(format!("'{name}' takes a whole layer, not experts alone")));
-    };
-    Ok(BuiltKernel::Layer(Box::new(layer::CudaLayer::new(desc, method, layer, call)?)))
+    Ok(match call.layer {
+        Some(layer) => {
+            BuiltKernel::Layer(Box::new(layer::CudaLayer::new(desc, method, layer, call)?))
+        }
+        None => BuiltKernel::Modular(Box::new(alone::CudaExperts::new(desc, method, call)?)),
+    })
 }
 
 #[cfg(not(feature = "cuda"))]

@@ -2,20 +2,18 @@
 //! for rows that come from the host, go to the host, or are asked for.
 
 mod host;
-mod memory;
+pub(super) mod memory;
 
 use bytemuck::cast_slice;
 use moe_cuda::router::RoutingMut;
-use moe_cuda::{
-    Cut, FaultWord, Finish, Float, GroupedExperts, Identity, Plan, Rows, RowsMut, View, ViewMut,
-};
+use moe_cuda::{Cut, FaultWord, Finish, Float, Identity, Plan, Rows, RowsMut, View, ViewMut};
 
 use host::{narrow, nothing_seen};
-use memory::{Parts, RoutingParts, SharedParts, Slots};
+use memory::{Parts, RoutingParts, SharedParts};
 
 use super::device::{Plans, Work, error};
 use super::layer::{CudaLayer, Experts, Gate, Shared, Step};
-use super::products::{Fast, FastWork, Products};
+use super::products::{FastWork, Products};
 use super::upload::cuda_float;
 use crate::experts::{LayerCall, RoutingSource};
 use crate::hidden::{self, ActivationDtype, DevicePlace};
@@ -158,7 +156,7 @@ impl Pass<'_> {
         let experts = &self.layer.experts;
         let mut routed = f32_rows(parts.routed.reborrow(), tokens, dims.routed_hidden)?;
         let of = (rows, ids, Some(weights), call.routed_factor);
-        self.experts(experts, of, &mut parts.slots, (plans, fast), &mut routed)?;
+        experts.run(device, of, &mut parts.slots, (plans, fast), &mut routed, self.ignored)?;
         // 6. the output transform
         let steps = &self.layer.output_transform;
         let sum = self.transform(steps, routed.as_rows(), &mut parts.finished)?;
@@ -367,92 +365,6 @@ impl Pass<'_> {
         verbs.linear(stream, normed.as_rows(), weight, bias, logits).map_err(error)
     }
 
-    /// `out[t] = factor · Σ_j weights[t, j] · expert(ids[t, j])(x[t])`, in f32; without weights they
-    /// are 1.
-    fn experts(
-        &self,
-        experts: &Experts,
-        of: (Rows<'_>, View<'_, u32>, Option<View<'_, f32>>, f32),
-        slots: &mut Slots<'_>,
-        (plans, work): (&mut Plans, &mut FastWork),
-        out: &mut RowsMut<'_>,
-    ) -> Result<()> {
-        let device = &self.layer.device;
-        match &experts.products {
-            Products::F32(grouped) => {
-                let (count, all) = (of.1.len(), experts.count());
-                let plan = plans.reserve(&device.gpu, count, all, GroupedExperts::TILE)?;
-                self.in_f32(experts, grouped, of, slots, plan, out)
-            }
-            Products::Sm90(fast) => {
-                let (x, ids, weights, factor) = of;
-                let Some(weights) = weights else {
-                    return Err(Error::NoKernel("fast experts need weights".into()));
-                };
-                let x = match x.float() == Fast::ROWS {
-                    true => x,
-                    false => {
-                        let narrow = slots.narrow.reborrow();
-                        let mut rows =
-                            RowsMut::new(narrow, Fast::ROWS, x.rows(), x.cols()).map_err(error)?;
-                        device.verbs.convert(&device.stream, x, &mut rows, None).map_err(error)?;
-                        rows.into_rows()
-                    }
-                };
-                let of = (x, ids, weights);
-                fast.run(device, of, plans, work, out, self.ignored)?;
-                if factor != 1.0 {
-                    device.verbs.scale_add(&device.stream, out, factor, None).map_err(error)?;
-                }
-                Ok(())
-            }
-        }
-    }
-
-    /// The same, the products in f32.
-    fn in_f32(
-        &self,
-        experts: &Experts,
-        grouped: &GroupedExperts,
-        of: (Rows<'_>, View<'_, u32>, Option<View<'_, f32>>, f32),
-        slots: &mut Slots<'_>,
-        plan: &mut Plan,
-        out: &mut RowsMut<'_>,
-    ) -> Result<()> {
-        let (x, ids, weights, factor) = of;
-        let device = &self.layer.device;
-        let (stream, verbs) = (&device.stream, &device.verbs);
-        let count = ids.len();
-        let (hidden, inner) = (experts.hidden(), experts.intermediate());
-        verbs.plan(stream, ids, count / self.tokens, plan).map_err(error)?;
-        let factors = weights.filter(|_| experts.weight_on_input);
-        let mut h = f32_rows(slots.h.reborrow(), count, inner)?;
-        match &experts.quantise[0] {
-            None => grouped.first(stream, x, plan, factors, &mut h).map_err(error)?,
-            Some((quantiser, scales)) => {
-                let mut rows = f32_rows(slots.x.reborrow(), count, hidden)?;
-                let scales = scales.as_ref().map(|scales| scales.view());
-                let verbs = &device.slots;
-                verbs.gather(stream, x, plan, factors, &mut rows).map_err(error)?;
-                verbs.quantise(stream, *quantiser, scales, plan, &mut rows).map_err(error)?;
-                grouped.first_sorted(stream, rows.as_rows(), plan, &mut h).map_err(error)?;
-            }
-        }
-        if let Some((quantiser, scales)) = &experts.quantise[1] {
-            let scales = scales.as_ref().map(|scales| scales.view());
-            let verbs = &device.slots;
-            verbs.quantise(stream, *quantiser, scales, plan, &mut h).map_err(error)?;
-        }
-        let mut y = f32_rows(slots.y.reborrow(), count, hidden)?;
-        grouped.second(stream, h.as_rows(), plan, &mut y).map_err(error)?;
-        if let Some((norm, weight)) = &experts.norm {
-            device.slots.norm(stream, *norm, ids, weight.view(), &mut y).map_err(error)?;
-        }
-        let weights = weights.filter(|_| !experts.weight_on_input);
-        let (y, all) = (y.as_rows(), experts.count());
-        verbs.combine(stream, y, ids, weights, all, factor, out, self.ignored).map_err(error)
-    }
-
     /// The shared experts' output `[T, H]`.
     fn shared<'b>(
         &self,
@@ -483,7 +395,7 @@ impl Pass<'_> {
             weights => weights,
         };
         let of = (x, ids.as_view(), weights, 1.0);
-        self.experts(&shared.experts, of, slots, work, &mut out)?;
+        shared.experts.run(device, of, slots, work, &mut out, self.ignored)?;
         if let Some(gate) = &shared.gate {
             device.slots.sigmoid_gate(stream, hidden, gate.view(), &mut out).map_err(error)?;
         }
@@ -503,7 +415,7 @@ fn float(dtype: ActivationDtype) -> Float {
     })
 }
 
-fn f32_rows(view: ViewMut<'_, f32>, rows: usize, cols: usize) -> Result<RowsMut<'_>> {
+pub(super) fn f32_rows(view: ViewMut<'_, f32>, rows: usize, cols: usize) -> Result<RowsMut<'_>> {
     RowsMut::new(view, Float::F32, rows, cols).map_err(error)
 }
 

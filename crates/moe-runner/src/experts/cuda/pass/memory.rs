@@ -31,15 +31,15 @@ pub(super) struct RoutingParts<'a> {
 }
 
 /// Rows of the experts' slots: for products in f32.
-pub(super) struct Slots<'a> {
+pub(in crate::experts::cuda) struct Slots<'a> {
     /// `[slots, H]`: rows before the first product, where they are not the tokens' own.
-    pub(super) x: ViewMut<'a, f32>,
+    pub(in crate::experts::cuda) x: ViewMut<'a, f32>,
     /// `[slots, I]`: between the products.
-    pub(super) h: ViewMut<'a, f32>,
+    pub(in crate::experts::cuda) h: ViewMut<'a, f32>,
     /// `[slots, H]`: the experts' outputs.
-    pub(super) y: ViewMut<'a, f32>,
+    pub(in crate::experts::cuda) y: ViewMut<'a, f32>,
     /// `[T, H]`: the tokens' rows as Hopper's kernels read them, where they are not such.
-    pub(super) narrow: ViewMut<'a, u16>,
+    pub(in crate::experts::cuda) narrow: ViewMut<'a, u16>,
 }
 
 pub(super) struct SharedParts<'a> {
@@ -53,7 +53,13 @@ pub(super) struct SharedParts<'a> {
 }
 
 impl<'a> Slots<'a> {
-    fn cut(cut: &mut Cut<'a>, experts: &Experts, tokens: usize, top_k: usize) -> Self {
+    /// For `tokens` tokens of `top_k` slots.
+    pub(in crate::experts::cuda) fn cut(
+        cut: &mut Cut<'a>,
+        experts: &Experts,
+        tokens: usize,
+        top_k: usize,
+    ) -> Self {
         let (fast, gathered) = (experts.is_fast(), experts.quantise[0].is_some());
         let slots = if fast { 0 } else { tokens * top_k };
         Self {

@@ -1,0 +1,99 @@
+//! The experts of one branch: what both a whole layer and experts alone put on the stream.
+
+use moe_cuda::{FaultWord, GroupedExperts, Plan, Rows, RowsMut, View};
+
+use super::device::{Device, Plans, error};
+use super::layer::Experts;
+use super::pass::f32_rows;
+use super::pass::memory::Slots;
+use super::products::{Fast, FastWork, Products};
+use crate::{Error, Result};
+
+/// Rows `[T, H]`, ids `[T, k]`, weights `[T, k]` (none: they are 1), and a factor.
+type Of<'a> = (Rows<'a>, View<'a, u32>, Option<View<'a, f32>>, f32);
+
+impl Experts {
+    /// `out[t] = factor · Σ_j weights[t, j] · expert(ids[t, j])(x[t])`, in f32.
+    pub(super) fn run(
+        &self,
+        device: &Device,
+        of: Of<'_>,
+        slots: &mut Slots<'_>,
+        (plans, work): (&mut Plans, &mut FastWork),
+        out: &mut RowsMut<'_>,
+        fault: &FaultWord,
+    ) -> Result<()> {
+        match &self.products {
+            Products::F32(grouped) => {
+                let (count, all) = (of.1.len(), self.count());
+                let plan = plans.reserve(&device.gpu, count, all, GroupedExperts::TILE)?;
+                self.in_f32((device, grouped), of, slots, plan, out, fault)
+            }
+            Products::Sm90(fast) => {
+                let (x, ids, weights, factor) = of;
+                let Some(weights) = weights else {
+                    return Err(Error::NoKernel("fast experts need weights".into()));
+                };
+                let x = match x.float() == Fast::ROWS {
+                    true => x,
+                    false => {
+                        let narrow = slots.narrow.reborrow();
+                        let mut rows =
+                            RowsMut::new(narrow, Fast::ROWS, x.rows(), x.cols()).map_err(error)?;
+                        device.verbs.convert(&device.stream, x, &mut rows, None).map_err(error)?;
+                        rows.into_rows()
+                    }
+                };
+                let of = (x, ids, weights);
+                fast.run(device, of, plans, work, out, fault)?;
+                if factor != 1.0 {
+                    device.verbs.scale_add(&device.stream, out, factor, None).map_err(error)?;
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// The same, the products in f32.
+    fn in_f32(
+        &self,
+        (device, grouped): (&Device, &GroupedExperts),
+        of: Of<'_>,
+        slots: &mut Slots<'_>,
+        plan: &mut Plan,
+        out: &mut RowsMut<'_>,
+        fault: &FaultWord,
+    ) -> Result<()> {
+        let (x, ids, weights, factor) = of;
+        let (stream, verbs) = (&device.stream, &device.verbs);
+        let count = ids.len();
+        let (hidden, inner) = (self.hidden(), self.intermediate());
+        verbs.plan(stream, ids, count / x.rows(), plan).map_err(error)?;
+        let factors = weights.filter(|_| self.weight_on_input);
+        let mut h = f32_rows(slots.h.reborrow(), count, inner)?;
+        match &self.quantise[0] {
+            None => grouped.first(stream, x, plan, factors, &mut h).map_err(error)?,
+            Some((quantiser, scales)) => {
+                let mut rows = f32_rows(slots.x.reborrow(), count, hidden)?;
+                let scales = scales.as_ref().map(|scales| scales.view());
+                let verbs = &device.slots;
+                verbs.gather(stream, x, plan, factors, &mut rows).map_err(error)?;
+                verbs.quantise(stream, *quantiser, scales, plan, &mut rows).map_err(error)?;
+                grouped.first_sorted(stream, rows.as_rows(), plan, &mut h).map_err(error)?;
+            }
+        }
+        if let Some((quantiser, scales)) = &self.quantise[1] {
+            let scales = scales.as_ref().map(|scales| scales.view());
+            let verbs = &device.slots;
+            verbs.quantise(stream, *quantiser, scales, plan, &mut h).map_err(error)?;
+        }
+        let mut y = f32_rows(slots.y.reborrow(), count, hidden)?;
+        grouped.second(stream, h.as_rows(), plan, &mut y).map_err(error)?;
+        if let Some((norm, weight)) = &self.norm {
+            device.slots.norm(stream, *norm, ids, weight.view(), &mut y).map_err(error)?;
+        }
+        let weights = weights.filter(|_| !self.weight_on_input);
+        let (y, all) = (y.as_rows(), self.count());
+        verbs.combine(stream, y, ids, weights, all, factor, out, fault).map_err(error)
+    }
+}

@@ -1,0 +1,318 @@
+//! Layers split over ranks with GPUs: what was recorded, every collective, and every way to fail. Ranks
+//! share a GPU where there is one; with two, NCCL connects them.
+
+use std::io::Read;
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use moe_runner::comm::tcp::{self, Rendezvous};
+use moe_runner::comm::{self, At, Communicator, Groups, Sizes, Step, nccl, run_ranks};
+use moe_runner::experts::{Device, RowFormat};
+use moe_runner::hidden::ActivationDtype::{Bf16, F32};
+use moe_runner::parallel::{ExchangeKind, Parallel, Placement};
+use moe_runner::runner::{Batch, Options, forward_batch};
+use moe_runner::weights::FloatType;
+use moe_runner::{Error, Result};
+
+use crate::cases::{Case, TOKENS, all_cases};
+use crate::layers::{self, nmse, rows, sizes};
+use crate::{gpu, suite};
+
+fn splits() -> Vec<(&'static str, Parallel)> {
+    let with = |sizes: Sizes| Parallel { sizes, ..Parallel::default() };
+    let ep = sizes(1, 2, 1, true);
+    vec![
+        ("tp 2", with(sizes(2, 1, 1, false))),
+        ("tp 2 ep", with(sizes(2, 1, 1, true))),
+        ("dp 2", with(sizes(1, 2, 1, false))),
+        ("dp 2 ep", with(ep)),
+        ("dp 2 ep round-robin", Parallel { placement: Placement::RoundRobin, ..with(ep) }),
+        ("dp 2 ep naive", Parallel { exchange: ExchangeKind::Naive, ..with(ep) }),
+        ("dp 2 ep dbo 2", Parallel { micro_batches: 2, ..with(ep) }),
+        ("pcp 2", with(sizes(1, 1, 2, false))),
+        ("pcp 2 ep", with(sizes(1, 1, 2, true))),
+        ("tp 2 sp", with(Sizes { sequence_parallel: true, ..sizes(2, 1, 1, true) })),
+    ]
+}
+
+/// Every recorded layer in every one of `splits`, on this rank: how many.
+fn recorded(
+    cases: &[Case],
+    splits: &[(&'static str, Parallel)],
+    world: &Arc<dyn Communicator>,
+    options: &Options,
+) -> Result<usize> {
+    let mut done = 0;
+    for case in cases {
+        for (entry, layer) in case.layers() {
+            for (name, parallel) in splits {
+                let groups = Groups::new(world.clone(), parallel.sizes)?;
+                for tokens in TOKENS {
+                    let recorded = case.recorded(entry.spec.index, tokens);
+                    let batch = Batch { hidden: &recorded.x, router_logits: None, input_ids: None };
+                    let place = format!("{} {} {name} T={tokens}", case.name, entry.spec.name);
+                    let got = forward_batch(&layer, options, &groups, parallel, &batch, None);
+                    let got = match got {
+                        Ok(got) => got,
+                        // as on one GPU; or slices where the whole of a row is needed
+                        Err(Error::NoKernel(why)) if why.contains("activations as nvfp4") => break,
+                        Err(Error::Spec { reason, .. })
+                            if !parallel.sizes.use_ep()
+                                && reason.contains("(expert parallelism)") =>
+                        {
+                            break;
+                        }
+                        Err(error) => {
+                            return Err(Error::Communication(format!("{place}: {error}")));
+                        }
+                    };
+                    assert!(got.kernel.starts_with("cuda_"), "{place}: {}", got.kernel);
+                    let error = nmse(&got.output, &recorded.out);
+                    assert!(error <= recorded.bound(), "{place}: NMSE {error:e}");
+                    done += 1;
+                }
+            }
+        }
+    }
+    Ok(done)
+}
+
+fn on(options: &Options, gpu: usize) -> Options {
+    Options { gpu, ..options.clone() }
+}
+
+#[test]
+fn recorded_layers_are_reproduced_by_ranks_that_share_a_gpu() {
+    let _alone = crate::alone();
+    let Some(options) = gpu(F32) else { return };
+    let cases = all_cases();
+    // slices and whole experts: what is between them is the same code
+    let splits: Vec<_> =
+        splits().into_iter().filter(|(name, _)| ["tp 2", "dp 2 ep"].contains(name)).collect();
+    let done = run_ranks(2, |world| recorded(&cases, &splits, world, &options)).unwrap();
+    println!("{} recordings reproduced by two ranks on one GPU", done[0]);
+    assert!(done[0] > 100 && done[0] == done[1], "{done:?}");
+}
+
+/// Options for the first of two GPUs; `None`, and the reason told, where there are fewer.
+fn two_gpus() -> Option<Options> {
+    let options = gpu(F32)?;
+    match moe_runner::experts::cuda::capability(1) {
+        Ok(_) => Some(options),
+        Err(reason) => {
+            println!("skipped, one GPU only: {reason}");
+            None
+        }
+    }
+}
+
+#[test]
+fn recorded_layers_are_reproduced_over_two_gpus() {
+    let _alone = crate::alone();
+    let Some(options) = two_gpus() else { return };
+    let cases = all_cases();
+    let start = Instant::now();
+    let done = run_ranks(2, |world| {
+        let world = nccl::open(world.clone(), world.rank())?;
+        if world.rank() == 0 {
+            println!("{} after {:?}", world.name(), start.elapsed());
+        }
+        recorded(&cases, &splits(), &world, &on(&options, world.rank()))
+    })
+    .unwrap();
+    println!("{} recordings reproduced over two GPUs in {:?}", done[0], start.elapsed());
+    assert!(done[0] > 500 && done[0] == done[1], "{done:?}");
+}
+
+/// Whole experts anywhere: no bit changes, not from one GPU's experts to two's, nor with the fast kernels.
+#[test]
+fn where_whole_experts_are_changes_no_bit() {
+    let _alone = crate::alone();
+    let Some(options) = gpu(Bf16) else { return };
+    let second = usize::from(two_gpus().is_some());
+    let mut spec = layers::plain();
+    (spec.dims.hidden, spec.dims.routed_hidden, spec.dims.intermediate) = (256, 256, 128);
+    let layer = moe_runner::weights::random_layer(&spec, FloatType::Bf16, 7).unwrap();
+    let hopper = moe_runner::experts::cuda::capability(0).is_ok_and(|capability| capability == 90);
+    for kernel in ["cuda_f32", "cuda_sm90_bf16"].into_iter().take(1 + usize::from(hopper)) {
+        for tokens in [3, 40, 1000] {
+            let hidden = rows(Bf16, tokens, 256, tokens as u64);
+            let batch = Batch { hidden: &hidden, router_logits: None, input_ids: None };
+            let mut first: Option<Vec<f32>> = None;
+            for (name, parallel) in splits().iter().filter(|(_, p)| p.sizes.use_ep()) {
+                if parallel.exchange == ExchangeKind::Naive {
+                    continue;
+                }
+                let outputs = run_ranks(2, |world| {
+                    let mut options = on(&options, world.rank() * second);
+                    options.kernel = Some(kernel.into());
+                    let world = match second {
+                        0 => world.clone(),
+                        _ => nccl::open(world.clone(), world.rank())?,
+                    };
+                    let groups = Groups::new(world, parallel.sizes)?;
+                    Ok(forward_batch(&layer, &options, &groups, parallel, &batch, None)?.output)
+                });
+                let outputs = outputs.unwrap_or_else(|error| panic!("{kernel}, {name}: {error}"));
+                let first = first.get_or_insert_with(|| outputs[0].clone());
+                let same = outputs.iter().all(|output| output == first);
+                // which of two kernels runs is decided by the size of the batch
+                let batched = kernel != "cuda_f32";
+                assert!(same || batched, "{kernel}, {name}, {tokens} tokens");
+                let wide: Vec<f64> = first.iter().map(|v| f64::from(*v)).collect();
+                let error = nmse(&outputs[1], &wide);
+                assert!(error <= 4e-5, "{kernel}, {name}, {tokens} tokens: {error:e}");
+            }
+        }
+    }
+}
+
+#[test]
+fn every_collective_over_nccl_equals_a_sequential_computation() {
+    let _alone = crate::alone();
+    if two_gpus().is_none() {
+        return;
+    }
+    run_ranks(2, |world| {
+        let world = nccl::open(world.clone(), world.rank())?;
+        suite::verdict(&suite::run(&*world, 1, 8)?)?;
+        let part = world.split(0, 1 - world.rank())?;
+        suite::verdict(&suite::run(&*part, 2, 4)?)
+    })
+    .unwrap();
+}
+
+#[test]
+fn what_nccl_cannot_connect_is_told_in_one_line() {
+    let _alone = crate::alone();
+    if gpu(F32).is_none() {
+        return;
+    }
+    let error = run_ranks(2, |world| nccl::open(world.clone(), 0).map(drop)).unwrap_err();
+    let error = error.to_string();
+    assert!(error.contains("ranks 0 and 1 have the same GPU"), "{error}");
+    let error = run_ranks(2, |world| nccl::open(world.clone(), 70 + world.rank()).map(drop));
+    let error = error.unwrap_err().to_string();
+    assert!(error.contains("the driver shows") && !error.contains('\n'), "{error}");
+}
+
+fn at(step: Step) -> At<'static> {
+    At::new("model.layers.7.mlp", step)
+}
+
+/// What the ranks say when rank 1 does `what` in place of the second of two exchanges.
+fn ends(what: impl Fn() -> Result<()> + Sync) -> Vec<String> {
+    let options = comm::Options { timeout: Duration::from_secs(2) };
+    let said = std::sync::Mutex::new(Vec::new());
+    let _ = comm::run_ranks_with(2, options, |world| {
+        let world = nccl::open_with(world.clone(), world.rank(), options, None)?;
+        world.all_gather(at(Step::Dispatch), vec![1.0f32; 5000])?;
+        if world.rank() == 1 {
+            what()?;
+        }
+        let result = world.all_gather(at(Step::Combine), vec![1.0f32; 5000]);
+        said.lock().unwrap().push(result.map_or_else(|e| e.to_string(), |_| "well".into()));
+        Ok(())
+    });
+    said.into_inner().unwrap()
+}
+
+#[test]
+fn a_rank_that_fails_or_sleeps_ends_the_others() {
+    let _alone = crate::alone();
+    if two_gpus().is_none() {
+        return;
+    }
+    let start = Instant::now();
+    let said = ends(|| Err(Error::Device("out of memory".into())));
+    let all = said.join("\n");
+    assert!(all.contains("rank 1, last seen") && all.contains("out of memory"), "{all}");
+    assert!(all.contains("model.layers.7.mlp") && all.contains("'dispatch'"), "{all}");
+    let said = ends(|| {
+        std::thread::sleep(Duration::from_secs(5));
+        Ok(())
+    });
+    let all = said.join("\n");
+    assert_eq!(said.len(), 2, "{all}");
+    assert!(all.contains("waited 2 s") && all.contains("rank 1, last seen"), "{all}");
+    println!("faults told after {:?}", start.elapsed());
+}
+
+const PROCESS: &str = "NCCL_TEST_PROCESS";
+
+/// Not a test: what a process of its own does. Rank 1 says what it brings, and dies before it brings it.
+#[test]
+#[ignore = "started by another test"]
+fn process() {
+    let given = std::env::var(PROCESS).expect("started by another test");
+    let (rank, address) = given.split_once('@').unwrap();
+    let rank: usize = rank.parse().unwrap();
+    let work = || -> Result<()> {
+        let at_address = Rendezvous { address: address.to_owned(), rank, ranks: 2 };
+        let world = tcp::open(&at_address, comm::Options::default())?;
+        let world = nccl::open(world, rank)?;
+        let all = world.all_gather(at(Step::Dispatch), vec![rank as u32; 50_000])?;
+        println!("gathered {} with {}", all.iter().sum::<u32>(), world.name());
+        let mut send = world.buffer::<f32>(100_000)?;
+        send.fill(1.0);
+        let pending = world.start_all_to_all_v(at(Step::Combine), send, &[50_000, 50_000])?;
+        if rank == 1 {
+            // the note is on its way
+            std::thread::sleep(Duration::from_millis(200));
+            let _ = Command::new("kill").args(["-9", &std::process::id().to_string()]).status();
+        }
+        pending.wait(&*world).map(drop)
+    };
+    if let Err(error) = work() {
+        println!("ERROR {error}");
+    }
+}
+
+#[test]
+fn processes_meet_over_tcp_and_a_killed_one_ends_the_other() {
+    let _alone = crate::alone();
+    if two_gpus().is_none() {
+        return;
+    }
+    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = free.local_addr().unwrap();
+    drop(free);
+    let start = |rank: usize| {
+        Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "ranks::process", "--ignored", "--nocapture", "--quiet"])
+            .env(PROCESS, format!("{rank}@{address}"))
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap()
+    };
+    let mut said = [0, 1].map(start).map(|mut process| {
+        let mut said = String::new();
+        process.stdout.take().unwrap().read_to_string(&mut said).unwrap();
+        process.wait().unwrap();
+        said
+    });
+    let first = std::mem::take(&mut said[0]);
+    println!("{first}");
+    for word in ["gathered 50000 with NCCL", "over tcp", "ERROR ", "rank 1, last seen", "was lost"]
+    {
+        assert!(first.contains(word), "no '{word}' in {first}");
+    }
+}
+
+/// What a GPU's kernel cannot do over ranks is told when the runner is made.
+#[test]
+fn batched_rows_are_refused() {
+    let _alone = crate::alone();
+    let Some(options) = gpu(F32) else { return };
+    let options = Options { device: Some(Device::Cuda), kernel: None, ..options };
+    let layer = moe_runner::weights::random_layer(&layers::plain(), FloatType::F32, 7).unwrap();
+    let parallel = Parallel {
+        sizes: sizes(1, 2, 1, true),
+        row_format: RowFormat::Batched,
+        ..Parallel::default()
+    };
+    let hidden = rows(F32, 3, layer.spec.dims.hidden, 1);
+    let error = layers::split(&layer, &options, &parallel, &hidden).unwrap_err().to_string();
+    assert!(error.contains("takes standard rows"), "{error}");
+}

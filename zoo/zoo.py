@@ -40,7 +40,7 @@ SUITES = {
     "moe-kernels": ["unit", "packing", "stored", "quantise", "minifloats", "ggml_blocks"],
     "moe-runner": [
         "unit", "router", "runner", "golden", "reference", "architectures", "quantised", "exchange",
-        "ranks", "balance_moves", "comm_threads", "emulation", "large",
+        "ranks", "sixteen_bits", "balance_moves", "comm_threads", "emulation", "large",
     ],
     "moe-acid": ["write"],
 }

@@ -2,6 +2,8 @@
 
 use std::collections::BTreeSet;
 
+use half::f16;
+
 use crate::probes::{GATE, LEAD, RULER};
 use crate::{Act, Family, Mistake, Probes, Score, Shared};
 
@@ -254,7 +256,8 @@ impl Block {
             }
             let shared = self.shared.as_ref().map_or(vec![0.0; family.hidden], |expert| {
                 let gate = if family.shared == Shared::Gated { 0.5 } else { 1.0 };
-                let (y, _) = self.expert(expert, &x, &BTreeSet::new());
+                let free = mistakes.iter().copied().filter(|one| one.is_freedom()).collect();
+                let (y, _) = self.expert(expert, &x, &free);
                 y.into_iter().map(|y| gate * y).collect()
             });
             (routed[self.read_coordinates()].to_vec(), shared[self.read_coordinates()].to_vec())
@@ -333,7 +336,12 @@ impl Block {
         mistakes: &BTreeSet<Mistake>,
     ) -> (Vec<f64>, Vec<f64>) {
         let has = |mistake| mistakes.contains(&mistake);
-        let (mut gate, mut up) = (expert.gate.times(x), expert.up.times(x));
+        let row = |row: &[f64]| match has(Mistake::RowsInEightBits) {
+            true => in_eight_bits(row),
+            false => row.to_vec(),
+        };
+        let x = row(x);
+        let (mut gate, mut up) = (expert.gate.times(&x), expert.up.times(&x));
         if let (Some([gate_bias, up_bias, _]), false) =
             (&expert.biases, has(Mistake::GateUpBiasMissing))
         {
@@ -362,6 +370,7 @@ impl Block {
             let beyond = |v: &&mut f64| v.abs() > 65504.0;
             h.iter_mut().filter(beyond).for_each(|v| *v = f64::INFINITY);
         }
+        h = row(&h);
         let y = match has(Mistake::DownTransposed) {
             true => expert.down.transposed().times(&h),
             false => expert.down.times(&h),
@@ -390,6 +399,17 @@ fn activate(act: Act, gate: f64, up: f64, mistakes: &BTreeSet<Mistake>) -> f64 {
         Act::Silu if has(Mistake::SiluMissing) => gate * up,
         Act::Silu => gate * sigmoid(gate) * up,
     }
+}
+
+/// Blocks of 32 as ggml's Q8_0: multiples of a 127th of the largest, which is stored in f16.
+fn in_eight_bits(row: &[f64]) -> Vec<f64> {
+    let block = |block: &[f64]| {
+        let step = block.iter().fold(0.0, |max: f64, v| v.abs().max(max)) / 127.0;
+        let stored = f16::from_f64(step).to_f64();
+        let value = move |v: &f64| if step > 0.0 { (v / step).round() * stored } else { 0.0 };
+        block.iter().map(value).collect::<Vec<f64>>()
+    };
+    row.chunks(32).flat_map(block).collect()
 }
 
 fn sigmoid(v: f64) -> f64 {

@@ -39,6 +39,8 @@ pub enum Mistake {
     InterleavedAsHalves,
     HalvesAsInterleaved,
     DownTransposed,
+    /// No mistake: engines that multiply blocks of integers round the rows, too.
+    RowsInEightBits,
 }
 
 impl Mistake {
@@ -76,7 +78,13 @@ impl Mistake {
             Self::InterleavedAsHalves => "interleaved gate and up read as halves",
             Self::HalvesAsInterleaved => "halves of gate and up read as interleaved",
             Self::DownTransposed => "down projection transposed",
+            Self::RowsInEightBits => "rows rounded to 8 bits in blocks of 32",
         }
+    }
+
+    /// What an engine is free to do.
+    pub fn is_freedom(self) -> bool {
+        self == Self::RowsInEightBits
     }
 
     /// Those that `family`'s checkpoint can show.

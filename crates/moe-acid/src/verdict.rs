@@ -35,6 +35,7 @@ pub enum Note {
     TiesHighest,
     LogitsRounded,
     BiasRounded,
+    RowsRounded,
     Unclear(Question),
 }
 
@@ -66,6 +67,7 @@ impl fmt::Display for Note {
             Self::TiesHighest => "ties go to the highest id",
             Self::LogitsRounded => "router logits rounded to 16 bits",
             Self::BiasRounded => "correction bias rounded to 16 bits",
+            Self::RowsRounded => "rows rounded to 8 bits in blocks of 32",
             Self::Unclear(Question::Logits) => "near-equal logits: unclear",
             Self::Unclear(Question::Bias) => "near-equal biases: unclear",
             Self::Unclear(Question::Tie) => "ties: unclear",
@@ -110,9 +112,16 @@ impl<'a> Decoder<'a> {
             .iter()
             .enumerate()
             .flat_map(|(i, a)| mistakes[i + 1..].iter().map(|b| BTreeSet::from([*a, *b])));
+        // one at a time where rows are rounded, too
+        let rounded =
+            std::iter::once(BTreeSet::new()).chain(singles.clone()).map(|mut mistakes| {
+                mistakes.insert(Mistake::RowsInEightBits);
+                mistakes
+            });
         let book = std::iter::once(BTreeSet::new())
-            .chain(singles)
+            .chain(singles.clone())
             .chain(pairs)
+            .chain(rounded)
             .map(|mistakes| page(block, mistakes))
             .collect();
         let fitted = (0..block.probes.len()).filter(|probe| !block.probes.asks(*probe)).collect();
@@ -143,11 +152,13 @@ impl<'a> Decoder<'a> {
         let best = fits.into_iter().min_by(|a, b| a.cost.total_cmp(&b.cost));
         // who was chosen is not to be seen where weights are not at their experts
         let moved = [Mistake::ExpertsShifted, Mistake::WeightsReversed];
-        let notes = match &best {
+        let mut notes = match &best {
             Some(best) if moved.iter().any(|one| best.mistakes.contains(one)) => Vec::new(),
             _ => self.notes(readings),
         };
-        let Some(best) = best else {
+        let rounded = |best: &Fit| best.mistakes.contains(&Mistake::RowsInEightBits);
+        notes.extend(best.as_ref().is_some_and(rounded).then_some(Note::RowsRounded));
+        let Some(mut best) = best else {
             let fault = "not finite in a way that no known mistake explains";
             return Verdict {
                 mistakes: Vec::new(),
@@ -159,6 +170,7 @@ impl<'a> Decoder<'a> {
                 faults: vec![fault.into()],
             };
         };
+        best.mistakes.retain(|mistake| !mistake.is_freedom());
         Verdict {
             faults: self.faults(&best),
             same: self.same(&best.mistakes),

@@ -46,6 +46,21 @@ fn a_right_block_is_right_in_32_and_16_bits() {
     }
 }
 
+/// Rows of 8 bits are a note; a mistake beside them is named as without.
+#[test]
+fn rows_that_are_rounded_to_eight_bits_are_a_note() {
+    for family in FAMILIES {
+        let block = Block::new(family);
+        let decoder = Decoder::new(&block);
+        for mistake in [None, Some(Mistake::GateUpSwapped)] {
+            let all: Vec<Mistake> = mistake.into_iter().chain([Mistake::RowsInEightBits]).collect();
+            let verdict = decoder.verdict(&readings(&block, &all, (1.0, 1.0), false));
+            assert_eq!(verdict.mistakes, Vec::from_iter(mistake), "{}: {verdict}", family.name);
+            assert!(verdict.notes.contains(&Note::RowsRounded), "{}", family.name);
+        }
+    }
+}
+
 #[test]
 fn every_mistake_is_named_or_its_class_is_known() {
     for family in FAMILIES {

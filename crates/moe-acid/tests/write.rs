@@ -2,7 +2,7 @@
 //! and the layer that it makes of them is right.
 
 use moe_acid::write::{self, Form};
-use moe_acid::{Block, Decoder, FAMILIES, Readings};
+use moe_acid::{Block, Decoder, FAMILIES, Family, Readings};
 use moe_runner::checkpoint::{Checkpoint, architecture};
 use moe_runner::hidden::{ActivationDtype, Rows, RowsMut};
 use moe_runner::runner::{ForwardInput, MoeRunner, MoeRunnerInterface, Options};
@@ -16,6 +16,35 @@ fn decoded(matrix: &Matrix) -> Vec<f64> {
         all.extend(row.iter().map(|v| f64::from(*v)));
     }
     all
+}
+
+/// What this workspace's own layer makes of the probes.
+fn readings(block: &Block, layer: &LoadedLayer) -> Readings {
+    let rows: Vec<f32> = block.embeddings().concat().iter().map(|v| *v as f32).collect();
+    let mut output = vec![0.0; rows.len()];
+    let options = Options::new(ActivationDtype::F32, 1).unwrap();
+    let mut runner = MoeRunner::new(layer.ready(&options).unwrap());
+    let input = ForwardInput::new(Rows::F32(&rows));
+    runner.forward(&input, RowsMut::F32(&mut output)).unwrap();
+    Readings::from_output(block, &output).unwrap()
+}
+
+/// A fault in the file is seen through this workspace's own layer, too.
+#[test]
+fn swapped_matrices_of_a_file_are_named() {
+    let folder = tempfile::tempdir().unwrap();
+    for form in Form::ALL {
+        let mut block = Block::new(Family::named("mixtral").unwrap());
+        block.experts.iter_mut().for_each(|e| std::mem::swap(&mut e.gate, &mut e.up));
+        let path = folder.path().join(form.name());
+        write::checkpoint(&block, form, &path).unwrap();
+        let checkpoint = Checkpoint::open(form.opened(&path)).unwrap();
+        let entry = architecture::layers(&checkpoint).unwrap().remove(0);
+        let layer = LoadedLayer::load(&checkpoint, &entry).unwrap();
+        let right = Block::new(block.family);
+        let verdict = Decoder::new(&right).verdict(&readings(&right, &layer));
+        assert_eq!(verdict.to_string(), "gate and up swapped", "{}", form.name());
+    }
 }
 
 #[test]
@@ -36,9 +65,12 @@ fn every_form_holds_every_weight_and_the_layer_is_right() {
                     continue;
                 }
             }
-            let size = std::fs::metadata(path.join("model.safetensors")).unwrap().len();
+            let path = form.opened(&path);
+            let weights = if path.is_dir() { path.join("model.safetensors") } else { path.clone() };
+            let size = std::fs::metadata(weights).unwrap().len();
             // float32 is twice what is published
-            assert!(size < if form == Form::F32 { 4 << 20 } else { 2 << 20 }, "{name}: {size}");
+            let wide = matches!(form, Form::F32 | Form::GgufF32);
+            assert!(size < if wide { 4 << 20 } else { 2 << 20 }, "{name}: {size}");
 
             let checkpoint = Checkpoint::open(&path).unwrap();
             let entry = architecture::layers(&checkpoint).unwrap().remove(0);
@@ -50,14 +82,7 @@ fn every_form_holds_every_weight_and_the_layer_is_right() {
                 assert_eq!(decoded(&expert.down), weights.down.dense(), "{name}: down of {e}");
             }
 
-            let rows: Vec<f32> = block.embeddings().concat().iter().map(|v| *v as f32).collect();
-            let mut output = vec![0.0; rows.len()];
-            let options = Options::new(ActivationDtype::F32, 1).unwrap();
-            let mut runner = MoeRunner::new(layer.ready(&options).unwrap());
-            let input = ForwardInput::new(Rows::F32(&rows));
-            runner.forward(&input, RowsMut::F32(&mut output)).unwrap();
-            let readings = Readings::from_output(&block, &output).unwrap();
-            let verdict = decoder.verdict(&readings);
+            let verdict = decoder.verdict(&readings(&block, &layer));
             assert!(verdict.is_right(), "{name}: {verdict}");
             assert!(verdict.residual < 1e-5, "{name}: {}", verdict.residual);
         }

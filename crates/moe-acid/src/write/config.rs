@@ -125,8 +125,7 @@ pub(super) fn config(block: &Block, form: Form) -> Value {
     };
     config["architectures"] = json!([architecture]);
     let quantization = match (family.model_type, form) {
-        (_, Form::F32 | Form::Bf16) => Value::Null,
-        ("gpt_oss", _) => json!({
+        ("gpt_oss", Form::Mxfp4) => json!({
             "quant_method": "mxfp4",
             "modules_to_not_convert": [
                 "model.layers.*.self_attn",

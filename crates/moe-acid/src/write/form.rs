@@ -1,10 +1,13 @@
 //! The number formats of experts' weights, each exact for every weight of the block.
 
+use std::path::{Path, PathBuf};
+
 use moe_kernels::numerics::{e2m1, e4m3, e8m0};
 use safetensors::Dtype;
 use serde_json::{Value, json};
 
-use super::{Tensor, Tensors};
+use super::gguf::Ggml;
+use super::{GGUF, Tensor, Tensors};
 use crate::Family;
 use crate::block::{Sparse, UP_SCALE};
 
@@ -23,6 +26,16 @@ pub enum Form {
     Mxfp4,
     /// FP4 in groups of 16 with E4M3 scales and one scale a tensor; weights alone.
     Nvfp4,
+    /// A GGUF file of IEEE binary32.
+    GgufF32,
+    /// A GGUF file, experts in IEEE binary16.
+    GgufF16,
+    /// A GGUF file, experts in blocks of 32 bytes with a scale.
+    GgufQ8_0,
+    /// A GGUF file, experts in blocks of 32 codes of four bits with a scale.
+    GgufQ4_0,
+    /// A GGUF file, experts in blocks of 32 values of FP4 with a power of two.
+    GgufMxfp4,
 }
 
 /// Weights that share a scale.
@@ -30,8 +43,19 @@ const INT4_GROUP: usize = 32;
 
 impl Form {
     /// All of them.
-    pub const ALL: [Self; 6] =
-        [Self::F32, Self::Bf16, Self::Fp8, Self::Int4, Self::Mxfp4, Self::Nvfp4];
+    pub const ALL: [Self; 11] = [
+        Self::F32,
+        Self::Bf16,
+        Self::Fp8,
+        Self::Int4,
+        Self::Mxfp4,
+        Self::Nvfp4,
+        Self::GgufF32,
+        Self::GgufF16,
+        Self::GgufQ8_0,
+        Self::GgufQ4_0,
+        Self::GgufMxfp4,
+    ];
 
     /// Its name, as the command takes it.
     pub fn name(self) -> &'static str {
@@ -42,6 +66,19 @@ impl Form {
             Self::Int4 => "int4",
             Self::Mxfp4 => "mxfp4",
             Self::Nvfp4 => "nvfp4",
+            Self::GgufF32 => "gguf-f32",
+            Self::GgufF16 => "gguf-f16",
+            Self::GgufQ8_0 => "gguf-q8_0",
+            Self::GgufQ4_0 => "gguf-q4_0",
+            Self::GgufMxfp4 => "gguf-mxfp4",
+        }
+    }
+
+    /// What an engine opens of the checkpoint in `folder`: the folder, or the GGUF file in it.
+    pub fn opened(self, folder: &Path) -> PathBuf {
+        match Ggml::of(self) {
+            Some(_) => folder.join(GGUF),
+            None => folder.to_owned(),
         }
     }
 
@@ -57,7 +94,8 @@ impl Form {
 
     /// Why `family` is not written in this form.
     pub fn refuses(self, family: &Family) -> Option<String> {
-        let own = family.name == "gpt_oss" && !self.is_float() && self != Self::Mxfp4;
+        let published = self.is_float() || self == Self::Mxfp4 || Ggml::of(self).is_some();
+        let own = family.name == "gpt_oss" && !published;
         own.then(|| format!("gpt_oss is published in MXFP4 and floats, not in {}", self.name()))
     }
 
@@ -82,11 +120,12 @@ impl Form {
             })
         };
         let (format, mut weights) = match self {
-            Self::F32 | Self::Bf16 => return Value::Null,
             Self::Fp8 => ("float-quantized", weights(8, "float", "channel", None)),
             Self::Int4 => ("pack-quantized", weights(4, "int", "group", Some(INT4_GROUP))),
             Self::Mxfp4 => ("mxfp4-pack-quantized", weights(4, "float", "group", Some(32))),
             Self::Nvfp4 => ("nvfp4-pack-quantized", weights(4, "float", "tensor_group", Some(16))),
+            // floats, and GGUF files, which have no such object
+            _ => return Value::Null,
         };
         match self {
             Self::Mxfp4 => weights["scale_dtype"] = "torch.uint8".into(),
@@ -118,9 +157,6 @@ impl Form {
         let (rows, cols) = (matrix.rows, matrix.cols);
         let mut add = |ending: &str, tensor| to.insert(format!("{name}{ending}"), tensor);
         match self {
-            Self::F32 | Self::Bf16 => {
-                add(".weight", self.float(&[rows, cols], matrix.dense()));
-            }
             Self::Fp8 => {
                 let mut codes = vec![0; rows * cols];
                 let mut scales = vec![1.0; rows];
@@ -187,6 +223,9 @@ impl Form {
                 add(".weight_scale", scales);
                 add(".weight_global_scale", Tensor::f32(&[1], [global]));
             }
+            _ => {
+                add(".weight", self.float(&[rows, cols], matrix.dense()));
+            }
         }
     }
 }
@@ -205,14 +244,14 @@ pub(super) fn mxfp4(matrix: &Sparse) -> (Vec<u8>, Vec<u8>) {
 }
 
 /// `value` as an E2M1 code times a power of two.
-fn four_bits(value: f64) -> (u8, f64) {
+pub(super) fn four_bits(value: f64) -> (u8, f64) {
     let power = power_below(value);
     // 1.0 to 1.5 of it: 4 or 6
     (e2m1::encode((value / power * 4.0) as f32), power / 4.0)
 }
 
 /// The greatest power of two that is not above `|value|`.
-fn power_below(value: f64) -> f64 {
+pub(super) fn power_below(value: f64) -> f64 {
     value.abs().log2().floor().exp2()
 }
 

@@ -1,8 +1,9 @@
 //! Checkpoints as files: `config.json` and `model.safetensors` in each architecture's published
-//! layout, with weights whose values every format holds exactly.
+//! layout, or one GGUF file, with weights whose values every format holds exactly.
 
 mod config;
 mod form;
+mod gguf;
 mod names;
 
 use std::collections::BTreeMap;
@@ -26,6 +27,9 @@ struct Tensor {
     bytes: Vec<u8>,
 }
 
+/// The file of a form that is one.
+const GGUF: &str = "model.gguf";
+
 /// Tensors by name.
 type Tensors = BTreeMap<String, Tensor>;
 
@@ -39,8 +43,24 @@ pub fn checkpoint(block: &Block, form: Form, folder: &Path) -> io::Result<()> {
     if let Some(reason) = form.refuses(block.family) {
         return Err(io::Error::new(io::ErrorKind::Unsupported, reason));
     }
-    let tensors = names::tensors(block, form);
     fs::create_dir_all(folder)?;
+    match gguf::Ggml::of(form) {
+        Some(experts) => fs::write(folder.join(GGUF), gguf::file(block, experts))?,
+        None => safetensors(block, form, folder)?,
+    }
+    let probes = &block.probes;
+    let description = json!({
+        "family": block.family.name,
+        "form": form.name(),
+        "prompt": (0..probes.len()).collect::<Vec<usize>>(),
+        "tokens": block.vocabulary(),
+        "probes": probes.names,
+    });
+    fs::write(folder.join("probes.json"), pretty(&description)?)
+}
+
+fn safetensors(block: &Block, form: Form, folder: &Path) -> io::Result<()> {
+    let tensors = names::tensors(block, form);
     let views: Vec<(&String, TensorView<'_>)> = tensors
         .iter()
         .map(|(name, tensor)| {
@@ -51,17 +71,11 @@ pub fn checkpoint(block: &Block, form: Form, folder: &Path) -> io::Result<()> {
     let metadata = [("format".to_string(), "pt".to_string())].into_iter().collect();
     safetensors::serialize_to_file(views, Some(metadata), &folder.join("model.safetensors"))
         .map_err(io::Error::other)?;
-    let pretty = |value: &serde_json::Value| serde_json::to_string_pretty(value).map(|s| s + "\n");
-    fs::write(folder.join("config.json"), pretty(&config::config(block, form))?)?;
-    let probes = &block.probes;
-    let description = json!({
-        "family": block.family.name,
-        "form": form.name(),
-        "prompt": (0..probes.len()).collect::<Vec<usize>>(),
-        "tokens": block.vocabulary(),
-        "probes": probes.names,
-    });
-    fs::write(folder.join("probes.json"), pretty(&description)?)
+    fs::write(folder.join("config.json"), pretty(&config::config(block, form))?)
+}
+
+fn pretty(value: &serde_json::Value) -> io::Result<String> {
+    Ok(serde_json::to_string_pretty(value)? + "\n")
 }
 
 impl Tensor {

@@ -93,7 +93,7 @@ const PROJECTIONS: [&str; 3] = ["gate_proj", "up_proj", "down_proj"];
 
 /// Attention's tensors, with the value of all their elements: finite, and an output projection of
 /// zeros.
-fn attention(model_type: &str, hidden: usize) -> Vec<(&'static str, Vec<usize>, f64)> {
+pub(super) fn attention(model_type: &str, hidden: usize) -> Vec<(&'static str, Vec<usize>, f64)> {
     let width = HEADS * HEAD;
     let mut all = match model_type {
         "deepseek_v3" => {

@@ -20,7 +20,7 @@ pub(super) struct OursArgs {
     /// Architectures: all, or names with commas between.
     #[arg(long, value_name = "NAMES", default_value = "all")]
     family: String,
-    /// Number formats of the experts: all, or some of f32, bf16, fp8, int4, mxfp4, nvfp4.
+    /// Number formats of the experts: all, or names with commas between.
     #[arg(long, value_name = "NAMES", default_value = "all")]
     form: String,
     /// Show what was read at each probe, beside what is right.
@@ -57,7 +57,7 @@ fn lines(
             let path = folder.path().join(format!("{}-{}", family.name, form.name()));
             checkpoint(&block, *form, &path)
                 .with_context(|| format!("{}: cannot be written", path.display()))?;
-            let (kernel, output) = output(&block, &path, common)?;
+            let (kernel, output) = output(&block, &form.opened(&path), common)?;
             let readings = Readings::from_output(&block, &output)
                 .map_err(|reason| anyhow!("{} in {}: {reason}", family.name, form.name()))?;
             let engine = format!("{kernel}, {}", form.name());

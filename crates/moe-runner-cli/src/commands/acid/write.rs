@@ -18,7 +18,8 @@ pub(super) struct WriteArgs {
     /// Architectures: all, or names with commas between.
     #[arg(long, value_name = "NAMES", default_value = "all")]
     family: String,
-    /// Number formats of the experts: all, or some of f32, bf16, fp8, int4, mxfp4, nvfp4.
+    /// Number formats of the experts: all, or some of f32, bf16, fp8, int4, mxfp4, nvfp4, and of
+    /// gguf-f32, gguf-f16, gguf-q8_0, gguf-q4_0, gguf-mxfp4: one file for llama.cpp.
     #[arg(long, value_name = "NAMES", default_value = "f32,bf16")]
     form: String,
 }

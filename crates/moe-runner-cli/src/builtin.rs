@@ -8,6 +8,8 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use tempfile::TempDir;
 
+use crate::interrupt;
+
 macro_rules! case {
     ($file:literal) => {
         include_bytes!(concat!("../builtin/", $file))
@@ -25,9 +27,7 @@ pub(crate) struct Builtin {
 
 impl Builtin {
     pub(crate) fn unpack() -> Result<Self> {
-        let folder = TempDir::with_prefix("moe-runner-")
-            .context("cannot make a temporary folder for the checkpoint that comes with it")?;
-        let builtin = Self { folder };
+        let builtin = Self { folder: interrupt::temporary()? };
         for (name, content) in [
             ("config.json", CONFIG),
             ("model.safetensors", MODEL),
@@ -38,11 +38,6 @@ impl Builtin {
                 .with_context(|| format!("{}: cannot be written", path.display()))?;
         }
         Ok(builtin)
-    }
-
-    /// Removes the folder, for when nothing is dropped any more.
-    pub(crate) fn remove(&self) {
-        let _ = std::fs::remove_dir_all(self.folder.path());
     }
 
     /// The folder with `config.json` and the weights.

@@ -7,7 +7,10 @@ use moe_runner::checkpoint::{Checkpoint, Dtype, Tensor};
 use moe_runner::runner::Batch;
 use moe_runner::spec::{LayerSpec, Selection};
 
-use crate::memory;
+use crate::{interrupt, memory};
+
+/// What messages call what comes through a pipe.
+const STANDARD_INPUT: &str = "standard input";
 
 /// An input file.
 pub(crate) struct Input {
@@ -41,10 +44,15 @@ impl LayerInput {
 }
 
 impl Input {
-    /// Opens the file; `-` is standard input. `hidden_name` is the tensor with the hidden states.
+    /// Opens the file; `-` is standard input, and a pipe of any name is read as that is.
+    /// `hidden_name` is the tensor with the hidden states.
     pub(crate) fn open(path: &Path, hidden_name: &str, many_layers: bool) -> Result<Self> {
-        let file = match path == Path::new("-") {
-            true => standard_input()?,
+        let file = match path.as_os_str() == "-" {
+            true => piped(&mut std::io::stdin().lock(), Path::new(STANDARD_INPUT))?,
+            false if is_pipe(path) => {
+                let mut pipe = std::fs::File::open(path).with_context(|| cannot_read(path))?;
+                piped(&mut pipe, path)?
+            }
             false => Checkpoint::open_safetensors(path)?,
         };
         Ok(Self { file, hidden_name: hidden_name.to_owned(), many_layers })
@@ -53,13 +61,11 @@ impl Input {
     /// What the file holds for one layer.
     pub(crate) fn layer(&self, spec: &LayerSpec) -> Result<LayerInput> {
         let Some(hidden) = self.find(&self.hidden_name, spec.index)? else {
-            let names: Vec<&str> = self.file.names().take(6).collect();
             bail!(
-                "{}: no tensor '{}'; it holds {}{}; name one with --input-name",
+                "{}: no tensor '{}'; {}",
                 self.file.path().display(),
                 self.hidden_name,
-                if names.is_empty() { "nothing".into() } else { names.join(", ") },
-                if self.file.names().count() > names.len() { ", …" } else { "" },
+                self.offers(spec.dims.hidden)
             );
         };
         let width = spec.dims.hidden;
@@ -97,6 +103,28 @@ impl Input {
         }
     }
 
+    /// What could be named as hidden states of `width`, else what there is.
+    fn offers(&self, width: usize) -> String {
+        let fits = |name: &&str| {
+            let info = self.file.info(name);
+            info.is_some_and(|info| matches!(info.shape, [_, columns] if *columns == width))
+        };
+        let list = |names: &[&str]| {
+            let more = if names.len() > 6 { ", …" } else { "" };
+            format!("{}{more}", names[..names.len().min(6)].join(", "))
+        };
+        let all: Vec<&str> = self.file.names().collect();
+        let fitting: Vec<&str> = all.iter().copied().filter(fits).collect();
+        match (&all[..], &fitting[..]) {
+            ([], _) => "it holds nothing".into(),
+            (all, []) => format!("none has the shape [tokens, {width}]: it holds {}", list(all)),
+            (_, fitting) => format!(
+                "of the shape [tokens, {width}] it holds {}; name one with --input-name",
+                list(fitting)
+            ),
+        }
+    }
+
     /// Whether the file has hidden states for a layer.
     pub(crate) fn has_hidden(&self, spec: &LayerSpec) -> Result<bool> {
         Ok(self.find(&self.hidden_name, spec.index)?.is_some())
@@ -119,17 +147,30 @@ impl Input {
     }
 }
 
-/// What standard input brings, in a file that has lost its name: it is gone with this process.
-fn standard_input() -> Result<Checkpoint> {
-    let what = "cannot read hidden states from standard input";
-    let mut file = tempfile::Builder::new()
-        .prefix("standard-input-")
-        .suffix(".safetensors")
-        .tempfile()
-        .context(what)?;
-    std::io::copy(&mut std::io::stdin().lock(), &mut file).context(what)?;
+/// What a pipe brings, in a file that has lost its name. Messages call it `name`.
+fn piped(pipe: &mut dyn std::io::Read, name: &Path) -> Result<Checkpoint> {
+    let what = || cannot_read(name);
+    let folder = interrupt::temporary()?;
+    let path = folder.path().join("input.safetensors");
+    let mut file = std::fs::File::create_new(&path).with_context(what)?;
+    std::io::copy(pipe, &mut file).with_context(what)?;
     // opened, it is mapped, and needs no name any more
-    Ok(Checkpoint::open_safetensors(file.path())?)
+    Ok(Checkpoint::open_safetensors_as(&path, name)?)
+}
+
+fn cannot_read(path: &Path) -> String {
+    format!("{}: cannot read", path.display())
+}
+
+#[cfg(unix)]
+fn is_pipe(path: &Path) -> bool {
+    use std::os::unix::fs::FileTypeExt;
+    std::fs::metadata(path).is_ok_and(|there| there.file_type().is_fifo())
+}
+
+#[cfg(not(unix))]
+fn is_pipe(_path: &Path) -> bool {
+    false
 }
 
 /// The token ids of a tensor `[tokens]`.

@@ -1,18 +1,33 @@
-//! Ctrl-C and a polite kill: what must be said or cleaned up is done, then the process ends. Work
-//! that ends in order by itself is only asked to; asked again, the process ends at once.
+//! Ctrl-C and a polite kill: what must be cleaned up and said is, then the process ends. Work that ends
+//! in order by itself is only asked to; asked again, the process ends at once.
 
+use std::io::{IsTerminal, stderr};
 use std::ops::ControlFlow;
 use std::process::exit;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use anyhow::{Context, Result};
+use tempfile::TempDir;
+
+use crate::failure;
+
 /// The exit status of an interrupted run, as shells have it.
 pub(crate) const INTERRUPTED: u8 = 130;
 
+/// The exit status where nobody reads what a run has yet to say, as shells have it (a broken pipe).
+pub(crate) const UNREAD: u8 = 141;
+
 type Last = Box<dyn FnMut() + Send>;
 
-/// What is done before the process ends, the latest first.
-static LAST: Mutex<Vec<Last>> = Mutex::new(Vec::new());
+/// What is cleaned up before the process ends, the latest first.
+static CLEANING: Mutex<Vec<Last>> = Mutex::new(Vec::new());
+
+/// What an interrupted run says, where that is more than that it was.
+static WORDS: Mutex<Option<Last>> = Mutex::new(None);
+
+/// Errors are objects, too.
+static JSON: AtomicBool = AtomicBool::new(false);
 
 /// The work ends by itself when asked.
 static ORDERLY: AtomicBool = AtomicBool::new(false);
@@ -21,7 +36,8 @@ static ORDERLY: AtomicBool = AtomicBool::new(false);
 static ASKED: AtomicBool = AtomicBool::new(false);
 
 /// From now on, interruptions come here.
-pub(crate) fn watch() {
+pub(crate) fn watch(json: bool) {
+    JSON.store(json, Ordering::Release);
     // Another handler in this process can only be this one; without it, an interruption ends the
     // process as ever.
     let _ = ctrlc::set_handler(|| {
@@ -29,18 +45,53 @@ pub(crate) fn watch() {
             eprintln!("stopping; once more to stop at once");
             return;
         }
-        // one that is being interrupted again, or that panicked, has no more to say
-        if let Ok(mut last) = LAST.try_lock() {
-            last.iter_mut().rev().for_each(|last| last());
+        if stderr().is_terminal() {
+            // after the bar, and what the terminal shows of the key
+            eprintln!();
         }
-        exit(INTERRUPTED.into());
+        // what is being said already is not said again
+        if let Ok(mut words) = WORDS.try_lock() {
+            match words.as_mut() {
+                Some(words) => words(),
+                None => {
+                    let error = moe_runner::Error::Interrupted.into();
+                    failure::print(&error, JSON.load(Ordering::Acquire));
+                }
+            }
+        }
+        end(INTERRUPTED)
     });
 }
 
-/// Before the process ends by an interruption, this is done, on another thread.
+/// Ends the process, after all that is to be cleaned up.
+pub(crate) fn end(status: u8) -> ! {
+    // one that is ending already, or that panicked, has no more to do
+    if let Ok(mut cleaning) = CLEANING.try_lock() {
+        cleaning.iter_mut().rev().for_each(|last| last());
+    }
+    exit(status.into())
+}
+
+/// Before the process ends without a return from its commands, this is done, on any thread.
 pub(crate) fn before_the_end(last: impl FnMut() + Send + 'static) {
-    if let Ok(mut all) = LAST.lock() {
+    if let Ok(mut all) = CLEANING.lock() {
         all.push(Box::new(last));
+    }
+}
+
+/// A temporary folder, removed when it is dropped, and where the process ends without.
+pub(crate) fn temporary() -> Result<TempDir> {
+    let folder = TempDir::with_prefix("moe-runner-")
+        .context("cannot make a temporary folder; TMPDIR says where one can be")?;
+    let path = folder.path().to_owned();
+    before_the_end(move || drop(std::fs::remove_dir_all(&path)));
+    Ok(folder)
+}
+
+/// An interrupted run says this, on another thread.
+pub(crate) fn last_words(words: impl FnMut() + Send + 'static) {
+    if let Ok(mut last) = WORDS.lock() {
+        *last = Some(Box::new(words));
     }
 }
 

@@ -31,12 +31,12 @@ use report::Report;
 /// exit status. From then on interruptions and panics of this process are the command's.
 pub fn main(args: impl IntoIterator<Item = OsString>) -> u8 {
     failure::report_panics_as_bugs();
-    interrupt::watch();
     let args = match Args::read(args) {
         Ok(args) => args,
         Err(status) => return status,
     };
     let json = args.json;
+    interrupt::watch(json);
     match catch_unwind(AssertUnwindSafe(|| run(&args.command, json))) {
         Ok(Ok(report)) => report.print(json),
         Ok(Err(error)) => failure::print(&error, json),

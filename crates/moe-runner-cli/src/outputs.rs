@@ -1,24 +1,38 @@
 //! What a command writes is none of what it reads: told apart by the files themselves, whatever
-//! they are called.
+//! they are called. Whether it can be written is known before anything is computed.
 
 use std::collections::BTreeSet;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
+use moe_runner::Error;
 use moe_runner::checkpoint::Checkpoint;
 use moe_runner::quantize::is_companion;
 
 use crate::failure::unusable;
 
+/// Refuses `-` as an output: standard output has the report.
+pub(crate) fn ensure_named(flag: &str, path: &Path) -> Result<()> {
+    match path.as_os_str() == "-" {
+        true => Err(unusable(format!(
+            "{flag} -: standard output has the report; name another (./- is a file of that name)"
+        ))),
+        false => Ok(()),
+    }
+}
+
 /// Refuses outputs, each given as its flag and path, that are one of `inputs` (the same), part of the
-/// checkpoint, or each other.
+/// checkpoint, or each other; and those that cannot be written where they are to be.
 pub(crate) fn ensure_apart(
     outputs: &[(&str, &Path)],
     inputs: &[(&str, &Path)],
-    checkpoint: &Checkpoint,
+    checkpoint: Option<&Checkpoint>,
 ) -> Result<()> {
-    let own = own_files(checkpoint);
+    let own = checkpoint.map(own_files).unwrap_or_default();
+    let of_checkpoint = |path: &Path| checkpoint.is_some_and(|c| same(path, c.path()));
     for (i, (flag, path)) in outputs.iter().enumerate() {
+        ensure_named(flag, path)?;
         let refuse = |what: String| {
             Err(unusable(format!("{flag} {}: {what}; name another file", path.display())))
         };
@@ -28,20 +42,44 @@ pub(crate) fn ensure_apart(
         if let Some((other, _)) = outputs[..i].iter().find(|(_, other)| same(path, other)) {
             return refuse(format!("is the file of {other} too"));
         }
-        if same(path, checkpoint.path()) {
+        if of_checkpoint(path) {
             return refuse("is the checkpoint itself".into());
         }
         if let Some(file) = own.iter().find(|file| same(path, file)) {
             return refuse(format!("is a file of the checkpoint, {}", file.display()));
         }
-        let folder = path.parent().filter(|folder| *folder != Path::new(""));
-        if same(folder.unwrap_or(Path::new(".")), checkpoint.path())
+        if of_checkpoint(folder_of(path))
             && path.file_name().is_some_and(|name| is_models(&name.to_string_lossy()))
         {
             return refuse("would be taken for a part of the checkpoint in this folder".into());
         }
+        ensure_writable(path)?;
     }
     Ok(())
+}
+
+/// Whether a file can be there, tried with one that has no name.
+fn ensure_writable(path: &Path) -> Result<()> {
+    if std::fs::metadata(path).is_ok_and(|there| !there.is_file()) {
+        return Err(Error::file(path, "is there already, and is no regular file").into());
+    }
+    tempfile::tempfile_in(folder_of(path))
+        .map(drop)
+        .with_context(|| format!("{}: cannot write", path.display()))
+}
+
+/// Writes a file: all of it or, with what was there before left as it is, nothing.
+pub(crate) fn write(path: &Path, content: &[u8]) -> Result<()> {
+    let place = || format!("{}: cannot write", path.display());
+    let mut file = tempfile::NamedTempFile::new_in(folder_of(path)).with_context(place)?;
+    file.write_all(content).with_context(place)?;
+    file.persist(path).with_context(place)?;
+    Ok(())
+}
+
+/// The folder that a file is, or will be, in.
+fn folder_of(path: &Path) -> &Path {
+    path.parent().filter(|folder| *folder != Path::new("")).unwrap_or(Path::new("."))
 }
 
 /// The files of a checkpoint: tensors, and in a folder what describes them.
@@ -75,7 +113,6 @@ fn same(a: &Path, b: &Path) -> bool {
 
 /// Where a file that need not be there will be.
 fn place(path: &Path) -> Option<PathBuf> {
-    let folder = path.parent().filter(|folder| *folder != Path::new(""));
-    let folder = std::fs::canonicalize(folder.unwrap_or(Path::new("."))).ok()?;
+    let folder = std::fs::canonicalize(folder_of(path)).ok()?;
     Some(folder.join(path.file_name()?))
 }

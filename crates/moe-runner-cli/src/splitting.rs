@@ -21,6 +21,7 @@ use serde::Deserialize;
 use crate::args::Common;
 use crate::failure::unusable;
 use crate::gpu;
+use crate::interrupt;
 use crate::measure::MachineLimits;
 
 /// Flags that split the layer over ranks.
@@ -228,6 +229,10 @@ impl Splitting {
         if let Some(world) = world {
             agree(&*world, &format!("{parallel:?}"))?;
             let world = ranks.connect(world, local_rank())?;
+            if world.rank() != 0 {
+                // rank 0 speaks for all
+                interrupt::last_words(|| {});
+            }
             ranks.kind = RanksKind::Processes(Groups::new(world, sizes)?);
         }
         Ok(ranks)

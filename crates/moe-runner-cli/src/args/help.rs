@@ -11,7 +11,8 @@ pub(super) const STATUS: &str = "\
 Exit status: 0 done (and, for check, everything within bounds); 1 it ran and
 something is wrong (a failed check, a bad checkpoint, bad input, a kernel that
 cannot run the layer); 2 unusable arguments (an unknown flag, layer, kernel or
-preset); 130 interrupted. With --json, an error is an object too:
+preset); 130 interrupted; 141 nobody reads the rest. With --json, an error is
+an object too:
 {\"error\": {\"kind\", \"message\", \"causes\"}}.";
 
 pub(super) const CHECK: &str = "\

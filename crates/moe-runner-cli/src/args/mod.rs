@@ -300,5 +300,12 @@ pub(crate) fn message(error: &clap::error::Error) -> String {
     let message = text.split("\n\nUsage").next().unwrap_or_default();
     let message = message.split("\n\nFor more").next().unwrap_or_default();
     let message = message.strip_prefix("error: ").unwrap_or(message);
-    message.split_whitespace().collect::<Vec<&str>>().join(" ")
+    // a suggestion stands in a paragraph of its own
+    let parts = message.split("\n\n").map(|part| {
+        let part = part.trim().strip_prefix("tip: ").unwrap_or(part);
+        part.split_whitespace().collect::<Vec<&str>>().join(" ")
+    });
+    let message = parts.collect::<Vec<_>>().join("; ");
+    // what the standard library says of a text that is no number
+    message.replace("invalid digit found in string", "is no whole number")
 }

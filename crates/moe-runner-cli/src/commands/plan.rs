@@ -1,6 +1,7 @@
 //! `plan`: what splitting a checkpoint's MoE layers over ranks would cost, before there are ranks.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use anyhow::Result;
 use moe_runner::Error;
@@ -111,7 +112,10 @@ pub(crate) fn run(args: &PlanArgs) -> Result<Report> {
     }
     let opened = Opened::open_outline(&args.of.checkpoint)?;
     let entries = opened.select(&args.of.layers)?;
-    let trace = args.trace.as_deref().map(|path| load_trace(path, &entries)).transpose()?;
+    let trace = match args.trace.as_deref() {
+        Some(path) => Some((path, load_trace(path, &entries)?)),
+        None => None,
+    };
     let mut planned = Vec::new();
     let mut layers = Vec::new();
     for entry in entries {
@@ -136,13 +140,13 @@ fn plan_layer(
     opened: &Opened,
     entry: &LayerEntry,
     args: &PlanArgs,
-    trace: Option<&Trace>,
+    trace: Option<&(&Path, Trace)>,
 ) -> Result<(Planned, LayerJson)> {
     let layer = opened.load(entry)?;
     let (spec, router) = (&layer.spec, &layer.spec.router);
     let topology = topology(spec, args)?;
     let mut ids = match trace {
-        Some(trace) => recorded(spec, trace)?,
+        Some((path, trace)) => recorded(spec, trace).map_err(|reason| Error::file(path, reason))?,
         None => skewed(
             router,
             args.tokens.unwrap_or(SYNTHETIC_TOKENS),
@@ -193,12 +197,12 @@ fn topology(spec: &LayerSpec, args: &PlanArgs) -> Result<Topology> {
     Ok(Topology { groups, nodes: args.nodes, ..flat })
 }
 
-/// What a trace recorded for a layer.
-fn recorded(spec: &LayerSpec, trace: &Trace) -> Result<Vec<LogicalId>> {
+/// What a trace recorded for a layer; or why it is of another model.
+fn recorded(spec: &LayerSpec, trace: &Trace) -> Result<Vec<LogicalId>, String> {
     let Some(layer) = trace.layer(&spec.name) else {
         let names: Vec<&str> = trace.layers().iter().map(|layer| layer.name()).collect();
         let reason = format!("has no layer '{}'; it has {}", spec.name, names.join(", "));
-        return Err(Error::input("routing trace", reason).into());
+        return Err(reason);
     };
     let router = &spec.router;
     if (layer.choices(), layer.top_k()) != (router.choices(), router.top_k) {
@@ -210,7 +214,7 @@ fn recorded(spec: &LayerSpec, trace: &Trace) -> Result<Vec<LogicalId>> {
             router.choices(),
             router.top_k
         );
-        return Err(Error::input("routing trace", reason).into());
+        return Err(reason);
     }
     Ok(layer.ids().collect())
 }

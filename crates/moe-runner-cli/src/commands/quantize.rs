@@ -1,6 +1,7 @@
 //! `quantize`: a copy of a checkpoint with quantised experts.
 
 use anyhow::Result;
+use moe_runner::Error;
 use moe_runner::checkpoint::Checkpoint;
 use moe_runner::quantize::{Format, Leftover, Options, ProjectionError, quantize};
 use serde::Serialize;
@@ -8,6 +9,7 @@ use serde::Serialize;
 use crate::args::QuantizeArgs;
 use crate::failure::{one_line, unusable};
 use crate::interrupt;
+use crate::outputs::ensure_named;
 use crate::report::Report;
 use crate::report::progress::Progress;
 use crate::report::table::{Columns, Facts};
@@ -45,6 +47,7 @@ struct ErrorJson {
 
 /// Runs the command.
 pub(crate) fn run(args: &QuantizeArgs) -> Result<Report> {
+    ensure_named("--output", &args.output)?;
     let options = Options {
         format: format(args)?,
         ignore: args.ignore.clone(),
@@ -60,7 +63,8 @@ pub(crate) fn run(args: &QuantizeArgs) -> Result<Report> {
         bar.at(progress.done);
         bar.doing(one_line(progress.tensor));
         interrupt::asked()
-    })?;
+    });
+    let summary = summary.map_err(with_option)?;
     drop(bar);
     let json = QuantizeJson {
         output: args.output.display().to_string(),
@@ -73,6 +77,16 @@ pub(crate) fn run(args: &QuantizeArgs) -> Result<Report> {
         errors: summary.errors.iter().map(ErrorJson::new).collect(),
     };
     Report::new(true, text(&json), &json)
+}
+
+/// Where the way out is an option: which.
+fn with_option(error: Error) -> Error {
+    match error {
+        Error::File { path, reason } if reason.ends_with("or overwrite it") => {
+            Error::File { path, reason: format!("{reason}: --overwrite") }
+        }
+        other => other,
+    }
 }
 
 fn format(args: &QuantizeArgs) -> Result<Format> {

@@ -80,7 +80,7 @@ pub(crate) fn run(args: &RunArgs, common: &Common) -> Result<Report> {
     outputs.extend(args.save_routing.as_deref().map(|path| ("--save-routing", path)));
     let mut inputs = vec![("--input", args.input.as_path())];
     inputs.extend(args.splitting.placement_file().map(|path| ("--placement", path)));
-    ensure_apart(&outputs, &inputs, &opened.checkpoint)?;
+    ensure_apart(&outputs, &inputs, Some(&opened.checkpoint))?;
 
     // Everything that can be wrong with files is found before the first product.
     let mut jobs = Vec::with_capacity(entries.len());

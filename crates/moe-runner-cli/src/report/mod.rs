@@ -13,16 +13,24 @@ use std::io::{self, Write};
 
 use serde::Serialize;
 
-use crate::failure;
+use crate::{failure, interrupt};
 
-/// Prints what is known so far, for people, on standard output. Where nobody reads any more, there is
-/// nothing more to do.
+/// Prints what is known so far, for people, on standard output. Where that cannot be, the process ends:
+/// nobody would learn the rest, and what is not known yet is not right.
 pub(crate) fn say(text: &str) {
     let mut out = io::stdout().lock();
     let text = width::wrap_lines(text, width::width());
-    if writeln!(out, "{text}").and_then(|()| out.flush()).is_err() {
-        std::process::exit(0);
+    if let Err(error) = writeln!(out, "{text}").and_then(|()| out.flush()) {
+        interrupt::end(match error.kind() {
+            io::ErrorKind::BrokenPipe => interrupt::UNREAD,
+            _ => cannot_write(error),
+        });
     }
+}
+
+/// Says so; the exit status.
+fn cannot_write(error: io::Error) -> u8 {
+    failure::print(&anyhow::Error::new(error).context("cannot write to standard output"), false)
 }
 
 /// The result of a command.
@@ -68,10 +76,7 @@ impl Report {
         }
         let mut out = io::stdout().lock();
         match writeln!(out, "{text}").and_then(|()| out.flush()) {
-            Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
-                let error = anyhow::Error::new(error).context("cannot write to standard output");
-                failure::print(&error, false)
-            }
+            Err(error) if error.kind() != io::ErrorKind::BrokenPipe => cannot_write(error),
             _ => self.status(),
         }
     }

@@ -1,13 +1,14 @@
 //! A timeline of all ranks, in the trace event format that chrome://tracing and Perfetto read: one
 //! process for each rank, one thread for each micro-batch.
 
-use std::io::Write;
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use moe_runner::comm::{At, Groups};
 use moe_runner::runner::Span;
 use serde::{Deserialize, Serialize};
+
+use crate::outputs;
 
 /// One span of one rank; times in microseconds.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -91,11 +92,6 @@ impl Trace {
             })
             .collect();
         let text = serde_json::to_vec(&serde_json::json!({ "traceEvents": events }))?;
-        let place = || format!("{}: cannot write", path.display());
-        let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let mut file = tempfile::NamedTempFile::new_in(folder).with_context(place)?;
-        file.write_all(&text).with_context(place)?;
-        file.persist(path).with_context(place)?;
-        Ok(())
+        outputs::write(path, &text)
     }
 }

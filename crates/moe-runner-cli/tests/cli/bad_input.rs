@@ -163,6 +163,8 @@ fn spoiled_configs() {
     text("{", "config.json");
     text("[]", "config.json");
     text("{\"model_type\": \"no_such_model\"}", "no_such_model");
+    text("{\"model_type\": \"Qwen3_MOE\"}", "the nearest by name are qwen3_moe, ");
+    text("{}", "'model_type': is missing");
     text(&"{\"a\":".repeat(100_000), "config.json");
     let bench = Bench::new();
     std::fs::remove_file(bench.path("config.json")).unwrap();
@@ -271,6 +273,33 @@ fn an_output_that_cannot_be_written() {
     }
 }
 
+/// Every file is tried before anything is computed: nothing is written where one of them cannot be, and
+/// a device is not replaced by a file.
+#[test]
+fn outputs_are_tried_before_the_first_product() {
+    let bench = Bench::new();
+    for flag in ["--save-routing", "--trace"] {
+        let folder = bench.folder.path().to_owned();
+        let mut places = vec![(1, folder.join("no/such/file"), "cannot write")];
+        if cfg!(unix) {
+            places.push((1, "/dev/null".into(), "is no regular file"));
+        }
+        places.push((2, "-".into(), "standard output has the report; name another"));
+        for (status, place, says) in places {
+            let mut args = bench.run("0", &[]);
+            args.extend([flag.into(), place.clone().into()]);
+            let stderr = refused(status, args);
+            assert!(stderr.contains(says), "{stderr:?} should say {says:?}");
+            assert!(stderr.contains(&*place.to_string_lossy()), "{stderr}");
+            assert!(!stderr.contains("partial"), "names of our own: {stderr}");
+            assert!(!bench.path("out.safetensors").exists(), "{flag} {place:?}");
+        }
+    }
+    let mut args = bench.run("0", &[]);
+    *args.last_mut().unwrap() = "-".into();
+    assert!(refused(2, args).contains("--output -: standard output has the report"));
+}
+
 /// Whatever name it has: links, other spellings of the path, a name that is not there yet.
 #[test]
 fn an_output_that_is_read() {
@@ -375,6 +404,33 @@ fn a_checkpoint_that_is_not_there() {
     std::fs::write(path.join("config.json"), "{\"model_type\": \"qwen2_moe\"}").unwrap();
     // what the configuration alone tells can be told, but there is nothing to check
     refused(1, ["check".as_ref(), path.as_os_str()]);
+    let config = path.join("config.json");
+    let stderr = refused(1, ["check".as_ref(), config.as_os_str()]);
+    assert!(stderr.contains("name the folder that holds it"), "{stderr}");
+    // a folder of models, and one of a GGUF file beside something else
+    let models = TempDir::new().unwrap();
+    std::fs::create_dir(models.path().join("tiny")).unwrap();
+    std::fs::copy(&config, models.path().join("tiny/config.json")).unwrap();
+    let stderr = refused(1, ["inspect".as_ref(), models.path().as_os_str()]);
+    assert!(stderr.contains("; a folder in it, 'tiny', has a config.json: name that"), "{stderr}");
+    let gguf = case("gguf_qwen3moe_f32");
+    let stderr = refused(1, ["inspect".as_ref(), gguf.as_os_str()]);
+    assert!(stderr.contains("no config.json") && stderr.contains("'model.gguf'"), "{stderr}");
+}
+
+/// A file of other names: those that could be meant are offered.
+#[test]
+fn tensors_that_could_be_meant_are_named() {
+    let bench = Bench::new();
+    let (narrow, wide) = (vec![0.5; 6], vec![0.5; 128]);
+    let names = ["a", "b", "c", "d", "e", "f", "g"];
+    let mut tensors: Vec<New> = names.map(|name| New::f32(name, &[2, 3], &narrow)).into();
+    tensors.push(New::f32("z", &[2, 64], &wide));
+    bench.input(&tensors);
+    bench.refuses(1, "no tensor 'hidden_states'; of the shape [tokens, 64] it holds z; name one");
+    tensors.pop();
+    bench.input(&tensors);
+    bench.refuses(1, "none has the shape [tokens, 64]: it holds a, b, c, d, e, f, …");
 }
 
 /// Names in a file may hold anything; an error stays one line.

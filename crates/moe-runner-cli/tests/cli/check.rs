@@ -1,7 +1,9 @@
 //! `check`: it passes what is right, and notices what is wrong.
 
 use std::ffi::OsStr;
+use std::io::{BufRead, BufReader, Read, Write};
 use std::path::Path;
+use std::process::{Command, Stdio};
 
 use serde_json::Value;
 use tempfile::TempDir;
@@ -387,39 +389,85 @@ fn the_verdict_is_of_the_worst_comparison() {
 #[cfg(unix)]
 #[test]
 fn layers_are_shown_as_they_are_done() {
-    use std::io::{BufRead, BufReader, Read};
-    use std::process::{Command, Stdio};
-
-    for json in [false, true] {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_moe-runner"))
-            .arg("check")
-            .arg(case("qwen2_moe_f16"))
-            // the second layer takes far longer than the test
-            .args(["--no-timing", "--tokens", "200000", "--threads", "1", "--kernel", "reference"])
-            .args(json.then_some("--json"))
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
-        let mut out = BufReader::new(child.stdout.take().unwrap());
-        let mut line = String::new();
-        if !json {
-            out.read_line(&mut line).unwrap();
-            assert!(line.contains("checkpoint"), "{line}");
-        } else {
-            std::thread::sleep(std::time::Duration::from_millis(500));
-        }
-        Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
-        let mut rest = String::new();
-        out.read_to_string(&mut rest).unwrap();
-        assert_eq!(child.wait().unwrap().code(), Some(130));
-        match json {
-            false => assert!(rest.contains("INTERRUPTED"), "{rest}"),
-            true => {
-                let report: Value = serde_json::from_str(&rest).unwrap();
-                assert_eq!(report["ok"], false);
-                assert!(report["unchecked"].as_u64().unwrap() >= 1, "{report}");
-            }
-        }
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("in.safetensors");
+    // the second layer, in float64 on one thread, is far from done when the first one's lines are read
+    let (few, many) = (vec![0.5; 2 * 64], vec![0.5; 100_000 * 64]);
+    write(
+        &path,
+        &[
+            New::f32("layers.0.hidden_states", &[2, 64], &few),
+            New::f32("layers.2.hidden_states", &[100_000, 64], &many),
+        ],
+    );
+    let mut child = Command::new(env!("CARGO_BIN_EXE_moe-runner"))
+        .arg("check")
+        .arg(case("qwen2_moe_f16"))
+        .args(["--no-timing", "--threads", "1", "--kernel", "reference"])
+        .args(["--tokens", "100000", "--input"])
+        .arg(&path)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut out = BufReader::new(child.stdout.take().unwrap());
+    let mut line = String::new();
+    while !line.starts_with("layer 0") {
+        line.clear();
+        assert!(out.read_line(&mut line).unwrap() > 0, "the first layer is shown");
     }
+    Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    let mut rest = String::new();
+    out.read_to_string(&mut rest).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+    assert!(rest.contains("INTERRUPTED"), "{rest}");
+    let mut errors = String::new();
+    child.stderr.take().unwrap().read_to_string(&mut errors).unwrap();
+    assert_eq!(errors, "", "the verdict says it");
+}
+
+/// Interrupted while it waits for its input, it says how much is not checked.
+#[cfg(unix)]
+#[test]
+fn what_is_known_is_an_object_too() {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_moe-runner"))
+        .arg("check")
+        .arg(case("qwen2_moe_f16"))
+        .args(["--no-timing", "--threads", "1", "--json", "--input", "-"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    // more than a pipe holds: once it is written, the reader is reading
+    child.stdin.as_mut().unwrap().write_all(&[0; 1 << 21]).unwrap();
+    Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    let mut rest = String::new();
+    child.stdout.take().unwrap().read_to_string(&mut rest).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+    let report: Value = serde_json::from_str(&rest).unwrap();
+    assert_eq!((&report["ok"], &report["unchecked"]), (&false.into(), &2.into()), "{report}");
+}
+
+/// Where the report cannot be written, nothing is right, and nothing is left.
+#[cfg(unix)]
+#[test]
+fn a_report_that_nobody_gets_is_no_success() {
+    let temporary = TempDir::new().unwrap();
+    let mut check = Command::new(env!("CARGO_BIN_EXE_moe-runner"));
+    check.args(["check", "--no-timing", "--threads", "1"]).env("TMPDIR", temporary.path());
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let output = check.stdout(writer).output().unwrap();
+    // as shells have it for a broken pipe
+    assert_eq!(output.status.code(), Some(141));
+    assert!(output.stderr.is_empty());
+    if cfg!(target_os = "linux") {
+        let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
+        let output = check.stdout(full).output().unwrap();
+        assert_eq!(output.status.code(), Some(1));
+        let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(stderr.contains("cannot write to standard output"), "{stderr}");
+    }
+    assert_eq!(std::fs::read_dir(temporary.path()).unwrap().count(), 0, "what was unpacked");
 }

@@ -185,6 +185,60 @@ fn hidden_states_come_from_standard_input() {
         .output()
         .unwrap();
     assert_eq!(nothing.status.code(), Some(1));
+    // by the name that it has for the user
+    assert_eq!(String::from_utf8_lossy(&nothing.stderr), "error: standard input: is empty\n");
+
+    // a pipe of any name, such as a shell's <(...)
+    if cfg!(target_os = "linux") {
+        std::fs::remove_file(&out).unwrap();
+        let mut child = Command::new(env!("CARGO_BIN_EXE_moe-runner"))
+            .arg("run")
+            .arg(case("qwen2_moe_f16"))
+            .args(["--layers", "0", "--input", "/proc/self/fd/0", "--output"])
+            .arg(&out)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        child.stdin.take().unwrap().write_all(&std::fs::read(&input).unwrap()).unwrap();
+        assert!(child.wait().unwrap().success());
+        assert_eq!(Values::read(&out).shape("output"), [3, 64]);
+    }
+}
+
+/// A misspelt word, and a number that is none: one line that says what would do.
+#[test]
+fn mistyped_words_are_answered_in_one_line() {
+    let stderr = refused(2, ["chekc"]);
+    let says = "unrecognized subcommand 'chekc'; a similar subcommand exists: 'check' (";
+    assert!(stderr.contains(says), "{stderr}");
+    let stderr = refused(2, ["check", "--tokens", "many"]);
+    assert!(stderr.contains("'--tokens <N>': is no whole number ("), "{stderr}");
+}
+
+/// Commands that end in the middle say so as an object, too.
+#[cfg(unix)]
+#[test]
+fn an_interruption_is_an_object_too() {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_moe-runner"))
+        .arg("run")
+        .arg(case("qwen2_moe_f16"))
+        .args(["--layers", "0", "--json", "--input", "-", "--output", "never"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    // more than a pipe holds: once it is written, the reader is reading
+    let mut stdin = child.stdin.take().unwrap();
+    stdin.write_all(&[0; 1 << 21]).unwrap();
+    Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(130));
+    assert_eq!(String::from_utf8_lossy(&output.stderr), "error: interrupted\n");
+    let object: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(object["error"]["kind"], "interrupted");
+    drop(stdin);
 }
 
 /// The layout of a Hugging Face cache: a snapshot of links, named by the main branch.

@@ -145,6 +145,13 @@ fn a_plan_takes_the_load_from_a_run() {
         ["plan".as_ref(), case.as_os_str(), "--ranks".as_ref(), "2".as_ref(), "--trace".as_ref()];
     let stderr = refused(1, args.into_iter().chain([std::ffi::OsStr::new(&input)]));
     assert!(stderr.contains("not a routing trace: its metadata have no"), "{stderr}");
+
+    // of another model: by the file's name
+    let other = crate::case("olmoe_f16");
+    let args =
+        ["plan".as_ref(), other.as_os_str(), "--ranks".as_ref(), "2".as_ref(), "--trace".as_ref()];
+    let stderr = refused(1, args.into_iter().chain([std::ffi::OsStr::new(&routing)]));
+    assert!(stderr.starts_with(&format!("error: {routing}: layer ")), "{stderr}");
 }
 
 /// A plan's placement can be run, and changes no bit.

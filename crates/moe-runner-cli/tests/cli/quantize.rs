@@ -245,6 +245,23 @@ fn begun(original: &Path, output: &Path, place: &Path) -> std::process::Child {
     child
 }
 
+/// What is there is not replaced, and the way to do so is named; `-` is not taken for a folder.
+#[test]
+fn an_output_that_is_there_is_refused_with_the_option() {
+    let folder = tempfile::tempdir().unwrap();
+    let original = original(folder.path());
+    let there = folder.path().join("there");
+    std::fs::create_dir(&there).unwrap();
+    std::fs::write(there.join("config.json"), "{}").unwrap();
+    let args = |output: &Path| -> Vec<std::ffi::OsString> {
+        let (from, to) = (original.clone().into(), output.into());
+        vec!["quantize".into(), from, "--format".into(), "fp8".into(), "--output".into(), to]
+    };
+    let stderr = refused(1, args(&there));
+    assert!(stderr.contains("name another folder, or overwrite it: --overwrite"), "{stderr}");
+    assert!(refused(2, args(Path::new("-"))).contains("--output -: standard output has"));
+}
+
 #[test]
 fn arguments_that_cannot_be_used() {
     let case = case("olmoe_f16");
@@ -265,4 +282,10 @@ fn arguments_that_cannot_be_used() {
     says(2, &["--format", "fp8", "--max-shard-size", "5 parsecs"], "sizes are like 5GB");
     says(1, &["--format", "w4a16"], "has 64 columns, which groups of 128 (w4a16) do not divide");
     says(1, &["--format", "fp8", "--ignore", "re:.*"], "nothing to quantise");
+    says(
+        1,
+        &["--format", "fp8", "--ignore", "re:.*attention"],
+        "'re:.*attention' is the name of no",
+    );
+    says(1, &["--format", "fp8", "--ignore", "model.layers.0.mlp.experts.99"], "matches none");
 }

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use super::config::Config;
-use super::file::{Entry, MAX_TENSORS, StoredDtype, TensorFile, map};
-use super::folder::{Folder, INDEX, has_weights, snapshot};
+use super::file::{Entry, MAX_TENSORS, StoredDtype, TensorFile, map_as};
+use super::folder::{Folder, INDEX, gguf_in, has_weights, snapshot};
 use super::places::Places;
 use super::quantization::Quantization;
 use super::tensor::{Bytes, Dtype, Tensor};
@@ -125,7 +125,7 @@ impl Checkpoint {
             return Self::open_folder(path);
         }
         let extension = path.extension().unwrap_or_default();
-        if extension == "safetensors" {
+        if extension == "safetensors" || extension == "json" {
             let reason =
                 "is one file of a checkpoint; name the folder that holds it and config.json";
             return Err(Error::file(path, reason));
@@ -140,8 +140,16 @@ impl Checkpoint {
     /// As [`Checkpoint::open`].
     pub fn open_safetensors(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        let file = safetensors_file(path)?;
-        Self::new(path, Container::Safetensors, None, None, vec![file], None)
+        Self::open_safetensors_as(path, path)
+    }
+
+    /// The same of a file that messages call `name`: one that holds what came from elsewhere.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open`].
+    pub fn open_safetensors_as(path: &Path, name: &Path) -> Result<Self> {
+        let file = safetensors_file(path, name)?;
+        Self::new(name, Container::Safetensors, None, None, vec![file], None)
     }
 
     fn open_folder(path: &Path) -> Result<Self> {
@@ -149,10 +157,9 @@ impl Checkpoint {
         let path = &*path;
         let config = path.join("config.json");
         if !config.exists() {
-            return Err(Error::file(
-                path,
-                "holds no config.json, which says what the tensors mean",
-            ));
+            let gguf = gguf_in(path)?;
+            let reason = format!("holds no config.json, which says what the tensors mean{gguf}");
+            return Err(Error::file(path, reason));
         }
         let config = Config::open(&config)?;
         let mut opened = Vec::with_capacity(files.len());
@@ -167,7 +174,7 @@ impl Checkpoint {
                 absences.extend(lost.map(|(tensor, _)| (tensor.clone(), Box::from(&*name))));
                 continue;
             }
-            let file = safetensors_file(&file)?;
+            let file = safetensors_file(&file, &file)?;
             tensors += file.entries.len();
             if tensors > MAX_TENSORS {
                 return Err(Error::file(path, format!("holds more than {MAX_TENSORS} tensors")));
@@ -512,10 +519,10 @@ fn blank(len: usize) -> Option<Bytes> {
     Some(vec![0; len].into())
 }
 
-fn safetensors_file(path: &Path) -> Result<TensorFile> {
-    let bytes = map(path)?;
-    let entries = safetensors::read(path, &bytes)?;
-    Ok(TensorFile { path: path.to_owned(), bytes, entries })
+fn safetensors_file(path: &Path, name: &Path) -> Result<TensorFile> {
+    let bytes = map_as(path, name)?;
+    let entries = safetensors::read(name, &bytes)?;
+    Ok(TensorFile { path: name.to_owned(), bytes, entries })
 }
 
 #[cfg(test)]

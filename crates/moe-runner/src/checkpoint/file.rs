@@ -89,13 +89,18 @@ impl TensorFile {
 /// The mapping shows the file as it is on disk: while it is in use, nobody may write to the file
 /// or shorten it. (To replace it with a new one of the same name is fine.)
 pub(super) fn map(path: &Path) -> Result<Bytes> {
-    let bytes = contents(open(path)?).map_err(|source| Error::Io {
-        path: path.to_owned(),
+    map_as(path, path)
+}
+
+/// The same of a file that messages call `name`.
+pub(super) fn map_as(path: &Path, name: &Path) -> Result<Bytes> {
+    let bytes = contents(open(path, name)?).map_err(|source| Error::Io {
+        path: name.to_owned(),
         action: "read",
         source,
     })?;
     if let Some(reason) = stands_for_another(&bytes) {
-        return Err(Error::file(path, reason));
+        return Err(Error::file(name, reason));
     }
     Ok(bytes)
 }
@@ -103,7 +108,7 @@ pub(super) fn map(path: &Path) -> Result<Bytes> {
 /// Reads a file of at most `limit` bytes: what others may write to meanwhile.
 pub(super) fn read(path: &Path, limit: u64) -> Result<Vec<u8>> {
     let mut bytes = Vec::new();
-    let read = open(path)?.take(limit.saturating_add(1)).read_to_end(&mut bytes);
+    let read = open(path, path)?.take(limit.saturating_add(1)).read_to_end(&mut bytes);
     read.map_err(|source| Error::Io { path: path.to_owned(), action: "read", source })?;
     if bytes.len() as u64 > limit {
         return Err(Error::file(path, format!("has more than {limit} bytes, which is the limit")));
@@ -116,8 +121,8 @@ pub(super) fn read(path: &Path, limit: u64) -> Result<Vec<u8>> {
 
 /// Opens a regular file with something in it. What it is, is asked of the open file: another may have
 /// its name by then. Nobody waits for the other end of a pipe.
-fn open(path: &Path) -> Result<File> {
-    let io = |source| Error::Io { path: path.to_owned(), action: "open", source };
+fn open(path: &Path, name: &Path) -> Result<File> {
+    let io = |source| Error::Io { path: name.to_owned(), action: "open", source };
     let mut options = File::options();
     options.read(true);
     #[cfg(unix)]
@@ -130,10 +135,10 @@ fn open(path: &Path) -> Result<File> {
     if !metadata.is_file() {
         let kind =
             if metadata.is_dir() { "is a folder; a file is needed" } else { "is no regular file" };
-        return Err(Error::file(path, kind));
+        return Err(Error::file(name, kind));
     }
     if metadata.len() == 0 {
-        return Err(Error::file(path, "is empty"));
+        return Err(Error::file(name, "is empty"));
     }
     Ok(file)
 }

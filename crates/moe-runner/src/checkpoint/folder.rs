@@ -59,7 +59,7 @@ impl Folder {
                 );
                 return Err(Error::file(path, reason));
             }
-            return Err(Error::file(path, no_model(&names)));
+            return Err(Error::file(path, no_model(path, &names)));
         }
         if let Some(missing) = missing_shard(&shards) {
             let reason = format!("holds '{}', but no '{missing}'", shards[0]);
@@ -194,18 +194,30 @@ fn file_names(path: &Path) -> Result<Vec<String>> {
     Ok(names)
 }
 
-fn no_model(names: &[String]) -> String {
-    let ending = |suffix: &str| names.iter().find(|name| name.ends_with(suffix));
-    let also = if let Some(name) = ending(".gguf") {
-        format!("; to open '{}', name that file", printable(name))
-    } else if let Some(name) = ending(".bin") {
-        format!(
-            "; '{}' looks like PyTorch's format, which is not read: convert it",
-            printable(name)
-        )
-    } else {
-        String::new()
+/// What to do where a folder has a GGUF file: nothing where it has none.
+pub(super) fn gguf_in(path: &Path) -> Result<String> {
+    Ok(name_gguf(&file_names(path)?).unwrap_or_default())
+}
+
+fn name_gguf(names: &[String]) -> Option<String> {
+    let name = names.iter().find(|name| name.ends_with(".gguf"))?;
+    Some(format!("; to open '{}', name that file", printable(name)))
+}
+
+fn no_model(path: &Path, names: &[String]) -> String {
+    let pytorch = || {
+        let name = printable(names.iter().find(|name| name.ends_with(".bin"))?);
+        Some(format!("; '{name}' looks like PyTorch's format, which is not read: convert it"))
     };
+    // a folder of models
+    let within = || {
+        let of_model = |name: &&String| path.join(name).join("config.json").exists();
+        let mut models = names.iter().filter(of_model).map(|name| printable(name));
+        let (first, more) = (models.next()?, models.count());
+        let others = if more > 0 { format!(" and {more} more") } else { String::new() };
+        Some(format!("; a folder in it, '{first}'{others}, has a config.json: name that"))
+    };
+    let also = name_gguf(names).or_else(pytorch).or_else(within).unwrap_or_default();
     format!("holds no checkpoint: no {INDEX}, {SINGLE} or numbered safetensors files{also}")
 }
 

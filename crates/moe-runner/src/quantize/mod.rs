@@ -143,7 +143,7 @@ pub struct ProjectionError {
 /// # Errors
 /// [`Error::File`] if the checkpoint is quantised already or a GGUF file, has nothing to quantise,
 /// the output exists or its parent does not, another run is writing it, or the disk has no room;
-/// [`Error::Config`] for an unusable pattern or one that matches a part of an expert;
+/// [`Error::Config`] for a pattern that is unusable, matches nothing, or a part of an expert;
 /// [`Error::Tensor`] for a stack without names to write it under, a size that groups do not divide, or
 /// a weight that is not finite; [`Error::Io`]; [`Error::Interrupted`] if `progress` breaks off.
 /// `output` is as it was, then; if something has appeared there meanwhile, the error names the place

@@ -326,11 +326,11 @@ fn beside(checkpoint: &Checkpoint) -> Result<(Vec<PathBuf>, Vec<PathBuf>)> {
 
 /// Refuses before the first byte what the disk has no room for.
 fn ensure_space(output: &Path, needed: u64, free: Option<u64>) -> Result<()> {
-    let gigabytes = |bytes: u64| format!("{:.2} GB", bytes as f64 / 1e9);
     match free {
         Some(free) if free < needed => {
-            let (needed, free) = (gigabytes(needed), gigabytes(free));
-            let reason = format!("needs {needed}, and {free} are free on its disk");
+            // one rounded up, one down: they do not look alike
+            let (needed, free) = (needed.div_ceil(1_000_000), free / 1_000_000);
+            let reason = format!("needs {needed} MB, and {free} MB are free on its disk");
             Err(Error::file(output, reason))
         }
         _ => Ok(()),
@@ -366,4 +366,20 @@ fn sync(path: &Path) -> Result<()> {
 fn io(path: &Path, action: &'static str) -> impl FnOnce(std::io::Error) -> Error + use<> {
     let path = path.to_owned();
     move |source| Error::Io { path, action, source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_disk_without_room_is_told_of() {
+        let place = Path::new("out");
+        let error = ensure_space(place, 30_000_000_001, Some(30_000_000_000)).unwrap_err();
+        let says = "out: needs 30001 MB, and 30000 MB are free on its disk";
+        assert_eq!(error.to_string(), says);
+        ensure_space(place, 5, Some(5)).unwrap();
+        // some file systems do not tell
+        ensure_space(place, 5, None).unwrap();
+    }
 }

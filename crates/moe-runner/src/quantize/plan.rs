@@ -88,7 +88,7 @@ impl Plan {
         layers: &[LayerEntry],
         options: &Options,
     ) -> Result<Self> {
-        let ignored = Ignored::new(checkpoint.path(), options)?;
+        let ignored = Ignored::new(checkpoint.path(), options.format, &options.ignore)?;
         let mut units = Vec::new();
         // tensors that the new checkpoint has in another form
         let mut replaced = BTreeSet::new();
@@ -120,6 +120,14 @@ impl Plan {
                 left.push(module.to_string());
             }
             units.push(Unit { tensors: vec![tensor], content: Content::Copy });
+        }
+        for pattern in &options.ignore {
+            let alone =
+                Ignored::new(checkpoint.path(), options.format, std::slice::from_ref(pattern))?;
+            if !alone.any(&units)? {
+                let reason = format!("'{pattern}' is the name of no module, and matches none");
+                return Err(Error::config(checkpoint.path(), "ignore", reason));
+            }
         }
         let mut ignore = options.ignore.clone();
         ignore.extend(left.into_iter().chain(["lm_head".to_string()]));
@@ -171,9 +179,23 @@ fn shards(units: Vec<Unit>, max: u64) -> Vec<Vec<Unit>> {
 struct Ignored(Quantization);
 
 impl Ignored {
-    fn new(path: &Path, options: &Options) -> Result<Self> {
-        let config = Config::new(path, options.format.config(&options.ignore));
+    fn new(path: &Path, format: Format, patterns: &[String]) -> Result<Self> {
+        let config = Config::new(path, format.config(patterns));
         Ok(Self(Quantization::read(&config)?))
+    }
+
+    /// Whether anything that the new checkpoint holds is ignored; the output head may be absent, and
+    /// is never quantised.
+    fn any(&self, units: &[Unit]) -> Result<bool> {
+        let tensors = units.iter().flat_map(|unit| &unit.tensors);
+        let names =
+            tensors.map(|tensor| tensor.name.strip_suffix(".weight").unwrap_or(&tensor.name));
+        for name in names.chain(["lm_head"]) {
+            if self.0.scheme(name)? == Scheme::FLOAT {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// Whether all of an expert's modules are ignored.

@@ -6,11 +6,13 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, anyhow};
 use moe_acid::ReadingsFile;
 use moe_acid::ask::Server;
+use moe_runner::checkpoint::Checkpoint;
 use serde::Deserialize;
 use serde_json::Value;
 
 use super::{Line, report};
 use crate::failure::unusable;
+use crate::outputs::{self, ensure_apart};
 use crate::report::Report;
 
 /// Seconds for a server to answer: the first request may compile kernels.
@@ -42,7 +44,10 @@ pub(super) struct AskArgs {
     table: bool,
 }
 
-/// `probes.json`.
+/// What is asked, in a folder of `acid write`.
+const PROBES: &str = "probes.json";
+
+/// Its content.
 #[derive(Deserialize)]
 struct Probes {
     family: String,
@@ -57,6 +62,12 @@ pub(super) fn run(args: &AskArgs) -> Result<Report> {
         unusable(format!("--engine {}: there are {known}", args.engine))
     })?;
     let probes = probes(&args.checkpoint)?;
+    if let Some(path) = &args.save {
+        let read = args.checkpoint.join(PROBES);
+        // a folder with the probes alone is enough to ask
+        let checkpoint = Checkpoint::open_outline(&args.checkpoint).ok();
+        ensure_apart(&[("--save", path)], &[("the probes", &read)], checkpoint.as_ref())?;
+    }
     let url = args.url.trim_end_matches('/');
     if !url.starts_with("http://") {
         return Err(unusable(format!(
@@ -87,15 +98,14 @@ pub(super) fn run(args: &AskArgs) -> Result<Report> {
         log_probabilities: rows,
     };
     if let Some(path) = &args.save {
-        fs::write(path, serde_json::to_string(&file)? + "\n")
-            .with_context(|| format!("{}: cannot be written", path.display()))?;
+        outputs::write(path, (serde_json::to_string(&file)? + "\n").as_bytes())?;
     }
     let (block, readings) = file.read().map_err(|reason| anyhow!("{url}: {reason}"))?;
     report(&[Line::new(file.engine, &block, &readings, args.table)])
 }
 
 fn probes(checkpoint: &Path) -> Result<Probes> {
-    let path = checkpoint.join("probes.json");
+    let path = checkpoint.join(PROBES);
     let text = fs::read(&path).with_context(|| {
         format!("{}: cannot be read; `acid write` makes such a folder", path.display())
     })?;

@@ -7,12 +7,12 @@ use moe_acid::write::{Form, checkpoint};
 use moe_acid::{Block, FAMILIES, Family, Readings};
 use moe_runner::hidden::{Rows, RowsMut};
 use moe_runner::runner::{ForwardInput, MoeRunner, MoeRunnerInterface};
-use tempfile::TempDir;
 
 use super::{Line, families, forms, report};
 use crate::args::common::{Common, KernelArgs, ThreadArgs};
 use crate::checkpoints::Opened;
 use crate::choice::LayerChoice;
+use crate::interrupt;
 use crate::report::Report;
 
 #[derive(clap::Args, Debug)]
@@ -48,8 +48,7 @@ fn lines(
     common: &Common,
     table: bool,
 ) -> Result<Vec<Line>> {
-    let folder = TempDir::with_prefix("moe-runner-acid-")
-        .context("cannot make a temporary folder for the checkpoints")?;
+    let folder = interrupt::temporary()?;
     let mut lines = Vec::new();
     for family in families {
         let block = Block::new(family);

@@ -57,11 +57,7 @@ pub(crate) fn run(args: &CheckArgs, common: &Common, json: bool) -> Result<Repor
     }
     let parallel = args.splitting.parallel()?;
     let ranks = args.splitting.ranks(common.gpu)?;
-    // removed at the end of this function, or when the run is interrupted
-    let builtin = args.checkpoint.is_none().then(Builtin::unpack).transpose()?.map(Arc::new);
-    if let Some(builtin) = builtin.clone() {
-        interrupt::before_the_end(move || builtin.remove());
-    }
+    let builtin = args.checkpoint.is_none().then(Builtin::unpack).transpose()?;
     let path = match (&builtin, &args.checkpoint) {
         (Some(builtin), _) => builtin.checkpoint(),
         (None, Some(path)) => path.clone(),
@@ -73,6 +69,25 @@ pub(crate) fn run(args: &CheckArgs, common: &Common, json: bool) -> Result<Repor
         return Err(problem.into());
     }
     let entries = opened.select(&args.layers)?;
+    let known = Arc::new(Mutex::new(CheckJson {
+        ok: false,
+        verdict: String::new(),
+        checkpoint: match builtin {
+            Some(_) => "the small one that comes with moe-runner".into(),
+            None => path.display().to_string(),
+        },
+        architecture: opened.description.architecture.clone(),
+        split: ranks.split(),
+        machine: None,
+        unchecked: None,
+        findings: findings::all(doctor::files(&opened.checkpoint)),
+        layers: Vec::with_capacity(entries.len()),
+        acid: None,
+    }));
+    if ranks.reports() {
+        let (known, chosen) = (known.clone(), entries.len());
+        interrupt::last_words(move || tell_what_is_known(&known, chosen, json));
+    }
     let single = args.layers.is_single();
     let input = match &args.input {
         Some(path) => Some(Input::open(path, &args.input_name, !single)?),
@@ -96,34 +111,16 @@ pub(crate) fn run(args: &CheckArgs, common: &Common, json: bool) -> Result<Repor
 
     let progress = Progress::new(entries.len());
     progress.doing("measuring the machine");
-    let known = Arc::new(Mutex::new(CheckJson {
-        ok: false,
-        verdict: String::new(),
-        checkpoint: match builtin {
-            Some(_) => "the small one that comes with moe-runner".into(),
-            None => path.display().to_string(),
-        },
-        architecture: opened.description.architecture.clone(),
-        split: ranks.split(),
-        machine: match args.no_timing {
-            true => None,
-            false => Some(ranks.measure(&common.pool, common.gpu_in_use())?),
-        },
-        unchecked: None,
-        findings: findings::all(doctor::files(&opened.checkpoint)),
-        layers: Vec::with_capacity(entries.len()),
-        acid: None,
-    }));
-    let machine = held(&known).machine;
+    let machine = match args.no_timing {
+        true => None,
+        false => Some(ranks.measure(&common.pool, common.gpu_in_use())?),
+    };
+    held(&known).machine = machine;
     let shows = ranks.reports() && !json;
     let live = text::Live::new(entries.len());
     if shows {
         let text = live.opening(&held(&known));
         progress.aside(|| say(&text));
-    }
-    if ranks.reports() {
-        let (known, chosen) = (known.clone(), entries.len());
-        interrupt::before_the_end(move || tell_what_is_known(&known, chosen, json));
     }
     for entry in entries {
         progress.doing(entry.spec.name.clone());
@@ -188,7 +185,6 @@ fn tell_what_is_known(known: &Mutex<CheckJson>, chosen: usize, json: bool) {
     let report = Report::new(false, text::closing(&known), &*known);
     // plain data: it cannot fail to be written
     if let Ok(report) = report {
-        eprintln!();
         report.print(json);
     }
 }

@@ -177,14 +177,26 @@ fn find(config: &Config) -> Result<Option<&'static Architecture>> {
 }
 
 fn unknown(config: &Config) -> Error {
-    let name = config.get("model_type").map(ToString::to_string);
-    config.error(
-        "model_type",
-        format!(
-            "is {}: no such mixture-of-experts architecture is known; known are {}",
-            name.as_deref().unwrap_or("missing"),
-            known().collect::<Vec<_>>().join(", ")
-        ),
+    let reason = match config.get("model_type") {
+        None => "is missing: it is what tells which model this is".to_string(),
+        Some(name) => not_known(&name.to_string(), "architecture", known()),
+    };
+    config.error("model_type", reason)
+}
+
+/// Says that `name`, in quotes, is none of the `known` ones, and which are most like it.
+fn not_known<'a>(name: &str, what: &str, known: impl Iterator<Item = &'a str>) -> String {
+    const NEAREST: usize = 5;
+    let asked = name.trim_matches(['"', '\'']).to_lowercase();
+    let mut known: Vec<(usize, &str)> =
+        known.map(|known| (strsim::levenshtein(&asked, known), known)).collect();
+    known.sort();
+    let nearest: Vec<&str> = known.iter().take(NEAREST).map(|(_, name)| *name).collect();
+    format!(
+        "is {name}: no such mixture-of-experts {what} is known; of {} that are, the nearest by name \
+         are {}",
+        known.len(),
+        nearest.join(", ")
     )
 }
 

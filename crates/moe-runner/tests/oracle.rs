@@ -148,7 +148,9 @@ proptest! {
     fn every_kernel_is_accounted_for(request in requests(), machine in machines()) {
         let kernels = kernels();
         let fails = |kernel: &KernelDesc| failing_conditions(kernel, &request, &machine);
-        let first = kernels.iter().find(|kernel| fails(kernel).is_empty() && !kernel.caps.has(Caps::BY_NAME_ONLY));
+        let first = kernels.iter().find(|kernel| fails(kernel).is_empty()
+            && !kernel.caps.has(Caps::BY_NAME_ONLY)
+            && !kernel.slow_on(machine.features));
         match select(&kernels, &request, &machine) {
             Ok(choice) => {
                 prop_assert_eq!(choice.kernel.name, first.unwrap().name);
@@ -288,6 +290,21 @@ fn reasons_and_fixes_in_words() {
         let words = format!("needs {needs}, which avx2 does not have (a processor with {needs})");
         assert_eq!(reason.to_string(), words);
     }
+}
+
+/// Where dot products of bf16 are slower than f32 (processors with tiles), they run when named.
+#[test]
+fn what_is_slow_on_a_machine_is_not_its_default() {
+    let bf16 = Request::of(&layer("mixtral_bf16"), Bf16);
+    let chosen = |machine: &Machine, kernel: Option<&str>| {
+        let request = Request { kernel: kernel.map(Into::into), ..bf16.clone() };
+        select(KERNELS, &request, machine).unwrap().kernel.name
+    };
+    let mut machine = Machine::named("avx512_bf16").unwrap();
+    assert_eq!(chosen(&machine, None), "cpu_avx512_bf16");
+    machine.features = machine.features.with(moe_kernels::isa::Features::AMX_TILE);
+    assert_eq!(chosen(&machine, None), "cpu_avx512");
+    assert_eq!(chosen(&machine, Some("cpu_avx512_bf16")), "cpu_avx512_bf16");
 }
 
 /// Code for sm_90a runs on that architecture alone, not on newer ones; and a kernel takes formats

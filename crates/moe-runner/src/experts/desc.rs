@@ -62,6 +62,14 @@ impl KernelDesc {
         }
     }
 
+    /// On a processor with `features` this kernel is slower than one that is less preferred: it runs when
+    /// named. Those with tile registers (AMX) have dot products of bf16 at half the rate of f32
+    /// multiply-adds.
+    pub fn slow_on(&self, features: Features) -> bool {
+        let dots = self.arithmetic == Arithmetic::Bf16 && self.target.device() == Device::Cpu;
+        dots && features.contains(Features::AMX_TILE)
+    }
+
     /// The entry that takes `product`, if one does.
     pub fn scheme(&self, product: &ProductFormat) -> Option<&'static Scheme> {
         self.schemes.iter().find(|scheme| scheme.takes(product))

@@ -122,7 +122,7 @@ pub fn select(
     }
     let (chosen, why) = match &request.kernel {
         Some(name) => (named(kernels, name, &able, &rejected, request)?, "named".to_owned()),
-        None => match able.iter().find(|kernel| !kernel.caps.has(Caps::BY_NAME_ONLY)) {
+        None => match able.iter().find(|kernel| chosen_unnamed(kernel, machine)) {
             Some(kernel) => (*kernel, format!("{} on {}", among(able.len()), machine.name)),
             None => return Err(none_able(request, machine, &able, &rejected)),
         },
@@ -130,9 +130,13 @@ pub fn select(
     let able = able
         .into_iter()
         .filter(|kernel| kernel.name != chosen.name)
-        .map(|kernel| (kernel, why_not(kernel, chosen, request)))
+        .map(|kernel| (kernel, why_not(kernel, chosen, request, machine)))
         .collect();
     Ok(Choice { kernel: chosen, why, able, rejected })
+}
+
+fn chosen_unnamed(kernel: &KernelDesc, machine: &Machine) -> bool {
+    !kernel.caps.has(Caps::BY_NAME_ONLY) && !kernel.slow_on(machine.features)
 }
 
 /// What a choice without a name was made from.
@@ -176,11 +180,18 @@ fn none_able(
     Error::NoKernel(text)
 }
 
-fn why_not(kernel: &KernelDesc, chosen: &KernelDesc, request: &Request) -> String {
+fn why_not(
+    kernel: &KernelDesc,
+    chosen: &KernelDesc,
+    request: &Request,
+    machine: &Machine,
+) -> String {
     if request.kernel.is_some() {
         format!("could run, but '{}' was named", chosen.name)
     } else if kernel.caps.has(Caps::BY_NAME_ONLY) {
         "could run, but only when named".into()
+    } else if kernel.slow_on(machine.features) {
+        "could run, but only when named: this processor multiplies f32 faster".into()
     } else {
         format!("could run, but '{}' is preferred", chosen.name)
     }

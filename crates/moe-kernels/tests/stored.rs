@@ -226,6 +226,23 @@ fn transposed_scales_floats_and_tensor_scales() {
     assert!(matches!(view.stored(), Stored::Floats(_)));
 }
 
+/// Blocks as many down as across: nothing but the numbers tells which way the grid lies.
+#[test]
+fn a_square_grid_of_scales_is_read_row_by_row() {
+    let grid = [1.0f32, 2.0, 4.0, 8.0];
+    let bytes: Vec<u8> = grid.iter().flat_map(|scale| scale.to_le_bytes()).collect();
+    let (block, shape) = ([ROWS / 2, COLS / 2], [ROWS, COLS]);
+    let scales = Scales::new(bytes.into(), ScaleType::F32, Granularity::Block, block, shape);
+    let packing = (Element::Int8, Packing::Rows);
+    let ones = Bytes::from(vec![1u8; ROWS * COLS]);
+    let codes = Codes::new(packing, ones, shape, scales.unwrap(), Zeros::None, None).unwrap();
+    let corners = |values: &[f32]| {
+        [(0, 0), (0, COLS - 1), (ROWS - 1, 0), (ROWS - 1, COLS - 1)]
+            .map(|(row, col)| values[row * COLS + col])
+    };
+    assert_eq!(corners(&decoded(&View::new(codes))), grid);
+}
+
 #[test]
 fn what_does_not_fit_is_refused() {
     let new = |packing, bytes: usize, shape| {

@@ -85,6 +85,23 @@ fn exchanges(group: &Arc<dyn Communicator>, experts: u32, wire: Wire) -> Vec<Box
     ]
 }
 
+/// Every copy of every expert has a number of its own, which leads back to the expert.
+#[test]
+fn numbers_of_copies_lead_back_to_their_experts() {
+    let by_rank = [&[3, 0][..], &[1, 3, 2], &[], &[0, 3]];
+    let by_rank = by_rank.map(|ids| ids.iter().copied().map(LogicalId).collect());
+    let map = ExpertMap::new(4, &by_rank).unwrap();
+    let mut numbers = Vec::new();
+    for id in (0..4).map(LogicalId) {
+        for copy in map.copies(id) {
+            assert_eq!(map.logical_of(map.physical(*copy)), id);
+            numbers.push(map.physical(*copy).0);
+        }
+    }
+    numbers.sort_unstable();
+    assert_eq!(numbers, [0, 1, 2, 3, 4, 5, 6]);
+}
+
 /// 1 + 2⁻²⁴ + 2⁻²⁴ is 1 from left to right, and 1 + 2⁻²³ from right to left. The naive exchange adds
 /// each rank's slots first, so it is held to the order where one rank has all experts.
 #[test]

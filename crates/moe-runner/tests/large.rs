@@ -28,6 +28,25 @@ fn more_slots_than_16_bits_count() {
     }
 }
 
+/// A million and a half elements of rows before the products, and between them: the last rows are what
+/// the reference makes of them alone.
+#[test]
+fn the_last_rows_of_a_long_batch_are_right() {
+    const TOKENS: usize = 1500;
+    const LAST: usize = 20;
+    for (hidden, intermediate) in [(1024, 8), (8, 1024)] {
+        let mut spec = plain();
+        spec.dims = Dims { hidden, routed_hidden: hidden, intermediate };
+        spec.router = RouterSpec::softmax(1, 1, true);
+        let layer = random_layer(&spec, FloatType::F32, 9).unwrap();
+        let batch = rows(F32, TOKENS, hidden, 10);
+        let all = forward(&mut runner(&layer, None, F32), &batch);
+        let from = (TOKENS - LAST) * hidden;
+        let error = nmse(&all[from..], &truth(&layer, &batch[from..]));
+        assert!(error <= 1e-11, "H {hidden}, I {intermediate}: NMSE {error:e}");
+    }
+}
+
 /// The one row of a batch that has an expert lies beyond 2³² elements, in memory of which only what
 /// is touched exists.
 #[test]

@@ -126,6 +126,32 @@ fn a_batch_beyond_its_capacity_is_refused() {
     assert!(error.contains("an expert has 3 rows; its capacity is 2"), "{error}");
 }
 
+/// Ranks with slices of a row quantise it as the whole row would be: what differs from one rank is the
+/// order of sums, far below a step of eight bits.
+#[test]
+fn slices_are_quantised_by_the_whole_rows_largest_value() {
+    let options = options(None, F32);
+    let hidden = rows(F32, 5, WIDTH, 9);
+    for (element, input) in [(Element::E4m3, Qdq::Fp8Token), (Element::Int8, Qdq::Int8Token)] {
+        let format = RandomFormat::Scaled(RandomScaled {
+            element,
+            scales: ScaleType::F32,
+            granularity: Granularity::Channel,
+            block: [0, 0],
+            input: Some(input),
+        });
+        let layer = random_layer(&layers::plain(), format, 5).unwrap();
+        let one = forward(&mut runner(&layer, None, F32), &hidden);
+        let one: Vec<f64> = one.into_iter().map(f64::from).collect();
+        for tp in [2, 4] {
+            let parallel = Parallel { sizes: sizes(tp, 1, 1, false), ..Parallel::default() };
+            let got = split(&layer, &options, &parallel, &hidden).unwrap().output;
+            let error = nmse(&got, &one);
+            assert!(error <= 1e-11, "{input:?} on {tp} ranks: NMSE {error:e}");
+        }
+    }
+}
+
 /// Rows that every expert would quantise alike travel as codes: fewer bytes, and not a bit changes.
 #[test]
 fn rows_are_quantised_before_they_travel() {

@@ -268,6 +268,28 @@ fn the_widest_static_scale_counts() {
     }
 }
 
+/// The same of INT8, where the configuration alone says that scales are stored.
+#[test]
+fn the_widest_static_scale_counts_in_int8() {
+    let mut files = files("int8 channel");
+    let input = serde_json::json!({"type": "int", "num_bits": 8, "strategy": "tensor",
+        "symmetric": true, "dynamic": false});
+    files.config["quantization_config"]["config_groups"]["group_0"]["input_activations"] = input;
+    let modules: Vec<String> = files.values.keys().cloned().collect();
+    for module in &modules {
+        let scale = if module == UP { 0.5f32 } else { 0.0625 };
+        let bytes = scale.to_le_bytes().to_vec();
+        files.put(module, (".input_scale", Dtype::F32, vec![1], bytes));
+    }
+    for expert in &files.load().unwrap().experts {
+        for (matrix, scale) in
+            [(expert.gate.as_ref().unwrap(), 0.5), (&expert.up, 0.5), (&expert.down, 0.0625)]
+        {
+            assert_eq!(matrix.input, ActivationQuant::Quantised(Qdq::Int8Static { scale }));
+        }
+    }
+}
+
 /// Quantised tensors that the configuration leaves alone, or without any configuration.
 #[test]
 fn quantised_weights_without_a_scheme_are_an_error() {

@@ -104,6 +104,24 @@ fn replay_forces_ids_and_weighs_todays_logits() {
     assert_weights(&out.weights, &[1.0]);
 }
 
+/// Two layers and two calls with ids that are written down, and logits that would choose others.
+#[test]
+fn replay_gives_every_layer_and_every_call_its_own_ids() {
+    let router = router(6, 1);
+    let mut trace = Trace::new();
+    let calls = [("a", [0, 1, 2]), ("b", [5, 4, 3]), ("a", [3, 4, 5]), ("b", [2, 1, 0])];
+    for (layer, chosen) in calls {
+        let routing = Routing::from_parts(1, logical(&chosen), vec![1.0; 3]).unwrap();
+        trace.record(layer, router.spec(), &routing).unwrap();
+    }
+    let mut replay = Replay::new(trace);
+    let mut out = Routing::new();
+    for (layer, chosen) in calls {
+        replay.route(layer, &router, &numbers(1, 3 * 6), 3, &mut out).unwrap();
+        assert_eq!(ids(&out), chosen, "{layer}");
+    }
+}
+
 #[test]
 fn replay_of_the_same_logits_is_the_same_routing() {
     let (trace, routers, all) = recorded();

@@ -11,6 +11,7 @@ mod handmade;
 mod inputs;
 mod kernels;
 mod model;
+mod numbers;
 mod padding;
 mod properties;
 mod reduction;

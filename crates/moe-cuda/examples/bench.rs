@@ -12,8 +12,9 @@
 
 use moe_cuda::weights::{Activation, Bytes, Element, ScaleType, Scales, Stored};
 use moe_cuda::{
-    Buffer, Compiler, Event, ExpertWeights, FaultWord, FewExperts, FewShape, FewWorkspace, Float,
-    Gpu, GroupedExperts, Launch, ManyExperts, Modules, Plan, Rows, RowsMut, Source, Stream, Verbs,
+    Buffer, Compiler, Event, ExpertWeights, FaultWord, FewBatch, FewExperts, FewShape,
+    FewWorkspace, Float, Gpu, GroupedExperts, Launch, ManyExperts, Modules, Plan, Rows, RowsMut,
+    Source, Stream, Verbs,
 };
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
@@ -263,10 +264,10 @@ impl Bench {
             let s = few.shape();
             let name =
                 format!("few {}.{}.{}.{}.{}", s.warps, s.records, s.stages, s.blocks, s.split);
-            let work = FewWorkspace::new(&self.stream, slots, hidden, inner)?;
+            let work = few.workspace(&self.stream, slots)?;
             (Fast::Few(Box::new(few), work), FewExperts::TILE, name)
         } else {
-            let many = ManyExperts::new(&self.modules, weights.clone())?;
+            let many = ManyExperts::new(&self.modules, &self.stream, weights.clone())?;
             let work = many.workspace(&self.stream, slots)?;
             (Fast::Many(Box::new(many), Box::new(work)), ManyExperts::TILE, "many".to_owned())
         };
@@ -302,25 +303,17 @@ impl Bench {
                         )?,
                     )
                 };
+                let batch = FewBatch { x, ids, weights: factors, factor: 1.0, fault: &fault };
                 match &mut fast {
                     Fast::Few(few, work) => {
                         if slots > FewExperts::OWN_PLAN {
                             self.verbs.plan(&self.stream, ids, top_k, &mut plan)?;
                         }
-                        few.forward(
-                            &self.stream,
-                            x,
-                            ids,
-                            factors,
-                            Some(&plan),
-                            work,
-                            &mut out,
-                            &fault,
-                        )
+                        few.forward(&self.stream, &batch, Some(&plan), work, &mut out)
                     }
                     Fast::Many(many, work) => {
                         self.verbs.plan(&self.stream, ids, top_k, &mut plan)?;
-                        many.forward(&self.stream, x, ids, factors, &plan, work, &mut out, &fault)
+                        many.forward(&self.stream, &batch, &plan, work, &mut out)
                     }
                 }
             };

@@ -1,21 +1,25 @@
 //! Experts for few tokens: the routed experts of a batch in one persistent launch that reads every
 //! weight byte once. Hopper and newer.
 
+use std::sync::Arc;
+
 use crate::fault::FaultWord;
 use crate::module::{Argument, Function, Launch, Modules};
 use crate::plan::Plan;
-use crate::rows::Float;
+use crate::router::{RawRouter, Router, RoutingMut, Selection};
+use crate::rows::{Float, RawRows};
 use crate::sources::{FEW, PACK};
 use crate::tensor_map::{Matrix, TensorMap};
 use crate::weights::{Activation, Element, ExpertWeights, RawActivation, ScaleType, Stored};
-use crate::{Buffer, Error, Gpu, Result, Rows, RowsMut, Stream, View};
+use crate::{Buffer, Error, Gpu, Result, Rows, RowsMut, Stream, View, ViewMut};
 
-/// Weight formats that have such a kernel; rows are bf16.
+/// Weight formats that have such a kernel; rows come in bf16.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FewFormat {
     /// bf16, read where it lies.
     Bf16,
-    /// E4M3 with f32 scales of 128 × 128, read where it lies. Rows are not quantised.
+    /// E4M3 with f32 scales of 128 × 128, read where it lies. Rows are quantised to E4M3 in groups of 128
+    /// before either product.
     Fp8Block,
     /// INT4, zero point 8, bf16 scales for groups of 128; packed.
     Int4,
@@ -46,7 +50,7 @@ impl FewFormat {
     }
 
     /// Columns of a record.
-    fn columns(self) -> usize {
+    pub(crate) fn columns(self) -> usize {
         match self {
             Self::Bf16 | Self::Mxfp4 => 64,
             Self::Fp8Block | Self::Int4 => 128,
@@ -54,7 +58,7 @@ impl FewFormat {
     }
 
     /// Bytes of 16 rows of a record.
-    fn tile_bytes(self) -> usize {
+    pub(crate) fn tile_bytes(self) -> usize {
         match self {
             Self::Bf16 | Self::Fp8Block => 2048,
             Self::Int4 => 1056,
@@ -89,6 +93,7 @@ impl FewShape {
         let (warps, records, stages, blocks): (usize, _, _, _) = match format {
             // Long rows: one large block. Short ones: several, which hide each other's barriers.
             FewFormat::Fp8Block if all < 32 => (4, 1, 3, 3),
+            FewFormat::Bf16 if all < 48 => (4, 1, 3, 2),
             FewFormat::Bf16 | FewFormat::Fp8Block => (8, 1, 3, 1),
             FewFormat::Int4 => (4, 2, 3, 3),
             // Five warps where they share the records evenly and four do not.
@@ -106,24 +111,36 @@ impl FewShape {
         Self { warps, records, stages, blocks, split }
     }
 
-    pub(crate) fn options(self, format: FewFormat, activation: Activation) -> Vec<String> {
+    /// `router`: the gate and the routing come first, by these rules.
+    pub(crate) fn options(
+        self,
+        format: FewFormat,
+        activation: Activation,
+        router: Option<&RawRouter>,
+    ) -> Vec<String> {
         let mut options = format.options();
         options.extend([
             format!("-DWARPS={}", self.warps),
             format!("-DRECORDS={}", self.records),
             format!("-DSTAGES={}", self.stages),
             format!("-DBLOCKS={}", self.blocks),
+            format!("-DGATE={}", u32::from(router.is_some())),
             format!("-DACTIVATION={}", RawActivation::new(activation, true).kind),
         ]);
+        options.extend(router.into_iter().flat_map(RawRouter::options));
         options
     }
 
     /// Dynamic shared memory, as few.cu lays it out.
     fn shared_bytes(self, format: FewFormat) -> usize {
         let ring = self.warps * self.stages * self.records * 2 * format.tile_bytes();
-        let partial = 2 * self.warps * 256 * 4;
         let barriers = 8 * self.warps * self.stages;
-        ring + partial + barriers + 4 + 7 * FewExperts::MOST_SLOTS
+        ring + self.partial_bytes() + barriers + 4 + 7 * FewExperts::MOST_SLOTS
+    }
+
+    /// Where the warps' sums lie; the router works there before.
+    fn partial_bytes(self) -> usize {
+        2 * self.warps * 256 * 4
     }
 }
 
@@ -143,16 +160,38 @@ pub(crate) fn shapes() -> Vec<(FewFormat, FewShape)> {
     found
 }
 
+/// Weights of both products as the kernels for 4 bits read them; they keep nothing else alive.
+pub(crate) struct Packed {
+    pub(crate) first: Buffer<u8>,
+    pub(crate) second: Buffer<u8>,
+}
+
+impl Packed {
+    /// Packs gated experts of a format that is packed.
+    pub(crate) fn new(
+        modules: &Modules,
+        stream: &Stream,
+        format: FewFormat,
+        weights: &ExpertWeights,
+    ) -> Result<Self> {
+        let gate = weights.gate.as_ref().unwrap_or(&weights.up);
+        Ok(Self {
+            first: pack(modules, stream, format, gate, &weights.up, true)?,
+            second: pack(modules, stream, format, &weights.down, &weights.down, false)?,
+        })
+    }
+}
+
 /// Routed experts for batches of up to [`Self::MOST_SLOTS`] slots.
 pub struct FewExperts {
     format: FewFormat,
     shape: FewShape,
     weights: ExpertWeights,
-    /// Packed weights of both products; they keep nothing else alive.
-    packed: Option<(Buffer<u8>, Buffer<u8>)>,
+    packed: Option<Arc<Packed>>,
     maps: [TensorMap; 3],
-    kernel: Function,
-    launch: Launch,
+    kernel: (Function, Launch),
+    /// The same behind a gate, and the rules of the router that it was compiled for.
+    gated: Option<((Function, Launch), Vec<String>)>,
 }
 
 /// Memory that a pass lends to [`FewExperts`]; one pass at a time uses it.
@@ -162,24 +201,12 @@ pub struct FewWorkspace {
     h: Buffer<u16>,
     y: Buffer<f32>,
     counters: Buffer<u32>,
-}
-
-impl FewWorkspace {
-    /// For batches of `slots` slots of experts with these dimensions, or smaller.
-    ///
-    /// # Errors
-    /// If the GPU has not enough memory.
-    pub fn new(stream: &Stream, slots: usize, hidden: usize, inner: usize) -> Result<Self> {
-        let (gpu, purpose) = (stream.gpu(), "the rows between the products");
-        let mut counters = Buffer::new(gpu, FewExperts::MOST_SLOTS + 2, purpose)?;
-        stream.fill(counters.view_mut(), 0)?;
-        Ok(Self {
-            slots,
-            h: Buffer::new(gpu, slots * inner, purpose)?,
-            y: Buffer::new(gpu, slots * hidden, purpose)?,
-            counters,
-        })
-    }
+    /// Of FP8: codes of the tokens' rows with their scales, the rows between the products, and the scales
+    /// of their codes.
+    rows: Buffer<u16>,
+    row_scales: Buffer<f32>,
+    h32: Buffer<f32>,
+    h_scales: Buffer<f32>,
 }
 
 impl FewWorkspace {
@@ -189,11 +216,41 @@ impl FewWorkspace {
     }
 }
 
+/// A batch of [`FewExperts`].
+pub struct FewBatch<'a> {
+    /// bf16 `[T, H]`.
+    pub x: Rows<'a>,
+    /// `[T, k]`: ids; those that are no expert here are left out.
+    pub ids: View<'a, u32>,
+    /// `[T, k]`: weights.
+    pub weights: View<'a, f32>,
+    /// Multiplies the sums.
+    pub factor: f32,
+    /// Raised by an output that is not finite.
+    pub fault: &'a FaultWord,
+}
+
+/// A gate and a router in front of [`FewExperts`], in the same launch.
+pub struct FewGate<'a> {
+    /// `[logits, H]`, bf16 or f32.
+    pub weight: Rows<'a>,
+    /// `[logits]`.
+    pub bias: Option<View<'a, f32>>,
+    /// How experts are chosen; no hash table.
+    pub router: &'a Router,
+    /// `[T, logits]`: written.
+    pub logits: ViewMut<'a, f32>,
+    /// Written, as by [`Router::route`].
+    pub routing: RoutingMut<'a>,
+    /// Raised by rows and logits that are not finite.
+    pub fault: &'a FaultWord,
+}
+
 impl FewExperts {
     /// The most slots (tokens · k) of a batch.
     pub const MOST_SLOTS: usize = 512;
     /// Slots up to which the kernel makes its plan by itself.
-    pub const OWN_PLAN: usize = 32;
+    pub const OWN_PLAN: usize = 128;
     /// Rows of a tile of the plan that larger batches need.
     pub const TILE: usize = 8;
 
@@ -218,7 +275,6 @@ impl FewExperts {
         weights: ExpertWeights,
         shape: FewShape,
     ) -> Result<Self> {
-        let refuse = |reason: String| Err(Error::input("experts for few tokens", reason));
         let gpu = modules.gpu();
         weights.check()?;
         let Some(gate) = &weights.gate else {
@@ -251,31 +307,96 @@ impl FewExperts {
             ));
         }
         let teams = shape.warps.checked_div(shape.split).unwrap_or(0);
-        if teams == 0 || teams * shape.split != shape.warps || !(hidden / 32).is_multiple_of(teams)
+        // A plan of one's own has a slot a thread.
+        let threads = 32 * shape.warps;
+        if threads < Self::OWN_PLAN
+            || teams == 0
+            || teams * shape.split != shape.warps
+            || !(hidden / 32).is_multiple_of(teams)
         {
             return refuse(format!("{shape:?} does not divide {hidden} columns"));
         }
-        let kernel = modules.function(&FEW, &shape.options(format, weights.activation), "few")?;
+        let kernel = Self::kernel(modules, format, shape, weights.activation, None)?;
+        let (packed, maps) = if format.packed() {
+            let packed = Packed::new(modules, stream, format, &weights)?;
+            (Some(Arc::new(packed)), [TensorMap::unused(); 3])
+        } else {
+            let maps =
+                [map(gpu, gate, 16)?, map(gpu, &weights.up, 16)?, map(gpu, &weights.down, 32)?];
+            (None, maps)
+        };
+        Ok(Self { format, shape, weights, packed, maps, kernel, gated: None })
+    }
+
+    /// Makes ready for [`Self::forward_gated`] with routers of the same rules as this one.
+    ///
+    /// # Errors
+    /// If the kernel does not compile, or does not fit the GPU.
+    pub fn with_gate(self, modules: &Modules, router: &Router) -> Result<Self> {
+        let rules = router.raw();
+        let gated =
+            Self::kernel(modules, self.format, self.shape, self.weights.activation, Some(&rules))?;
+        Ok(Self { gated: Some((gated, rules.options())), ..self })
+    }
+
+    fn kernel(
+        modules: &Modules,
+        format: FewFormat,
+        shape: FewShape,
+        activation: Activation,
+        router: Option<&RawRouter>,
+    ) -> Result<(Function, Launch)> {
+        let kernel = modules.function(&FEW, &shape.options(format, activation, router), "few")?;
         let shared = shape.shared_bytes(format) as u32;
         kernel.allow_shared(shared)?;
         let threads = 32 * shape.warps as u32;
         // All blocks wait for each other's work: they must all be there.
         let resident = kernel.resident_blocks(threads, shared)?;
         if resident == 0 {
-            return refuse(format!("{shape:?} does not fit a multiprocessor"));
+            let reason = format!("{shape:?} does not fit a multiprocessor");
+            return Err(Error::input("experts for few tokens", reason));
         }
-        let blocks = gpu.properties().multiprocessors * resident.min(shape.blocks);
+        let blocks = modules.gpu().properties().multiprocessors * resident.min(shape.blocks);
         let launch = Launch { grid: (blocks as u32, 1), block: threads, shared, cooperative: true };
-        let (packed, maps) = if format.packed() {
-            let up = pack(modules, stream, format, gate, &weights.up, true)?;
-            let down = pack(modules, stream, format, &weights.down, &weights.down, false)?;
-            (Some((up, down)), [TensorMap::unused(); 3])
-        } else {
-            let maps =
-                [map(gpu, gate, 16)?, map(gpu, &weights.up, 16)?, map(gpu, &weights.down, 32)?];
-            (None, maps)
-        };
-        Ok(Self { format, shape, weights, packed, maps, kernel, launch })
+        Ok((kernel, launch))
+    }
+
+    /// Memory for batches of up to `slots` slots.
+    ///
+    /// # Errors
+    /// If the GPU has not enough.
+    pub fn workspace(&self, stream: &Stream, slots: usize) -> Result<FewWorkspace> {
+        let (gpu, purpose) = (stream.gpu(), "the rows between the products");
+        let (hidden, inner) = (self.weights.hidden(), self.weights.intermediate());
+        let codes = if self.format == FewFormat::Fp8Block { slots } else { 0 };
+        // `GROUPS` of few.cu, and a counter for each group of h.
+        let count = Self::MOST_SLOTS + 4 * 32 + codes * inner / 128;
+        let mut counters = Buffer::new(gpu, count, purpose)?;
+        stream.fill(counters.view_mut(), 0)?;
+        Ok(FewWorkspace {
+            slots,
+            h: Buffer::new(gpu, slots * inner, purpose)?,
+            y: Buffer::new(gpu, slots * hidden, purpose)?,
+            counters,
+            rows: Buffer::new(gpu, codes * hidden, purpose)?,
+            row_scales: Buffer::new(gpu, codes * hidden / 128, purpose)?,
+            h32: Buffer::new(gpu, codes * inner, purpose)?,
+            h_scales: Buffer::new(gpu, codes * inner / 128, purpose)?,
+        })
+    }
+
+    /// Bytes of such a workspace, but for a few kilobytes.
+    pub fn work_bytes(format: FewFormat, slots: usize, hidden: usize, inner: usize) -> usize {
+        let codes = if format == FewFormat::Fp8Block { 2 * hidden + 4 * inner } else { 0 };
+        slots * (2 * inner + 4 * hidden + codes)
+    }
+
+    pub(crate) fn weights(&self) -> &ExpertWeights {
+        &self.weights
+    }
+
+    pub(crate) fn packed(&self) -> Option<Arc<Packed>> {
+        self.packed.clone()
     }
 
     /// Their format.
@@ -288,50 +409,21 @@ impl FewExperts {
         self.shape
     }
 
-    /// `out[t] = Σ_j weights[t, j] · expert(ids[t, j])(x[t])`, in slot order. `x` is bf16 `[T, H]`,
-    /// `out` bf16 or f32; ids that are no expert here are left out. Batches of more than [`Self::OWN_PLAN`]
-    /// slots need the plan of these ids, in tiles of [`Self::TILE`]. An output that is not finite
-    /// raises the fault.
+    /// `out[t] = factor · Σ_j weights[t, j] · expert(ids[t, j])(x[t])`, in slot order; `out` is bf16 or
+    /// f32. Batches of more than [`Self::OWN_PLAN`] slots need the plan of these ids, in tiles of
+    /// [`Self::TILE`].
     ///
     /// # Errors
     /// If a shape does not fit, or an earlier step failed.
-    #[allow(clippy::too_many_arguments, reason = "all that a pass has of its own")]
     pub fn forward(
         &self,
         stream: &Stream,
-        x: Rows<'_>,
-        ids: View<'_, u32>,
-        weights: View<'_, f32>,
+        batch: &FewBatch<'_>,
         plan: Option<&Plan>,
         work: &mut FewWorkspace,
         out: &mut RowsMut<'_>,
-        fault: &FaultWord,
     ) -> Result<()> {
-        let refuse = |reason: String| Err(Error::input("experts for few tokens", reason));
-        let (hidden, inner) = (self.weights.hidden(), self.weights.intermediate());
-        let (tokens, slots) = (x.rows(), ids.len());
-        x.expect("rows of the experts", tokens, hidden)?;
-        out.expect("output of the experts", tokens, hidden)?;
-        let top_k = slots.checked_div(tokens).unwrap_or(0);
-        if top_k * tokens != slots || weights.len() != slots || slots > Self::MOST_SLOTS {
-            return refuse(format!(
-                "{slots} ids for {tokens} tokens; at most {}",
-                Self::MOST_SLOTS
-            ));
-        }
-        if x.float() != Float::Bf16
-            || out.float() == Float::F16
-            || !x.stride().is_multiple_of(8)
-            || !x.raw.data.is_multiple_of(16)
-        {
-            return refuse("rows are bf16, aligned to 16 bytes; outputs bf16 or f32".into());
-        }
-        if work.h.len() < slots * inner || work.y.len() < slots * hidden {
-            return refuse(format!("the workspace is too small for {slots} slots"));
-        }
-        if slots == 0 {
-            return Ok(());
-        }
+        let slots = batch.ids.len();
         let plan = match plan {
             _ if slots <= Self::OWN_PLAN => None,
             Some(plan)
@@ -344,25 +436,119 @@ impl FewExperts {
                 return refuse(format!("{slots} slots need their plan in tiles of {}", Self::TILE));
             }
         };
-        let raw = self.raw(x, ids, weights, plan, work, out, fault, top_k);
+        let Some(raw) = self.raw(batch, plan, work, out)? else { return Ok(()) };
         let [gate, up, down] = &self.maps;
+        let (kernel, launch) = &self.kernel;
         // SAFETY: the parameters of `few`; shapes and sizes were checked.
-        unsafe { self.kernel.launch(stream, self.launch, &[&raw, gate, up, down]) }
+        unsafe { kernel.launch(stream, *launch, &[&raw, gate, up, down]) }
     }
 
-    #[allow(clippy::too_many_arguments, reason = "as above")]
+    /// Whether [`Self::forward_gated`] takes such a batch.
+    pub fn takes_gate(
+        &self,
+        tokens: usize,
+        x: &Rows<'_>,
+        gate: &Rows<'_>,
+        router: &Router,
+    ) -> bool {
+        let whole = |m: &Rows<'_>| {
+            m.raw.data.is_multiple_of(16) && (m.stride() * m.float().bytes()).is_multiple_of(16)
+        };
+        self.gated.as_ref().is_some_and(|(_, rules)| *rules == router.raw().options())
+            && tokens * router.options().top_k <= Self::OWN_PLAN
+            && x.float() == Float::Bf16
+            && gate.float() != Float::F16
+            && whole(x)
+            && whole(gate)
+            && router.shared_bytes() <= self.shape.partial_bytes()
+            && !matches!(router.options().selection, Selection::HashTable { .. })
+    }
+
+    /// As [`Self::forward`], of the experts that `gate` chooses: the batch's ids and weights are those of
+    /// `gate.routing`. Logits and routing are, bit by bit, those of [`crate::Verbs::linear`] and
+    /// [`Router::route`].
+    ///
+    /// # Errors
+    /// As [`Self::forward`]; if the batch is none that [`Self::takes_gate`].
+    pub fn forward_gated(
+        &self,
+        stream: &Stream,
+        gate: FewGate<'_>,
+        (x, factor, fault): (Rows<'_>, f32, &FaultWord),
+        work: &mut FewWorkspace,
+        out: &mut RowsMut<'_>,
+    ) -> Result<()> {
+        let FewGate { weight, bias, router, logits, routing, fault: of_rows } = gate;
+        let (tokens, top_k) = (x.rows(), router.options().top_k);
+        let RoutingMut { ids, weights, shared_weights } = routing;
+        weight.expect("gate", router.logits(), self.weights.hidden())?;
+        let lengths = [
+            (logits.len(), tokens * router.logits()),
+            (ids.len(), tokens * top_k),
+            (weights.len(), tokens * top_k),
+            (shared_weights.len(), tokens * router.options().shared),
+            (bias.map_or(router.logits(), |bias| bias.len()), router.logits()),
+        ];
+        if lengths.iter().any(|(is, should)| is != should)
+            || !self.takes_gate(tokens, &x, &weight, router)
+        {
+            return refuse(format!("no gate for {tokens} tokens with {lengths:?}"));
+        }
+        let batch = FewBatch { x, ids: ids.as_view(), weights: weights.as_view(), factor, fault };
+        let Some(raw) = self.raw(&batch, None, work, out)? else { return Ok(()) };
+        let Some(((kernel, launch), _)) = &self.gated else {
+            return refuse("it was not made ready for a gate".into());
+        };
+        let front = RawGate {
+            weight: weight.raw,
+            bias: bias.map_or(0, |bias| bias.address()),
+            logits: logits.address(),
+            shared_weights: shared_weights.address(),
+            fault: of_rows.view().address(),
+            router: router.raw(),
+        };
+        let [gate, up, down] = &self.maps;
+        // SAFETY: the parameters of `few` with GATE; shapes and sizes were checked.
+        unsafe { kernel.launch(stream, *launch, &[&raw, &front, gate, up, down]) }
+    }
+
+    /// The kernel's parameters; none for a batch without slots.
     fn raw(
         &self,
-        x: Rows<'_>,
-        ids: View<'_, u32>,
-        weights: View<'_, f32>,
+        batch: &FewBatch<'_>,
         plan: Option<&Plan>,
         work: &mut FewWorkspace,
         out: &mut RowsMut<'_>,
-        fault: &FaultWord,
-        top_k: usize,
-    ) -> RawFew {
+    ) -> Result<Option<RawFew>> {
+        let FewBatch { x, ids, weights, factor, fault } = batch;
         let w = &self.weights;
+        let (hidden, inner) = (w.hidden(), w.intermediate());
+        let (tokens, slots) = (x.rows(), ids.len());
+        x.expect("rows of the experts", tokens, hidden)?;
+        out.expect("output of the experts", tokens, hidden)?;
+        let top_k = slots.checked_div(tokens).unwrap_or(0);
+        if top_k * tokens != slots || weights.len() != slots || slots > Self::MOST_SLOTS {
+            let most = Self::MOST_SLOTS;
+            return refuse(format!("{slots} ids for {tokens} tokens; at most {most}"));
+        }
+        if x.float() != Float::Bf16
+            || out.float() == Float::F16
+            || !x.stride().is_multiple_of(8)
+            || !x.raw.data.is_multiple_of(16)
+        {
+            return refuse("rows are bf16, aligned to 16 bytes; outputs bf16 or f32".into());
+        }
+        let codes = if self.format == FewFormat::Fp8Block { slots * inner } else { 0 };
+        if work.h.len() < slots * inner
+            || work.y.len() < slots * hidden
+            || work.h32.len() < codes
+            || work.rows.len() * inner < codes * hidden
+        {
+            return refuse(format!("the workspace is too small for {slots} slots"));
+        }
+        if slots == 0 {
+            return Ok(None);
+        }
         let gate = w.gate.as_ref().unwrap_or(&w.up);
         let scales = |m: &Stored| match (&m.scales, self.format) {
             (Some(scales), FewFormat::Fp8Block) => scales.bytes.pointer(),
@@ -373,16 +559,20 @@ impl FewExperts {
         let bias = |m: &Stored| m.bias.as_ref().map_or(0, |b| b.view().address());
         let expert_rows = |m: &Stored| (m.expert_bytes / m.row_bytes()) as u32;
         let packed = self.packed.as_ref();
-        RawFew {
+        Ok(Some(RawFew {
             x: x.raw.data,
             x_stride: x.raw.stride,
             ids: ids.address(),
             weights: weights.address(),
-            first: packed.map_or(0, |(first, _)| first.view().address()),
-            second: packed.map_or(0, |(_, second)| second.view().address()),
+            first: packed.map_or(0, |packed| packed.first.view().address()),
+            second: packed.map_or(0, |packed| packed.second.view().address()),
             scales: [scales(gate), scales(&w.up), scales(&w.down)],
             biases: [bias(gate), bias(&w.up), bias(&w.down)],
             h: work.h.view_mut().address(),
+            rows: work.rows.view_mut().address(),
+            row_scales: work.row_scales.view_mut().address(),
+            h_scales: work.h_scales.view_mut().address(),
+            h32: work.h32.view_mut().address(),
             y: work.y.view_mut().address(),
             out: out.raw.data,
             out_stride: out.raw.stride,
@@ -392,18 +582,23 @@ impl FewExperts {
             order: plan.map_or(0, |p| p.order().address()),
             tiles: plan.map_or(0, |p| p.tiles().address()),
             tile_count: plan.map_or(0, |p| p.tile_count().address()),
-            slots: ids.len() as u32,
+            slots: slots as u32,
             top_k: top_k as u32,
             experts: w.up.experts as u32,
-            hidden: w.hidden() as u32,
-            inner: w.intermediate() as u32,
+            hidden: hidden as u32,
+            inner: inner as u32,
             split: self.shape.split as u32,
-            rows: [expert_rows(gate), expert_rows(&w.up), expert_rows(&w.down)],
+            rows_step: [expert_rows(gate), expert_rows(&w.up), expert_rows(&w.down)],
             scale_steps: [scale_step(&w.up), scale_step(&w.down)],
             out_type: out.raw.float,
+            factor: *factor,
             activation: RawActivation::new(w.activation, true),
-        }
+        }))
     }
+}
+
+fn refuse<T>(reason: String) -> Result<T> {
+    Err(Error::input("experts for few tokens", reason))
 }
 
 #[repr(C)]
@@ -417,6 +612,10 @@ struct RawFew {
     scales: [u64; 3],
     biases: [u64; 3],
     h: u64,
+    rows: u64,
+    row_scales: u64,
+    h_scales: u64,
+    h32: u64,
     y: u64,
     out: u64,
     out_stride: u64,
@@ -432,14 +631,28 @@ struct RawFew {
     hidden: u32,
     inner: u32,
     split: u32,
-    rows: [u32; 3],
+    rows_step: [u32; 3],
     scale_steps: [u32; 2],
     out_type: u32,
+    factor: f32,
     activation: RawActivation,
 }
 
 // SAFETY: `struct Few` of few.cu.
 unsafe impl Argument for RawFew {}
+
+#[repr(C)]
+struct RawGate {
+    weight: RawRows,
+    bias: u64,
+    logits: u64,
+    shared_weights: u64,
+    fault: u64,
+    router: RawRouter,
+}
+
+// SAFETY: `struct Gate` of few.cu.
+unsafe impl Argument for RawGate {}
 
 /// Tiles of a projection of all experts, read where it lies.
 pub(crate) fn map(gpu: &Gpu, stored: &Stored, tile_rows: usize) -> Result<TensorMap> {

@@ -11,8 +11,8 @@
 //! SlotVerbs                     gather, quantise, norm by expert; sigmoid gate; finish: what follows both branches
 //! Router                        route
 //! GroupedExperts                experts, of any stored format
-//! FewExperts                    experts for few tokens, in one launch: bf16, FP8, INT4, MXFP4
-//! ManyExperts                   experts for many tokens, on tensor cores: bf16, FP8
+//! FewExperts                    experts for few tokens, in one launch, behind a gate or not: bf16, FP8, INT4, MXFP4
+//! ManyExperts                   experts for many tokens, on tensor cores: the same formats
 //! Limits                        what the GPU can do at most
 //! NcclLink                      bytes to and from the GPUs of other ranks
 //! FaultWord                     what kernels found wrong with the data, read when asked for
@@ -51,7 +51,7 @@ pub mod weights;
 pub use arena::{Arena, Cut, room};
 pub use error::{Error, Result};
 pub use fault::{Fault, FaultWord};
-pub use few::{FewExperts, FewFormat, FewShape, FewWorkspace};
+pub use few::{FewBatch, FewExperts, FewFormat, FewGate, FewShape, FewWorkspace};
 pub use gpu::{Gpu, Properties};
 pub use grouped::GroupedExperts;
 pub use limits::Limits;

@@ -1,20 +1,23 @@
 //! Experts for many tokens: both products as grouped products on Hopper's tensor cores.
 
-use crate::few::FewFormat;
+use std::sync::Arc;
+
+use crate::few::{FewBatch, FewExperts, FewFormat, Packed};
 use crate::module::{Argument, Function, Launch, Modules};
 use crate::plan::Plan;
 use crate::rows::Float;
-use crate::sources::MANY;
+use crate::sources::{MANY, MANY4, ROWS};
 use crate::tensor_map::{Matrix, TensorMap};
 use crate::weights::{ExpertWeights, RawActivation, Stored};
-use crate::{Buffer, Error, FaultWord, Result, Rows, RowsMut, Stream, View};
+use crate::{Buffer, Error, Result, Rows, RowsMut, Stream};
 
 /// Routed experts for batches of any size, best where experts have many rows each. Weights are read
 /// where they lie: bf16, or E4M3 with scales of 128 × 128 and rows quantised to E4M3 in groups of 128,
-/// before either product. `sm_90` only.
+/// before either product; those of 4 bits are packed as for [`FewExperts`], and rows are bf16. `sm_90` only.
 pub struct ManyExperts {
     format: FewFormat,
     weights: ExpertWeights,
+    packed: Option<Arc<Packed>>,
     maps: [TensorMap; 3],
     gather: Function,
     first: Function,
@@ -31,7 +34,7 @@ pub struct ManyWorkspace {
     row_scales: Buffer<f32>,
     inner: Buffer<u16>,
     inner_codes: Buffer<u8>,
-    /// Rows of the slots before their sum, with their scales: see many.cu.
+    /// Rows of the slots before their sum, with their scales: see many.cu. Of 4-bit weights f32.
     y: Buffer<u16>,
     y_scales: Buffer<f32>,
     rows_map: TensorMap,
@@ -49,11 +52,31 @@ impl ManyExperts {
     /// Rows of a tile of the plan for these products.
     pub const TILE: usize = 128;
 
-    /// Experts of these weights.
+    /// Experts of these weights; 4-bit ones are packed, on `stream`.
     ///
     /// # Errors
     /// If the GPU is not a Hopper, or the format or the shape has no such kernel.
-    pub fn new(modules: &Modules, weights: ExpertWeights) -> Result<Self> {
+    pub fn new(modules: &Modules, stream: &Stream, weights: ExpertWeights) -> Result<Self> {
+        let format = FewFormat::of(&weights.up)?;
+        weights.check()?;
+        let pack = || Packed::new(modules, stream, format, &weights).map(Arc::new);
+        let packed = format.packed().then(pack).transpose()?;
+        Self::with(modules, weights, packed)
+    }
+
+    /// The same experts as `few`, of one copy of the weights.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn beside(modules: &Modules, few: &FewExperts) -> Result<Self> {
+        Self::with(modules, few.weights().clone(), few.packed())
+    }
+
+    fn with(
+        modules: &Modules,
+        weights: ExpertWeights,
+        packed: Option<Arc<Packed>>,
+    ) -> Result<Self> {
         let refuse = |reason: String| Err(Error::input("experts for many tokens", reason));
         let gpu = modules.gpu();
         weights.check()?;
@@ -66,14 +89,11 @@ impl ManyExperts {
                 return refuse("the projections have several formats".into());
             }
         }
-        if format.packed() {
-            return refuse(format!("there is no kernel for {format:?}"));
-        }
         if gpu.properties().capability != (9, 0) {
             return refuse(format!("{} is no Hopper", gpu.properties().name));
         }
         // FP8 rows are quantised in whole groups of 128; bf16 rows are aligned for the copy engine.
-        let multiple = if format == FewFormat::Fp8Block { 128 } else { 8 };
+        let multiple = if format == FewFormat::Bf16 { 8 } else { format.columns() };
         let (hidden, inner) = (weights.hidden(), weights.intermediate());
         if !hidden.is_multiple_of(multiple) || !inner.is_multiple_of(multiple) {
             return refuse(format!("{hidden} or {inner} columns are no multiple of {multiple}"));
@@ -84,12 +104,19 @@ impl ManyExperts {
         }
         let activation =
             format!("-DACTIVATION={}", RawActivation::new(weights.activation, true).kind);
-        let get = |second: usize, name| {
-            modules.function(&MANY, &options(format, second, activation.clone()), name)
+        let (source, name, gather) = match format {
+            FewFormat::Bf16 => (&MANY, "many", "gather"),
+            FewFormat::Fp8Block => (&MANY, "many", "gather_fp8"),
+            FewFormat::Int4 | FewFormat::Mxfp4 => (&MANY4, "many4", "gather4"),
         };
-        let gather = if format == FewFormat::Fp8Block { "gather_fp8" } else { "gather" };
-        let (first, second) = (get(0, "many")?, get(1, "many")?);
-        let (gather, combine) = (get(0, gather)?, get(1, "combine_slots")?);
+        let get = |second: usize, name| {
+            modules.function(source, &options(format, second, activation.clone()), name)
+        };
+        let (gather, first, second) = (get(0, gather)?, get(0, name)?, get(1, name)?);
+        let combine = match format.packed() {
+            true => modules.function(&ROWS, &[], "combine")?,
+            false => get(1, "combine_slots")?,
+        };
         let shared = shared_bytes(format) as u32;
         first.allow_shared(shared)?;
         second.allow_shared(shared)?;
@@ -98,8 +125,11 @@ impl ManyExperts {
         let launch = Launch { grid: (blocks, 1), block: 384, shared, cooperative: false };
         let rows = if format == FewFormat::Fp8Block { 64 } else { 128 };
         let map = |m| crate::few::map(gpu, m, rows);
-        let maps = [map(gate)?, map(&weights.up)?, map(&weights.down)?];
-        Ok(Self { format, weights, maps, gather, first, second, combine, launch })
+        let maps = match format.packed() {
+            true => [TensorMap::unused(); 3],
+            false => [map(gate)?, map(&weights.up)?, map(&weights.down)?],
+        };
+        Ok(Self { format, weights, packed, maps, gather, first, second, combine, launch })
     }
 
     /// Memory for batches of up to `slots` slots.
@@ -109,7 +139,7 @@ impl ManyExperts {
     pub fn workspace(&self, stream: &Stream, slots: usize) -> Result<ManyWorkspace> {
         let gpu = stream.gpu();
         let (hidden, inner) = (self.weights.hidden(), self.weights.intermediate());
-        let fp8 = self.format == FewFormat::Fp8Block;
+        let (fp8, packed) = (self.format == FewFormat::Fp8Block, self.format.packed());
         let bytes = if fp8 { 1 } else { 2 };
         let purpose = "the sorted rows";
         let scales = if fp8 { slots * hidden.max(inner) / 128 } else { 0 };
@@ -118,8 +148,13 @@ impl ManyExperts {
         let inner_rows = Buffer::new(gpu, slots * inner * if fp8 { 2 } else { 1 }, purpose)?;
         let inner_codes = Buffer::new(gpu, if fp8 { slots * inner } else { 0 }, purpose)?;
         let map = |address, cols| {
-            // Of FP8 rows, each block of a cluster of two loads half of a tile.
-            let tile = if fp8 { Self::TILE / 2 } else { Self::TILE };
+            // Of FP8 rows, each block of a cluster of two loads half of a tile; many4.cu as many quarters as
+            // have rows.
+            let tile = match self.format {
+                FewFormat::Bf16 => Self::TILE,
+                FewFormat::Fp8Block => Self::TILE / 2,
+                FewFormat::Int4 | FewFormat::Mxfp4 => Self::TILE / 4,
+            };
             TensorMap::new(gpu, &Matrix { address, bytes, rows: slots, cols }, tile)
         };
         let inner_address =
@@ -128,10 +163,10 @@ impl ManyExperts {
             slots,
             rows_map: map(rows.view().address(), hidden)?,
             inner_map: map(inner_address, inner)?,
-            y: Buffer::new(gpu, slots * hidden, purpose)?,
+            y: Buffer::new(gpu, slots * hidden * if packed { 2 } else { 1 }, purpose)?,
             y_scales: Buffer::new(
                 gpu,
-                slots * hidden.div_ceil(tile_features(self.format)),
+                if packed { 0 } else { slots * hidden.div_ceil(tile_features(self.format)) },
                 purpose,
             )?,
             rows,
@@ -141,24 +176,31 @@ impl ManyExperts {
         })
     }
 
-    /// `out[t] = Σ_j weights[t, j] · expert(ids[t, j])(x[t])`, in slot order. `x` is bf16 `[T, H]`,
-    /// `out` bf16 or f32; `plan` is the plan of `ids` in tiles of [`Self::TILE`]; ids that are no expert here are
-    /// left out. An output that is not finite raises the fault.
+    /// Bytes of such a workspace, but for scales.
+    pub fn work_bytes(format: FewFormat, slots: usize, hidden: usize, inner: usize) -> usize {
+        // sorted rows, the rows between the products (of FP8 their codes, too), and those after
+        slots
+            * match format {
+                FewFormat::Bf16 => 4 * hidden + 2 * inner,
+                FewFormat::Fp8Block => 3 * hidden + 5 * inner,
+                FewFormat::Int4 | FewFormat::Mxfp4 => 6 * hidden + 2 * inner,
+            }
+    }
+
+    /// `out[t] = factor · Σ_j weights[t, j] · expert(ids[t, j])(x[t])`, in slot order; `out` is bf16 or
+    /// f32, `plan` the plan of the batch's ids in tiles of [`Self::TILE`].
     ///
     /// # Errors
     /// If a shape does not fit, or an earlier step failed.
-    #[allow(clippy::too_many_arguments, reason = "all that a pass has of its own")]
     pub fn forward(
         &self,
         stream: &Stream,
-        x: Rows<'_>,
-        ids: View<'_, u32>,
-        weights: View<'_, f32>,
+        batch: &FewBatch<'_>,
         plan: &Plan,
         work: &mut ManyWorkspace,
         out: &mut RowsMut<'_>,
-        fault: &FaultWord,
     ) -> Result<()> {
+        let FewBatch { x, ids, weights, factor, fault } = *batch;
         let refuse = |reason: String| Err(Error::input("experts for many tokens", reason));
         let w = &self.weights;
         let (hidden, inner, slots) = (w.hidden(), w.intermediate(), ids.len());
@@ -200,6 +242,9 @@ impl ManyExperts {
             plan,
             work,
         )?;
+        if let Some(packed) = &self.packed {
+            return self.packed_products(stream, batch, packed, plan, work, out);
+        }
         let [gate_map, up_map, down_map] = &self.maps;
         let h = (work.inner.view_mut().address(), inner as u64);
         let raw = self.raw(plan, work, [gate, &w.up], h.0);
@@ -215,13 +260,14 @@ impl ManyExperts {
         let y_scales = work.y_scales.view().address();
         let (experts, top_k) = (plan.experts() as u32, plan.top_k as u32);
         let blocks = (out.rows() * hidden / 8).div_ceil(256).min(1 << 20) as u32;
-        let arguments: [&dyn Argument; 8] = [
+        let arguments: [&dyn Argument; 9] = [
             &y,
             &y_scales,
             &ids.address(),
             &weights.address(),
             &experts,
             &top_k,
+            &factor,
             &out.raw,
             &fault.view().address(),
         ];
@@ -231,6 +277,45 @@ impl ManyExperts {
             self.second.launch(stream, self.launch, &[&raw, maps[0], maps[1], maps[2]])?;
             self.combine.launch(stream, Launch::plain(blocks, 256), &arguments)
         }
+    }
+
+    /// What follows the gathering where the weights are packed.
+    fn packed_products(
+        &self,
+        stream: &Stream,
+        batch: &FewBatch<'_>,
+        packed: &Packed,
+        plan: &Plan,
+        work: &mut ManyWorkspace,
+        out: &mut RowsMut<'_>,
+    ) -> Result<()> {
+        let w = &self.weights;
+        let gate = w.gate.as_ref().unwrap_or(&w.up);
+        let (slots, hidden) = (batch.ids.len(), w.hidden());
+        let inner = work.inner.view_mut().address();
+        let raw = RawMany4::new(plan, &packed.first, [gate, &w.up], inner, w);
+        // SAFETY: the parameters of `many4`; shapes and sizes were checked.
+        unsafe { self.first.launch(stream, self.launch, &[&raw, &work.rows_map])? };
+        let y = work.y.view_mut().address();
+        let raw = RawMany4::new(plan, &packed.second, [&w.down, &w.down], y, w);
+        // SAFETY: as above; the workspace has f32 rows for all slots.
+        let y = unsafe {
+            self.second.launch(stream, self.launch, &[&raw, &work.inner_map])?;
+            Rows::from_raw(y, Float::F32, slots, hidden, hidden)?
+        };
+        let blocks = (out.rows() * hidden).div_ceil(256).min(1 << 20) as u32;
+        let arguments: [&dyn Argument; 8] = [
+            &y.raw,
+            &batch.ids.address(),
+            &batch.weights.address(),
+            &(plan.experts() as u32),
+            &(plan.top_k as u32),
+            &batch.factor,
+            &out.raw,
+            &batch.fault.view().address(),
+        ];
+        // SAFETY: the parameters of `combine`; shapes and sizes were checked.
+        unsafe { self.combine.launch(stream, Launch::plain(blocks, 256), &arguments) }
     }
 
     /// Rows by sorted position; codes and scales of them for FP8. Without an order, of the rows
@@ -315,6 +400,29 @@ pub(crate) fn options(format: FewFormat, second: usize, activation: String) -> V
     options
 }
 
+impl RawMany4 {
+    fn new(
+        plan: &Plan,
+        packed: &Buffer<u8>,
+        matrices: [&Stored; 2],
+        out: u64,
+        weights: &ExpertWeights,
+    ) -> Self {
+        Self {
+            offsets: plan.offsets().address(),
+            order: plan.order().address(),
+            tiles: plan.tiles().address(),
+            tile_count: plan.tile_count().address(),
+            weights: packed.view().address(),
+            biases: matrices.map(|m| m.bias.as_ref().map_or(0, |b| b.view().address())),
+            out,
+            features: matrices[0].rows as u32,
+            k: matrices[0].cols as u32,
+            activation: RawActivation::new(weights.activation, true),
+        }
+    }
+}
+
 /// Features of a tile of the second product: BN of many.cu.
 fn tile_features(format: FewFormat) -> usize {
     if format == FewFormat::Fp8Block { 128 } else { 256 }
@@ -323,8 +431,11 @@ fn tile_features(format: FewFormat) -> usize {
 /// Stages of a ring and its barriers, as many.cu lays them out.
 fn shared_bytes(format: FewFormat) -> usize {
     match format {
+        FewFormat::Bf16 => 4 * (128 + 256) * 128 + 16 * 4,
         FewFormat::Fp8Block => 6 * (128 + 128) * 128 + 16 * 6,
-        _ => 4 * (128 + 256) * 128 + 16 * 4,
+        // many4.cu: rows and groups of weights of a record
+        FewFormat::Int4 => 5 * (2 * 128 * 128 + 4 * 2 * format.tile_bytes() + 16),
+        FewFormat::Mxfp4 => 8 * (128 * 128 + 8 * 2 * format.tile_bytes() + 16),
     }
 }
 
@@ -348,3 +459,20 @@ struct RawMany {
 
 // SAFETY: `struct Many` of many.cu.
 unsafe impl Argument for RawMany {}
+
+#[repr(C)]
+struct RawMany4 {
+    offsets: u64,
+    order: u64,
+    tiles: u64,
+    tile_count: u64,
+    weights: u64,
+    biases: [u64; 2],
+    out: u64,
+    features: u32,
+    k: u32,
+    activation: RawActivation,
+}
+
+// SAFETY: `struct Many4` of many4.cu.
+unsafe impl Argument for RawMany4 {}

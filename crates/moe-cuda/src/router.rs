@@ -157,7 +157,7 @@ pub struct RoutingMut<'a> {
 
 #[repr(C)]
 #[derive(Clone, Copy)]
-struct RawRouter {
+pub(crate) struct RawRouter {
     experts: u32,
     choices: u32,
     logits: u32,
@@ -187,6 +187,43 @@ struct RawRouter {
 unsafe impl Argument for RawRouter {}
 
 const GIVEN: u32 = 4;
+
+impl RawRouter {
+    /// Its rules as constants of a kernel that knows them: few.cu.
+    pub(crate) fn options(&self) -> Vec<String> {
+        let constants = [
+            ("SCORE", self.score),
+            ("CORRECTION", self.correction),
+            ("SELECTION", self.selection),
+            ("WEIGHT_FROM", self.weight_from),
+            ("RENORMALISE", self.renormalise),
+            ("ROUTER_GROUPS", u32::from(self.groups > 0)),
+            ("SOFT_CAP", u32::from(self.soft_cap > 0.0)),
+            ("PER_EXPERT", u32::from(self.per_expert != 0)),
+        ];
+        constants.map(|(name, value)| format!("-D{name}={value}")).into()
+    }
+
+    /// Softmax over all experts, renormalised: the commonest rules.
+    pub(crate) fn plain() -> Self {
+        let options = RouterOptions {
+            experts: 128,
+            idle: 0,
+            shared: 0,
+            top_k: 8,
+            logit_multiplier: 1.0,
+            soft_cap: None,
+            score: Score::Softmax,
+            correction: Correction::None,
+            groups: None,
+            selection: Selection::TopK,
+            weight_from: WeightFrom::Score,
+            renormalise: Renormalise::Sum(0.0),
+            scale: 1.0,
+        };
+        raw(&options, &RouterTensors::default(), 128, 128)
+    }
+}
 
 impl Router {
     /// A router of these options and tensors.
@@ -235,6 +272,20 @@ impl Router {
     /// Its tensors.
     pub fn tensors(&self) -> &RouterTensors {
         &self.tensors
+    }
+
+    /// Logits of a row.
+    pub(crate) fn logits(&self) -> usize {
+        self.raw.logits as usize
+    }
+
+    /// Shared memory that the kernel works in.
+    pub(crate) fn shared_bytes(&self) -> usize {
+        self.shared_bytes as usize
+    }
+
+    pub(crate) fn raw(&self) -> RawRouter {
+        self.raw
     }
 
     /// Routes the rows of `logits`, `[T, experts + idle + shared]` in f32. `input_ids`, `[T]`, are

@@ -2,6 +2,7 @@
 
 use crate::few::FewFormat;
 use crate::nvrtc::Source;
+use crate::router::RawRouter;
 use crate::weights::{Activation, Element, RawActivation};
 use crate::{few, limits, many};
 
@@ -18,6 +19,7 @@ macro_rules! source {
 const HEADERS: &[(&str, &str)] = &[
     ("common.cuh", include_str!("kernels/common.cuh")),
     ("rows.cuh", include_str!("kernels/rows.cuh")),
+    ("route.cuh", include_str!("kernels/route.cuh")),
     ("stored.cuh", include_str!("kernels/stored.cuh")),
     ("wgmma.cuh", include_str!("kernels/wgmma.cuh")),
     ("ptx.cuh", include_str!("kernels/ptx.cuh")),
@@ -39,6 +41,8 @@ pub(crate) static PACK: Source = source!("pack");
 pub(crate) static FEW: Source = source!("few");
 /// Experts for many tokens.
 pub(crate) static MANY: Source = source!("many");
+/// Experts for many tokens, of 4-bit weights.
+pub(crate) static MANY4: Source = source!("many4");
 
 /// Bandwidth and multiply-adds.
 pub(crate) static LIMITS: Source = source!("limits");
@@ -73,20 +77,23 @@ pub fn builds() -> Vec<Build> {
         if format.packed() {
             builds.push(all(&PACK, format.options()));
         }
-        let options = shape.options(format, silu);
-        builds.push(Build { hot: true, ..from_hopper(&FEW, options) });
+        for router in [None, Some(&RawRouter::plain())] {
+            let options = shape.options(format, silu, router);
+            builds.push(Build { hot: true, ..from_hopper(&FEW, options) });
+        }
     }
     for format in [0, 1] {
         builds.push(build(&TENSOR, limits::options(format), &["sm_90a"]));
     }
-    for format in [FewFormat::Bf16, FewFormat::Fp8Block] {
+    for format in [FewFormat::Bf16, FewFormat::Fp8Block, FewFormat::Int4, FewFormat::Mxfp4] {
+        let source = if format.packed() { &MANY4 } else { &MANY };
         for second in [0, 1] {
             let options = many::options(
                 format,
                 second,
                 format!("-DACTIVATION={}", RawActivation::new(silu, true).kind),
             );
-            builds.push(Build { hot: true, ..build(&MANY, options, &["sm_90a"]) });
+            builds.push(Build { hot: true, ..build(source, options, &["sm_90a"]) });
         }
     }
     builds

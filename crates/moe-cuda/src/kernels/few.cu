@@ -9,13 +9,22 @@
 //
 // FORMAT 0 bf16 and 1 FP8 (128 x 128 scales): read where the checkpoint has them, by tensor maps.
 // FORMAT 2 INT4 (groups of 128, zero 8) and 3 MXFP4: packed streams of pack.cu.
+//
+// FP8 weights meet rows that are quantised to E4M3 in groups of 128, before either product: their codes are
+// kept as bf16, which holds them exactly, and each group's sum is multiplied by both scales.
+//
+// GATE 1: gate and routing come first, in the same launch: all warps share the gate's product, block t routes
+// token t, and all wait for that.
 #include "ptx.cuh"
+#if GATE
+#include "route.cuh"
+#endif
 
 enum { F_BF16 = 0, F_FP8, F_INT4, F_MXFP4 };
 #define MAX_SLOTS 512
 #define NATURAL (FORMAT == F_BF16 || FORMAT == F_FP8)
 // Weights become bf16 that are too small by a power of two; rows are made too large by 2^100, exactly.
-#define SCALED (FORMAT == F_FP8 || FORMAT == F_MXFP4)
+#define TO_LARGE 1.2676506002282294e30f
 #define UNSCALE (FORMAT == F_MXFP4 ? 67108864.f : FORMAT == F_FP8 ? 1048576.f : 1.f)
 
 #define RK (FORMAT == F_BF16 || FORMAT == F_MXFP4 ? 64 : 128)                 // columns of a record
@@ -23,6 +32,12 @@ enum { F_BF16 = 0, F_FP8, F_INT4, F_MXFP4 };
 #define STAGE (RECORDS * 2 * TILE)
 #define STEPS (RECORDS * RK / 64)
 #define THREADS (WARPS * 32)
+
+#define OWN_PLAN 128  // slots for which blocks make the plan by themselves; at most a block's threads
+// Counters behind those of the entries: units of the second product, blocks that have left, blocks that have done
+// their part before the plan, routed tokens; finished units of each group of h that is to be quantised.
+// Each in a line of its own: blocks that wait for one are not in the way of those that count another.
+enum { DOWN = MAX_SLOTS, LEFT = DOWN + 32, BEFORE = LEFT + 32, ROUTED = BEFORE + 32, GROUPS = ROUTED + 32 };
 
 struct Few {
   const u16* x;  // bf16
@@ -33,12 +48,15 @@ struct Few {
   const float *gate_scales, *up_scales, *down_scales;         // FP8: [experts, rows / 128, K / 128]
   const float *gate_bias, *up_bias, *down_bias;               // or null
   u16* h;    // [slots, inner], bf16
+  u16* rows;                       // FP8: [tokens, hidden], codes of x
+  float *row_scales, *h_scales;    // FP8: [tokens, hidden / 128], [slots, inner / 128]
+  float* h32;                      // FP8: [slots, inner], before it is quantised
   float* y;  // [slots, hidden]
   void* out;  // bf16, or f32
   u64 out_stride;
-  u32* counters;  // [MAX_SLOTS + 2], zero
+  u32* counters;  // [GROUPS (+ MAX_SLOTS * inner / 128 for FP8)], zero
   u32* fault;
-  const u32 *offsets, *order;  // a plan in tiles of 8, for more than 32 slots
+  const u32 *offsets, *order;  // a plan in tiles of 8, for more than OWN_PLAN slots
   const uint2* tiles;
   const u32* tile_count;
   u32 slots, top_k, experts, hidden, inner;
@@ -46,8 +64,20 @@ struct Few {
   u32 gate_rows, up_rows, down_rows;     // rows from one expert to the next in the tensor maps
   u32 gate_scale_step, down_scale_step;  // scales from one expert to the next
   u32 out_type;
+  float factor;  // of all sums
   Activation activation;
 };
+
+#if GATE
+struct Gate {
+  Rows weight;  // [logits, hidden], bf16 or f32
+  const float* bias;
+  float* logits;          // [tokens, logits]
+  float* shared_weights;  // as those of `route`
+  u32* fault;             // of rows and logits
+  Router router;
+};
+#endif
 
 __device__ __forceinline__ u32 and_or(u32 a, u32 mask, u32 c) {
   u32 r;
@@ -69,13 +99,13 @@ __device__ __forceinline__ u32 lane_row_of(u32 row) { return NATURAL ? (row & 3)
 struct Fragment {
   u32 x[STEPS][8];
 #if FORMAT == 1
-  float scale[RECORDS][2];
+  float scale[RECORDS][2], row_scale[RECORDS][2];
 #endif
 };
 
 // One record (two tiles of 16 rows x RK columns) times 8 rows. Products are in such an order that one
 // never waits for the one before it.
-__device__ __forceinline__ void record(u32 at, const u32 (*x)[8], const float* scale, float (&acc)[2][4], u32 lane, u32 low, u32 magic) {
+__device__ __forceinline__ void record(u32 at, const u32 (*x)[8], const float* scale, const float* row_scale, float (&acc)[2][4], u32 lane, u32 low, u32 magic) {
   u32 g = lane >> 2, t = lane & 3;
   if constexpr (FORMAT == F_BF16) {
     float sum[2][2][4] = {};
@@ -133,7 +163,7 @@ __device__ __forceinline__ void record(u32 at, const u32 (*x)[8], const float* s
 #pragma unroll
     for (int m = 0; m < 2; m++)
 #pragma unroll
-      for (int c = 0; c < 4; c++) acc[m][c] += scale[m] * (sum[0][m][c] + sum[1][m][c]);
+      for (int c = 0; c < 4; c++) acc[m][c] += scale[m] * row_scale[c & 1] * (sum[0][m][c] + sum[1][m][c]);
   }
   if constexpr (FORMAT == F_INT4) {
     float sum[2][2][4] = {}, offset[2][4] = {};
@@ -206,7 +236,7 @@ struct Entries {
 
 // At most 32 slots: by one warp.
 __device__ __forceinline__ void plan_warp(const Few& p, Entries& e, u32 lane) {
-  u32 id = lane < p.slots ? p.ids[lane] : NO_EXPERT;
+  u32 id = lane < p.slots ? __ldcg(p.ids + lane) : NO_EXPERT;
   bool valid = id < p.experts;
   u32 same = __match_any_sync(~0u, valid ? id : 0x80000000u | lane), leader = __ffs(same) - 1, rows = __popc(same);
   bool leads = valid && lane == leader;
@@ -226,6 +256,61 @@ __device__ __forceinline__ void plan_warp(const Few& p, Entries& e, u32 lane) {
     }
   u32 base = __shfl_sync(~0u, row, leader);
   if (valid) e.order[base + __popc(same & ((1u << lane) - 1))] = (u16)lane;
+}
+
+// At most OWN_PLAN slots: sorted by expert, by the rank of (expert, slot) among all. One slot a thread.
+__device__ __forceinline__ void plan_sorted(const Few& p, Entries& e, u32* memory) {
+  u32 *keys = memory, *sorted = keys + OWN_PLAN, *starts = sorted + OWN_PLAN, *firsts = starts + OWN_PLAN / 32;
+  const u32 i = threadIdx.x, lane = i & 31, words = (p.slots + 31) / 32;
+  u32 key = ~0u;
+  if (i < OWN_PLAN) {
+    u32 id = i < p.slots ? __ldcg(p.ids + i) : NO_EXPERT;
+    if (id < p.experts) key = id << 7 | i;
+    keys[i] = key, sorted[i] = ~0u;
+  }
+  __syncthreads();
+  if (key != ~0u) {
+    u32 rank = 0;
+#pragma unroll 4
+    for (u32 j = 0; j < words * 8; j++) {
+      uint4 k = ((const uint4*)keys)[j];
+      rank += (k.x < key) + (k.y < key) + (k.z < key) + (k.w < key);
+    }
+    sorted[rank] = key;
+  }
+  __syncthreads();
+  // position i of the sorted slots from here on
+  u32 id = NO_EXPERT;
+  if (i < OWN_PLAN) {
+    key = sorted[i];
+    id = key == ~0u ? NO_EXPERT : key >> 7;
+    u32 before = i ? sorted[i - 1] >> 7 : NO_EXPERT;
+    // where the planned ones end, a start, too
+    u32 start = __ballot_sync(~0u, key == ~0u || i == 0 || id != before);
+    if (lane == 0) starts[i >> 5] = start;
+    if (key != ~0u) e.order[i] = (u16)(key & 127);
+  }
+  __syncthreads();
+  u32 rows = 0;
+  if (i < OWN_PLAN) {
+    // of the expert's slots: the first at or before this position, and the end
+    u32 at = i >> 5, bits = starts[at] & (2u << lane) - 1, end = OWN_PLAN;
+    while (!bits) bits = starts[--at];
+    u32 first = at * 32 + 31 - __clz(bits);
+    at = i >> 5, bits = starts[at] & ~((2u << lane) - 1);
+    while (!bits && ++at < OWN_PLAN / 32) bits = starts[at];
+    if (bits) end = at * 32 + __ffs(bits) - 1;
+    if (id != NO_EXPERT && (i - first) % 8 == 0) rows = end - i < 8 ? end - i : 8;
+    u32 own = __ballot_sync(~0u, rows != 0);
+    if (lane == 0) firsts[i >> 5] = own;
+  }
+  __syncthreads();
+  if (i < OWN_PLAN) {
+    u32 entry = __popc(firsts[i >> 5] & (1u << lane) - 1);
+    for (u32 w = 0; w < i >> 5; w++) entry += __popc(firsts[w]);
+    if (rows) e.expert[entry] = (u16)id, e.first[entry] = (u16)i, e.rows[entry] = (u8)rows;
+    if (i == OWN_PLAN - 1) e.count = entry + (rows != 0);
+  }
 }
 
 // More slots: from the plan's kernel.
@@ -269,8 +354,74 @@ struct Walk {
   }
 };
 
+// Waits until others have counted to n.
+__device__ __forceinline__ void wait_for(const u32* counter, u32 n) {
+  if (threadIdx.x == 0)
+    while (load_acquire(counter) < n) {}
+  __syncthreads();
+}
+
+// 128 values of a row, four in each lane, as codes and their scale.
+__device__ __forceinline__ void to_codes(const float (&v)[4], u16* to, float* scale_to, u32 lane) {
+  float scale = e4m3_scale(v), q[4];
+  u32 codes = to_e4m3x4(v, scale);
+#pragma unroll
+  for (int c = 0; c < 4; c++) q[c] = e4m3_to_f32(codes >> 8 * c & 0xff) * TO_LARGE;
+  *(uint2*)(to + 4 * lane) = make_uint2(f32x2_to_bf16x2(q[0], q[1]), f32x2_to_bf16x2(q[2], q[3]));
+  if (lane == 0) *scale_to = scale;
+}
+
+#if GATE
+// A logit of the gate, by one warp: as `linear` computes it.
+__device__ __forceinline__ void logit(const Few& p, const Gate& g, u32 t, u32 o, u32 lane) {
+  const Rows& w = g.weight;
+  const u16* row = p.x + (u64)t * p.x_stride;
+  float sum[1][1] = {};
+  if (w.type == BF16) {
+    const u16* output = (const u16*)w.data + (u64)o * w.stride;
+    // eight runs of 8 columns are on the way at once; what lies beyond the row adds nothing
+#pragma unroll 1
+    for (u32 k0 = lane * 8; k0 < p.hidden; k0 += 2048) {
+      uint4 xs[8], ws[8];
+#pragma unroll
+      for (int i = 0; i < 8; i++) {
+        u32 k = k0 + 256 * i;
+        xs[i] = load_global16_if(row + k, k < p.hidden), ws[i] = load_global16_if(output + k, k < p.hidden);
+      }
+#pragma unroll
+      for (int i = 0; i < 8; i++) {
+        u32 a[4] = {xs[i].x, xs[i].y, xs[i].z, xs[i].w}, b[4] = {ws[i].x, ws[i].y, ws[i].z, ws[i].w};
+#pragma unroll
+        for (int c = 0; c < 4; c++) {
+          sum[0][0] = fmaf(bf16_to_f32(a[c] & 0xffff), bf16_to_f32(b[c] & 0xffff), sum[0][0]);
+          sum[0][0] = fmaf(bf16_to_f32(a[c] >> 16), bf16_to_f32(b[c] >> 16), sum[0][0]);
+        }
+      }
+    }
+#pragma unroll
+    for (int d = 16; d; d >>= 1) sum[0][0] += __shfl_xor_sync(~0u, sum[0][0], d);
+  } else {
+    Rows x = {(void*)p.x, p.x_stride, BF16, p.slots / p.top_k, p.hidden}, wide = {w.data, w.stride, F32, w.rows, w.cols};
+    u64 rows[1] = {(u64)t * x.stride}, outputs[1] = {(u64)o * w.stride};
+    dots<1, 1>(x, rows, wide, outputs, true, lane, sum);
+  }
+  float v = sum[0][0] + (g.bias ? g.bias[o] : 0.f);
+  if (lane == 0) g.logits[(u64)t * w.rows + o] = v;
+  // a number that is not finite leaves no logit finite
+  if (!finite(v))
+    for (u32 c = lane; c < p.hidden; c += 32) {
+      float v = bf16_to_f32(row[c]);
+      if (!finite(v)) raise_fault(g.fault, FAULT_HIDDEN, t, c, __float_as_uint(v));
+    }
+}
+#endif
+
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-    few(const __grid_constant__ Few p, const __grid_constant__ TensorMap gate, const __grid_constant__ TensorMap up, const __grid_constant__ TensorMap down) {
+    few(const __grid_constant__ Few p,
+#if GATE
+        const __grid_constant__ Gate g,
+#endif
+        const __grid_constant__ TensorMap gate, const __grid_constant__ TensorMap up, const __grid_constant__ TensorMap down) {
   extern __shared__ __align__(1024) u8 memory[];
   float* partial = (float*)(memory + WARPS * STAGES * STAGE);  // [2][WARPS][2 tiles][128]
   u64* barriers = (u64*)(partial + 2 * WARPS * 256);
@@ -282,7 +433,64 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     barrier_init_done();
     if (NATURAL) prefetch_map(&gate), prefetch_map(&up), prefetch_map(&down);
   }
-  if (p.slots > 32) plan_block(p, entries);
+#if GATE || FORMAT == 1
+  {
+    const u32 tokens = p.slots / p.top_k, all = gridDim.x * WARPS;
+#if GATE
+    // a warp has one output of the gate, and some of the rows
+    const u32 outputs = g.weight.rows, together = (tokens * outputs + all - 1) / all;
+    const u32 parts = (tokens + together - 1) / together, logits = outputs * parts;
+#else
+    const u32 logits = 0;
+#endif
+    const u32 groups = FORMAT == F_FP8 ? p.hidden / 128 : 0;
+#pragma unroll 1
+    for (u32 i = warp * gridDim.x + blockIdx.x; i < logits + tokens * groups; i += all) {
+#if GATE
+      if (i < logits) {
+        u32 part = i % parts, end = (part + 1) * together < tokens ? (part + 1) * together : tokens;
+#pragma unroll 1
+        for (u32 t = part * together; t < end; t++) logit(p, g, t, i / parts, lane);
+      }
+#endif
+#if FORMAT == 1
+#if GATE
+      if (i >= logits)
+#endif
+      {
+        u32 t = (i - logits) / groups, group = (i - logits) % groups;
+        uint2 v = *(const uint2*)(p.x + t * p.x_stride + group * 128 + lane * 4);
+        float f[4] = {bf16_to_f32(v.x & 0xffff), bf16_to_f32(v.x >> 16), bf16_to_f32(v.y & 0xffff), bf16_to_f32(v.y >> 16)};
+        to_codes(f, p.rows + (u64)t * p.hidden + group * 128, p.row_scales + (u64)t * groups + group, lane);
+      }
+#endif
+    }
+    __syncthreads();
+    if (tid == 0) add_release(p.counters + BEFORE);
+#if GATE
+    // the sums' room is free until the first unit is done
+    for (u32 t = blockIdx.x; t < tokens; t += gridDim.x) {
+      wait_for(p.counters + BEFORE, gridDim.x);
+      // what is known when the kernel is compiled leaves little code to fetch
+      Router r = g.router;
+      r.score = SCORE, r.correction = CORRECTION, r.selection = SELECTION, r.weight_from = WEIGHT_FROM, r.renormalise = RENORMALISE;
+      if (!ROUTER_GROUPS) r.groups = 0;
+      if (!SOFT_CAP) r.soft_cap = 0.f;
+      if (CORRECTION == NO_CORRECTION) r.bias = 0;
+      if (!PER_EXPERT) r.per_expert = 0;
+      if (WEIGHT_FROM != JOINT_SOFTMAX) r.logits = r.choices;
+      route_token(t, g.logits, outputs, r, 0, 0, (u32*)p.ids, (float*)p.weights, g.shared_weights, g.fault, (u8*)partial);
+      __syncthreads();
+      if (tid == 0) add_release(p.counters + ROUTED);
+    }
+    wait_for(p.counters + ROUTED, tokens);
+#else
+    wait_for(p.counters + BEFORE, gridDim.x);
+#endif
+  }
+#endif
+  if (p.slots > OWN_PLAN) plan_block(p, entries);
+  else if (p.slots > 32) plan_sorted(p, entries, (u32*)partial);
   else if (warp == 0) plan_warp(p, entries, lane);
   __syncthreads();
   const u32 total = entries.count;
@@ -348,19 +556,28 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     Fragment a, b;
     u32 rows = entries.rows[to.entry], r = to.phase ? begin2 : begin1, end = to.phase ? end2 : end1;
     const u16* row = 0;
-    const float* scales[2] = {};
+    const float *scales[2] = {}, *row_scales[2] = {};
+    // what `done` counts of an entry: units, or groups of h
+    const u32 finished = FORMAT == F_FP8 ? p.inner / 128 : to.units[0];
     // where this lane's row is read in the unit that `w` stands at; waits for the first product
     auto enter_unit = [&](const Walk& w) {
       rows = entries.rows[w.entry];
       if (w.phase == 1 && ready != w.entry) {
         if (lane == 0)
-          while (load_acquire(done + w.entry) < w.units[0]) {}
+          while (load_acquire(done + w.entry) < finished) {}
         __syncwarp();
         ready = w.entry;
       }
-      u32 c = lane >> 2, s = entries.order[entries.first[w.entry] + (c < rows ? c : rows - 1)];
-      row = w.phase == 0 ? p.x + (u64)(s / p.top_k) * p.x_stride : p.h + (u64)s * p.inner;
+      auto slot_of = [&](u32 c) -> u32 { return entries.order[entries.first[w.entry] + (c < rows ? c : rows - 1)]; };
+      u32 s = slot_of(lane >> 2);
+      if (w.phase == 1) row = p.h + (u64)s * p.inner;
+      else row = FORMAT == F_FP8 ? p.rows + (u64)(s / p.top_k) * p.hidden : p.x + (u64)(s / p.top_k) * p.x_stride;
       if constexpr (FORMAT == F_FP8) {
+#pragma unroll
+        for (u32 c = 0; c < 2; c++) {
+          u32 s = slot_of((lane & 3) * 2 + c);
+          row_scales[c] = w.phase == 0 ? p.row_scales + (u64)(s / p.top_k) * records1 : p.h_scales + (u64)s * records2;
+        }
         u32 expert = entries.expert[w.entry];
         if (w.phase == 0) {
           u64 at = (u64)expert * p.gate_scale_step + w.group * 16 / 128 * records1;
@@ -382,12 +599,35 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #if FORMAT == 1
 #pragma unroll
       for (int i = 0; i < RECORDS; i++)
-        if (r + i < end) f.scale[i][0] = __ldg(scales[0] + record_at(r + i, one)), f.scale[i][1] = __ldg(scales[1] + record_at(r + i, one));
+        if (r + i < end) {
+          u32 k = record_at(r + i, one);
+          f.scale[i][0] = __ldg(scales[0] + k), f.scale[i][1] = __ldg(scales[1] + k);
+          f.row_scale[i][0] = load_global4(row_scales[0] + k), f.row_scale[i][1] = load_global4(row_scales[1] + k);
+        }
 #endif
     };
     enter_unit(to);
     load_rows(a, r, end);
     float acc[2][4] = {};
+    u32 unsettled = NO_EXPERT, unsettled_group = 0, before = 0;
+    // The group of h of which this warp has last finished a unit, if that was the group's last.
+    auto settle = [&]() {
+      if (FORMAT != F_FP8 || unsettled == NO_EXPERT) return;
+      if (__shfl_sync(~0u, before, 0) == 7) {
+        acquire();
+        u32 groups = p.inner / 128, k = unsettled_group, first = entries.first[unsettled];
+        for (u32 column = 0; column < entries.rows[unsettled]; column++) {
+          u64 slot = entries.order[first + column];
+          float4 f = __ldcg((const float4*)(p.h32 + slot * p.inner + k * 128) + lane);
+          float v[4] = {f.x, f.y, f.z, f.w};
+          to_codes(v, p.h + slot * p.inner + k * 128, p.h_scales + slot * groups + k, lane);
+        }
+        if (lane == 0) p.counters[GROUPS + unsettled * groups + k] = 0;
+        __syncwarp();
+        if (lane == 0) add_release(done + unsettled);
+      }
+      unsettled = NO_EXPERT;
+    };
     // One stage with the rows in `now`; those of the next stage are loaded ahead into `ahead`.
     auto step = [&](Fragment& now, Fragment& ahead) -> bool {
       const bool last = r + RECORDS >= end;
@@ -403,7 +643,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         }
       } else load_rows(ahead, r_next, end_next);
       barrier_wait(full + 8 * slot_out, parity);
-      if (SCALED && phase == 0) {
+      if (FORMAT == F_MXFP4 && phase == 0) {
 #pragma unroll
         for (int i = 0; i < STEPS; i++)
 #pragma unroll
@@ -413,11 +653,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
       for (int i = 0; i < RECORDS; i++)
         if (r + i < end) {
 #if FORMAT == 1
-          const float* scale = now.scale[i];
+          const float *scale = now.scale[i], *row_scale = now.row_scale[i];
 #else
-          const float* scale = 0;
+          const float *scale = 0, *row_scale = 0;
 #endif
-          record(ring + slot_out * STAGE + i * 2 * TILE, &now.x[i * (RK / 64)], scale, acc, lane, low, magic);
+          record(ring + slot_out * STAGE + i * 2 * TILE, &now.x[i * (RK / 64)], scale, row_scale, acc, lane, low, magic);
         }
       if (++slot_out == STAGES) slot_out = 0, parity ^= 1;
       __syncwarp();
@@ -437,6 +677,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
           // where row and column of a tile lie in a warp's accumulators
           auto place = [&](u32 row, u32 column) { return lane_row_of(row & 7) * 16 + (column >> 1) * 4 + (row >> 3) * 2 + (column & 1); };
           if (phase == 0) {
+            settle();
             Activation activation = p.activation;
             activation.kind = ACTIVATION, activation.gated = 1;
             for (u32 i = lane; i < 16 * rows_now; i += 32) {
@@ -448,11 +689,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
               if (p.gate_bias) g += p.gate_bias[(u64)expert * p.inner + feature];
               if (p.up_bias) u += p.up_bias[(u64)expert * p.inner + feature];
               float v = activate_16(activation, g, u);
-              if (SCALED) v *= 1.2676506002282294e30f;  // 2^100
-              p.h[(u64)entries.order[first + column] * p.inner + feature] = f32_to_bf16(v);
+              u64 at_h = (u64)entries.order[first + column] * p.inner + feature;
+              if (FORMAT == F_MXFP4) v *= TO_LARGE;
+              if (FORMAT == F_FP8) p.h32[at_h] = v;
+              else p.h[at_h] = f32_to_bf16(v);
             }
             __syncwarp();
-            if (lane == 0) add_release(done + entry);
+            if constexpr (FORMAT == F_FP8) {
+              // whoever finishes a group's eighth unit quantises it; who it is, is looked at later
+              if (lane == 0) before = fetch_add_release(p.counters + GROUPS + entry * (p.inner / 128) + group / 8);
+              unsettled = entry, unsettled_group = group / 8;
+            } else if (lane == 0) add_release(done + entry);
           } else {
             u32 features = teams * 32;
             for (u32 column = 0; column < rows_now; column++)
@@ -465,10 +712,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                 p.y[(u64)entries.order[first + column] * p.hidden + feature] = sum;
               }
             __syncwarp();
-            if (lane == 0) add_release(done + MAX_SLOTS);
+            if (lane == 0) add_release(done + DOWN);
           }
         }
         if (++turn == WARPS) turn = 0;
+        if (to.phase != phase) settle();
         if (to.phase == 2) return false;
         if (to.phase != phase) {
           enter_unit(to);
@@ -482,7 +730,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   }
   // Combine, once every down unit is there.
   if (lane == 0)
-    while (load_acquire(done + MAX_SLOTS) < to.count[1]) {}
+    while (load_acquire(done + DOWN) < to.count[1]) {}
   __syncwarp();
   u32 tokens = p.slots / p.top_k;
   for (u32 i = blockIdx.x * THREADS + tid; i < tokens * p.hidden; i += gridDim.x * THREADS) {
@@ -491,15 +739,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #pragma unroll 8
     for (u32 j = 0; j < p.top_k; j++) {
       u64 s = (u64)t * p.top_k + j;
-      if (p.ids[s] < p.experts) sum = __fadd_rn(sum, __fmul_rn(p.weights[s], __ldcg(p.y + s * p.hidden + c)));
+      bool there = __ldcg(p.ids + s) < p.experts;
+      float v = load_fresh_if(p.y + s * p.hidden + c, there), w = __ldcg(p.weights + s);
+      if (there) sum = __fadd_rn(sum, __fmul_rn(w, v));
     }
+    sum *= p.factor;
     if (!finite(sum)) raise_fault(p.fault, FAULT_OUTPUT, t, c, __float_as_uint(sum));
     store_float(p.out, p.out_type, t * p.out_stride + c, sum);
   }
   // The last block to come here leaves the counters as it found them.
   __syncthreads();
-  if (tid == 0 && atomicAdd(done + MAX_SLOTS + 1, 1u) == gridDim.x - 1) {
-    for (u32 i = 0; i < total; i++) done[i] = 0;
-    done[MAX_SLOTS] = 0, done[MAX_SLOTS + 1] = 0;
-  }
+  __shared__ u32 others;
+  if (tid == 0) others = atomicAdd(done + LEFT, 1u);
+  __syncthreads();
+  if (others != gridDim.x - 1) return;
+  for (u32 i = tid; i < total; i += THREADS) done[i] = 0;
+  if (tid < 4) done[DOWN + 32 * tid] = 0;
 }

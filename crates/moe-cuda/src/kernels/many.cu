@@ -262,26 +262,15 @@ extern "C" __global__ void gather_fp8(const void* x, u64 stride, const u32* orde
       float4 v = sorted[g * 32 + lane];
       f[0] = v.x, f[1] = v.y, f[2] = v.z, f[3] = v.w;
     }
-    u32 most = 0;
-#pragma unroll
-    for (int c = 0; c < 4; c++) {
-      u32 bits = __float_as_uint(f[c]) & 0x7fffffffu;
-      most = bits > most ? bits : most;
-    }
-    most = __reduce_max_sync(~0u, most);
-    // NaN and infinities take their group along
-    float scale = most >= 0x7f800000u ? __uint_as_float(0x7fc00000u) : __fdiv_rn(fmaxf(__uint_as_float(most), 1e-10f), 448.f);
-    u16 low, high;
-    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(low) : "f"(__fdiv_rn(f[1], scale)), "f"(__fdiv_rn(f[0], scale)));
-    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(high) : "f"(__fdiv_rn(f[3], scale)), "f"(__fdiv_rn(f[2], scale)));
-    codes[((u64)i * cols + g * 128) / 4 + lane] = low | (u32)high << 16;
+    float scale = e4m3_scale(f);
+    codes[((u64)i * cols + g * 128) / 4 + lane] = to_e4m3x4(f, scale);
     if (lane == 0) scales[(u64)i * (cols / 128) + g] = scale;
   }
 }
 
-// out[t] = sum over j of w[t, j] * y[t k + j], in slot order and f32, of the rows that the second product left.
+// out[t] = factor * sum over j of w[t, j] * y[t k + j], in slot order and f32, of the rows that the second product left.
 // Slots whose id is no expert are left out; a sum that is not finite raises the fault. Eight columns a thread.
-extern "C" __global__ void combine_slots(const uint4* y, const float* scales, const u32* ids, const float* weights, u32 experts, u32 top_k, Rows out, u32* fault) {
+extern "C" __global__ void combine_slots(const uint4* y, const float* scales, const u32* ids, const float* weights, u32 experts, u32 top_k, float factor, Rows out, u32* fault) {
   u32 pieces = out.cols / 8, tiles = (out.cols + BN - 1) / BN;
   u64 n = (u64)out.rows * pieces;
   for (u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += (u64)gridDim.x * blockDim.x) {
@@ -305,8 +294,10 @@ extern "C" __global__ void combine_slots(const uint4* y, const float* scales, co
       }
     }
 #pragma unroll
-    for (int k = 0; k < 8; k++)
+    for (int k = 0; k < 8; k++) {
+      sum[k] *= factor;
       if (!finite(sum[k])) raise_fault(fault, FAULT_OUTPUT, t, piece * 8 + k, __float_as_uint(sum[k]));
+    }
     if (out.type == F32) {
       float4* to = (float4*)((float*)out.data + t * out.stride + piece * 8);
       to[0] = make_float4(sum[0], sum[1], sum[2], sum[3]);

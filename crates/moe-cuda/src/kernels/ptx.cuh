@@ -53,6 +53,11 @@ __device__ __forceinline__ uint4 load_shared16(u32 a) {
   asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(a));
   return v;
 }
+__device__ __forceinline__ uint2 load_shared8(u32 a) {
+  uint2 v;
+  asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(a));
+  return v;
+}
 __device__ __forceinline__ u32 load_shared4(u32 a) {
   u32 v;
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(a));
@@ -62,6 +67,22 @@ __device__ __forceinline__ u32 load_shared4(u32 a) {
 __device__ __forceinline__ uint4 load_global16(const void* p) {
   uint4 v;
   asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+  return v;
+}
+__device__ __forceinline__ float load_global4(const float* p) {
+  float v;
+  asm volatile("ld.global.f32 %0, [%1];" : "=f"(v) : "l"(p));
+  return v;
+}
+__device__ __forceinline__ uint4 load_global16_if(const void* p, bool wanted) {
+  uint4 v;
+  asm volatile("{ .reg .pred p; setp.ne.u32 p, %5, 0; mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; mov.u32 %3, 0; @p ld.global.v4.u32 {%0,%1,%2,%3}, [%4]; }" : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w) : "l"(p), "r"((u32)wanted));
+  return v;
+}
+// What other blocks have written; or 0.
+__device__ __forceinline__ float load_fresh_if(const float* p, bool wanted) {
+  float v;
+  asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0; mov.f32 %0, 0f00000000; @p ld.global.cg.f32 %0, [%1]; }" : "=&f"(v) : "l"(p), "r"((u32)wanted));
   return v;
 }
 // *p, or 0; without a branch, which would end the asynchrony of the products around it
@@ -75,6 +96,13 @@ __device__ __forceinline__ u32 load_acquire(const u32* p) {
   asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
   return v;
 }
+// What was there before; who is to read what others have released needs `acquire` after it.
+__device__ __forceinline__ u32 fetch_add_release(u32* p) {
+  u32 v;
+  asm volatile("atom.release.gpu.global.add.u32 %0, [%1], 1;" : "=r"(v) : "l"(p) : "memory");
+  return v;
+}
+__device__ __forceinline__ void acquire() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 __device__ __forceinline__ void add_release(u32* p) { asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(p) : "memory"); }
 
 // ---- tensor cores of a warp: c += a (16 x 16, weights) * b (16 x 8, rows), bf16 ---------------------
@@ -82,4 +110,23 @@ __device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// ---- E4M3 of groups of 128, four values in each lane of a warp --------------------------------------
+// Their scale: the largest magnitude over 448. NaN and infinities take their group along.
+__device__ __forceinline__ float e4m3_scale(const float (&v)[4]) {
+  u32 most = 0;
+#pragma unroll
+  for (int c = 0; c < 4; c++) {
+    u32 bits = __float_as_uint(v[c]) & 0x7fffffffu;
+    most = bits > most ? bits : most;
+  }
+  most = __reduce_max_sync(~0u, most);
+  return most >= 0x7f800000u ? __uint_as_float(0x7fc00000u) : __fdiv_rn(fmaxf(__uint_as_float(most), 1e-10f), 448.f);
+}
+__device__ __forceinline__ u32 to_e4m3x4(const float (&v)[4], float scale) {
+  u16 low, high;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(low) : "f"(__fdiv_rn(v[1], scale)), "f"(__fdiv_rn(v[0], scale)));
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(high) : "f"(__fdiv_rn(v[3], scale)), "f"(__fdiv_rn(v[2], scale)));
+  return low | (u32)high << 16;
 }

@@ -34,67 +34,26 @@ extern "C" __global__ void quantise_rows(Rows x, u32 kind, u32 group, float give
   quantise_group(x, r, g, kind, group, given, lane);
 }
 
-// Columns k .. k + 8 of a row that begins at number `row`; 0 beyond it. `whole`: all such runs lie inside and
-// are aligned to 16 bytes.
-__device__ __forceinline__ void load8(const Rows& m, u64 row, u32 k, bool whole, float (&v)[8]) {
-  if (!whole) {
-#pragma unroll
-    for (u32 i = 0; i < 8; i++) v[i] = k + i < m.cols ? load_float(m.data, m.type, row + k + i) : 0.f;
-  } else if (m.type == F32) {
-    const float4* from = (const float4*)((const float*)m.data + row + k);
-    float4 a = from[0], b = from[1];
-    v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
-  } else {
-    uint4 words = *(const uint4*)((const u16*)m.data + row + k);
-    u32 w[4] = {words.x, words.y, words.z, words.w};
-#pragma unroll
-    for (u32 i = 0; i < 4; i++) {
-      v[2 * i] = m.type == F16 ? f16_to_f32((u16)w[i]) : bf16_to_f32(w[i] & 0xffff);
-      v[2 * i + 1] = m.type == F16 ? f16_to_f32((u16)(w[i] >> 16)) : bf16_to_f32(w[i] >> 16);
-    }
-  }
-}
-
-// One warp for each (ROWS rows, OUTPUTS outputs): out = x * w^T (+ bias). Lanes take runs of 8 columns in turn,
-// and their sums are added in one order: an element does not depend on the rows and outputs beside it, nor on
-// how many a warp takes.
+// One warp for each (ROWS rows, OUTPUTS outputs): out = x * w^T (+ bias).
 template <int ROWS, int OUTPUTS>
 __device__ __forceinline__ void product(const Rows& x, const Rows& w, const float* bias, bool whole, const Rows& out) {
   u32 lane = threadIdx.x & 31, o0 = (blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5)) * OUTPUTS;
   if (o0 >= w.rows) return;
   for (u32 r0 = blockIdx.y * ROWS; r0 < x.rows; r0 += gridDim.y * ROWS) {
-    float acc[ROWS][OUTPUTS] = {};
+    float acc[ROWS][OUTPUTS];
     // what lies beyond the last one is that one again, and is not stored
     u64 rows[ROWS], outputs[OUTPUTS];
 #pragma unroll
     for (u32 r = 0; r < ROWS; r++) rows[r] = (u64)(r0 + r < x.rows ? r0 + r : x.rows - 1) * x.stride;
 #pragma unroll
     for (u32 o = 0; o < OUTPUTS; o++) outputs[o] = (u64)(o0 + o < w.rows ? o0 + o : w.rows - 1) * w.stride;
-#pragma unroll(ROWS * OUTPUTS == 1 ? 8 : 1)
-    for (u32 k = lane * 8; k < x.cols; k += 256) {
-      float wv[OUTPUTS][8];
-#pragma unroll
-      for (u32 o = 0; o < OUTPUTS; o++) load8(w, outputs[o], k, whole, wv[o]);
-#pragma unroll
-      for (u32 r = 0; r < ROWS; r++) {
-        float xv[8];
-        load8(x, rows[r], k, whole, xv);
-#pragma unroll
-        for (u32 o = 0; o < OUTPUTS; o++)
-#pragma unroll
-          for (u32 i = 0; i < 8; i++) acc[r][o] = fmaf(xv[i], wv[o][i], acc[r][o]);
-      }
-    }
+    dots<ROWS, OUTPUTS>(x, rows, w, outputs, whole, lane, acc);
 #pragma unroll
     for (u32 r = 0; r < ROWS; r++)
 #pragma unroll
-      for (u32 o = 0; o < OUTPUTS; o++) {
-        float s = acc[r][o];
-#pragma unroll
-        for (int d = 16; d; d >>= 1) s += __shfl_xor_sync(~0u, s, d);
+      for (u32 o = 0; o < OUTPUTS; o++)
         if (lane == 0 && r0 + r < x.rows && o0 + o < w.rows)
-          store_float(out.data, out.type, (u64)(r0 + r) * out.stride + o0 + o, s + (bias ? bias[o0 + o] : 0.f));
-      }
+          store_float(out.data, out.type, (u64)(r0 + r) * out.stride + o0 + o, acc[r][o] + (bias ? bias[o0 + o] : 0.f));
   }
 }
 extern "C" __global__ void __launch_bounds__(128) linear_one(Rows x, Rows w, const float* bias, u32 whole, Rows out) { product<1, 1>(x, w, bias, whole, out); }

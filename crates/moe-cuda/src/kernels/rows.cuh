@@ -56,3 +56,56 @@ __device__ __forceinline__ void quantise_group(const Rows& x, u32 r, u32 g, u32 
     store_float(x.data, x.type, row + c, __fmul_rn(q, scale));
   }
 }
+
+// Columns k .. k + 8 of a row that begins at number `row`; 0 beyond it. `whole`: all such runs lie inside and
+// are aligned to 16 bytes.
+__device__ __forceinline__ void load8(const Rows& m, u64 row, u32 k, bool whole, float (&v)[8]) {
+  if (!whole) {
+#pragma unroll
+    for (u32 i = 0; i < 8; i++) v[i] = k + i < m.cols ? load_float(m.data, m.type, row + k + i) : 0.f;
+  } else if (m.type == F32) {
+    const float4* from = (const float4*)((const float*)m.data + row + k);
+    float4 a = from[0], b = from[1];
+    v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
+  } else {
+    uint4 words = *(const uint4*)((const u16*)m.data + row + k);
+    u32 w[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+    for (u32 i = 0; i < 4; i++) {
+      v[2 * i] = m.type == F16 ? f16_to_f32((u16)w[i]) : bf16_to_f32(w[i] & 0xffff);
+      v[2 * i + 1] = m.type == F16 ? f16_to_f32((u16)(w[i] >> 16)) : bf16_to_f32(w[i] >> 16);
+    }
+  }
+}
+
+// Sums of products of rows of x and of w that begin at these numbers, by one warp, the same in each lane. Lanes
+// take runs of 8 columns in turn, and their sums are added in one order: an element does not depend on the rows
+// and outputs beside it, nor on how many a warp takes.
+template <int ROWS, int OUTPUTS>
+__device__ __forceinline__ void dots(const Rows& x, const u64 (&rows)[ROWS], const Rows& w, const u64 (&outputs)[OUTPUTS], bool whole, u32 lane, float (&acc)[ROWS][OUTPUTS]) {
+#pragma unroll
+  for (u32 r = 0; r < ROWS; r++)
+#pragma unroll
+    for (u32 o = 0; o < OUTPUTS; o++) acc[r][o] = 0.f;
+#pragma unroll(ROWS * OUTPUTS == 1 ? 8 : 1)
+  for (u32 k = lane * 8; k < x.cols; k += 256) {
+    float wv[OUTPUTS][8];
+#pragma unroll
+    for (u32 o = 0; o < OUTPUTS; o++) load8(w, outputs[o], k, whole, wv[o]);
+#pragma unroll
+    for (u32 r = 0; r < ROWS; r++) {
+      float xv[8];
+      load8(x, rows[r], k, whole, xv);
+#pragma unroll
+      for (u32 o = 0; o < OUTPUTS; o++)
+#pragma unroll
+        for (u32 i = 0; i < 8; i++) acc[r][o] = fmaf(xv[i], wv[o][i], acc[r][o]);
+    }
+  }
+#pragma unroll
+  for (u32 r = 0; r < ROWS; r++)
+#pragma unroll
+    for (u32 o = 0; o < OUTPUTS; o++)
+#pragma unroll
+      for (int d = 16; d; d >>= 1) acc[r][o] += __shfl_xor_sync(~0u, acc[r][o], d);
+}

@@ -4,7 +4,7 @@
 use moe_kernels::numerics::quantise::{GroupScale, Qdq};
 use moe_runner::hidden::ActivationDtype::Bf16;
 use moe_runner::hidden::Rows;
-use moe_runner::runner::{ForwardInput, MoeRunner, Options, reference};
+use moe_runner::runner::{ForwardInput, MoeRunner, MoeRunnerInterface, Options, reference};
 use moe_runner::spec::{
     Activation, Dims, Granularity, LayerSpec, RoutedScale, RouterSpec, ScaleOn, SharedCombine,
     SharedSpec,
@@ -12,6 +12,7 @@ use moe_runner::spec::{
 use moe_runner::weights::{Element, FloatType, RandomFormat, ScaleType, random_layer};
 
 use crate::layers::{forward, nmse, plain, reported, rows, shared};
+use crate::on_device::OnDevice;
 use crate::{gpu, scaled};
 
 /// Formats, their kernels, and whether those must be named.
@@ -104,6 +105,55 @@ fn hoppers_kernels_are_chosen_and_hold_their_bounds() {
             }
         }
         assert!(worst <= 1.0, "{kernel}: {worst} times the bound");
+    }
+}
+
+/// Rows of the GPU are read where they lie, gate and routing come in the experts' launch, and the output is
+/// written where it is to be: with the bits of rows that come from the host, as a graph too, and what is wrong
+/// with the rows is told. A gap between rows that keeps no alignment makes a copy.
+#[test]
+fn rows_of_the_gpu_in_place() {
+    let _alone = crate::alone();
+    let Some(options) = hopper() else { return };
+    for (kernel, format, named) in formats() {
+        for (name, spec) in
+            specs().into_iter().filter(|(name, _)| *name != "shared of another size")
+        {
+            let layer = random_layer(&spec, format, 23).unwrap();
+            let named = named.then(|| kernel.to_owned());
+            let ready = layer.ready(&Options { kernel: named, ..options.clone() }).unwrap();
+            let mut runner = MoeRunner::new(ready);
+            for (tokens, stride) in
+                [(1, 512), (5, 520), (16, 512), (16, 517), (40, 512), (1000, 512)]
+            {
+                let hidden = rows(Bf16, tokens, 512, tokens as u64);
+                let want: Vec<f32> =
+                    forward(&mut runner, &hidden).iter().map(|v| Bf16.round(*v)).collect();
+                let mut x = OnDevice::new(&runner, [tokens, 512], stride);
+                let mut y = OnDevice::new(&runner, [tokens, 512], stride);
+                x.write(&hidden);
+                let stream = &x.stream;
+                let graph = stream
+                    .capture(|| {
+                        runner.forward(&ForwardInput::new(x.rows()), y.rows_mut()).unwrap();
+                        Ok(())
+                    })
+                    .unwrap();
+                for _ in 0..3 {
+                    // SAFETY: rows, weights and working memory are as they were captured.
+                    unsafe { stream.replay(&graph) }.unwrap();
+                }
+                runner.synchronize().unwrap();
+                assert_eq!(y.read(), want, "{kernel}, {name}, T={tokens}, stride {stride}");
+                let mut bad = hidden.clone();
+                bad[tokens / 2 * 512 + 77] = f32::INFINITY;
+                x.write(&bad);
+                runner.forward(&ForwardInput::new(x.rows()), y.rows_mut()).unwrap();
+                let error = runner.synchronize().unwrap_err().to_string();
+                let place = format!("hidden_states: row {}, column 77:", tokens / 2);
+                assert!(error.starts_with(&place), "{error}");
+            }
+        }
     }
 }
 

@@ -11,15 +11,15 @@ use crate::layers::{forward, plain, rows, shared};
 use crate::{gpu, runner};
 
 /// Rows of bf16 on the GPU, `stride` elements apart.
-struct OnDevice {
-    stream: Stream,
+pub(crate) struct OnDevice {
+    pub(crate) stream: Stream,
     memory: Buffer<u16>,
     shape: [usize; 2],
     stride: usize,
 }
 
 impl OnDevice {
-    fn new(runner: &MoeRunner, shape: [usize; 2], stride: usize) -> Self {
+    pub(crate) fn new(runner: &MoeRunner, shape: [usize; 2], stride: usize) -> Self {
         let gpu = Gpu::new(0).unwrap();
         // SAFETY: the runner's stream, which lives as long as the runner.
         let stream = unsafe { Stream::from_raw(&gpu, runner.stream().unwrap()) };
@@ -28,7 +28,7 @@ impl OnDevice {
         Self { stream, memory, shape, stride }
     }
 
-    fn write(&mut self, values: &[f32]) {
+    pub(crate) fn write(&mut self, values: &[f32]) {
         let [_, cols] = self.shape;
         for (row, values) in values.chunks(cols).enumerate() {
             let bits: Vec<u16> =
@@ -38,21 +38,21 @@ impl OnDevice {
         }
     }
 
-    fn read(&self) -> Vec<f32> {
+    pub(crate) fn read(&self) -> Vec<f32> {
         let mut bits = vec![0u16; self.memory.len()];
         self.stream.copy_out(self.memory.view(), &mut bits).unwrap();
         let rows = bits.chunks(self.stride).flat_map(|row| &row[..self.shape[1]]);
         rows.map(|bits| half::bf16::from_bits(*bits).to_f32()).collect()
     }
 
-    fn rows(&self) -> Rows<'_> {
+    pub(crate) fn rows(&self) -> Rows<'_> {
         let address = self.memory.view().address();
         // SAFETY: the memory holds these rows, and outlives what is done with them.
         let rows = unsafe { DeviceRows::new(address, Bf16, self.shape, self.stride) };
         Rows::Device(rows.unwrap())
     }
 
-    fn rows_mut(&mut self) -> RowsMut<'_> {
+    pub(crate) fn rows_mut(&mut self) -> RowsMut<'_> {
         let address = self.memory.view_mut().address();
         // SAFETY: as above, and nothing else uses them meanwhile.
         let rows = unsafe { DeviceRowsMut::new(address, Bf16, self.shape, self.stride) };

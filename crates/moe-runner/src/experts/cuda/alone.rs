@@ -81,7 +81,7 @@ impl CudaExperts {
             false => {
                 let mut upload = Upload::new(&device, pool, progress, 3 * experts.len())?;
                 let of = (&*device, method);
-                Some(Experts::new(&mut upload, of, spec, weight_on, experts)?)
+                Some(Experts::new(&mut upload, of, spec, weight_on, experts, None)?)
             }
         };
         let weight_on_input = weight_on == WeightOn::Input;

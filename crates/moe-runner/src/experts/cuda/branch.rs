@@ -1,6 +1,6 @@
 //! The experts of one branch: what both a whole layer and experts alone put on the stream.
 
-use moe_cuda::{FaultWord, GroupedExperts, Plan, Rows, RowsMut, View};
+use moe_cuda::{FaultWord, FewBatch, GroupedExperts, Plan, Rows, RowsMut, View};
 
 use super::device::{Device, Plans, error};
 use super::layer::Experts;
@@ -44,11 +44,8 @@ impl Experts {
                         rows.into_rows()
                     }
                 };
-                let of = (x, ids, weights);
-                fast.run(device, of, plans, work, out, fault)?;
-                if factor != 1.0 {
-                    device.verbs.scale_add(&device.stream, out, factor, None).map_err(error)?;
-                }
+                let batch = FewBatch { x, ids, weights, factor, fault };
+                fast.run(device, &batch, plans, work, out)?;
                 Ok(())
             }
         }

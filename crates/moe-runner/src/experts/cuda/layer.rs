@@ -6,7 +6,7 @@ use moe_cuda::router::{
     self as cuda, RouterOptions, RouterTensors as CudaTensors, Score as CudaScore,
 };
 use moe_cuda::weights::{ExpertWeights, Stored};
-use moe_cuda::{Buffer, GroupedExperts, Norm, RowQuantiser};
+use moe_cuda::{Buffer, Float, GroupedExperts, Norm, RowQuantiser, RowsMut};
 
 use super::Method;
 use super::device::{Device, device, error};
@@ -84,6 +84,14 @@ impl Experts {
         matches!(self.products, Products::Sm90(_))
     }
 
+    /// They can write such an output themselves.
+    pub(super) fn writes(&self, out: &RowsMut<'_>) -> bool {
+        self.is_fast()
+            && out.float() != Float::F16
+            && out.address().is_multiple_of(16)
+            && out.stride().is_multiple_of(8)
+    }
+
     /// How many.
     pub(super) fn count(&self) -> usize {
         self.products.dims()[0]
@@ -105,6 +113,7 @@ impl Experts {
         spec: &ExpertSpec,
         weight_on: WeightOn,
         experts: Vec<Expert>,
+        behind: Option<&cuda::Router>,
     ) -> Result<Self> {
         let quantise = [
             quantisers(experts.iter().map(|expert| &expert.up.input))?,
@@ -165,7 +174,7 @@ impl Experts {
             Method::F32 => Products::F32(Box::new(
                 GroupedExperts::new(&device.modules, weights).map_err(error)?,
             )),
-            Method::Sm90(format) => Products::fast(device, format, weights)?,
+            Method::Sm90(_) => Products::fast(device, weights, behind)?,
         };
         let weight_on_input = weight_on == WeightOn::Input;
         Ok(Self { products, quantise, norm, weight_on_input })
@@ -196,7 +205,10 @@ impl CudaLayer {
         let of_shared = shared.iter().flat_map(|shared| &shared.experts).map(stored_bytes).sum();
         let stored = (experts.iter().map(stored_bytes).collect(), of_shared);
 
-        let experts = Experts::new(upload, (&device, method), &spec.expert, weight_on, experts)?;
+        let of = (&*device, method);
+        let router = router(upload, &device, spec, layer.gate.as_ref())?;
+        let in_front = layer.gate.as_ref().map(|_| &router);
+        let experts = Experts::new(upload, of, &spec.expert, weight_on, experts, in_front)?;
         let shared = match (&spec.shared, shared) {
             (Some(spec), Some(weights)) => {
                 let expert = ExpertSpec {
@@ -219,8 +231,8 @@ impl CudaLayer {
                     Method::Sm90(format) if spec.gated && format.takes(&experts) => method,
                     _ => Method::F32,
                 };
-                let experts =
-                    Experts::new(upload, (&device, method), &expert, WeightOn::Output, experts)?;
+                let of = (&*device, method);
+                let experts = Experts::new(upload, of, &expert, WeightOn::Output, experts, None)?;
                 Some(Shared { spec: spec.clone(), experts, gate, input_norm, output_norm })
             }
             _ => None,
@@ -228,7 +240,7 @@ impl CudaLayer {
         let gate = layer.gate.as_ref();
         let output = &layer.output;
         Ok(Self {
-            router: router(upload, &device, spec, gate)?,
+            router,
             gate: gate.map(|gate| Gate::new(upload, spec, gate)).transpose()?,
             input_transform: transform(upload, spec.input_transform.steps.len(), layer, true)?,
             output_transform: transform(upload, spec.output_transform.steps.len(), layer, false)?,
@@ -246,6 +258,18 @@ impl CudaLayer {
             shared,
             stored,
         })
+    }
+}
+
+impl CudaLayer {
+    /// Nothing is done to the sum of the routed experts' slots.
+    pub(super) fn ends_with_the_sum(&self) -> bool {
+        self.output_transform.is_empty()
+            && self.shared.is_none()
+            && self.bias.is_none()
+            && self.norm.is_none()
+            && self.spec.output.multiplier == 1.0
+            && !matches!(self.spec.router.idle, Some(IdleExperts::Identity { .. }))
     }
 }
 

@@ -51,8 +51,8 @@ pub const CUDA_F32: KernelDesc = KernelDesc {
 /// bf16 on Hopper.
 pub const CUDA_SM90_BF16: KernelDesc = KernelDesc {
     name: "cuda_sm90_bf16",
-    summary: "the whole layer on Hopper, bf16: experts in one launch up to 512 slots, on tensor cores \
-              beyond; shared experts alike, or in f32",
+    summary: "the whole layer on Hopper, bf16: experts in one launch up to 512 slots (up to 128 with gate and \
+              routing), on tensor cores beyond; shared experts alike, or in f32",
     target: Target::Cuda(Archs::Exactly(&[90])),
     schemes: &[Scheme {
         // floats have no scales
@@ -71,8 +71,8 @@ pub const CUDA_SM90_BF16: KernelDesc = KernelDesc {
 /// FP8 in blocks of 128 × 128 with rows in groups of 128, on Hopper.
 pub const CUDA_SM90_FP8: KernelDesc = KernelDesc {
     name: "cuda_sm90_fp8",
-    summary: "the whole layer on Hopper, FP8 weights by 128 × 128 and rows by 128 on tensor cores; shared \
-              experts alike, or in f32",
+    summary: "the whole layer on Hopper, FP8 weights by 128 × 128 and rows by 128: in one launch up to 256 \
+              slots, on tensor cores beyond; shared experts alike, or in f32",
     schemes: &[scheme(
         &[WeightFormat::Fp8(Granularity::Block)],
         &[[128, 128]],
@@ -86,8 +86,8 @@ pub const CUDA_SM90_FP8: KernelDesc = KernelDesc {
 /// MXFP4 with bf16 rows, on Hopper.
 pub const CUDA_SM90_MXFP4: KernelDesc = KernelDesc {
     name: "cuda_sm90_mxfp4",
-    summary: "the whole layer on Hopper, MXFP4 weights unpacked in registers, bf16 rows, 512 slots at a \
-              time; shared experts alike, or in f32",
+    summary: "the whole layer on Hopper, MXFP4 weights unpacked in registers, bf16 rows: in one launch up to \
+              512 slots, on tensor cores beyond; shared experts alike, or in f32",
     schemes: &[scheme(&[WeightFormat::Mxfp4], &[[1, 32]], &[ActivationFormat::Unquantised])],
     build: |desc, call| build(desc, call, Method::Sm90(Sm90::Mxfp4)),
     ..CUDA_SM90_BF16
@@ -97,8 +97,8 @@ pub const CUDA_SM90_MXFP4: KernelDesc = KernelDesc {
 /// are bf16 and its columns in order is seen when the weights are read.
 pub const CUDA_SM90_INT4: KernelDesc = KernelDesc {
     name: "cuda_sm90_int4",
-    summary: "the whole layer on Hopper, INT4 weights with bf16 scales unpacked in registers, bf16 rows, \
-              512 slots at a time; shared experts alike, or in f32",
+    summary: "the whole layer on Hopper, INT4 weights with bf16 scales unpacked in registers, bf16 rows: in \
+              one launch up to 512 slots, on tensor cores beyond; shared experts alike, or in f32",
     schemes: &[scheme(
         &[WeightFormat::Int4(Granularity::Group)],
         &[[1, 128]],

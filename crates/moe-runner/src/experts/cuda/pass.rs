@@ -6,14 +6,16 @@ pub(super) mod memory;
 
 use bytemuck::cast_slice;
 use moe_cuda::router::RoutingMut;
-use moe_cuda::{Cut, FaultWord, Finish, Float, Identity, Plan, Rows, RowsMut, View, ViewMut};
+use moe_cuda::{
+    Cut, FaultWord, FewGate, Finish, Float, Identity, Plan, Rows, RowsMut, View, ViewMut,
+};
 
 use host::{narrow, nothing_seen};
 use memory::{Parts, RoutingParts, SharedParts};
 
 use super::device::{Plans, Work, error};
 use super::layer::{CudaLayer, Experts, Gate, Shared, Step};
-use super::products::{FastWork, Products};
+use super::products::{Fast, FastWork, Products};
 use super::upload::cuda_float;
 use crate::experts::{LayerCall, RoutingSource};
 use crate::hidden::{self, ActivationDtype, DevicePlace};
@@ -135,14 +137,51 @@ impl Pass<'_> {
             None => (call.rows, None),
             Some((rows, transformed)) => (*rows, Some(*transformed)),
         };
-        let hidden = self.accept(rows, dims.hidden, &mut parts.staged, own)?;
+        // rows of the GPU that the experts' kernel can read are read where they lie, and checked by it
+        let hidden = match self.in_place(rows)?.filter(|x| self.gate_in_front(call, x).is_some()) {
+            Some(rows) => rows,
+            None => self.accept(rows, dims.hidden, &mut parts.staged, own)?,
+        };
         // 2. the input transform
         let rows = match transformed {
             Some(rows) => rows,
             None => self.transform(&self.layer.input_transform, hidden, &mut parts.transformed)?,
         };
-        // 3. gate and router
-        self.route(&mut parts.routing, call, hidden)?;
+        // where the output goes: with nothing after the sum of slots, the experts write it
+        let (mut out, host) = match &call.out {
+            hidden::RowsMut::Device(rows) => (device_rows_mut(rows.place())?, false),
+            _ => {
+                let float = float(call.out.dtype());
+                let bytes = tokens * dims.hidden * float.bytes();
+                let staged = parts.staged.reborrow().part(0..bytes);
+                (RowsMut::of_bytes(staged, float, tokens, dims.hidden).map_err(error)?, true)
+            }
+        };
+        let experts = &self.layer.experts;
+        let last = self.layer.ends_with_the_sum() && experts.writes(&out);
+        let mut sum = f32_rows(parts.routed.reborrow(), tokens, dims.routed_hidden)?;
+        let routed = if last { &mut out } else { &mut sum };
+        // 3. gate and router, 5. the experts, and the sum over slots with the scaling factor
+        let in_front = self.gate_in_front(call, &rows);
+        if let Some((kernel, gate)) = in_front {
+            let RoutingParts { logits, ids, weights, shared_weights, .. } = &mut parts.routing;
+            let gate = FewGate {
+                weight: gate.linear.weight()?,
+                bias: gate.bias.as_ref().map(|bias| bias.view()),
+                router: &self.layer.router,
+                logits: logits.reborrow(),
+                routing: RoutingMut {
+                    ids: ids.reborrow(),
+                    weights: weights.reborrow(),
+                    shared_weights: shared_weights.reborrow(),
+                },
+                fault: self.fault,
+            };
+            let batch = (rows, call.routed_factor, self.ignored);
+            kernel.run_gated(device, gate, batch, fast, routed)?;
+        } else {
+            self.route(&mut parts.routing, call, hidden)?;
+        }
         let (ids, weights) = (parts.routing.ids.as_view(), parts.routing.weights.as_view());
         // 4. the shared experts
         let mut shared_out = None;
@@ -152,15 +191,17 @@ impl Pass<'_> {
             let work = (&mut *plans, &mut *fast);
             shared_out = Some(self.shared(shared, hidden, weights, part, work)?);
         }
-        // 5. the experts, and the sum over slots with the scaling factor
-        let experts = &self.layer.experts;
-        let mut routed = f32_rows(parts.routed.reborrow(), tokens, dims.routed_hidden)?;
-        let of = (rows, ids, Some(weights), call.routed_factor);
-        experts.run(device, of, &mut parts.slots, (plans, fast), &mut routed, self.ignored)?;
+        if in_front.is_none() {
+            let of = (rows, ids, Some(weights), call.routed_factor);
+            experts.run(device, of, &mut parts.slots, (plans, fast), routed, self.ignored)?;
+        }
+        if last {
+            return Ok(host);
+        }
         // 6. the output transform
         let steps = &self.layer.output_transform;
-        let sum = self.transform(steps, routed.as_rows(), &mut parts.finished)?;
-        // SAFETY: `sum` is `routed` or one of the transform's buffers, all cut for this pass alone, and
+        let sum = self.transform(steps, sum.as_rows(), &mut parts.finished)?;
+        // SAFETY: `sum` is `parts.routed` or one of the transform's buffers, all cut for this pass alone, and
         // read by nothing that follows.
         let mut sum = unsafe { sum.into_mut() };
         // 7. both branches, what follows them, and out
@@ -182,17 +223,31 @@ impl Pass<'_> {
                 choices: spec.router.choices(),
             }),
         };
-        let float = float(call.out.dtype());
-        let (mut out, host) = match &call.out {
-            hidden::RowsMut::Device(rows) => (device_rows_mut(rows.place())?, false),
-            _ => {
-                let bytes = tokens * dims.hidden * float.bytes();
-                let staged = parts.staged.reborrow().part(0..bytes);
-                (RowsMut::of_bytes(staged, float, tokens, dims.hidden).map_err(error)?, true)
-            }
-        };
         device.slots.finish(stream, finish, &mut sum, &mut out).map_err(error)?;
         Ok(host)
+    }
+
+    /// Rows of the GPU in the layer's dtype.
+    fn in_place<'b>(&self, rows: hidden::Rows<'b>) -> Result<Option<Rows<'b>>> {
+        match rows {
+            hidden::Rows::Device(rows) if rows.place().dtype == self.layer.dtype => {
+                Ok(Some(device_rows(rows.place())?))
+            }
+            _ => Ok(None),
+        }
+    }
+
+    /// The kernel that takes gate, routing and the experts of `x` in one launch, where there is one.
+    fn gate_in_front(&self, call: &LayerCall<'_>, x: &Rows<'_>) -> Option<(&Fast, &Gate)> {
+        let CudaLayer { gate, router, input_transform, experts, .. } = self.layer;
+        let plain = matches!(call.source, RoutingSource::Router)
+            && call.logits.is_none()
+            && call.shared_rows.is_none()
+            && input_transform.is_empty();
+        let (Some(gate), Products::Sm90(fast)) = (gate, &experts.products) else { return None };
+        let weight = gate.linear.weight().ok()?;
+        let takes = plain && gate.norm.is_none() && fast.takes_gate(x, &weight, router);
+        takes.then_some((&**fast, gate))
     }
 
     /// Rows `[T, width]` in the layer's dtype, in `to`.

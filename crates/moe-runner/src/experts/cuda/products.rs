@@ -2,8 +2,8 @@
 
 use moe_cuda::weights::{Element, ExpertWeights, ScaleType};
 use moe_cuda::{
-    FewExperts, FewWorkspace, Float, GroupedExperts, ManyExperts, ManyWorkspace, Plan, Rows,
-    RowsMut, View,
+    FewBatch, FewExperts, FewFormat, FewGate, FewWorkspace, Float, GroupedExperts, ManyExperts,
+    ManyWorkspace, Plan, Router, Rows, RowsMut,
 };
 
 use super::Sm90;
@@ -20,10 +20,10 @@ pub(super) enum Products {
     Sm90(Box<Fast>),
 }
 
-/// Kernels for few and for many slots; where one is missing the other does it all.
+/// Kernels for few and for many slots.
 pub(super) struct Fast {
-    few: Option<FewExperts>,
-    many: Option<ManyExperts>,
+    few: FewExperts,
+    many: ManyExperts,
     dims: [usize; 3],
 }
 
@@ -31,9 +31,12 @@ pub(super) struct Fast {
 /// one after another share it.
 #[derive(Default)]
 pub(super) struct FastWork {
-    few: Vec<([usize; 2], FewWorkspace)>,
-    many: Vec<([usize; 3], ManyWorkspace)>,
+    few: Vec<(Key, FewWorkspace)>,
+    many: Vec<(Key, ManyWorkspace)>,
 }
+
+/// Widths of the rows, and the weights' format.
+type Key = ([usize; 2], FewFormat);
 
 impl Sm90 {
     /// How the weights are stored on the device: codes, scales, rows and columns that share one, zero.
@@ -80,23 +83,24 @@ impl Sm90 {
 }
 
 impl Products {
-    /// Of these weights, in a format that Hopper's kernels read.
-    pub(super) fn fast(device: &Device, format: Sm90, weights: ExpertWeights) -> Result<Self> {
+    /// Of these weights, stored as [`Sm90::stored`] says; `gate`: behind a gate with
+    /// this router.
+    pub(super) fn fast(
+        device: &Device,
+        weights: ExpertWeights,
+        gate: Option<&Router>,
+    ) -> Result<Self> {
         let (modules, stream) = (&device.modules, &device.stream);
         let dims = [weights.up.experts, weights.hidden(), weights.intermediate()];
         let refused = |refused: moe_cuda::Error| match refused {
             moe_cuda::Error::Input { what, reason } => Error::NoKernel(format!("{what}: {reason}")),
             other => error(other),
         };
-        // rows of FP8 are quantised by the one for many alone; 4-bit codes are read by the one for few
-        let few = match format {
-            Sm90::Fp8 => None,
-            _ => Some(FewExperts::new(modules, stream, weights.clone()).map_err(refused)?),
-        };
-        let many = match format {
-            Sm90::Bf16 | Sm90::Fp8 => Some(ManyExperts::new(modules, weights).map_err(refused)?),
-            Sm90::Mxfp4 | Sm90::Int4 => None,
-        };
+        let mut few = FewExperts::new(modules, stream, weights).map_err(refused)?;
+        if let Some(router) = gate {
+            few = few.with_gate(modules, router).map_err(refused)?;
+        }
+        let many = ManyExperts::beside(modules, &few).map_err(refused)?;
         Ok(Self::Sm90(Box::new(Fast { few, many, dims })))
     }
 
@@ -116,9 +120,8 @@ impl Products {
         let Self::Sm90(fast) = self else { return 0 };
         let [_, hidden, inner] = fast.dims;
         match fast.is_few(slots) {
-            true => slots.min(FewExperts::MOST_SLOTS) * (2 * inner + 4 * hidden),
-            // sorted rows, the rows between the products (of FP8 their codes, too) and those after
-            false => slots * (4 * hidden + 5 * inner),
+            true => FewExperts::work_bytes(fast.few.format(), slots, hidden, inner),
+            false => ManyExperts::work_bytes(fast.few.format(), slots, hidden, inner),
         }
     }
 
@@ -127,7 +130,7 @@ impl Products {
         match self {
             Self::F32(_) => (slots, GroupedExperts::TILE),
             Self::Sm90(fast) => match fast.is_few(slots) {
-                true => (slots.min(FewExperts::MOST_SLOTS), FewExperts::TILE),
+                true => (slots, FewExperts::TILE),
                 false => (slots, ManyExperts::TILE),
             },
         }
@@ -135,91 +138,111 @@ impl Products {
 }
 
 impl Fast {
-    /// The kernel for few slots runs, in as many parts as it takes.
+    /// The kernel for few slots runs: it reads an expert's weights once for each 8 of its rows. That for many
+    /// multiplies FP8 by FP8, and is ahead sooner.
     fn is_few(&self, slots: usize) -> bool {
-        self.many.is_none() || (self.few.is_some() && slots <= FewExperts::MOST_SLOTS)
+        let most = match self.few.format() {
+            FewFormat::Fp8Block => FewExperts::MOST_SLOTS / 2,
+            _ => FewExperts::MOST_SLOTS,
+        };
+        slots <= most && slots < 2 * FewExperts::TILE * self.dims[0]
+    }
+
+    fn key(&self) -> Key {
+        let [_, hidden, inner] = self.dims;
+        ([hidden, inner], self.few.format())
     }
 
     /// Makes sure of the working memory.
     pub(super) fn reserve(&self, device: &Device, slots: usize, work: &mut FastWork) -> Result<()> {
-        let [_, hidden, inner] = self.dims;
+        let key = self.key();
+        let stream = &device.stream;
         if self.is_few(slots) {
-            let slots = slots.min(FewExperts::MOST_SLOTS);
-            let key = [hidden, inner];
-            let known = work.few.iter().position(|(known, _)| *known == key);
-            if known.is_none_or(|at| work.few[at].1.slots() < slots) {
-                let new = FewWorkspace::new(&device.stream, slots, hidden, inner).map_err(error)?;
-                replace(&mut work.few, known, (key, new));
+            let at = work.few.iter().position(|(known, _)| *known == key);
+            if at.is_none_or(|at| work.few[at].1.slots() < slots) {
+                let new = self.few.workspace(stream, slots).map_err(error)?;
+                replace(&mut work.few, at, (key, new));
             }
-        } else if let Some(many) = &self.many {
-            let key = self.many_key();
-            let known = work.many.iter().position(|(known, _)| *known == key);
-            if known.is_none_or(|at| work.many[at].1.slots() < slots) {
-                let new = many.workspace(&device.stream, slots).map_err(error)?;
-                replace(&mut work.many, known, (key, new));
+        } else {
+            let at = work.many.iter().position(|(known, _)| *known == key);
+            if at.is_none_or(|at| work.many[at].1.slots() < slots) {
+                let new = self.many.workspace(stream, slots).map_err(error)?;
+                replace(&mut work.many, at, (key, new));
             }
         }
         Ok(())
     }
 
-    fn many_key(&self) -> [usize; 3] {
-        let [_, hidden, inner] = self.dims;
-        // FP8 has codes of rows beside them, and no kernel for few slots
-        [hidden, inner, usize::from(self.few.is_none())]
+    /// Whether gate, routing and experts of such a batch are one launch.
+    pub(super) fn takes_gate(&self, x: &Rows<'_>, gate: &Rows<'_>, router: &Router) -> bool {
+        let slots = x.rows() * router.options().top_k;
+        self.is_few(slots) && self.few.takes_gate(x.rows(), x, gate, router)
     }
 
-    /// `out[t] = Σ_j weights[t, j] · expert(ids[t, j])(x[t])`, for `x` in bf16 and `out` in f32.
+    /// That launch; see [`FewExperts::forward_gated`].
+    pub(super) fn run_gated(
+        &self,
+        device: &Device,
+        gate: FewGate<'_>,
+        batch: (Rows<'_>, f32, &moe_cuda::FaultWord),
+        work: &mut FastWork,
+        out: &mut RowsMut<'_>,
+    ) -> Result<()> {
+        let slots = gate.routing.ids.len();
+        self.reserve(device, slots, work)?;
+        let work = known(&mut work.few, self.key())?;
+        self.few.forward_gated(&device.stream, gate, batch, work, out).map_err(error)
+    }
+
+    /// `out[t] = factor · Σ_j weights[t, j] · expert(ids[t, j])(x[t])`, for `x` in bf16 and `out` in f32 or
+    /// bf16.
     pub(super) fn run(
         &self,
         device: &Device,
-        (x, ids, weights): (Rows<'_>, View<'_, u32>, View<'_, f32>),
+        batch: &FewBatch<'_>,
         plans: &mut Plans,
         work: &mut FastWork,
         out: &mut RowsMut<'_>,
-        fault: &moe_cuda::FaultWord,
     ) -> Result<()> {
-        let (stream, slots, tokens) = (&device.stream, ids.len(), x.rows());
-        let [experts, hidden, inner] = self.dims;
-        let top_k = slots / tokens;
+        let (stream, slots, key) = (&device.stream, batch.ids.len(), self.key());
         self.reserve(device, slots, work)?;
         if !self.is_few(slots) {
-            let key = self.many_key();
-            let work = work.many.iter_mut().find(|(known, _)| *known == key);
-            if let (Some(many), Some((_, work))) = (&self.many, work) {
-                let plan = plans.reserve(&device.gpu, slots, experts, ManyExperts::TILE)?;
-                device.verbs.plan(stream, ids, top_k, plan).map_err(error)?;
-                return many
-                    .forward(stream, x, ids, weights, plan, work, out, fault)
-                    .map_err(error);
-            }
+            let plan = self.planned(device, batch, ManyExperts::TILE, plans)?;
+            let work = known(&mut work.many, key)?;
+            return self.many.forward(stream, batch, plan, work, out).map_err(error);
         }
-        let work = work.few.iter_mut().find(|(known, _)| *known == [hidden, inner]);
-        let (Some(few), Some((_, work))) = (&self.few, work) else {
-            return Err(Error::NoKernel("no kernel for batches of this size".into()));
+        let plan = match slots > FewExperts::OWN_PLAN {
+            true => Some(self.planned(device, batch, FewExperts::TILE, plans)?),
+            false => None,
         };
-        let most = FewExperts::MOST_SLOTS / top_k;
-        if most == 0 {
-            return Err(Error::NoKernel(format!("{top_k} slots a token are too many")));
-        }
-        let at_once = slots.min(FewExperts::MOST_SLOTS);
-        for first in (0..tokens).step_by(most) {
-            let count = most.min(tokens - first);
-            let part = first * top_k..(first + count) * top_k;
-            let (ids, weights) = (ids.part(part.clone()), weights.part(part));
-            let x = x.part(first..first + count);
-            let mut out = out.part(first..first + count);
-            let plan: &mut Plan = plans.reserve(&device.gpu, at_once, experts, FewExperts::TILE)?;
-            if ids.len() > FewExperts::OWN_PLAN {
-                device.verbs.plan(stream, ids, top_k, plan).map_err(error)?;
-            }
-            few.forward(stream, x, ids, weights, Some(plan), work, &mut out, fault)
-                .map_err(error)?;
-        }
-        Ok(())
+        let work = known(&mut work.few, key)?;
+        self.few.forward(stream, batch, plan, work, out).map_err(error)
+    }
+
+    /// The batch's plan in tiles of so many rows.
+    fn planned<'p>(
+        &self,
+        device: &Device,
+        batch: &FewBatch<'_>,
+        tile: usize,
+        plans: &'p mut Plans,
+    ) -> Result<&'p Plan> {
+        let slots = batch.ids.len();
+        let plan = plans.reserve(&device.gpu, slots, self.dims[0], tile)?;
+        let top_k = slots / batch.x.rows();
+        device.verbs.plan(&device.stream, batch.ids, top_k, plan).map_err(error)?;
+        Ok(plan)
     }
 
     /// What its rows are.
     pub(super) const ROWS: Float = Float::Bf16;
+}
+
+fn known<T>(all: &mut [(Key, T)], key: Key) -> Result<&mut T> {
+    match all.iter_mut().find(|(known, _)| *known == key) {
+        Some((_, work)) => Ok(work),
+        None => Err(Error::NoKernel("no memory for batches of this size".into())),
+    }
 }
 
 fn replace<T>(all: &mut Vec<T>, at: Option<usize>, new: T) {

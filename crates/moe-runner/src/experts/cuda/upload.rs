@@ -1,6 +1,8 @@
 //! Weights on their way to the device: decoded on all threads into one piece of pinned memory, and from
 //! there to where they stay. Beside the device's copy that piece is all the memory that it takes.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use bytemuck::{cast_slice, cast_slice_mut};
 use moe_cuda::weights::{Bytes, Element, ScaleType, Scales, Stored};
 use moe_cuda::{Buffer, Float, Norm, Pinned, RowQuantiser, Rows};
@@ -95,6 +97,7 @@ impl<'a> Upload<'a> {
         let row_bytes = cols * bits / 8;
         let mut to = self.buffer(matrices.len() * rows * row_bytes)?;
         let mut all_scales = Vec::new();
+        let nan = AtomicBool::new(false);
         for (e, matrix) in matrices.iter().enumerate() {
             let native = Native::new(matrix, format)
                 .map_err(|why| Error::NoKernel(format!("{format:?}: expert {e}: {why}")))?;
@@ -108,9 +111,25 @@ impl<'a> Upload<'a> {
                         let pairs = codes.as_chunks::<2>().0.iter().zip(to);
                         pairs.for_each(|([low, high], to)| *to = low | high << 4);
                     }
-                    _ => to.copy_from_slice(codes),
+                    _ => {
+                        if codes.iter().any(|code| code & 0x7f == 0x7f) {
+                            nan.store(true, Ordering::Relaxed);
+                        }
+                        to.copy_from_slice(codes);
+                    }
                 }
             })?;
+            // unpacked without a look at what is no number
+            let wrong = match scale {
+                _ if nan.load(Ordering::Relaxed) => Some("a weight that is NaN"),
+                ScaleType::E8m0 if all_scales.iter().any(|scale| *scale > 192) => {
+                    Some("a scale above 2^65")
+                }
+                _ => None,
+            };
+            if let Some(wrong) = wrong {
+                return Err(Error::NoKernel(format!("{format:?}: expert {e} has {wrong}")));
+            }
             self.step();
         }
         let scales = Buffer::from_slice(&self.device.stream, &all_scales, "scales");

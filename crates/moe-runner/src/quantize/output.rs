@@ -329,8 +329,17 @@ fn ensure_space(output: &Path, needed: u64, free: Option<u64>) -> Result<()> {
     match free {
         Some(free) if free < needed => {
             // one rounded up, one down: they do not look alike
-            let (needed, free) = (needed.div_ceil(1_000_000), free / 1_000_000);
-            let reason = format!("needs {needed} MB, and {free} MB are free on its disk");
+            let (needed, free) = match needed {
+                0..10_000_000_000 => (
+                    format!("{} MB", needed.div_ceil(1_000_000)),
+                    format!("{} MB", free / 1_000_000),
+                ),
+                _ => {
+                    let gigabytes = |tenths: u64| format!("{}.{} GB", tenths / 10, tenths % 10);
+                    (gigabytes(needed.div_ceil(100_000_000)), gigabytes(free / 100_000_000))
+                }
+            };
+            let reason = format!("needs {needed}, and {free} are free on its disk");
             Err(Error::file(output, reason))
         }
         _ => Ok(()),
@@ -376,7 +385,10 @@ mod tests {
     fn a_disk_without_room_is_told_of() {
         let place = Path::new("out");
         let error = ensure_space(place, 30_000_000_001, Some(30_000_000_000)).unwrap_err();
-        let says = "out: needs 30001 MB, and 30000 MB are free on its disk";
+        let says = "out: needs 30.1 GB, and 30.0 GB are free on its disk";
+        assert_eq!(error.to_string(), says);
+        let error = ensure_space(place, 10_000_001, Some(10_000_000)).unwrap_err();
+        let says = "out: needs 11 MB, and 10 MB are free on its disk";
         assert_eq!(error.to_string(), says);
         ensure_space(place, 5, Some(5)).unwrap();
         // some file systems do not tell

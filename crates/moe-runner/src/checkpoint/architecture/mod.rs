@@ -179,22 +179,24 @@ fn find(config: &Config) -> Result<Option<&'static Architecture>> {
 fn unknown(config: &Config) -> Error {
     let reason = match config.get("model_type") {
         None => "is missing: it is what tells which model this is".to_string(),
-        Some(name) => not_known(&name.to_string(), "architecture", known()),
+        Some(name) => not_known(&name.to_string(), known()),
     };
     config.error("model_type", reason)
 }
 
 /// Says that `name`, in quotes, is none of the `known` ones, and which are most like it.
-fn not_known<'a>(name: &str, what: &str, known: impl Iterator<Item = &'a str>) -> String {
+fn not_known<'a>(name: &str, known: impl Iterator<Item = &'a str>) -> String {
     const NEAREST: usize = 5;
-    let asked = name.trim_matches(['"', '\'']).to_lowercase();
+    // a file may hold a name of any length, and distances take its time
+    let asked: String = name.trim_matches('"').chars().take(64).collect();
+    let asked = asked.to_lowercase();
     let mut known: Vec<(usize, &str)> =
         known.map(|known| (strsim::levenshtein(&asked, known), known)).collect();
     known.sort();
     let nearest: Vec<&str> = known.iter().take(NEAREST).map(|(_, name)| *name).collect();
     format!(
-        "is {name}: no such mixture-of-experts {what} is known; of {} that are, the nearest by name \
-         are {}",
+        "is {name}: no such mixture-of-experts architecture is known; of {} that are, the nearest by \
+         name are {}",
         known.len(),
         nearest.join(", ")
     )

@@ -156,9 +156,15 @@ pub(super) fn layers(metadata: &Metadata, resolver: &Resolver) -> Result<Vec<Lay
         return Err(metadata.error("general.architecture", reason));
     }
     let row = ROWS.iter().find(|row| row.name == architecture).ok_or_else(|| {
-        let name = format!("'{architecture}'");
-        let reason = super::not_known(&name, "architecture of GGUF files", known());
-        metadata.error("general.architecture", reason)
+        let known: Vec<&str> = known().collect();
+        metadata.error(
+            "general.architecture",
+            format!(
+                "is '{architecture}': no such mixture-of-experts architecture is known in GGUF \
+                 files; known are {}",
+                known.join(", ")
+            ),
+        )
     })?;
     let keys = Keys { metadata, architecture };
     let count = keys.need("block_count")?;

@@ -327,7 +327,7 @@ def main():
             print(f"{name}: no tiny model ({error})"[:200])
             continue
         if "--fields" in sys.argv:
-            record = Path(__file__).parent / "compared.json"
+            record = Path(__file__).parents[2] / "crates/moe-runner/tests/architectures/compared.json"
             known = json.loads(record.read_text())["families"] if record.exists() else {}
             if problem := case(name, cls, config):
                 found = dict(keys=0, refused_by_the_library=0, different=[f"as it is: {problem}"])

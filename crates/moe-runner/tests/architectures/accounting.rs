@@ -140,3 +140,21 @@ fn duplicate() {
     let error = error.unwrap();
     assert!(error.contains(UP) && error.contains("several files"), "{error}");
 }
+
+/// A method that cannot be read is an error for what is stored so, and for nothing else.
+#[test]
+fn experts_that_an_unknown_method_left_alone() {
+    let unknown = |model: &mut Model| {
+        model.config["quantization_config"] =
+            serde_json::json!({"quant_method": "bitsandbytes", "load_in_4bit": true});
+    };
+    let (accounting, error) = after(unknown);
+    assert!(accounting.is_complete() && error.is_none(), "{accounting:?} {error:?}");
+    let (accounting, error) = after(|model| {
+        unknown(model);
+        let up = model.tensors.remove(UP).unwrap();
+        model.tensors.insert(UP.replace(".weight", ".weight_packed"), up);
+    });
+    let error = error.unwrap();
+    assert!(!accounting.is_complete() && error.contains("is 'bitsandbytes'; supported"), "{error}");
+}

@@ -97,6 +97,73 @@ fn a_config_that_says_nothing_is_the_class() {
     assert!(compared > 50, "{compared}");
 }
 
+/// Field by field, for every class: what is left out, is `null`, or is spelled otherwise makes the
+/// layers that the class's own value makes.
+#[test]
+fn every_field_that_is_absent_or_null_or_spelled_otherwise() {
+    let classes = classes();
+    let (mut absent, mut nulls, mut spellings) = (0, 0, 0);
+    for model_type in architecture::known().filter(|name| classes.contains_key(*name)) {
+        let class = class(&classes, model_type);
+        let values = class["values"].as_object().unwrap();
+        let of = |values: &serde_json::Map<String, Value>| {
+            let more: Vec<(&str, Value)> =
+                values.iter().map(|(key, value)| (key.as_str(), value.clone())).collect();
+            layers(model_type, &more)
+        };
+        // some need a key for which no class has a value
+        let Ok(whole) = of(values) else { continue };
+        let aliases = class["aliases"].as_object().cloned().unwrap_or_default();
+        for (key, value) in values {
+            let mut config = values.clone();
+            config.remove(key);
+            assert_eq!(of(&config).as_ref(), Ok(&whole), "{model_type} without {key}");
+            absent += 1;
+            // the same under another name must not stand beside it
+            config.retain(|other, _| aliases.get(other).is_none_or(|stands_for| stands_for != key));
+            if let Some(stands_for) = aliases.get(key) {
+                config.remove(stands_for.as_str().unwrap());
+            }
+            if let Some(becomes) = class["null"].get(key) {
+                config.insert(key.clone(), becomes.clone());
+                let wanted = of(&config);
+                config.insert(key.clone(), Value::Null);
+                assert_eq!(of(&config), wanted, "{model_type} with null for {key}");
+                nulls += 1;
+            }
+            for (alias, _) in aliases.iter().filter(|(_, stands_for)| *stands_for == key) {
+                config.remove(key);
+                // other than the class's own value, so that it makes a difference
+                let other = match value.as_u64() {
+                    Some(number) => json!(number + number % 2 + 2),
+                    None => continue,
+                };
+                let mut under = config.clone();
+                under.insert(key.clone(), other.clone());
+                config.insert(alias.clone(), other);
+                assert_eq!(of(&config), of(&under), "{model_type}: {alias} for {key}");
+                spellings += 1;
+            }
+        }
+    }
+    assert!(absent > 900 && nulls > 10 && spellings > 60, "{absent} {nulls} {spellings}");
+}
+
+/// What `scripts/families/compare.py --fields` found when it was last run beside the library: each
+/// family's block computes what the library computes, and goes on to with each key left out or null.
+#[test]
+fn the_library_was_agreed_with_field_by_field() {
+    let text = include_str!("compared.json");
+    let document: Value = serde_json::from_str(text).unwrap();
+    assert!(document["library"].as_str().unwrap().starts_with("transformers 5."));
+    let families = document["families"].as_object().unwrap();
+    for (family, found) in families {
+        assert_eq!(found["different"], json!([]), "{family}");
+        assert!(found["keys"].is_u64(), "{family}");
+    }
+    assert!(families.len() >= 20, "{}", families.len());
+}
+
 /// The values that were wrong once.
 #[test]
 fn groups_factors_and_dense_layers() {
@@ -139,6 +206,16 @@ fn nulls() {
     assert_eq!(mimo[0].spec.routed_scale.factor, 1.0);
     let qwen = layers("qwen3_moe", &[("mlp_only_layers", Value::Null)]).unwrap();
     assert_eq!(qwen.len(), layers("qwen3_moe", &[]).unwrap().len());
+}
+
+/// Inkling's experts have a width of their own, or the one beside that of dense layers.
+#[test]
+fn widths_of_inkling() {
+    let width = |more: &[(&str, Value)]| layers("inkling_text", more).unwrap()[0].spec.dims;
+    let whole = ("intermediate_size", json!(64));
+    assert_eq!(width(std::slice::from_ref(&whole)).intermediate, 3072);
+    let dense = ("dense_intermediate_size", json!(96));
+    assert_eq!(width(&[whole, dense]).intermediate, 64);
 }
 
 /// Spellings that the classes accept.

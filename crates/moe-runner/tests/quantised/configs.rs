@@ -181,6 +181,7 @@ fn what_is_not_supported_is_refused_by_its_key() {
     let cases = [
         (json!({"quant_method": "bitsandbytes"}), "'quant_method': is 'bitsandbytes'; supported"),
         (json!({}), "'quant_method': is missing"),
+        (json!({"group_size": 64, "bits": 4, "mode": "affine"}), "MLX's own quantisation"),
         (
             json!({"quant_method": "fp8", "activation_scheme": "static",
             "weight_block_size": [128, 128]}),

@@ -151,7 +151,7 @@ fn read(format: &Format, layout: Layout) -> Result<(), String> {
 /// of the docs says where that is so, and why not elsewhere.
 #[test]
 fn every_format_in_stacks() {
-    let mut table = String::from("| scheme | a module an expert | stacks | transposed stacks |\n");
+    let mut table = String::from("| scheme | module | stack | transposed |\n");
     table += "|---|---|---|---|\n| floats (F32, F16, BF16) | yes | yes | yes |\n";
     for format in FORMATS {
         read(format, Layout::Stack).unwrap();

@@ -261,7 +261,6 @@ pub(super) const ROWS: &[Architecture] = &[
     Architecture {
         model_types: &["inkling", "inkling_text", "inkling_mm_model"],
         classes: &["InklingForConditionalGeneration"],
-        intermediate: &["moe_intermediate_size", "intermediate_size"],
         moe_layers: LayerRule::AfterDense(&["dense_mlp_idx"]),
         groups: None,
         renormalise: Renorm::Never,
@@ -273,10 +272,16 @@ pub(super) const ROWS: &[Architecture] = &[
             if !settings.flag(SINK, true)? {
                 return Err(settings.error(SINK, "is false; only true is known"));
             }
+            // beside a width for dense layers, the other one is that of experts
+            let beside = settings.stated(&["dense_intermediate_size"]).is_some();
+            if beside {
+                spec.dims.intermediate = settings.need_size(&["intermediate_size"], 0)?;
+            }
             let count = settings.need_size(&["n_shared_experts"], 0)?;
             spec.router.weight_from = WeightFrom::JointSoftmax { shared: count };
             if let Some(shared) = &mut spec.shared {
                 shared.count = count;
+                shared.intermediate = spec.dims.intermediate;
             }
             Ok(())
         },

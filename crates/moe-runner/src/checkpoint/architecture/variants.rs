@@ -122,6 +122,11 @@ const SWITCH: ExpertNames =
     ExpertNames::mlp("switch_mlp.gate_proj", "switch_mlp.up_proj", "switch_mlp.down_proj");
 const SWITCH_FUSED: ExpertNames =
     ExpertNames::mlp("switch_mlp.gate_up_proj", "switch_mlp.gate_up_proj", "switch_mlp.down_proj");
+const GLU: ExpertNames = ExpertNames::mlp(
+    "experts.switch_glu.gate_proj",
+    "experts.switch_glu.up_proj",
+    "experts.switch_glu.down_proj",
+);
 const FC: ExpertNames = ExpertNames::mlp("experts.fc1", "experts.fc1", "experts.fc2");
 const W123_STACK: ExpertNames = ExpertNames::mlp("experts.w1", "experts.w3", "experts.w2");
 
@@ -141,6 +146,7 @@ pub(super) const EXPERTS: &[ExpertNames] = &[
     // MLX
     stack(SWITCH),
     stack(SWITCH_FUSED),
+    stack(GLU),
     stack(W13),
     stack(W123_STACK),
     transposed(W123_STACK),

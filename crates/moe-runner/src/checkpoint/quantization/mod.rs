@@ -21,11 +21,13 @@ use crate::{Error, Result};
 use pattern::{Matcher, Pattern};
 
 /// Where a configuration may stand in `config.json`.
-const KEYS: [&str; 4] = [
+const KEYS: [&str; 5] = [
     "quantization_config",
     "text_config.quantization_config",
     "language_config.quantization_config",
     "compression_config",
+    // MLX
+    "quantization",
 ];
 
 /// ModelOpt's own file, beside `config.json`.
@@ -113,6 +115,13 @@ impl Quantization {
     fn with_experts(config: &Config, experts: Option<&str>) -> Result<Self> {
         let experts = config.str("expert_dtype")?.or(experts);
         let method = config.str("quant_method")?.unwrap_or_default();
+        // an error for what is stored so: models may have experts that are left as floats
+        let unsupported = |what: &str| {
+            let reason = format!(
+                "{what}; supported are fp8, compressed-tensors, modelopt, quark, gptq, awq, auto-round and mxfp4"
+            );
+            Rules::all(Vec::new(), Err(Unsupported::new("quant_method", reason)))
+        };
         let rules = match method {
             "compressed-tensors" => compressed_tensors::read(config)?,
             // older files of compressed-tensors do not name themselves
@@ -128,16 +137,14 @@ impl Quantization {
             "auto-round" | "intel/auto-round" => gptq::auto_round(config)?,
             "quark" => quark::read(config)?,
             name if name.starts_with("modelopt") => modelopt::read(config)?,
-            "" => return Err(config.missing("quant_method")),
-            other => {
-                return Err(config.error(
-                    "quant_method",
-                    format!(
-                        "is '{other}'; supported are fp8, compressed-tensors, modelopt, quark, \
-                         gptq, awq, auto-round and mxfp4"
-                    ),
-                ));
+            "" if config.get("bits").is_some() && config.get("group_size").is_some() => {
+                unsupported(
+                    "is missing: bits and group_size alone are MLX's own quantisation, a scale and a bias for \
+                 each group of codes",
+                )
             }
+            "" => return Err(config.missing("quant_method")),
+            other => unsupported(&format!("is '{other}'")),
         };
         let name = if method.is_empty() { "compressed-tensors" } else { method };
         Ok(Self::new(config, name, rules))

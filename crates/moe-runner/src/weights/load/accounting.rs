@@ -133,7 +133,12 @@ impl<'a> Loader<'a> {
     pub(super) fn common_input(&self, tensors: &ExpertTensors) -> Result<()> {
         match (&self.quantization, &tensors.gate) {
             (Some(quantization), Some(gate)) if gate.module != tensors.up.module => {
-                quantization.common_input(&gate.module, &tensors.up.module)
+                let modules = [gate.module.as_str(), tensors.up.module.as_str()];
+                // what cannot be read is told where it is read, if it need be
+                match modules.iter().all(|module| quantization.scheme(module).is_ok()) {
+                    true => quantization.common_input(modules[0], modules[1]),
+                    false => Ok(()),
+                }
             }
             _ => Ok(()),
         }

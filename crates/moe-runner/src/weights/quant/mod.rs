@@ -29,12 +29,10 @@ use module::Result;
 pub(crate) fn matrix(loader: &mut Loader, projection: &Projection) -> Option<Result<Matrix>> {
     let scheme = match loader.scheme(&projection.module) {
         Ok(Scheme { weights: WeightScheme::Float, .. }) => return None,
+        _ if is_float(loader, projection) => return None,
         Ok(scheme) => scheme,
         Err(error) => return Some(Err(error.into())),
     };
-    if is_float(loader, projection) {
-        return None;
-    }
     let module = &mut Module { loader, projection };
     let matrix = quantised(module, scheme);
     if matrix.is_err() {

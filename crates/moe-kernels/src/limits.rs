@@ -7,6 +7,7 @@ use std::fs;
 use std::time::{Duration, Instant};
 
 use crate::kernel::Kernel;
+use crate::pack::Memory;
 use crate::pool::Pool;
 use crate::region::for_each;
 
@@ -46,16 +47,19 @@ fn read_gbps(kernel: Kernel, pool: &Pool, budget: Duration) -> f64 {
     let end = Instant::now() + budget;
     let bytes = last_level_cache().unwrap_or(0).saturating_mul(4).clamp(256 << 20, 2 << 30);
     let chunks = bytes / 4 / CHUNK;
-    // Each page is written first by a thread of the pool: untouched memory has no pages of its own,
-    // and on a machine with several memories it should lie near its readers.
-    let mut data = vec![0.0f32; chunks * CHUNK];
+    // The memory of packed weights, in huge pages where the system gives them. Each page is written
+    // first by a thread of the pool: untouched memory has no pages of its own, and on a machine with
+    // several memories it should lie near its readers.
+    let mut data = Memory::zeroed(chunks * CHUNK * 4).expect("memory to read for the limit");
+    // SAFETY: any bits are an f32; the memory begins at a cache line.
+    let (_, data, _) = unsafe { data.align_to_mut::<f32>() };
     for_each(pool, data.chunks_exact_mut(CHUNK), |chunk| chunk.fill(1.0));
     let best = best_time(end, || {
         pool.run(chunks, &|_, chunk| {
             std::hint::black_box(kernel.probe_read(&data[chunk * CHUNK..][..CHUNK]));
         });
     });
-    (data.len() * 4) as f64 / best.as_secs_f64() / 1e9
+    size_of_val(data) as f64 / best.as_secs_f64() / 1e9
 }
 
 fn gflops(pool: &Pool, budget: Duration, probe: impl Fn(usize) -> u64 + Sync) -> f64 {

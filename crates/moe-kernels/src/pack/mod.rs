@@ -23,14 +23,13 @@ use std::ops::Range;
 
 pub(crate) use layout::{BLOCK, Number, OCTET, Offset, PANEL, PANELS, STEP, position};
 pub use layout::{Codes, Layout, UNIT};
-pub(crate) use memory::LINE;
+pub(crate) use memory::{LINE, Memory};
 pub(crate) use order::Order;
 pub(crate) use plan::{Finish, codes, holds};
 
 use crate::gemm::Gemm;
 use crate::operand::OperandKind;
 use crate::stored::View;
-use memory::Memory;
 use order::Columns;
 use plan::Plan;
 

@@ -4,14 +4,14 @@ use std::sync::Arc;
 
 use moe_runner::comm::Communicator;
 use moe_runner::hidden::{ActivationDtype, Rows, RowsMut};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::times::Times;
 
 /// What a GPU can do at most. Rates are 10⁹ a second; multiply-adds count two.
-#[derive(Clone, Copy, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct GpuLimits {
-    pub(crate) name: &'static str,
+    pub(crate) name: String,
     /// Bytes read and written by a copy.
     pub(crate) copy_gbps: f64,
     pub(crate) read_gbps: f64,
@@ -94,8 +94,7 @@ mod measured {
             let compiler = Compiler::open(std::env::var_os("NVRTC").map(PathBuf::from).as_deref())?;
             let modules = Modules::new(&gpu, compiler, Modules::user_cache());
             let limits = Limits::measure(&modules, &Stream::new(&gpu)?)?;
-            // one name for each GPU that a run of the command measures
-            let name: &'static str = gpu.properties().name.clone().leak();
+            let name = gpu.properties().name.clone();
             let Limits { read_gbps, copy_gbps, f32_gflops, tensor_gflops } = limits;
             let [bf16_gflops, fp8_gflops] =
                 tensor_gflops.map_or([None; 2], |rates| rates.map(Some));

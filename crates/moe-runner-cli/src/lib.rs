@@ -90,6 +90,10 @@ fn run(command: &Command, json: bool) -> anyhow::Result<Report> {
             commands::bench::run(args, &common.with_device()?)
         }
         Command::Plan(args) => commands::plan::run(args),
+        Command::Report(args) => {
+            let common = Common::resolve(&args.kernel, args.threads.count()?, args.seed.seed)?;
+            commands::report::run(args, &common.with_device()?)
+        }
         Command::Quantize(args) => commands::quantize::run(args),
         Command::Acid(args) => commands::acid::run(args),
     }

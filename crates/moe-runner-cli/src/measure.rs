@@ -1,5 +1,6 @@
 //! What the machine allows.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::time::Duration;
 
@@ -17,7 +18,7 @@ use crate::report::units::plural;
 const LIMITS_BUDGET: Duration = Duration::from_secs(1);
 
 /// What this machine can do at most, on these threads.
-#[derive(Clone, Copy, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize)]
 pub(crate) struct MachineLimits {
     pub(crate) threads: usize,
     pub(crate) isa: &'static str,
@@ -44,6 +45,21 @@ impl MachineLimits {
     /// The same, with GPU `index`.
     pub(crate) fn with_gpu(self, index: usize) -> moe_runner::Result<Self> {
         Ok(Self { gpu: Some(gpu::limits(index)?), ..self })
+    }
+
+    /// 10⁹ bytes/s of memory read, of the device in use.
+    pub(crate) fn device_read_gbps(&self) -> f64 {
+        self.gpu.as_ref().map_or(self.read_gbps, |gpu| gpu.read_gbps)
+    }
+
+    /// 10⁹ operations/s of the device in use, by arithmetic.
+    pub(crate) fn gflops(&self) -> BTreeMap<String, f64> {
+        let (f32, bf16, fp8) = match &self.gpu {
+            None => (self.f32_gflops, self.bf16_gflops, None),
+            Some(gpu) => (gpu.f32_gflops, gpu.bf16_gflops, gpu.fp8_gflops),
+        };
+        let all = [("f32", Some(f32)), ("bf16", bf16), ("fp8", fp8)];
+        all.into_iter().filter_map(|(name, rate)| Some((name.to_owned(), rate?))).collect()
     }
 
     /// The least time that this machine needs to read so many bytes and do so much arithmetic with a
@@ -132,7 +148,7 @@ mod tests {
     fn a_gpus_kernels_have_its_limits() {
         use moe_runner::experts::cuda::{CUDA_F32, CUDA_SM90_BF16, CUDA_SM90_FP8};
         let gpu = GpuLimits {
-            name: "made up",
+            name: "made up".into(),
             copy_gbps: 900.0,
             read_gbps: 1000.0,
             f32_gflops: 10e3,

@@ -71,7 +71,11 @@ fn ensure_writable(path: &Path) -> Result<()> {
 /// Writes a file: all of it or, with what was there before left as it is, nothing.
 pub(crate) fn write(path: &Path, content: &[u8]) -> Result<()> {
     let place = || format!("{}: cannot write", path.display());
-    let mut file = tempfile::NamedTempFile::new_in(folder_of(path)).with_context(place)?;
+    let mut builder = tempfile::Builder::new();
+    // those of any new file
+    #[cfg(unix)]
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+    let mut file = builder.tempfile_in(folder_of(path)).with_context(place)?;
     file.write_all(content).with_context(place)?;
     file.persist(path).with_context(place)?;
     Ok(())

@@ -153,6 +153,25 @@ enum Comm {
 const MAX_DBO: usize = 64;
 
 impl Splitting {
+    /// One rank.
+    pub(crate) fn none() -> Self {
+        Self {
+            tp: 1,
+            dp: 1,
+            ep: false,
+            pcp: 1,
+            sequence_parallel: false,
+            dbo: 1,
+            exchange: Exchange::Auto,
+            row_format: Rows::Standard,
+            placement: PlacementChoice::Rule(Placement::Linear),
+            comm: Comm::Threads,
+            rank: None,
+            world: None,
+            rendezvous: None,
+        }
+    }
+
     /// The file that says where the experts are to be, if one does.
     pub(crate) fn placement_file(&self) -> Option<&Path> {
         match &self.placement {

@@ -16,7 +16,7 @@ use crate::failure::unusable;
 const MAX_THREADS: usize = 4096;
 
 /// How many threads.
-#[derive(clap::Args, Debug)]
+#[derive(clap::Args, Clone, Debug)]
 #[command(next_help_heading = "Common options")]
 pub(crate) struct ThreadArgs {
     /// Threads to compute on [default: the physical cores that this process may use].
@@ -50,7 +50,7 @@ pub(crate) struct SeedArg {
 }
 
 /// What the activations are.
-#[derive(clap::Args, Debug)]
+#[derive(clap::Args, Clone, Debug)]
 #[command(next_help_heading = "Common options")]
 pub(crate) struct DtypeArg {
     /// Dtype of the activations: auto, f32, bf16 or f16. auto: f32 for a GGUF file; else that of the
@@ -67,7 +67,7 @@ impl DtypeArg {
 }
 
 /// What computes.
-#[derive(clap::Args, Debug)]
+#[derive(clap::Args, Clone, Debug)]
 #[command(next_help_heading = "Common options")]
 pub(crate) struct KernelArgs {
     /// The kernel: auto, or a name that `explain` lists. A named kernel is used or refused, never
@@ -78,7 +78,7 @@ pub(crate) struct KernelArgs {
     #[arg(long, value_name = "DEVICE", default_value = "auto", value_parser = device)]
     device: DeviceChoice,
     #[command(flatten)]
-    dtype: DtypeArg,
+    pub(super) dtype: DtypeArg,
 }
 
 /// A device as the user names it, and which GPU.

@@ -124,6 +124,27 @@ Examples:
   moe-runner plan ./Qwen3-30B-A3B --ranks 8 --layers 3
   moe-runner plan model.gguf --ranks 4 --trace routing.safetensors --json";
 
+pub(super) const REPORT: &str = "\
+One page that needs nothing else: pictures of the load of the experts by layer,
+its balance over ranks before and after experts are moved, the error of every
+layer and expert, this machine's limits with each kernel as a point below them;
+which kernel runs and why; what the doctor finds. Light or dark as the reader
+has it, and fit to print. The numbers are those that `check`, `plan`, `explain`
+and `bench` give with --json; with --json, report prints them all.
+
+Without --trace, the load is that of the tokens that the layers are checked
+with, and the balance is of a made-up load, as uneven as measured ones. Without
+--bench, the roofline has the layers' own times. Exit status 1 if a layer is
+wrong: the page is written all the same.
+
+Examples:
+  moe-runner report ./Qwen3-30B-A3B --output report.html
+  moe-runner report ./model --trace routing.safetensors --ranks 16 \\
+    --output report.html
+  moe-runner bench ./model --layers 3 --json > bench.json
+  moe-runner report ./model --bench bench.json --output report.html
+  moe-runner report ./model-w4a16 --against ./model --output report.html";
+
 pub(super) const QUANTIZE: &str = "\
 Formats: fp8 (a scale for each channel; activations FP8 per token), fp8-block
 (128x128; activations FP8 per 128 channels), int8 (as fp8, in INT8), w4a16

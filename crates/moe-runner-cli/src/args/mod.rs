@@ -50,6 +50,10 @@ pub(crate) enum Command {
     /// Show what splitting the layers over ranks would cost, before there are ranks.
     #[command(after_help = help::PLAN)]
     Plan(PlanArgs),
+    /// Draw what is known of the layers: one page, for a browser or a printer.
+    #[command(after_help = help::REPORT)]
+    #[command(override_usage = "moe-runner report CHECKPOINT --output FILE.html")]
+    Report(ReportArgs),
     /// Write a copy of a checkpoint with quantised experts.
     #[command(after_help = help::QUANTIZE)]
     #[command(override_usage = "moe-runner quantize CHECKPOINT --format FORMAT --output FOLDER")]
@@ -141,7 +145,7 @@ pub(crate) struct RunArgs {
 }
 
 /// Layers of a checkpoint, all if none are named.
-#[derive(clap::Args, Debug)]
+#[derive(clap::Args, Clone, Debug)]
 pub(crate) struct LayersOf {
     /// Folder with config.json and *.safetensors, or a .gguf file.
     pub(crate) checkpoint: PathBuf,
@@ -235,6 +239,87 @@ pub(crate) struct PlanArgs {
     pub(crate) dtype: DtypeArg,
     #[command(flatten)]
     pub(crate) seed: SeedArg,
+}
+
+/// `report`
+#[derive(clap::Args, Debug)]
+pub(crate) struct ReportArgs {
+    #[command(flatten)]
+    pub(crate) of: LayersOf,
+    /// The page to write.
+    #[arg(long, value_name = "FILE.html")]
+    pub(crate) output: PathBuf,
+    /// A recorded routing, for the load of the experts and its balance: a routing trace, or what `run`
+    /// wrote.
+    #[arg(long, value_name = "ROUTING")]
+    pub(crate) trace: Option<PathBuf>,
+    /// What `bench --json` wrote, for the roofline. May be given several times: each is a series of
+    /// points.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) bench: Vec<PathBuf>,
+    /// As of `check`: recorded outputs, or the checkpoint that this was quantised from.
+    #[arg(long, value_name = "FILE|CHECKPOINT")]
+    pub(crate) against: Vec<PathBuf>,
+    /// Take the hidden states from this safetensors file instead of recorded or random ones.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) input: Option<PathBuf>,
+    /// Tokens to compare the kernel with the reference on.
+    #[arg(long, value_name = "N", default_value_t = 32)]
+    pub(crate) tokens: usize,
+    /// Leave out what measures the machine and the layers' speed.
+    #[arg(long)]
+    pub(crate) no_timing: bool,
+    /// Ranks that the load is balanced over.
+    #[arg(long, value_name = "N", default_value_t = 8)]
+    pub(crate) ranks: usize,
+    /// Copies of experts beyond one each [default: as few as make them divide over the ranks].
+    #[arg(long, value_name = "R")]
+    pub(crate) redundant: Option<usize>,
+    #[command(flatten)]
+    pub(crate) kernel: KernelArgs,
+    #[command(flatten)]
+    pub(crate) threads: ThreadArgs,
+    #[command(flatten)]
+    pub(crate) seed: SeedArg,
+}
+
+impl ReportArgs {
+    /// What `check` is asked.
+    pub(crate) fn check(&self) -> CheckArgs {
+        CheckArgs {
+            checkpoint: Some(self.of.checkpoint.clone()),
+            layers: self.of.layers.clone(),
+            tokens: self.tokens,
+            no_timing: self.no_timing,
+            strict: false,
+            against: self.against.clone(),
+            input: self.input.clone(),
+            input_name: "hidden_states".into(),
+            splitting: Splitting::none(),
+            kernel: self.kernel.clone(),
+            threads: self.threads.clone(),
+            seed: self.seed,
+        }
+    }
+
+    /// What `plan` is asked.
+    pub(crate) fn plan(&self) -> PlanArgs {
+        PlanArgs {
+            of: self.of.clone(),
+            ranks: self.ranks,
+            redundant: self.redundant,
+            nodes: 1,
+            trace: self.trace.clone(),
+            tokens: None,
+            dtype: self.kernel.dtype.clone(),
+            seed: self.seed,
+        }
+    }
+
+    /// What `explain` is asked.
+    pub(crate) fn explain(&self) -> ExplainArgs {
+        ExplainArgs { of: self.of.clone(), machine: None, kernel: self.kernel.clone() }
+    }
 }
 
 /// `quantize`

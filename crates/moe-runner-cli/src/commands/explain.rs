@@ -14,8 +14,8 @@ use crate::report::Report;
 use crate::report::table::{Tone, toned};
 
 #[derive(Serialize)]
-struct ExplainJson {
-    machine: String,
+pub(super) struct ExplainJson {
+    pub(super) machine: String,
     layers: Vec<LayerJson>,
 }
 
@@ -28,31 +28,38 @@ struct LayerJson {
 
 /// The oracle's answer for one layer.
 #[derive(PartialEq, Serialize)]
-struct Answer {
-    dtype: &'static str,
+pub(super) struct Answer {
+    pub(super) dtype: &'static str,
     /// `None`: no kernel can run the layer, or the named one cannot.
-    chosen: Option<&'static str>,
-    why: String,
-    able: Vec<Able>,
-    rejected: Vec<Rejected>,
+    pub(super) chosen: Option<&'static str>,
+    pub(super) why: String,
+    pub(super) able: Vec<Able>,
+    pub(super) rejected: Vec<Rejected>,
 }
 
 /// A kernel that could run too.
 #[derive(PartialEq, Serialize)]
-struct Able {
-    kernel: &'static str,
-    reason: String,
+pub(super) struct Able {
+    pub(super) kernel: &'static str,
+    pub(super) reason: String,
 }
 
 /// A kernel that cannot run.
 #[derive(PartialEq, Serialize)]
-struct Rejected {
-    kernel: &'static str,
-    reasons: Vec<String>,
+pub(super) struct Rejected {
+    pub(super) kernel: &'static str,
+    pub(super) reasons: Vec<String>,
 }
 
 /// Runs the command.
 pub(crate) fn run(args: &ExplainArgs, common: &Common) -> Result<Report> {
+    let json = explain(args, common)?;
+    let ok = json.layers.iter().all(|layer| layer.answer.chosen.is_some());
+    Report::new(ok, text(&json), &json)
+}
+
+/// Asks the oracle about every layer.
+pub(super) fn explain(args: &ExplainArgs, common: &Common) -> Result<ExplainJson> {
     let machine = match &args.machine {
         Some(name) => Machine::named(name).map_err(|error| unusable(error.to_string()))?,
         None => Machine::detect_all(),
@@ -67,9 +74,21 @@ pub(crate) fn run(args: &ExplainArgs, common: &Common) -> Result<Report> {
         };
         layers.push(LayerJson { layer: entry.spec.index, answer: ask(&layer, &options) });
     }
-    let ok = layers.iter().all(|layer| layer.answer.chosen.is_some());
-    let json = ExplainJson { machine: machine.name, layers };
-    Report::new(ok, text(&json), &json)
+    Ok(ExplainJson { machine: machine.name, layers })
+}
+
+impl ExplainJson {
+    /// Answers, and the layers that have them.
+    pub(super) fn groups(&self) -> Vec<(&Answer, Vec<usize>)> {
+        let mut groups: Vec<(&Answer, Vec<usize>)> = Vec::new();
+        for layer in &self.layers {
+            match groups.iter_mut().find(|(answer, _)| **answer == layer.answer) {
+                Some((_, layers)) => layers.push(layer.layer),
+                None => groups.push((&layer.answer, vec![layer.layer])),
+            }
+        }
+        groups
+    }
 }
 
 fn ask(layer: &LoadedLayer, options: &Options) -> Answer {
@@ -127,15 +146,8 @@ fn fix(change: &Change) -> String {
 }
 
 fn text(json: &ExplainJson) -> String {
-    let mut groups: Vec<(&Answer, Vec<usize>)> = Vec::new();
-    for layer in &json.layers {
-        match groups.iter_mut().find(|(answer, _)| **answer == layer.answer) {
-            Some((_, layers)) => layers.push(layer.layer),
-            None => groups.push((&layer.answer, vec![layer.layer])),
-        }
-    }
     let mut out = String::new();
-    for (answer, layers) in groups {
+    for (answer, layers) in json.groups() {
         let noun = if layers.len() == 1 { "layer" } else { "layers" };
         let title = format!("{noun} {}, {} activations", ranges(&layers), answer.dtype);
         out += &format!("{}\n", toned(Tone::Title, &title));

@@ -7,4 +7,5 @@ pub(crate) mod explain;
 pub(crate) mod inspect;
 pub(crate) mod plan;
 pub(crate) mod quantize;
+pub(crate) mod report;
 pub(crate) mod run;

@@ -38,30 +38,32 @@ const IN_FULL: usize = 8;
 const MAX_RANKS: usize = 1024;
 
 #[derive(Serialize)]
-struct PlanJson {
+pub(super) struct PlanJson {
     path: String,
-    ranks: usize,
+    pub(super) ranks: usize,
     nodes: usize,
     /// Tokens that balance and traffic are counted for.
-    tokens: usize,
+    pub(super) tokens: usize,
     /// "trace" or "synthetic".
-    load: &'static str,
-    layers: Vec<LayerJson>,
+    pub(super) load: &'static str,
+    pub(super) layers: Vec<LayerJson>,
     splits: Vec<SplitJson>,
 }
 
 #[derive(Serialize)]
-struct LayerJson {
-    layer: usize,
-    experts: usize,
-    redundant: usize,
+pub(super) struct LayerJson {
+    pub(super) layer: usize,
+    pub(super) experts: usize,
+    pub(super) redundant: usize,
     experts_per_rank: usize,
     /// Copies on a rank that holds another one of the same expert.
     copies_beside: usize,
-    balance_before: f64,
-    balance_after: f64,
+    pub(super) balance_before: f64,
+    pub(super) balance_after: f64,
     moved_experts: usize,
-    moved_bytes: usize,
+    pub(super) moved_bytes: usize,
+    /// Slots that went to each expert: the load that is balanced.
+    pub(super) load: Vec<usize>,
     /// Experts of each rank after balancing, in the order of its weights.
     placement: Vec<Vec<u32>>,
 }
@@ -100,6 +102,12 @@ struct Planned {
 
 /// Runs the command.
 pub(crate) fn run(args: &PlanArgs) -> Result<Report> {
+    let json = plan(args)?;
+    Report::new(true, text(&json), &json)
+}
+
+/// Plans the layers.
+pub(super) fn plan(args: &PlanArgs) -> Result<PlanJson> {
     let (ranks, nodes) = (args.ranks, args.nodes);
     if !(1..=MAX_RANKS).contains(&ranks) {
         return Err(unusable(format!("--ranks {ranks}: must be 1 to {MAX_RANKS}")));
@@ -124,7 +132,7 @@ pub(crate) fn run(args: &PlanArgs) -> Result<Report> {
         layers.push(json);
     }
     let tokens = planned.iter().map(|p| p.ids.len() / p.layer.spec.router.top_k).max();
-    let json = PlanJson {
+    Ok(PlanJson {
         path: args.of.checkpoint.display().to_string(),
         ranks,
         nodes,
@@ -132,8 +140,7 @@ pub(crate) fn run(args: &PlanArgs) -> Result<Report> {
         load: if trace.is_some() { "trace" } else { "synthetic" },
         splits: splits(ranks).into_iter().map(|split| price(split, &planned)).collect(),
         layers,
-    };
-    Report::new(true, text(&json), &json)
+    })
 }
 
 fn plan_layer(
@@ -154,11 +161,12 @@ fn plan_layer(
         ),
     };
     ids.truncate(args.tokens.unwrap_or(usize::MAX).saturating_mul(router.top_k));
-    let mut load = vec![0.0; router.experts];
-    ids.iter().filter(|id| id.index() < router.experts).for_each(|id| load[id.index()] += 1.0);
+    let mut load = vec![0; router.experts];
+    ids.iter().filter(|id| id.index() < router.experts).for_each(|id| load[id.index()] += 1);
+    let weights: Vec<f64> = load.iter().map(|slots| *slots as f64).collect();
     let before = initial(router.experts, topology)?;
     // a copy beside another of its expert must buy as much time as it takes memory
-    let balanced = rebalance_worth(&load, &before, topology.groups, topology.nodes, 1.0)?;
+    let balanced = rebalance_worth(&weights, &before, topology.groups, topology.nodes, 1.0)?;
     let moved = transfers(&before, &balanced.map)?;
     let bytes =
         moved.iter().map(|t| bytes_of(std::slice::from_ref(&layer.experts[t.expert.index()])));
@@ -172,6 +180,7 @@ fn plan_layer(
         balance_after: balanced.after,
         moved_experts: moved.len(),
         moved_bytes: bytes.sum(),
+        load,
         placement: (0..args.ranks)
             .map(|rank| balanced.map.held_by(rank).iter().map(|id| id.0).collect())
             .collect(),

@@ -7,7 +7,8 @@ use std::process::{Command, Stdio};
 use crate::files::{New, Values, write};
 use crate::{case, json, moe_runner, refused};
 
-const COMMANDS: [&str; 7] = ["check", "run", "inspect", "explain", "bench", "plan", "quantize"];
+const COMMANDS: [&str; 8] =
+    ["check", "run", "inspect", "explain", "bench", "plan", "report", "quantize"];
 
 #[test]
 fn without_arguments_the_commands_are_listed() {

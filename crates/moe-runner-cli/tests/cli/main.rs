@@ -15,6 +15,7 @@ mod outline;
 mod plan;
 mod quantize;
 mod ranks;
+mod report;
 mod run;
 
 use std::path::{Path, PathBuf};

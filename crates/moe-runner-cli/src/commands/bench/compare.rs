@@ -35,7 +35,7 @@ struct EarlierRow {
 }
 
 /// Then and now.
-#[derive(Serialize)]
+#[derive(Serialize, Deserialize)]
 pub(super) struct Comparison {
     kernel: String,
     format: String,
@@ -46,7 +46,7 @@ pub(super) struct Comparison {
     rows: Vec<Compared>,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, Deserialize)]
 struct Compared {
     tokens: usize,
     median_s: f64,

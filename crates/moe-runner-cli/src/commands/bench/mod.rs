@@ -3,9 +3,10 @@
 mod compare;
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context, Result, bail};
 use moe_kernels::limits::last_level_cache;
 use moe_runner::comm::{Groups, Sizes};
 use moe_runner::hidden::ActivationDtype;
@@ -14,7 +15,7 @@ use moe_runner::router::{Simulator, Strategy};
 use moe_runner::runner::{Batch, ForwardInput, MoeRunnerInterface, RankedRunner};
 use moe_runner::spec::{Correction, LayerSpec, RouterSpec};
 use moe_runner::weights::{GateWeights, LoadedLayer, RandomFormat, random_layer, random_matrix};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::args::{BenchArgs, Common};
 use crate::checkpoints::Opened;
@@ -51,43 +52,44 @@ const ROW_RUNS: usize = 5;
 /// No batch has more tokens.
 const MAX_TOKENS: usize = 1 << 20;
 
-#[derive(Serialize)]
-struct BenchJson {
-    layer: String,
-    kernel: &'static str,
-    format: String,
-    dtype: &'static str,
+/// What `bench --json` writes, and `report --bench` reads.
+#[derive(Serialize, Deserialize)]
+pub(super) struct BenchJson {
+    pub(super) layer: String,
+    pub(super) kernel: String,
+    pub(super) format: String,
+    pub(super) dtype: String,
     seed: u64,
     /// Bytes of weights that differ from each other; other experts share them.
     distinct_bytes: usize,
     /// Whether so few may stay in the last-level cache, so that rows measure that and not memory.
     cached: bool,
     /// The ranks, where there are several.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     split: Option<Sizes>,
-    limits: LimitsJson,
-    rows: Vec<Row>,
+    pub(super) limits: LimitsJson,
+    pub(super) rows: Vec<Row>,
     /// Beside an earlier measurement.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     compared: Option<Comparison>,
 }
 
-#[derive(Serialize)]
-struct LimitsJson {
-    read_gbps: f64,
-    /// By arithmetic: every kernel of this build computes in f32.
-    gflops: BTreeMap<&'static str, f64>,
-    threads: usize,
-    isa: &'static str,
+#[derive(Serialize, Deserialize)]
+pub(super) struct LimitsJson {
+    pub(super) read_gbps: f64,
+    /// By arithmetic.
+    pub(super) gflops: BTreeMap<String, f64>,
+    pub(super) threads: usize,
+    pub(super) isa: String,
     /// Of a GPU, where the kernel runs on one.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    gpu: Option<GpuLimits>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) gpu: Option<GpuLimits>,
 }
 
-#[derive(Default, Serialize)]
-struct Row {
-    tokens: usize,
-    median_s: f64,
+#[derive(Default, Serialize, Deserialize)]
+pub(super) struct Row {
+    pub(super) tokens: usize,
+    pub(super) median_s: f64,
     min_s: f64,
     /// Between which half of the runs are.
     quartiles_s: [f64; 2],
@@ -95,14 +97,14 @@ struct Row {
     runs: usize,
     tokens_per_s: f64,
     /// The mean of all runs: which experts are active differs from run to run.
-    bytes_weights_read: f64,
-    flops: f64,
-    gbps: f64,
-    gflops: f64,
-    limit_share: f64,
-    bound_by: &'static str,
+    pub(super) bytes_weights_read: f64,
+    pub(super) flops: f64,
+    pub(super) gbps: f64,
+    pub(super) gflops: f64,
+    pub(super) limit_share: f64,
+    bound_by: String,
     /// Payload that ranks sent to other ranks, over all ranks, where there are several.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     bytes_moved_per_token: Option<f64>,
 }
 
@@ -163,34 +165,20 @@ pub(crate) fn run(args: &BenchArgs, common: &Common) -> Result<Report> {
     }
     let mut json = BenchJson {
         layer: subject.title,
-        kernel,
+        kernel: kernel.into(),
         format: subject.format,
-        dtype: subject.dtype.name(),
+        dtype: subject.dtype.name().into(),
         seed: common.seed,
         distinct_bytes: subject.distinct_bytes,
         cached: subject.distinct_bytes / BEYOND_CACHE
             < last_level_cache().filter(|_| machine.gpu.is_none()).unwrap_or(USUAL_CACHE),
         split: ranks.split(),
         limits: LimitsJson {
-            read_gbps: machine.gpu.map_or(machine.read_gbps, |gpu| gpu.read_gbps),
-            gflops: match machine.gpu {
-                None => [
-                    ("f32", Some(machine.f32_gflops)),
-                    ("bf16", machine.bf16_gflops),
-                    ("fp8", None),
-                ],
-                Some(gpu) => [
-                    ("f32", Some(gpu.f32_gflops)),
-                    ("bf16", gpu.bf16_gflops),
-                    ("fp8", gpu.fp8_gflops),
-                ],
-            }
-            .into_iter()
-            .filter_map(|(name, rate)| Some((name, rate?)))
-            .collect(),
-            gpu: machine.gpu,
+            read_gbps: machine.device_read_gbps(),
+            gflops: machine.gflops(),
+            gpu: machine.gpu.clone(),
             threads: machine.threads,
-            isa: machine.isa,
+            isa: machine.isa.into(),
         },
         rows,
         compared: None,
@@ -400,11 +388,28 @@ impl Bench<'_> {
             gflops: flops / times.median / 1e9,
             limit_share: least / times.median,
             bound_by: match self.machine.least_seconds(kernel, bytes, 0.0) < least {
-                true => "arithmetic",
-                false => "memory",
+                true => "arithmetic".into(),
+                false => "memory".into(),
             },
             bytes_moved_per_token: self.ranks.split().map(|_| moved / tokens as f64),
         })
+    }
+}
+
+impl BenchJson {
+    /// What an earlier run wrote.
+    pub(super) fn read(path: &Path) -> Result<Self> {
+        let text =
+            std::fs::read(path).with_context(|| format!("{}: cannot read", path.display()))?;
+        let json: Self = serde_json::from_slice(&text)
+            .with_context(|| format!("{}: is not what `bench --json` writes", path.display()))?;
+        let numbers =
+            json.rows.iter().flat_map(|row| [row.bytes_weights_read, row.flops, row.gflops]);
+        let limits = json.limits.gflops.values().chain([&json.limits.read_gbps]);
+        if let Some(bad) = numbers.chain(limits.copied()).find(|v| !(v.is_finite() && *v > 0.0)) {
+            bail!("{}: {bad} is no rate or amount that a run has", path.display());
+        }
+        Ok(json)
     }
 }
 
@@ -453,7 +458,7 @@ fn text(json: &BenchJson, why: &str, machine: &MachineLimits) -> String {
             format!("{:.1}", row.gbps),
             format!("{:.1}", row.gflops),
             format!("{:.0} %", 100.0 * row.limit_share),
-            row.bound_by.to_owned(),
+            row.bound_by.clone(),
         ];
         table.row(cells.into_iter().chain(moved));
     }

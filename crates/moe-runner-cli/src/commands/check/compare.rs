@@ -13,8 +13,8 @@ pub(super) struct Forward {
 /// Where the error is largest.
 #[derive(Clone, Copy, Serialize)]
 pub(crate) struct Worst {
-    pub(super) index: usize,
-    pub(super) nmse: f64,
+    pub(crate) index: usize,
+    pub(crate) nmse: f64,
 }
 
 /// `value ≤ bound`; NaN is not.
@@ -60,14 +60,14 @@ impl Errors {
         worst(self.tokens.iter().map(|token| ratio(*token)))
     }
 
-    /// The expert that the errors come from: the one whose share of them is largest, measured by the
-    /// outputs of its tokens.
+    /// The experts that the errors come from: each expert's share of them, relative to the outputs of
+    /// its tokens; `None` for experts without tokens.
     ///
     /// A token's error is the sum of what its experts add to it, `Σ_e w² x_e` if they err
     /// independently of each other, with an `x_e` of each expert for all of its tokens. Those that
     /// explain all tokens best are found by Richardson and Lucy's iteration: an expert whose other
     /// tokens are right is not blamed for a neighbour's fault.
-    pub(super) fn worst_expert(&self, routing: &Routing, experts: usize) -> Option<Worst> {
+    pub(super) fn by_expert(&self, routing: &Routing, experts: usize) -> ByExpert {
         const STEPS: usize = 200;
         let slots: Vec<(usize, usize, f64)> = (0..self.tokens.len())
             .flat_map(|t| {
@@ -100,12 +100,29 @@ impl Errors {
         }
         let mut norms = vec![0.0; experts];
         slots.iter().for_each(|(t, e, _)| norms[*e] += self.tokens[*t].1);
+        ByExpert { parts: (0..experts).map(|e| (x[e] * weights[e], norms[e])).collect() }
+    }
+}
+
+/// Errors that experts made, and `‖r‖²` of their tokens.
+pub(super) struct ByExpert {
+    parts: Vec<(f64, f64)>,
+}
+
+impl ByExpert {
+    /// Of every expert that has tokens.
+    pub(super) fn nmse(&self) -> Vec<Option<f64>> {
+        self.parts.iter().map(|part| (part.1 > 0.0).then(|| ratio(*part))).collect()
+    }
+
+    /// The expert that has the largest part in the errors of its tokens.
+    pub(super) fn worst(&self) -> Option<Worst> {
         // What an expert of few tokens seems to err may be chance: as if each had an average expert's
         // tokens beside its own, that are right.
-        let mean = norms.iter().sum::<f64>() / experts.max(1) as f64;
-        let parts = (0..experts).map(|e| ratio((x[e] * weights[e], norms[e] + mean)));
-        let Worst { index, .. } = worst(parts)?;
-        Some(Worst { index, nmse: ratio((x[index] * weights[index], norms[index])) })
+        let sum: f64 = self.parts.iter().map(|part| part.1).sum();
+        let mean = sum / self.parts.len().max(1) as f64;
+        let Worst { index, .. } = worst(self.parts.iter().map(|(e, n)| ratio((*e, n + mean))))?;
+        Some(Worst { index, nmse: ratio(self.parts[index]) })
     }
 }
 
@@ -149,7 +166,11 @@ mod tests {
                 }
             }
             let errors = Errors::of(width, &output, &truth);
-            assert_eq!(errors.worst_expert(&routing, experts).unwrap().index, faulty);
+            let parts = errors.by_expert(&routing, experts);
+            assert_eq!(parts.worst().unwrap().index, faulty);
+            let of_faulty = parts.nmse()[faulty].unwrap();
+            assert!(of_faulty > 1e-4, "{of_faulty}");
+            assert!(parts.nmse().iter().flatten().all(|nmse| *nmse <= of_faulty));
         }
     }
 }

@@ -40,61 +40,65 @@ const TIMING_BUDGET: Duration = Duration::from_millis(150);
 /// What was found out about a layer.
 #[derive(Default, Serialize)]
 pub(crate) struct LayerCheck {
-    pub(super) layer: usize,
-    pub(super) name: String,
-    pub(super) ok: bool,
+    pub(crate) layer: usize,
+    pub(crate) name: String,
+    pub(crate) ok: bool,
     /// What is wrong, in sentences; empty for a layer that is right.
-    pub(super) problems: Vec<String>,
+    pub(crate) problems: Vec<String>,
     /// What the doctor found; what counts is among the problems, too.
-    pub(super) findings: Vec<FindingJson>,
+    pub(crate) findings: Vec<FindingJson>,
     /// Tensors of the block that have no role; not wrong by themselves.
-    pub(super) unexpected: Vec<String>,
-    pub(super) experts: usize,
-    pub(super) top_k: usize,
+    pub(crate) unexpected: Vec<String>,
+    pub(crate) experts: usize,
+    pub(crate) top_k: usize,
     /// Bytes of the layer's tensors.
-    pub(super) bytes: usize,
-    pub(super) kernel: Option<&'static str>,
-    pub(super) why: String,
-    pub(super) dtype: &'static str,
+    pub(crate) bytes: usize,
+    pub(crate) kernel: Option<&'static str>,
+    pub(crate) why: String,
+    pub(crate) dtype: &'static str,
     /// Where the hidden states come from that all but the recordings is measured on.
-    pub(super) inputs: String,
-    pub(super) tokens: usize,
+    pub(crate) inputs: String,
+    pub(crate) tokens: usize,
     /// Of the kernel's output, against the float64 reference on the same inputs and logits.
-    pub(super) nmse: Option<f64>,
-    pub(super) bound: Option<f64>,
-    pub(super) worst_token: Option<Worst>,
+    pub(crate) nmse: Option<f64>,
+    pub(crate) bound: Option<f64>,
+    pub(crate) worst_token: Option<Worst>,
     /// The expert that has the largest part in the errors of its tokens.
-    pub(super) worst_expert: Option<Worst>,
-    pub(super) router_logits_nmse: Option<f64>,
-    pub(super) ids_equal: Option<bool>,
-    pub(super) weights_max_difference: Option<f64>,
-    pub(super) speed: Vec<Speed>,
+    pub(crate) worst_expert: Option<Worst>,
+    /// What each expert has in the errors of its tokens; `None` for those without tokens.
+    pub(crate) expert_nmse: Vec<Option<f64>>,
+    pub(crate) router_logits_nmse: Option<f64>,
+    pub(crate) ids_equal: Option<bool>,
+    pub(crate) weights_max_difference: Option<f64>,
+    pub(crate) speed: Vec<Speed>,
     /// Slots that went to each expert, for the tokens of the comparison.
-    pub(super) load: Vec<usize>,
-    pub(super) recorded: Vec<Comparison>,
+    pub(crate) load: Vec<usize>,
+    pub(crate) recorded: Vec<Comparison>,
     /// Of the output, against the same layer of another checkpoint, on the same hidden states.
-    pub(super) original_nmse: Option<f64>,
+    pub(crate) original_nmse: Option<f64>,
     /// The expert that has the largest part in that.
-    pub(super) original_worst_expert: Option<Worst>,
+    pub(crate) original_worst_expert: Option<Worst>,
+    /// What each expert has in it; `None` for those without tokens.
+    pub(crate) original_expert_nmse: Vec<Option<f64>>,
 }
 
 /// The time of one batch size.
 #[derive(Serialize)]
 pub(crate) struct Speed {
-    pub(super) tokens: usize,
-    pub(super) median_s: f64,
-    pub(super) min_s: f64,
-    pub(super) max_s: f64,
-    pub(super) runs: usize,
-    pub(super) bytes_weights_read: usize,
-    pub(super) flops: f64,
-    pub(super) gbps: f64,
-    pub(super) gflops: f64,
+    pub(crate) tokens: usize,
+    pub(crate) median_s: f64,
+    pub(crate) min_s: f64,
+    pub(crate) max_s: f64,
+    pub(crate) runs: usize,
+    pub(crate) bytes_weights_read: usize,
+    pub(crate) flops: f64,
+    pub(crate) gbps: f64,
+    pub(crate) gflops: f64,
     /// The least time that the machine needs for these bytes and operations, over the median.
-    pub(super) limit_share: f64,
+    pub(crate) limit_share: f64,
     /// Payload that ranks sent to other ranks, over all ranks, where there are several.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) bytes_moved_per_token: Option<f64>,
+    pub(crate) bytes_moved_per_token: Option<f64>,
 }
 
 /// Everything that checking a layer needs.
@@ -241,7 +245,9 @@ impl Checker<'_> {
         for theirs in theirs {
             let errors = Errors::of(spec.dims.hidden, &ours.output, &theirs.output);
             check.original_nmse = Some(errors.nmse());
-            check.original_worst_expert = errors.worst_expert(&ours.routing, spec.router.experts);
+            let parts = errors.by_expert(&ours.routing, spec.router.experts);
+            check.original_worst_expert = parts.worst();
+            check.original_expert_nmse = parts.nmse();
         }
         Ok(())
     }
@@ -430,7 +436,9 @@ impl Checker<'_> {
         check.nmse = Some(total);
         check.bound = Some(bound);
         check.worst_token = errors.worst_token();
-        check.worst_expert = errors.worst_expert(&result.routing, spec.router.experts);
+        let parts = errors.by_expert(&result.routing, spec.router.experts);
+        check.worst_expert = parts.worst();
+        check.expert_nmse = parts.nmse();
         if !within(total, bound) {
             let place = match (check.worst_token, check.worst_expert) {
                 (Some(token), Some(expert)) => {

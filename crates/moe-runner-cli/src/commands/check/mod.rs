@@ -25,33 +25,64 @@ use crate::measure::MachineLimits;
 use crate::report::findings::{self, FindingJson};
 use crate::report::progress::Progress;
 use crate::report::{Report, say};
-use layer::LayerCheck;
+pub(super) use compare::Worst;
+pub(super) use layer::LayerCheck;
 use recorded::Recorded;
 
 #[derive(Serialize)]
-struct CheckJson {
-    ok: bool,
-    verdict: String,
-    checkpoint: String,
-    architecture: String,
+pub(super) struct CheckJson {
+    pub(super) ok: bool,
+    pub(super) verdict: String,
+    pub(super) checkpoint: String,
+    pub(super) architecture: String,
     /// The ranks, where there are several.
     #[serde(skip_serializing_if = "Option::is_none")]
     split: Option<Sizes>,
     /// `None` with `--no-timing`.
-    machine: Option<MachineLimits>,
+    pub(super) machine: Option<MachineLimits>,
     /// Layers that were to be checked and are not, where the run was interrupted.
     #[serde(skip_serializing_if = "Option::is_none")]
     unchecked: Option<usize>,
     /// What the doctor found in files.
-    findings: Vec<FindingJson>,
-    layers: Vec<LayerCheck>,
+    pub(super) findings: Vec<FindingJson>,
+    pub(super) layers: Vec<LayerCheck>,
     /// The acid test of this program's kernels, where no checkpoint was named.
     #[serde(skip_serializing_if = "Option::is_none")]
     acid: Option<Vec<acid::Line>>,
 }
 
+/// What is told while the layers are checked, and when that is interrupted.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Tell {
+    /// Each layer as it is done, for people.
+    Layers,
+    /// Nothing before the end, and then an object for programs.
+    Object,
+    /// Nothing: another command asks.
+    Nothing,
+}
+
 /// Runs the command.
 pub(crate) fn run(args: &CheckArgs, common: &Common, json: bool) -> Result<Report> {
+    let tell = if json { Tell::Object } else { Tell::Layers };
+    let Checked { ok, reports, known } = check(args, common, tell)?;
+    if !reports {
+        return Ok(Report::silent(ok));
+    }
+    let known = held(&known);
+    Report::new(ok, text::closing(&known), &*known)
+}
+
+/// What checking found.
+pub(super) struct Checked {
+    ok: bool,
+    /// Whether this process tells of it, and no other one.
+    reports: bool,
+    pub(super) known: Arc<Mutex<CheckJson>>,
+}
+
+/// Checks the layers.
+pub(super) fn check(args: &CheckArgs, common: &Common, tell: Tell) -> Result<Checked> {
     if args.tokens == 0 {
         return Err(unusable("--tokens 0: there is nothing to compare; give at least 1"));
     }
@@ -84,8 +115,8 @@ pub(crate) fn run(args: &CheckArgs, common: &Common, json: bool) -> Result<Repor
         layers: Vec::with_capacity(entries.len()),
         acid: None,
     }));
-    if ranks.reports() {
-        let (known, chosen) = (known.clone(), entries.len());
+    if ranks.reports() && tell != Tell::Nothing {
+        let (known, chosen, json) = (known.clone(), entries.len(), tell == Tell::Object);
         interrupt::last_words(move || tell_what_is_known(&known, chosen, json));
     }
     let single = args.layers.is_single();
@@ -115,8 +146,8 @@ pub(crate) fn run(args: &CheckArgs, common: &Common, json: bool) -> Result<Repor
         true => None,
         false => Some(ranks.measure(&common.pool, common.gpu_in_use())?),
     };
-    held(&known).machine = machine;
-    let shows = ranks.reports() && !json;
+    held(&known).machine = machine.clone();
+    let shows = ranks.reports() && tell == Tell::Layers;
     let live = text::Live::new(entries.len());
     if shows {
         let text = live.opening(&held(&known));
@@ -153,15 +184,15 @@ pub(crate) fn run(args: &CheckArgs, common: &Common, json: bool) -> Result<Repor
         false => None,
     };
     drop(progress);
-    let mut known = held(&known);
-    let checks = &known.layers;
+    let mut so_far = held(&known);
+    let checks = &so_far.layers;
     if let Some(recorded) = &recorded
         && checks.iter().all(|check| !check.inputs.starts_with("recorded"))
         && checks.iter().all(|check| check.recorded.is_empty() && check.problems.is_empty())
     {
         return Err(recorded.no_layer());
     }
-    let unsound = known.findings.iter().filter(|finding| finding.counts(args.strict));
+    let unsound = so_far.findings.iter().filter(|finding| finding.counts(args.strict));
     let unsound: Vec<&str> = unsound.map(|finding| finding.message.as_str()).collect();
     let passed = acid.iter().flatten().all(|line| line.ok);
     let ok = passed && checks.iter().all(|check| check.ok) && unsound.is_empty();
@@ -169,11 +200,9 @@ pub(crate) fn run(args: &CheckArgs, common: &Common, json: bool) -> Result<Repor
         true => text::verdict(checks, &unsound),
         false => text::failed_acid(acid.iter().flatten()),
     };
-    if !ranks.reports() {
-        return Ok(Report::silent(ok));
-    }
-    (known.ok, known.verdict, known.acid) = (ok, verdict, acid);
-    Report::new(ok, text::closing(&known), &*known)
+    (so_far.ok, so_far.verdict, so_far.acid) = (ok, verdict, acid);
+    drop(so_far);
+    Ok(Checked { ok, reports: ranks.reports(), known })
 }
 
 /// The run is interrupted: what is known by now.
@@ -190,7 +219,7 @@ fn tell_what_is_known(known: &Mutex<CheckJson>, chosen: usize, json: bool) {
 }
 
 /// What is behind the lock; a panic elsewhere has been reported, and what is known stays known.
-fn held(known: &Mutex<CheckJson>) -> MutexGuard<'_, CheckJson> {
+pub(super) fn held(known: &Mutex<CheckJson>) -> MutexGuard<'_, CheckJson> {
     known.lock().unwrap_or_else(PoisonError::into_inner)
 }
 

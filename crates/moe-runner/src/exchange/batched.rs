@@ -202,3 +202,19 @@ impl Exchange for BatchedExchange {
         self.inner.finish_combine(lane, rows, inner, out, pool)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As many rows as fit are dealt to each expert's own places; one more is an error.
+    #[test]
+    fn a_full_expert_takes_no_further_row() {
+        let ids = [1, 0, 1, NO_EXPERT.0].map(LocalId);
+        let mut lane = Lane::default();
+        lane.deal(&ids, 2, Some(2)).unwrap();
+        assert_eq!(lane.batched, [2, 0, 3, NO_PLACE]);
+        assert_eq!(lane.sources, [1, NO_PLACE, 0, 2]);
+        assert!(lane.deal(&ids, 2, Some(1)).is_err());
+    }
+}

@@ -124,3 +124,22 @@ fn read_f32(bytes: &[u8], values: &mut [f32]) {
         *to = f32::from_le_bytes(*bytes);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A row that a transform has made holds more than 16 bits, and all of them arrive.
+    #[test]
+    fn transformed_rows_keep_all_their_bits() {
+        let sent = [1.0 + f32::EPSILON, -3.0e-30, 7.0e30];
+        for dtype in [ActivationDtype::Bf16, ActivationDtype::F16] {
+            let wire = Wire::exact(dtype, true);
+            let mut row = vec![0; wire.row_bytes(1, sent.len())];
+            wire.write(&mut row, [LocalId(5)].into_iter(), &[0.5], &sent);
+            let (mut ids, mut weights, mut values) = ([LocalId(0)], [0.0], [0.0; 3]);
+            wire.read(&row, &mut ids, &mut weights, &mut values);
+            assert_eq!((ids, weights, values), ([LocalId(5)], [0.5], sent), "{dtype:?}");
+        }
+    }
+}

@@ -173,7 +173,7 @@ fn spoiled_configs() {
 
 #[test]
 fn spoiled_gguf_files() {
-    let bytes = std::fs::read(case("gguf_qwen3moe_f32").join("model.gguf")).unwrap();
+    let bytes = std::fs::read(case("gguf_qwen3moe_bf16").join("model.gguf")).unwrap();
     let folder = TempDir::new().unwrap();
     let path = folder.path().join("model.gguf");
     let mut absurd = bytes.clone();
@@ -413,7 +413,7 @@ fn a_checkpoint_that_is_not_there() {
     std::fs::copy(&config, models.path().join("tiny/config.json")).unwrap();
     let stderr = refused(1, ["inspect".as_ref(), models.path().as_os_str()]);
     assert!(stderr.contains("; a folder in it, 'tiny', has a config.json: name that"), "{stderr}");
-    let gguf = case("gguf_qwen3moe_f32");
+    let gguf = case("gguf_qwen3moe_bf16");
     let stderr = refused(1, ["inspect".as_ref(), gguf.as_os_str()]);
     assert!(stderr.contains("no config.json") && stderr.contains("'model.gguf'"), "{stderr}");
 }

@@ -23,7 +23,7 @@ impl MoeRunner {
     /// All ranks call this together.
     ///
     /// # Errors
-    /// [`Error::Spec`](crate::Error::Spec) where the layer cannot be cut so; [`Error::Input`](crate::Error::Input) where the options
+    /// [`Error::Spec`] where the layer cannot be cut so; [`Error::Input`] where the options
     /// contradict each other; and as [`LoadedLayer::ready`].
     pub fn on_rank(
         layer: &LoadedLayer,

@@ -156,7 +156,7 @@ enum Sm90 {
 /// The compute capability, times ten, of the `index`-th NVIDIA GPU of this machine.
 ///
 /// # Errors
-/// [`Error::Device`]: no driver, one that is too old, no such GPU, or one that is too old; or a build
+/// [`Error::Device`](crate::Error::Device): no driver, one that is too old, no such GPU, or one that is too old; or a build
 /// without the feature `cuda`.
 pub fn capability(index: usize) -> Result<u32> {
     #[cfg(feature = "cuda")]

@@ -80,6 +80,8 @@ pub(crate) fn write<'a>(w: &Packed, rows: Rows<'_>, into: &'a mut [u8]) -> Opera
     let data = &mut data[..len];
     for (i, to) in data.chunks_exact_mut(shape.stride()).enumerate() {
         let (elements, sums) = to.split_at_mut(shape.elements);
+        // what follows them is padding
+        let sums = &mut sums[..shape.sums];
         match shape.kind {
             OperandKind::F32 => {
                 w.order().apply(rows.row(i), elements);

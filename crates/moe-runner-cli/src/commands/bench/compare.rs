@@ -1,38 +1,12 @@
 //! A measurement beside an earlier one.
 
-use std::path::Path;
-
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
-use super::{BenchJson, Row};
+use super::{BenchJson, LimitsJson, Row};
 use crate::failure::{one_line, unusable};
 use crate::report::table::Columns;
 use crate::report::units;
-
-/// What `bench --json` wrote, as far as it is compared.
-#[derive(Deserialize)]
-pub(super) struct Earlier {
-    layer: String,
-    kernel: String,
-    format: String,
-    dtype: String,
-    limits: Limits,
-    rows: Vec<EarlierRow>,
-}
-
-#[derive(Deserialize)]
-struct Limits {
-    read_gbps: f64,
-    threads: usize,
-}
-
-#[derive(Deserialize)]
-struct EarlierRow {
-    tokens: usize,
-    median_s: f64,
-    quartiles_s: [f64; 2],
-}
 
 /// Then and now.
 #[derive(Serialize, Deserialize)]
@@ -58,36 +32,21 @@ struct Compared {
     beyond_noise: bool,
 }
 
-impl Earlier {
-    /// Reads a file that `bench --json` wrote.
-    ///
-    /// # Errors
-    /// If it is none.
-    pub(super) fn read(path: &Path) -> Result<Self> {
-        let bad = |what: String| {
-            unusable(format!(
-                "--compare {}: {what}; it must be what `moe-runner bench --json` wrote",
-                path.display()
-            ))
-        };
-        let text = std::fs::read(path).map_err(|error| bad(error.to_string()))?;
-        serde_json::from_slice(&text).map_err(|error| bad(error.to_string()))
-    }
-
-    /// Beside `now`.
+impl Comparison {
+    /// Of `then`, which an earlier run wrote, and `now`.
     ///
     /// # Errors
     /// If it was another layer, or no row has the same tokens.
-    pub(super) fn beside(self, now: &BenchJson) -> Result<Comparison> {
-        if self.layer != now.layer {
+    pub(super) fn of(then: BenchJson, now: &BenchJson) -> Result<Self> {
+        if then.layer != now.layer {
             return Err(unusable(format!(
                 "--compare: that was another layer, '{}'; this one is '{}'",
-                one_line(&self.layer),
+                one_line(&then.layer),
                 one_line(&now.layer)
             )));
         }
         let with = |row: &Row| {
-            self.rows.iter().find(|then| then.tokens == row.tokens).map(|then| compared(then, row))
+            then.rows.iter().find(|then| then.tokens == row.tokens).map(|then| compared(then, row))
         };
         let rows: Vec<Compared> = now.rows.iter().filter_map(with).collect();
         if rows.is_empty() {
@@ -95,24 +54,11 @@ impl Earlier {
                 "--compare: that has other numbers of tokens; give the same --tokens",
             ));
         }
-        let Self { kernel, format, dtype, limits: Limits { read_gbps, threads }, .. } = self;
-        Ok(Comparison { kernel, format, dtype, threads, read_gbps, rows })
+        let BenchJson { kernel, format, dtype, limits, .. } = then;
+        let LimitsJson { read_gbps, threads, .. } = limits;
+        Ok(Self { kernel, format, dtype, threads, read_gbps, rows })
     }
-}
 
-fn compared(then: &EarlierRow, now: &Row) -> Compared {
-    let [fast, slow] = now.quartiles_s;
-    let speed_range = [then.quartiles_s[0] / slow, then.quartiles_s[1] / fast];
-    Compared {
-        tokens: now.tokens,
-        median_s: then.median_s,
-        speed: then.median_s / now.median_s,
-        speed_range,
-        beyond_noise: speed_range[0] > 1.0 || speed_range[1] < 1.0,
-    }
-}
-
-impl Comparison {
     /// The rows for a person, `now_gbps` being the memory's rate now.
     pub(super) fn text(&self, now_gbps: f64) -> String {
         let mut table = Columns::new(&[">tokens", ">then", ">speed", ">quartiles", "difference"]);
@@ -140,20 +86,32 @@ impl Comparison {
     }
 }
 
+fn compared(then: &Row, now: &Row) -> Compared {
+    let [fast, slow] = now.quartiles_s;
+    let speed_range = [then.quartiles_s[0] / slow, then.quartiles_s[1] / fast];
+    Compared {
+        tokens: now.tokens,
+        median_s: then.median_s,
+        speed: then.median_s / now.median_s,
+        speed_range,
+        beyond_noise: speed_range[0] > 1.0 || speed_range[1] < 1.0,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn a_difference_is_one_only_where_quartiles_are_apart() {
-        let then = EarlierRow { tokens: 4, median_s: 2.0, quartiles_s: [1.8, 2.4] };
-        let now =
+        let row =
             |median_s, quartiles_s| Row { tokens: 4, median_s, quartiles_s, ..Row::default() };
-        let faster = compared(&then, &now(1.0, [0.9, 1.2]));
+        let then = row(2.0, [1.8, 2.4]);
+        let faster = compared(&then, &row(1.0, [0.9, 1.2]));
         assert_eq!((faster.speed, faster.speed_range), (2.0, [1.8 / 1.2, 2.4 / 0.9]));
         assert!(faster.beyond_noise);
-        assert!(!compared(&then, &now(1.9, [1.7, 2.1])).beyond_noise);
-        let slower = compared(&then, &now(4.0, [3.0, 5.0]));
+        assert!(!compared(&then, &row(1.9, [1.7, 2.1])).beyond_noise);
+        let slower = compared(&then, &row(4.0, [3.0, 5.0]));
         assert!(slower.beyond_noise && slower.speed == 0.5);
     }
 }

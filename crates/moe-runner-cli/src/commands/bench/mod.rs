@@ -29,7 +29,7 @@ use crate::report::units::{self, plural};
 use crate::splitting::{self, Ranks};
 use crate::times::times;
 use crate::{formats, memory, presets};
-use compare::{Comparison, Earlier};
+use compare::Comparison;
 
 /// Distinct weights of a preset that are touched in turn, at least: far more than caches hold.
 const DISTINCT_BYTES: usize = 1 << 30;
@@ -123,7 +123,8 @@ pub(crate) fn run(args: &BenchArgs, common: &Common) -> Result<Report> {
     if let Some(bad) = args.tokens.iter().find(|tokens| !(1..=MAX_TOKENS).contains(*tokens)) {
         return Err(unusable(format!("--tokens {bad}: must be 1 to {MAX_TOKENS}")));
     }
-    let earlier = args.compare.as_deref().map(Earlier::read).transpose()?;
+    let earlier = args.compare.as_deref().map(BenchJson::read).transpose();
+    let earlier = earlier.map_err(|error| unusable(format!("--compare {error:#}")))?;
     let parallel = args.splitting.parallel()?;
     let ranks = args.splitting.ranks(common.gpu)?;
     let progress = Progress::new(args.tokens.len() + 2);
@@ -183,7 +184,7 @@ pub(crate) fn run(args: &BenchArgs, common: &Common) -> Result<Report> {
         rows,
         compared: None,
     };
-    json.compared = earlier.map(|earlier| earlier.beside(&json)).transpose()?;
+    json.compared = earlier.map(|then| Comparison::of(then, &json)).transpose()?;
     Report::new(true, text(&json, &why, &machine), &json)
 }
 

@@ -38,6 +38,27 @@ pub struct RouterOptions {
     pub scale: f32,
 }
 
+impl RouterOptions {
+    /// Plain softmax routing: where other rules begin.
+    pub const fn softmax(experts: usize, top_k: usize, renormalise: Renormalise) -> Self {
+        Self {
+            experts,
+            idle: 0,
+            shared: 0,
+            top_k,
+            logit_multiplier: 1.0,
+            soft_cap: None,
+            score: Score::Softmax,
+            correction: Correction::None,
+            groups: None,
+            selection: Selection::TopK,
+            weight_from: WeightFrom::Score,
+            renormalise,
+            scale: 1.0,
+        }
+    }
+}
+
 /// From logits to scores.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Score {
@@ -206,21 +227,7 @@ impl RawRouter {
 
     /// Softmax over all experts, renormalised: the commonest rules.
     pub(crate) fn plain() -> Self {
-        let options = RouterOptions {
-            experts: 128,
-            idle: 0,
-            shared: 0,
-            top_k: 8,
-            logit_multiplier: 1.0,
-            soft_cap: None,
-            score: Score::Softmax,
-            correction: Correction::None,
-            groups: None,
-            selection: Selection::TopK,
-            weight_from: WeightFrom::Score,
-            renormalise: Renormalise::Sum(0.0),
-            scale: 1.0,
-        };
+        let options = RouterOptions::softmax(128, 8, Renormalise::Sum(0.0));
         raw(&options, &RouterTensors::default(), 128, 128)
     }
 }

@@ -7,7 +7,7 @@ use common::experts::{Experts, Format, batch, plain, scaled};
 use common::{Numbers, Setup, bf16, from_bf16, nmse, setup};
 use moe_cuda::router::{
     Correction, Groups, Renormalise, Router, RouterOptions, RouterTensors, RoutingMut, Score,
-    Selection, WeightFrom,
+    WeightFrom,
 };
 use moe_cuda::weights::{Activation, Element, ScaleType};
 use moe_cuda::{
@@ -212,21 +212,7 @@ fn few_tokens_quantise_rows_as_fp8_checkpoints_do() {
 fn a_gate_in_front_gives_the_bits_of_the_verbs() {
     let Some(s) = setup() else { return };
     let mut n = Numbers(36);
-    let plain = RouterOptions {
-        experts: 9,
-        idle: 0,
-        shared: 0,
-        top_k: 3,
-        logit_multiplier: 1.0,
-        soft_cap: None,
-        score: Score::Softmax,
-        correction: Correction::None,
-        groups: None,
-        selection: Selection::TopK,
-        weight_from: WeightFrom::Score,
-        renormalise: Renormalise::Sum(0.0),
-        scale: 1.0,
-    };
+    let plain = RouterOptions::softmax(9, 3, Renormalise::Sum(0.0));
     let groups = Some(Groups { count: 4, keep: 2, top_two_sum: true, fill_zero: false });
     let (score, correction) = (Score::Sigmoid, Correction::OnScore);
     let deepseek =

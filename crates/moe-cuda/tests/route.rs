@@ -20,21 +20,7 @@ struct Case {
 }
 
 fn plain(experts: usize, top_k: usize) -> RouterOptions {
-    RouterOptions {
-        experts,
-        idle: 0,
-        shared: 0,
-        top_k,
-        logit_multiplier: 1.0,
-        soft_cap: None,
-        score: Score::Softmax,
-        correction: Correction::None,
-        groups: None,
-        selection: Selection::TopK,
-        weight_from: WeightFrom::Score,
-        renormalise: Renormalise::None,
-        scale: 1.0,
-    }
+    RouterOptions::softmax(experts, top_k, Renormalise::None)
 }
 
 fn cases(n: &mut Numbers) -> Vec<Case> {

@@ -79,17 +79,6 @@ struct Gate {
 };
 #endif
 
-__device__ __forceinline__ u32 and_or(u32 a, u32 mask, u32 c) {
-  u32 r;
-  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(r) : "r"(a), "r"(mask), "r"(c));
-  return r;
-}
-__device__ __forceinline__ u32 times_bf16x2(u32 a, u32 b) {
-  u32 r;
-  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
-  return r;
-}
-
 // Lane 4g + t reads row(g) of 8. In the tensor maps' layout, rows g and g ^ 4 of a pair lie in different
 // banks, rows g and g ^ 1 do not.
 __device__ __forceinline__ u32 row_of(u32 g) { return NATURAL ? (g & 1) << 2 | g >> 1 : g; }

@@ -36,16 +36,6 @@ struct Many4 {
 // 16 j + 8 half + 2 t + i.
 __device__ __forceinline__ u32 position(u32 c) { return (c & ~31u) | (c & 4) << 2 | (c & 2) << 2 | (c & 24) >> 2 | (c & 1); }
 
-__device__ __forceinline__ u32 and_or(u32 a, u32 mask, u32 c) {
-  u32 r;
-  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(r) : "r"(a), "r"(mask), "r"(c));
-  return r;
-}
-__device__ __forceinline__ u32 times_bf16x2(u32 a, u32 b) {
-  u32 r;
-  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
-  return r;
-}
 __device__ __forceinline__ u32 less_136(u32 a) {
   u32 r;
   asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(0x3F803F80u), "r"(0xC308C308u));

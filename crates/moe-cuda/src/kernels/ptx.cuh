@@ -130,3 +130,16 @@ __device__ __forceinline__ u32 to_e4m3x4(const float (&v)[4], float scale) {
   asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(high) : "f"(__fdiv_rn(v[3], scale)), "f"(__fdiv_rn(v[2], scale)));
   return low | (u32)high << 16;
 }
+
+// ---- codes of four bits in pairs ----------------------------------------------------------------
+// a & mask | c
+__device__ __forceinline__ u32 and_or(u32 a, u32 mask, u32 c) {
+  u32 r;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(r) : "r"(a), "r"(mask), "r"(c));
+  return r;
+}
+__device__ __forceinline__ u32 times_bf16x2(u32 a, u32 b) {
+  u32 r;
+  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}

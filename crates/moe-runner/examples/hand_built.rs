@@ -4,8 +4,8 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use moe_kernels::pool::{ThreadPool, Work, Worker};
 use moe_runner::hidden::{ActivationDtype, Rows, RowsMut};
+use moe_runner::pool::{ThreadPool, Work, Worker};
 use moe_runner::runner::{ForwardInput, MoeRunner, MoeRunnerInterface, Options};
 use moe_runner::spec::{
     Activation, Dims, ExpertSpec, GateSpec, LayerSpec, OutputSpec, RoutedScale, RouterSpec,

@@ -39,6 +39,9 @@ pub mod runner;
 
 pub mod doctor;
 
+/// The threads that layers run on, and the trait that pools of others implement.
+pub use moe_kernels::pool;
+
 pub use error::{Error, Result};
 #[doc(inline)]
 pub use prelude::*;
@@ -57,7 +60,7 @@ pub mod prelude {
         FinishedRouting, ForwardInput, ForwardOutput, MoeRunner, MoeRunnerInterface, NonFinite,
         Options, ReadyLayer, Report, RoutedExperts, Workspaces,
     };
-    pub use moe_kernels::pool::{Pool, ThreadPool};
+    pub use crate::pool::{Pool, ThreadPool};
     // on many ranks
     pub use crate::comm::{Communicator, Groups, Sizes, run_ranks};
     pub use crate::parallel::Parallel;

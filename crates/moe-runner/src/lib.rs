@@ -56,11 +56,11 @@ pub mod prelude {
     // to a layer that runs
     pub use crate::hidden::{ActivationDtype, Rows, RowsMut};
     pub use crate::oracle::{Choice, Machine};
+    pub use crate::pool::{Pool, ThreadPool};
     pub use crate::runner::{
         FinishedRouting, ForwardInput, ForwardOutput, MoeRunner, MoeRunnerInterface, NonFinite,
         Options, ReadyLayer, Report, RoutedExperts, Workspaces,
     };
-    pub use crate::pool::{Pool, ThreadPool};
     // on many ranks
     pub use crate::comm::{Communicator, Groups, Sizes, run_ranks};
     pub use crate::parallel::Parallel;

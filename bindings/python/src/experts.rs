@@ -1,6 +1,7 @@
 //! `Experts`: routed experts without a router.
 
 use std::sync::Mutex;
+use std::time::Instant;
 
 use moe_foreign::{Function, activation, gate_up};
 use moe_runner::hidden::ActivationDtype;
@@ -200,6 +201,34 @@ impl Experts {
         py.detach(|| experts.forward(rows, ids, weights, output)).or_raise(py)?;
         drop(state);
         Ok(out)
+    }
+
+    /// Seconds that `calls` passes take where Rust makes them: what else a call of `forward` takes is
+    /// Python's part. For measuring.
+    fn _seconds(
+        &self,
+        hidden: &Bound<'_, PyAny>,
+        ids: &Bound<'_, PyAny>,
+        weights: &Bound<'_, PyAny>,
+        out: &Bound<'_, PyAny>,
+        calls: usize,
+    ) -> PyResult<f64> {
+        let py = hidden.py();
+        let x = Tensor::borrow("hidden", hidden)?;
+        let ids = Tensor::borrow("ids", ids)?;
+        let weights = Tensor::borrow("weights", weights)?;
+        let mut y = Tensor::borrow("out", out)?;
+        check_routing(&ids, &weights, check_rows(&x, &y, self.facts.hidden)?)?;
+        let rows = x.rows(self.facts.dtype)?;
+        let mut state = self.state.lock_py_attached(py).map_err(|_| poisoned(py))?;
+        let State { experts, ids: id_buffer, weights: weight_buffer } = &mut *state;
+        let (ids, weights) = (ids.ids(id_buffer)?, weights.floats(weight_buffer)?);
+        let begun = Instant::now();
+        for _ in 0..calls {
+            let output = y.rows_mut(self.facts.dtype)?;
+            experts.forward(rows, ids, weights, output).or_raise(py)?;
+        }
+        Ok(begun.elapsed().as_secs_f64())
     }
 
     /// Which kernel runs the experts, why, and why no other.

@@ -1,7 +1,7 @@
 """Where the recorded cases are. The tests run on the installed package, from outside the source tree:
 
     pip install WHEEL pytest numpy torch transformers
-    pytest bindings/python/tests --import-mode=importlib
+    pytest bindings/python/tests
 """
 
 import os

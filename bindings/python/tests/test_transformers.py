@@ -2,7 +2,6 @@
 
 import copy
 import json
-import math
 
 import numpy as np
 import pytest
@@ -12,10 +11,11 @@ pytest.importorskip("transformers")
 
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, logging
 
+import decoded
 import families
 import moe_runner
 import moe_runner.transformers as moe
-from recorded import nmse, tensors, widen
+from recorded import nmse
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
@@ -81,19 +81,6 @@ def test_a_language_model_says_what_it_said(tiny_moe, recorded, alone, way):
     assert "moe-runner runs 4 MoE modules" in str(report)
 
 
-def test_perplexity_is_as_recorded(tiny_moe, recorded):
-    model, report = by_load(tiny_moe)
-    domain = recorded["domains"]["spanish"]
-    losses = []
-    for passage in domain["passages"]:
-        ids = torch.tensor([passage])
-        with torch.no_grad():
-            out = model(ids).logits[0, :-1].double()
-        losses.append(torch.nn.functional.cross_entropy(out, ids[0, 1:]).item())
-    assert math.isclose(sum(losses) / len(losses), domain["loss_f32"], rel_tol=1e-5)
-    assert report.calls == 4 * len(losses)
-
-
 def test_the_setting_takes_experts_at_their_first_pass(tiny_moe, alone):
     model = AutoModelForCausalLM.from_pretrained(
         tiny_moe, dtype=torch.float32, experts_implementation="moe_runner"
@@ -134,40 +121,10 @@ def test_four_bits_stay_four_bits(tiny_moe, tmp_path):
     ratio = sum(p.numel() * 2 for n, p in whole.named_parameters() if "experts" in n)
     ratio /= sum(taken.nbytes for taken in report.modules)
     assert 3.4 < ratio < 3.7
-    stored = tensors_of(path)
-
-    def decoded(name):
-        packed = stored[name + ".weight_packed"]
-        codes = (packed[..., None] >> (4 * np.arange(8)) & 15).reshape(packed.shape[0], -1)
-        scale = np.repeat(widen(stored[name + ".weight_scale"]), 32, axis=1)
-        return torch.from_numpy((codes.astype(np.float32) - 8) * scale)
-
-    with torch.no_grad():
-        for n, layer in enumerate(whole.model.layers):
-            for e in range(16):
-                prefix = f"model.layers.{n}.mlp.experts.{e}."
-                both = [decoded(prefix + part) for part in ("gate_proj", "up_proj")]
-                layer.mlp.experts.gate_up_proj[e] = torch.cat(both)
-                layer.mlp.experts.down_proj[e] = decoded(prefix + "down_proj")
+    decoded.fill(whole, path)
     ids = torch.tensor([list(range(20, 60))])
     assert nmse(logits(model, ids), logits(whole, ids)) < 1e-10
     assert greedy(model, ids, 16) == greedy(whole, ids, 16)
-
-
-def tensors_of(folder):
-    found = {}
-    for path in folder.glob("*.safetensors"):
-        from safetensors import safe_open
-
-        with safe_open(path, "pt") as file:
-            for name in file.keys():
-                tensor = file.get_tensor(name)
-                if tensor.dtype == torch.bfloat16:
-                    tensor = tensor.view(torch.uint16)
-                found[name] = tensor.numpy()
-                if found[name].dtype == np.int32:
-                    found[name] = found[name].view(np.uint32)
-    return found
 
 
 @pytest.mark.parametrize("family", families.names())

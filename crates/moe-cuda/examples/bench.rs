@@ -3,16 +3,19 @@
 //! ```console
 //! $ cargo run --release -p moe-cuda --example bench -- few qwen3 int4 1 4 16
 //! $ cargo run --release -p moe-cuda --example bench -- many mixtral bf16 1024 4096
+//! $ cargo run --release -p moe-cuda --example bench -- gated qwen3 int4 1 4
 //! ```
 //!
 //! Routing is given and balanced, weights and rows are random. A time is the median of replays of a
 //! graph that holds several calls with rows and routing of their own (at one token over different
 //! experts), divided by the calls, so that weights come from memory and not from the cache. The error is
-//! ‖y − r‖/‖r‖ against the f32 experts on the same stored weights.
+//! ‖y − r‖/‖r‖ against the f32 experts on the same stored weights. `gated` is `few` behind a gate with random
+//! weights and plain softmax routing, in the same launch.
 
+use moe_cuda::router::{Renormalise, Router, RouterOptions, RouterTensors, RoutingMut};
 use moe_cuda::weights::{Activation, Bytes, Element, ScaleType, Scales, Stored};
 use moe_cuda::{
-    Buffer, Compiler, Event, ExpertWeights, FaultWord, FewBatch, FewExperts, FewShape,
+    Buffer, Compiler, Event, ExpertWeights, FaultWord, FewBatch, FewExperts, FewGate, FewShape,
     FewWorkspace, Float, Gpu, GroupedExperts, Launch, ManyExperts, Modules, Plan, Rows, RowsMut,
     Source, Stream, Verbs,
 };
@@ -243,9 +246,11 @@ impl Bench {
         let slots = most * top_k;
         enum Fast {
             Few(Box<FewExperts>, FewWorkspace),
+            Gated(Box<FewExperts>, FewWorkspace, Box<Router>),
             Many(Box<ManyExperts>, Box<moe_cuda::ManyWorkspace>),
         }
-        let (mut fast, tile, name) = if let Some(shape) = kernel.strip_prefix("few") {
+        let gated = kernel.strip_prefix("gated");
+        let (mut fast, tile, name) = if let Some(shape) = gated.or(kernel.strip_prefix("few")) {
             let few = match shape.strip_prefix('=') {
                 // few=WARPS.RECORDS.STAGES.BLOCKS.SPLIT
                 Some(numbers) => {
@@ -262,27 +267,38 @@ impl Bench {
                 None => FewExperts::new(&self.modules, &self.stream, weights.clone())?,
             };
             let s = few.shape();
+            let name = if gated.is_some() { "gated" } else { "few" };
             let name =
-                format!("few {}.{}.{}.{}.{}", s.warps, s.records, s.stages, s.blocks, s.split);
+                format!("{name} {}.{}.{}.{}.{}", s.warps, s.records, s.stages, s.blocks, s.split);
             let work = few.workspace(&self.stream, slots)?;
-            (Fast::Few(Box::new(few), work), FewExperts::TILE, name)
+            let fast = if gated.is_some() {
+                let options = RouterOptions::softmax(experts, top_k, Renormalise::Sum(0.0));
+                let router = Router::new(&self.modules, options, RouterTensors::default())?;
+                Fast::Gated(Box::new(few.with_gate(&self.modules, &router)?), work, router.into())
+            } else {
+                Fast::Few(Box::new(few), work)
+            };
+            (fast, FewExperts::TILE, name)
         } else {
             let many = ManyExperts::new(&self.modules, &self.stream, weights.clone())?;
             let work = many.workspace(&self.stream, slots)?;
             (Fast::Many(Box::new(many), Box::new(work)), ManyExperts::TILE, "many".to_owned())
         };
         let mut plan = Plan::new(self.gpu(), slots, experts, tile)?;
+        let mut gate = self.buffer::<u8>(2 * experts * hidden)?;
+        self.fill(&mut gate, 0, 1.0)?;
+        let mut logits = self.buffer::<f32>(most * experts)?;
+        let mut none = self.buffer::<f32>(0)?;
         for &tokens in all_tokens {
             let calls = calls(tokens);
-            let (ids, distinct) = routing(tokens * calls, top_k, experts, tokens);
+            let (ids, mut all_distinct) = routing(tokens * calls, top_k, experts, tokens);
             let factors: Vec<f32> = (0..ids.len()).map(|i| 0.05 + (i % 13) as f32 / 50.0).collect();
-            let ids = Buffer::from_slice(&self.stream, &ids, "ids")?;
-            let factors = Buffer::from_slice(&self.stream, &factors, "weights")?;
+            let mut ids = Buffer::from_slice(&self.stream, &ids, "ids")?;
+            let mut factors = Buffer::from_slice(&self.stream, &factors, "weights")?;
             self.stream.fill(out.view_mut(), 0xff)?;
             let slots = tokens * top_k;
             let mut call = |c: usize| -> moe_cuda::Result<()> {
                 let part = c * slots..(c + 1) * slots;
-                let (ids, factors) = (ids.view().part(part.clone()), factors.view().part(part));
                 let at = (c * tokens * hidden * 2) as u64;
                 // SAFETY: both buffers have the rows of all calls.
                 let (x, mut out) = unsafe {
@@ -303,8 +319,25 @@ impl Bench {
                         )?,
                     )
                 };
+                if let Fast::Gated(few, work, router) = &mut fast {
+                    let gate = FewGate {
+                        weight: Rows::of_bytes(gate.view(), Float::Bf16, experts, hidden)?,
+                        bias: None,
+                        router,
+                        logits: logits.view_mut().part(0..tokens * experts),
+                        routing: RoutingMut {
+                            ids: ids.view_mut().part(part.clone()),
+                            weights: factors.view_mut().part(part),
+                            shared_weights: none.view_mut(),
+                        },
+                        fault: &fault,
+                    };
+                    return few.forward_gated(&self.stream, gate, (x, 1.0, &fault), work, &mut out);
+                }
+                let (ids, factors) = (ids.view().part(part.clone()), factors.view().part(part));
                 let batch = FewBatch { x, ids, weights: factors, factor: 1.0, fault: &fault };
                 match &mut fast {
+                    Fast::Gated(..) => Ok(()),
                     Fast::Few(few, work) => {
                         if slots > FewExperts::OWN_PLAN {
                             self.verbs.plan(&self.stream, ids, top_k, &mut plan)?;
@@ -323,6 +356,11 @@ impl Bench {
             // SAFETY: all buffers live until the end of this function.
             let time = self.time(15, || unsafe { self.stream.replay(&graph) })? / calls as f64;
             fault.check(&self.stream)?;
+            if gated.is_some() {
+                let mut chosen = vec![0u32; calls * slots];
+                self.stream.copy_out(ids.view(), &mut chosen)?;
+                all_distinct = distinct(&chosen, slots, experts);
+            }
             let error = if tokens <= 64 {
                 let slots = tokens * top_k;
                 let ids = ids.view().part(0..slots);
@@ -338,7 +376,7 @@ impl Bench {
             } else {
                 String::new()
             };
-            let bytes = distinct / calls as f64 * expert_bytes + 4.0 * (tokens * hidden) as f64;
+            let bytes = all_distinct / calls as f64 * expert_bytes + 4.0 * (tokens * hidden) as f64;
             let flops = 6.0 * (slots * hidden * inner) as f64;
             let peak = if format == "fp8" { 1463e6 } else { 782e6 };
             let floor = (bytes / self.read / 1e3).max(flops / peak);
@@ -347,7 +385,7 @@ impl Bench {
                 time / floor,
                 bytes / time / 1e3,
                 flops / time / 1e6,
-                distinct / calls as f64
+                all_distinct / calls as f64
             );
         }
         Ok(())
@@ -407,13 +445,16 @@ fn routing(rows: usize, top_k: usize, experts: usize, tokens: usize) -> (Vec<u32
         let at = if tokens == 1 { row * top_k % experts } else { 0 };
         ids.extend((0..top_k).map(|j| order[(at + j) % experts]));
     }
-    let distinct: usize = ids
-        .chunks(tokens * top_k)
-        .map(|ids| {
-            let mut seen = vec![false; experts];
-            ids.iter().for_each(|&id| seen[id as usize] = true);
-            seen.iter().filter(|&&s| s).count()
-        })
-        .sum();
-    (ids, distinct as f64)
+    let distinct = distinct(&ids, tokens * top_k, experts);
+    (ids, distinct)
+}
+
+/// The sum over calls of `slots` slots of the experts that each meets.
+fn distinct(ids: &[u32], slots: usize, experts: usize) -> f64 {
+    let of_call = |ids: &[u32]| {
+        let mut seen = vec![false; experts];
+        ids.iter().for_each(|&id| seen[id as usize] = true);
+        seen.iter().filter(|&&s| s).count()
+    };
+    ids.chunks(slots).map(of_call).sum::<usize>() as f64
 }

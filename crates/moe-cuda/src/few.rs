@@ -93,7 +93,7 @@ impl FewShape {
         let (warps, records, stages, blocks): (usize, _, _, _) = match format {
             // Long rows: one large block. Short ones: several, which hide each other's barriers.
             FewFormat::Fp8Block if all < 32 => (4, 1, 3, 3),
-            FewFormat::Bf16 if all < 48 => (4, 1, 3, 2),
+            FewFormat::Bf16 if all < 48 => (4, 1, 3, 3),
             FewFormat::Bf16 | FewFormat::Fp8Block => (8, 1, 3, 1),
             FewFormat::Int4 => (4, 2, 3, 3),
             // Five warps where they share the records evenly and four do not.
@@ -198,15 +198,13 @@ pub struct FewExperts {
 #[derive(Debug)]
 pub struct FewWorkspace {
     slots: usize,
+    /// Rows between the products: bf16, or f32 where whoever reads them quantises them.
     h: Buffer<u16>,
     y: Buffer<f32>,
     counters: Buffer<u32>,
-    /// Of FP8: codes of the tokens' rows with their scales, the rows between the products, and the scales
-    /// of their codes.
+    /// Of FP8: codes of the tokens' rows with their scales.
     rows: Buffer<u16>,
     row_scales: Buffer<f32>,
-    h32: Buffer<f32>,
-    h_scales: Buffer<f32>,
 }
 
 impl FewWorkspace {
@@ -369,25 +367,23 @@ impl FewExperts {
         let (gpu, purpose) = (stream.gpu(), "the rows between the products");
         let (hidden, inner) = (self.weights.hidden(), self.weights.intermediate());
         let codes = if self.format == FewFormat::Fp8Block { slots } else { 0 };
-        // `GROUPS` of few.cu, and a counter for each group of h.
-        let count = Self::MOST_SLOTS + 4 * 32 + codes * inner / 128;
+        // `ROUTED` of few.cu and its line.
+        let count = 32 * (Self::MOST_SLOTS + 4);
         let mut counters = Buffer::new(gpu, count, purpose)?;
         stream.fill(counters.view_mut(), 0)?;
         Ok(FewWorkspace {
             slots,
-            h: Buffer::new(gpu, slots * inner, purpose)?,
+            h: Buffer::new(gpu, (slots + codes) * inner, purpose)?,
             y: Buffer::new(gpu, slots * hidden, purpose)?,
             counters,
             rows: Buffer::new(gpu, codes * hidden, purpose)?,
             row_scales: Buffer::new(gpu, codes * hidden / 128, purpose)?,
-            h32: Buffer::new(gpu, codes * inner, purpose)?,
-            h_scales: Buffer::new(gpu, codes * inner / 128, purpose)?,
         })
     }
 
     /// Bytes of such a workspace, but for a few kilobytes.
     pub fn work_bytes(format: FewFormat, slots: usize, hidden: usize, inner: usize) -> usize {
-        let codes = if format == FewFormat::Fp8Block { 2 * hidden + 4 * inner } else { 0 };
+        let codes = if format == FewFormat::Fp8Block { 2 * (hidden + inner) } else { 0 };
         slots * (2 * inner + 4 * hidden + codes)
     }
 
@@ -538,11 +534,10 @@ impl FewExperts {
         {
             return refuse("rows are bf16, aligned to 16 bytes; outputs bf16 or f32".into());
         }
-        let codes = if self.format == FewFormat::Fp8Block { slots * inner } else { 0 };
-        if work.h.len() < slots * inner
+        let codes = if self.format == FewFormat::Fp8Block { slots } else { 0 };
+        if work.h.len() < (slots + codes) * inner
             || work.y.len() < slots * hidden
-            || work.h32.len() < codes
-            || work.rows.len() * inner < codes * hidden
+            || work.rows.len() < codes * hidden
         {
             return refuse(format!("the workspace is too small for {slots} slots"));
         }
@@ -571,8 +566,6 @@ impl FewExperts {
             h: work.h.view_mut().address(),
             rows: work.rows.view_mut().address(),
             row_scales: work.row_scales.view_mut().address(),
-            h_scales: work.h_scales.view_mut().address(),
-            h32: work.h32.view_mut().address(),
             y: work.y.view_mut().address(),
             out: out.raw.data,
             out_stride: out.raw.stride,
@@ -614,8 +607,6 @@ struct RawFew {
     h: u64,
     rows: u64,
     row_scales: u64,
-    h_scales: u64,
-    h32: u64,
     y: u64,
     out: u64,
     out_stride: u64,

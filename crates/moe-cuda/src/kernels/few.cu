@@ -34,10 +34,40 @@ enum { F_BF16 = 0, F_FP8, F_INT4, F_MXFP4 };
 #define THREADS (WARPS * 32)
 
 #define OWN_PLAN 128  // slots for which blocks make the plan by themselves; at most a block's threads
-// Counters behind those of the entries: units of the second product, blocks that have left, blocks that have done
-// their part before the plan, routed tokens; finished units of each group of h that is to be quantised.
+// Finished units of the first product for each entry; then units of the second product, blocks that have left, blocks
+// that have done their part before the plan, routed tokens.
 // Each in a line of its own: blocks that wait for one are not in the way of those that count another.
-enum { DOWN = MAX_SLOTS, LEFT = DOWN + 32, BEFORE = LEFT + 32, ROUTED = BEFORE + 32, GROUPS = ROUTED + 32 };
+enum { LINE = 32, DOWN = MAX_SLOTS * LINE, LEFT = DOWN + LINE, BEFORE = LEFT + LINE, ROUTED = BEFORE + LINE };
+
+// Where the time goes: with STAMPS defined, launch number STAMPS prints when each block passed each STAMP, in ns.
+#ifdef STAMPS
+extern "C" __device__ int vprintf(const char*, const char*);
+__device__ u32 launches;
+__device__ __forceinline__ u64 now_ns() {
+  u64 t;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t)::"memory");
+  return t;
+}
+#define STAMPS_BEGIN            \
+  __shared__ u64 stamps[12];    \
+  if (tid < 12) stamps[tid] = 0; \
+  __syncthreads();
+#define STAMP(i) do { if (threadIdx.x == 0) stamps[i] = now_ns(); } while (0)
+#define STAMP_FIRST(i) do { if (threadIdx.x == 0 && !stamps[i]) stamps[i] = now_ns(); } while (0)
+#define STAMPS_END                                                      \
+  if (tid == 0 && *(volatile u32*)&launches == STAMPS) {                \
+    u64 v[13] = {p.slots, blockIdx.x};                                  \
+    for (int i = 0; i < 11; i++) v[2 + i] = stamps[i];                  \
+    vprintf("stamps %llu %llu %llu %llu %llu %llu %llu %llu %llu %llu %llu %llu %llu\n", (const char*)v); \
+  }
+#define STAMPS_LAST if (tid == 0) launches++
+#else
+#define STAMPS_BEGIN
+#define STAMP(i)
+#define STAMP_FIRST(i)
+#define STAMPS_END
+#define STAMPS_LAST
+#endif
 
 struct Few {
   const u16* x;  // bf16
@@ -47,14 +77,13 @@ struct Few {
   const u8 *first, *second;                                   // packed streams
   const float *gate_scales, *up_scales, *down_scales;         // FP8: [experts, rows / 128, K / 128]
   const float *gate_bias, *up_bias, *down_bias;               // or null
-  u16* h;    // [slots, inner], bf16
-  u16* rows;                       // FP8: [tokens, hidden], codes of x
-  float *row_scales, *h_scales;    // FP8: [tokens, hidden / 128], [slots, inner / 128]
-  float* h32;                      // FP8: [slots, inner], before it is quantised
+  void* h;             // [slots, inner], bf16; FP8: f32, quantised by those who read it
+  u16* rows;           // FP8: [tokens, hidden], codes of x
+  float* row_scales;   // FP8: [tokens, hidden / 128]
   float* y;  // [slots, hidden]
   void* out;  // bf16, or f32
   u64 out_stride;
-  u32* counters;  // [GROUPS (+ MAX_SLOTS * inner / 128 for FP8)], zero
+  u32* counters;  // [ROUTED + LINE], zero
   u32* fault;
   const u32 *offsets, *order;  // a plan in tiles of 8, for more than OWN_PLAN slots
   const uint2* tiles;
@@ -84,13 +113,23 @@ struct Gate {
 __device__ __forceinline__ u32 row_of(u32 g) { return NATURAL ? (g & 1) << 2 | g >> 1 : g; }
 __device__ __forceinline__ u32 lane_row_of(u32 row) { return NATURAL ? (row & 3) << 1 | row >> 2 : row; }
 
-// What a thread carries along of rows and scales for one stage.
+// What a thread carries along of rows and scales for one stage, as the products take it.
 struct Fragment {
   u32 x[STEPS][8];
 #if FORMAT == 1
-  float scale[RECORDS][2], row_scale[RECORDS][2];
+  float scale[2], row_scale[2];
 #endif
 };
+#if FORMAT == 1
+static_assert(RECORDS == 1, "FP8 has one record a stage");
+// As it is loaded: the second product's rows are floats that are yet to be quantised.
+struct Loaded {
+  u32 x[STEPS][16];
+  float scale[2], row_scale[2];
+};
+#else
+typedef Fragment Loaded;
+#endif
 
 // One record (two tiles of 16 rows x RK columns) times 8 rows. Products are in such an order that one
 // never waits for the one before it.
@@ -227,6 +266,14 @@ struct Entries {
 __device__ __forceinline__ void plan_warp(const Few& p, Entries& e, u32 lane) {
   u32 id = lane < p.slots ? __ldcg(p.ids + lane) : NO_EXPERT;
   bool valid = id < p.experts;
+#if GATE
+  if (p.slots == p.top_k) {  // the router's choices of one token are all different
+    u32 all = __ballot_sync(~0u, valid), entry = __popc(all & ((1u << lane) - 1));
+    if (valid) e.expert[entry] = (u16)id, e.first[entry] = (u16)entry, e.rows[entry] = 1, e.order[entry] = (u16)lane;
+    if (lane == 0) e.count = __popc(all);
+    return;
+  }
+#endif
   u32 same = __match_any_sync(~0u, valid ? id : 0x80000000u | lane), leader = __ffs(same) - 1, rows = __popc(same);
   bool leads = valid && lane == leader;
   u32 tiles = leads ? (rows + 7) / 8 : 0, own = leads ? rows : 0, tile = tiles, row = own;
@@ -350,6 +397,67 @@ __device__ __forceinline__ void wait_for(const u32* counter, u32 n) {
   __syncthreads();
 }
 
+#if FORMAT == 1
+// Four values as codes in the places of two registers of a fragment.
+__device__ __forceinline__ uint2 quantised(const u32* x, float scale, float inverse) {
+  float v[4];
+#pragma unroll
+  for (int c = 0; c < 4; c++) {
+    // the quotient, rounded once
+    float f = __uint_as_float(x[c]), near = __fmul_rn(f, inverse);
+    v[c] = __fmaf_rn(__fmaf_rn(-near, scale, f), inverse, near);
+  }
+  u32 codes = e4m3x4(v), w[2];
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    // a code in the upper byte of each half becomes a bf16 that is too small by 2^120; it is to be too large by 2^100
+    w[half] = __byte_perm(codes, 0, half ? 0x3424 : 0x1404);
+    w[half] = (w[half] & 0x80008000u) | ((w[half] >> 4) & 0x07F007F0u);
+    w[half] = times_bf16x2(times_bf16x2(w[half], 0x7F007F00u), 0x6E006E00u);
+  }
+  return make_uint2(w[0], w[1]);
+}
+// 8 rows x 128 columns of floats, each row by itself, as codes, with the scales of the two rows that this lane has sums of.
+// `one`: all rows are the same, and each lane has four values of it, those of registers 2 g and 2 g + 1.
+__device__ __forceinline__ void quantise(const u32 (&x)[2][16], bool one, Fragment& to, u32 lane) {
+  u32 most = 0;
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    u32 bits = x[0][i] & 0x7fffffffu;
+    most = bits > most ? bits : most;
+  }
+  if (one) {
+    float scale = e4m3_scale_of(__reduce_max_sync(~0u, most));
+    uint2 own = quantised(x[0], scale, __frcp_rn(scale));
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      to.x[i / 4][i % 4 * 2] = __shfl_sync(~0u, own.x, 4 * i + (lane & 3));
+      to.x[i / 4][i % 4 * 2 + 1] = __shfl_sync(~0u, own.y, 4 * i + (lane & 3));
+    }
+    to.row_scale[0] = to.row_scale[1] = scale;
+    return;
+  }
+#pragma unroll
+  for (int i = 4; i < 32; i++) {
+    u32 bits = x[i / 16][i % 16] & 0x7fffffffu;
+    most = bits > most ? bits : most;
+  }
+#pragma unroll
+  for (int d = 1; d < 4; d <<= 1) {
+    u32 other = __shfl_xor_sync(~0u, most, d);
+    most = other > most ? other : most;
+  }
+  float scale = e4m3_scale_of(most), inverse = __frcp_rn(scale);
+#pragma unroll
+  for (int i = 0; i < 8; i++) {
+    uint2 w = quantised(&x[i / 4][i % 4 * 4], scale, inverse);
+    to.x[i / 4][i % 4 * 2] = w.x, to.x[i / 4][i % 4 * 2 + 1] = w.y;
+  }
+#pragma unroll
+  for (int c = 0; c < 2; c++) to.row_scale[c] = __shfl_sync(~0u, scale, 4 * (2 * (lane & 3) + c));
+}
+#endif
+
 // 128 values of a row, four in each lane, as codes and their scale.
 __device__ __forceinline__ void to_codes(const float (&v)[4], u16* to, float* scale_to, u32 lane) {
   float scale = e4m3_scale(v), q[4];
@@ -377,6 +485,7 @@ __device__ __forceinline__ void logit(const Few& p, const Gate& g, u32 t, u32 o,
         u32 k = k0 + 256 * i;
         xs[i] = load_global16_if(row + k, k < p.hidden), ws[i] = load_global16_if(output + k, k < p.hidden);
       }
+      for (u32 k = k0 + 2048; k < k0 + 4096 && k < p.hidden; k += 256) prefetch(output + k);
 #pragma unroll
       for (int i = 0; i < 8; i++) {
         u32 a[4] = {xs[i].x, xs[i].y, xs[i].z, xs[i].w}, b[4] = {ws[i].x, ws[i].y, ws[i].z, ws[i].w};
@@ -417,18 +526,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   Entries& entries = *(Entries*)(barriers + WARPS * STAGES);
   const u32 tid = threadIdx.x, warp = tid >> 5, lane = tid & 31;
   const u32 ring = shared_address(memory) + warp * STAGES * STAGE, full = shared_address(barriers) + 8 * STAGES * warp;
+  STAMPS_BEGIN
+  STAMP(0);
   if (lane == 0) {
     for (int i = 0; i < STAGES; i++) barrier_init(full + 8 * i, 1);
     barrier_init_done();
     if (NATURAL) prefetch_map(&gate), prefetch_map(&up), prefetch_map(&down);
   }
+  const u32 tokens = p.slots / p.top_k;
 #if GATE || FORMAT == 1
   {
-    const u32 tokens = p.slots / p.top_k, all = gridDim.x * WARPS;
+    const u32 all = gridDim.x * WARPS;
 #if GATE
     // a warp has one output of the gate, and some of the rows
-    const u32 outputs = g.weight.rows, together = (tokens * outputs + all - 1) / all;
-    const u32 parts = (tokens + together - 1) / together, logits = outputs * parts;
+    const u32 outputs = g.weight.rows, together = tokens * outputs <= all ? 1 : (tokens * outputs + all - 1) / all;
+    const u32 parts = together == 1 ? tokens : (tokens + together - 1) / together, logits = outputs * parts;
 #else
     const u32 logits = 0;
 #endif
@@ -437,9 +549,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     for (u32 i = warp * gridDim.x + blockIdx.x; i < logits + tokens * groups; i += all) {
 #if GATE
       if (i < logits) {
-        u32 part = i % parts, end = (part + 1) * together < tokens ? (part + 1) * together : tokens;
+        u32 part = parts == 1 ? 0 : i % parts, end = (part + 1) * together < tokens ? (part + 1) * together : tokens;
 #pragma unroll 1
-        for (u32 t = part * together; t < end; t++) logit(p, g, t, i / parts, lane);
+        for (u32 t = part * together; t < end; t++) logit(p, g, t, parts == 1 ? i : i / parts, lane);
       }
 #endif
 #if FORMAT == 1
@@ -454,12 +566,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
       }
 #endif
     }
+    STAMP(1);
     __syncthreads();
     if (tid == 0) add_release(p.counters + BEFORE);
 #if GATE
     // the sums' room is free until the first unit is done
     for (u32 t = blockIdx.x; t < tokens; t += gridDim.x) {
       wait_for(p.counters + BEFORE, gridDim.x);
+      STAMP(2);
       // what is known when the kernel is compiled leaves little code to fetch
       Router r = g.router;
       r.score = SCORE, r.correction = CORRECTION, r.selection = SELECTION, r.weight_from = WEIGHT_FROM, r.renormalise = RENORMALISE;
@@ -478,10 +592,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #endif
   }
 #endif
+  STAMP(3);
   if (p.slots > OWN_PLAN) plan_block(p, entries);
   else if (p.slots > 32) plan_sorted(p, entries, (u32*)partial);
   else if (warp == 0) plan_warp(p, entries, lane);
   __syncthreads();
+  STAMP(4);
   const u32 total = entries.count;
 
   // this warp's records: of all in phase 1, of those of its group in phase 2
@@ -489,9 +605,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   const u32 part = warp % p.split, team = warp / p.split, groups2 = p.hidden / 32;
   // Streams are cut into runs, one a warp. Of rows that lie where the checkpoint has them, warps take
   // every WARPS-th record: what they read at one time lies together.
-  const u32 begin1 = NATURAL ? 0 : records1 * warp / WARPS, begin2 = NATURAL ? 0 : records2 * part / p.split;
-  const u32 end1 = NATURAL ? (records1 + WARPS - 1 - warp) / WARPS : records1 * (warp + 1) / WARPS;
-  const u32 end2 = NATURAL ? (records2 + p.split - 1 - part) / p.split : records2 * (part + 1) / p.split;
+  __shared__ uint2 runs[WARPS][2];  // first and end; looked up, for want of registers
+  if (lane == 0) {
+    runs[warp][0] = NATURAL ? make_uint2(0, (records1 + WARPS - 1 - warp) / WARPS) : make_uint2(records1 * warp / WARPS, records1 * (warp + 1) / WARPS);
+    runs[warp][1] = NATURAL ? make_uint2(0, (records2 + p.split - 1 - part) / p.split) : make_uint2(records2 * part / p.split, records2 * (part + 1) / p.split);
+  }
+  __syncwarp();
   auto record_at = [&](u32 r, bool one) { return !NATURAL ? r : one ? r * WARPS + warp : r * p.split + part; };
   Walk to;  // the emptying side
   to.grid = gridDim.x;
@@ -511,7 +630,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   auto fill = [&]() {
     if (from.phase > 1) return;
     bool one = from.phase == 0;
-    u32 r = (one ? begin1 : begin2) + filled, end = one ? end1 : end2, n = end > r ? end - r : 0;
+    const uint2 run = runs[warp][one ? 0 : 1];
+    u32 r = run.x + filled, end = run.y, n = end > r ? end - r : 0;
     n = n < RECORDS ? n : RECORDS;
     if (lane == 0) {
       u32 barrier = full + 8 * slot_in, at = ring + slot_in * STAGE, expert = entries.expert[from.entry];
@@ -534,39 +654,43 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     filled += RECORDS;
     if (r + RECORDS >= end) filled = 0, from.next();
   };
+  // What the first product waits for comes first: the second one's weights are asked for after a stage of it. (Of
+  // bf16 that is late.)
+  u32 room = STAGES;
+  const u32 begins = from.phase;
 #pragma unroll 1
-  for (int i = 0; i < STAGES; i++) fill();
+  for (; room && (FORMAT == F_BF16 || from.phase == begins); room--) fill();
 
   u32 low, magic;  // kept in registers: with immediates every use becomes two instructions
   asm volatile("mov.u32 %0, 0x000f000f; mov.u32 %1, 0x43004300;" : "=r"(low), "=r"(magic));
   u32* done = p.counters;
-  u32 turn = 0, buffer = 0, slot_out = 0, parity = 0, ready = NO_EXPERT;
+  u32 units = 0, slot_out = 0, parity = 0, ready = NO_EXPERT;
   if (to.phase < 2) {
-    Fragment a, b;
-    u32 rows = entries.rows[to.entry], r = to.phase ? begin2 : begin1, end = to.phase ? end2 : end1;
+    Loaded a;
+#if FORMAT != 1
+    Loaded b;
+#endif
+    u32 r = runs[warp][to.phase].x, end = runs[warp][to.phase].y;
     const u16* row = 0;
     const float *scales[2] = {}, *row_scales[2] = {};
-    // what `done` counts of an entry: units, or groups of h
-    const u32 finished = FORMAT == F_FP8 ? p.inner / 128 : to.units[0];
+    bool single = false;  // the unit has one row
     // where this lane's row is read in the unit that `w` stands at; waits for the first product
     auto enter_unit = [&](const Walk& w) {
-      rows = entries.rows[w.entry];
+      const u32 rows = entries.rows[w.entry];
+      single = rows == 1;
       if (w.phase == 1 && ready != w.entry) {
         if (lane == 0)
-          while (load_acquire(done + w.entry) < finished) {}
+          while (load_acquire(done + w.entry * LINE) < to.units[0]) {}
         __syncwarp();
         ready = w.entry;
       }
       auto slot_of = [&](u32 c) -> u32 { return entries.order[entries.first[w.entry] + (c < rows ? c : rows - 1)]; };
       u32 s = slot_of(lane >> 2);
-      if (w.phase == 1) row = p.h + (u64)s * p.inner;
+      if (w.phase == 1) row = (const u16*)p.h + (u64)s * p.inner * (FORMAT == F_FP8 ? 2 : 1);
       else row = FORMAT == F_FP8 ? p.rows + (u64)(s / p.top_k) * p.hidden : p.x + (u64)(s / p.top_k) * p.x_stride;
       if constexpr (FORMAT == F_FP8) {
 #pragma unroll
-        for (u32 c = 0; c < 2; c++) {
-          u32 s = slot_of((lane & 3) * 2 + c);
-          row_scales[c] = w.phase == 0 ? p.row_scales + (u64)(s / p.top_k) * records1 : p.h_scales + (u64)s * records2;
-        }
+        for (u32 c = 0; c < 2; c++) row_scales[c] = p.row_scales + (u64)(slot_of((lane & 3) * 2 + c) / p.top_k) * records1;
         u32 expert = entries.expert[w.entry];
         if (w.phase == 0) {
           u64 at = (u64)expert * p.gate_scale_step + w.group * 16 / 128 * records1;
@@ -574,9 +698,29 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         } else scales[0] = scales[1] = p.down_scales + (u64)expert * p.down_scale_step + (w.group * teams + team) * 32 / 128 * records2;
       }
     };
-    auto load_rows = [&](Fragment& f, u32 r, u32 end) {
+    auto load_rows = [&](Loaded& f, u32 r, u32 end) {
       u32 t = lane & 3;
       bool one = to.phase == 0;
+#if FORMAT == 1
+      if (!one && single) {
+        if (r < end) {
+          u32 g = lane >> 2;
+          uint4 v = load_global16((const float*)row + record_at(r, one) * RK + g / 4 * 64 + 16 * t + g % 4 * 4);
+          f.x[0][0] = v.x, f.x[0][1] = v.y, f.x[0][2] = v.z, f.x[0][3] = v.w;
+        }
+      } else if (!one) {
+#pragma unroll
+        for (int i = 0; i < STEPS; i++)
+          if (r + i / 2 < end) {
+            const float* q = (const float*)row + record_at(r + i / 2, one) * RK + i % 2 * 64 + 16 * t;
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+              uint4 v = load_global16(q + 4 * j);
+              f.x[i][4 * j] = v.x, f.x[i][4 * j + 1] = v.y, f.x[i][4 * j + 2] = v.z, f.x[i][4 * j + 3] = v.w;
+            }
+          }
+      } else
+#endif
 #pragma unroll
       for (int i = 0; i < STEPS; i++)
         if (r + i / (RK / 64) < end) {
@@ -586,45 +730,40 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
           f.x[i][4] = v1.x, f.x[i][5] = v1.y, f.x[i][6] = v1.z, f.x[i][7] = v1.w;
         }
 #if FORMAT == 1
-#pragma unroll
-      for (int i = 0; i < RECORDS; i++)
-        if (r + i < end) {
-          u32 k = record_at(r + i, one);
-          f.scale[i][0] = __ldg(scales[0] + k), f.scale[i][1] = __ldg(scales[1] + k);
-          f.row_scale[i][0] = load_global4(row_scales[0] + k), f.row_scale[i][1] = load_global4(row_scales[1] + k);
-        }
+      if (r < end) {
+        u32 k = record_at(r, one);
+        f.scale[0] = __ldg(scales[0] + k), f.scale[1] = __ldg(scales[1] + k);
+        if (one) f.row_scale[0] = load_global4(row_scales[0] + k), f.row_scale[1] = load_global4(row_scales[1] + k);
+      }
 #endif
     };
     enter_unit(to);
     load_rows(a, r, end);
     float acc[2][4] = {};
-    u32 unsettled = NO_EXPERT, unsettled_group = 0, before = 0;
-    // The group of h of which this warp has last finished a unit, if that was the group's last.
-    auto settle = [&]() {
-      if (FORMAT != F_FP8 || unsettled == NO_EXPERT) return;
-      if (__shfl_sync(~0u, before, 0) == 7) {
-        acquire();
-        u32 groups = p.inner / 128, k = unsettled_group, first = entries.first[unsettled];
-        for (u32 column = 0; column < entries.rows[unsettled]; column++) {
-          u64 slot = entries.order[first + column];
-          float4 f = __ldcg((const float4*)(p.h32 + slot * p.inner + k * 128) + lane);
-          float v[4] = {f.x, f.y, f.z, f.w};
-          to_codes(v, p.h + slot * p.inner + k * 128, p.h_scales + slot * groups + k, lane);
-        }
-        if (lane == 0) p.counters[GROUPS + unsettled * groups + k] = 0;
-        __syncwarp();
-        if (lane == 0) add_release(done + unsettled);
+    // One stage with the rows in `loaded`; those of the next stage are loaded ahead into `ahead`. True at a unit's end.
+    auto step = [&](Loaded& loaded, Loaded& ahead, u32 phase) -> bool {
+#if FORMAT == 1
+      static_assert(STEPS == 2, "a record of 128 columns");
+      // into other registers: these are for the next ones
+      Fragment now;
+      if (phase) quantise(loaded.x, single, now, lane);
+      else {
+#pragma unroll
+        for (int s = 0; s < 2; s++)
+#pragma unroll
+          for (int q = 0; q < 8; q++) now.x[s][q] = loaded.x[s][q];
+        now.row_scale[0] = loaded.row_scale[0], now.row_scale[1] = loaded.row_scale[1];
       }
-      unsettled = NO_EXPERT;
-    };
-    // One stage with the rows in `now`; those of the next stage are loaded ahead into `ahead`.
-    auto step = [&](Fragment& now, Fragment& ahead) -> bool {
+      now.scale[0] = loaded.scale[0], now.scale[1] = loaded.scale[1];
+#else
+      Fragment& now = loaded;
+#endif
       const bool last = r + RECORDS >= end;
-      const u32 phase = to.phase, entry = to.entry, group = to.group, rows_now = rows;
       u32 r_next = r + RECORDS, end_next = end;
       if (last) {
         to.next();
-        r_next = to.phase ? begin2 : begin1, end_next = to.phase ? end2 : end1;
+        const uint2 run = runs[warp][to.phase != 0];
+        r_next = run.x, end_next = run.y;
         // A block publishes its own last unit before it waits for others: no look ahead over the change.
         if (to.phase == phase) {
           enter_unit(to);
@@ -632,6 +771,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         }
       } else load_rows(ahead, r_next, end_next);
       barrier_wait(full + 8 * slot_out, parity);
+      STAMP_FIRST(5);
       if (FORMAT == F_MXFP4 && phase == 0) {
 #pragma unroll
         for (int i = 0; i < STEPS; i++)
@@ -642,7 +782,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
       for (int i = 0; i < RECORDS; i++)
         if (r + i < end) {
 #if FORMAT == 1
-          const float *scale = now.scale[i], *row_scale = now.row_scale[i];
+          const float *scale = now.scale, *row_scale = now.row_scale;
 #else
           const float *scale = 0, *row_scale = 0;
 #endif
@@ -650,78 +790,88 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         }
       if (++slot_out == STAGES) slot_out = 0, parity ^= 1;
       __syncwarp();
-      fill();
-      if (last) {
-        float* mine = partial + (buffer * WARPS + warp) * 256;
+#pragma unroll 1
+      for (room++; room; room--) fill();
+      r = r_next, end = end_next;
+      return last;
+    };
+    auto finish = [&](Loaded& next, u32 phase, u32 entry, u32 group) {
+      float* mine = partial + (units % 2 * WARPS + warp) * 256;
 #pragma unroll
-        for (int m = 0; m < 2; m++) {
-          *(float4*)(mine + m * 128 + lane * 4) = make_float4(acc[m][0], acc[m][1], acc[m][2], acc[m][3]);
-          acc[m][0] = acc[m][1] = acc[m][2] = acc[m][3] = 0.f;
-        }
-        __syncthreads();
-        const float* all = partial + buffer * WARPS * 256;
-        buffer ^= 1;
-        if (turn == warp) {  // one warp finishes the unit, in turn; the others go on
-          u32 expert = entries.expert[entry], first = entries.first[entry];
-          // where row and column of a tile lie in a warp's accumulators
-          auto place = [&](u32 row, u32 column) { return lane_row_of(row & 7) * 16 + (column >> 1) * 4 + (row >> 3) * 2 + (column & 1); };
-          if (phase == 0) {
-            settle();
-            Activation activation = p.activation;
-            activation.kind = ACTIVATION, activation.gated = 1;
-            for (u32 i = lane; i < 16 * rows_now; i += 32) {
-              u32 column = i >> 4, feature = group * 16 + (i & 15), at = place(i & 15, column);
-              float g = 0, u = 0;
+      for (int m = 0; m < 2; m++) {
+        *(float4*)(mine + m * 128 + lane * 4) = make_float4(acc[m][0], acc[m][1], acc[m][2], acc[m][3]);
+        acc[m][0] = acc[m][1] = acc[m][2] = acc[m][3] = 0.f;
+      }
+      __syncthreads();
+      if (units % WARPS == warp) {  // one warp finishes the unit, in turn; the others go on
+        const float* all = partial + units % 2 * WARPS * 256;
+        const u32 expert = entries.expert[entry], first = entries.first[entry], rows_now = entries.rows[entry];
+        // where row and column of a tile lie in a warp's accumulators
+        auto place = [&](u32 row, u32 column) { return lane_row_of(row & 7) * 16 + (column >> 1) * 4 + (row >> 3) * 2 + (column & 1); };
+        if (phase == 0) {
+          Activation activation = p.activation;
+          activation.kind = ACTIVATION, activation.gated = 1;
+          for (u32 i = lane; i < 16 * rows_now; i += 32) {
+            u32 column = i >> 4, feature = group * 16 + (i & 15), at = place(i & 15, column);
+            float g = 0, u = 0;
 #pragma unroll
-              for (int w = 0; w < WARPS; w++) g += all[w * 256 + at], u += all[w * 256 + 128 + at];
-              g *= UNSCALE, u *= UNSCALE;
-              if (p.gate_bias) g += p.gate_bias[(u64)expert * p.inner + feature];
-              if (p.up_bias) u += p.up_bias[(u64)expert * p.inner + feature];
-              float v = activate_16(activation, g, u);
-              u64 at_h = (u64)entries.order[first + column] * p.inner + feature;
-              if (FORMAT == F_MXFP4) v *= TO_LARGE;
-              if (FORMAT == F_FP8) p.h32[at_h] = v;
-              else p.h[at_h] = f32_to_bf16(v);
-            }
-            __syncwarp();
-            if constexpr (FORMAT == F_FP8) {
-              // whoever finishes a group's eighth unit quantises it; who it is, is looked at later
-              if (lane == 0) before = fetch_add_release(p.counters + GROUPS + entry * (p.inner / 128) + group / 8);
-              unsettled = entry, unsettled_group = group / 8;
-            } else if (lane == 0) add_release(done + entry);
-          } else {
-            u32 features = teams * 32;
-            for (u32 column = 0; column < rows_now; column++)
-              for (u32 i = lane; i < features; i += 32) {
-                u32 feature = group * features + i, at = (i >> 4 & 1) * 128 + place(i & 15, column);
-                float sum = 0;
-                for (u32 w = 0; w < p.split; w++) sum += all[((i >> 5) * p.split + w) * 256 + at];
-                sum *= UNSCALE;
-                if (p.down_bias) sum += p.down_bias[(u64)expert * p.hidden + feature];
-                p.y[(u64)entries.order[first + column] * p.hidden + feature] = sum;
-              }
-            __syncwarp();
-            if (lane == 0) add_release(done + DOWN);
+            for (int w = 0; w < WARPS; w++) g += all[w * 256 + at], u += all[w * 256 + 128 + at];
+            g *= UNSCALE, u *= UNSCALE;
+            if (p.gate_bias) g += p.gate_bias[(u64)expert * p.inner + feature];
+            if (p.up_bias) u += p.up_bias[(u64)expert * p.inner + feature];
+            float v = activate_16(activation, g, u);
+            u64 at_h = (u64)entries.order[first + column] * p.inner + feature;
+            if (FORMAT == F_MXFP4) v *= TO_LARGE;
+            if (FORMAT == F_FP8) ((float*)p.h)[at_h] = v;
+            else ((u16*)p.h)[at_h] = f32_to_bf16(v);
           }
-        }
-        if (++turn == WARPS) turn = 0;
-        if (to.phase != phase) settle();
-        if (to.phase == 2) return false;
-        if (to.phase != phase) {
-          enter_unit(to);
-          load_rows(ahead, r_next, end_next);
+          __syncwarp();
+          if (lane == 0) add_release(done + entry * LINE);
+        } else {
+          u32 features = teams * 32;
+          for (u32 column = 0; column < rows_now; column++)
+            for (u32 i = lane; i < features; i += 32) {
+              u32 feature = group * features + i, at = (i >> 4 & 1) * 128 + place(i & 15, column);
+              float sum = 0;
+              for (u32 w = 0; w < p.split; w++) sum += all[((i >> 5) * p.split + w) * 256 + at];
+              sum *= UNSCALE;
+              if (p.down_bias) sum += p.down_bias[(u64)expert * p.hidden + feature];
+              p.y[(u64)entries.order[first + column] * p.hidden + feature] = sum;
+            }
+          __syncwarp();
+          if (lane == 0) add_release(done + DOWN);
         }
       }
-      r = r_next, end = end_next;
-      return true;
+      units++;
+      if (to.phase == 1 && phase == 0) {
+        STAMP(6);
+        enter_unit(to);
+        load_rows(next, r, end);
+        STAMP(7);
+      }
     };
-    while (step(a, b) && step(b, a)) {}
+#if FORMAT == 1
+    do {
+      const u32 phase = to.phase, entry = to.entry, group = to.group;
+      while (!step(a, a, phase)) {}
+      finish(a, phase, entry, group);
+    } while (to.phase < 2);
+#else
+    u32 phase = to.phase, entry = to.entry, group = to.group;
+    auto turn = [&](Loaded& now, Loaded& ahead) -> bool {
+      if (step(now, ahead, phase)) {
+        finish(ahead, phase, entry, group);
+        phase = to.phase, entry = to.entry, group = to.group;
+      }
+      return to.phase < 2;
+    };
+    while (turn(a, b) && turn(b, a)) {}
+#endif
   }
+  STAMP(8);
   // Combine, once every down unit is there.
-  if (lane == 0)
-    while (load_acquire(done + DOWN) < to.count[1]) {}
-  __syncwarp();
-  u32 tokens = p.slots / p.top_k;
+  wait_for(done + DOWN, to.count[1]);
+  STAMP(9);
   for (u32 i = blockIdx.x * THREADS + tid; i < tokens * p.hidden; i += gridDim.x * THREADS) {
     u32 t = i / p.hidden, c = i - t * p.hidden;
     float sum = 0;
@@ -736,12 +886,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     if (!finite(sum)) raise_fault(p.fault, FAULT_OUTPUT, t, c, __float_as_uint(sum));
     store_float(p.out, p.out_type, t * p.out_stride + c, sum);
   }
+  STAMP(10);
+  STAMPS_END
   // The last block to come here leaves the counters as it found them.
   __syncthreads();
   __shared__ u32 others;
   if (tid == 0) others = atomicAdd(done + LEFT, 1u);
   __syncthreads();
   if (others != gridDim.x - 1) return;
-  for (u32 i = tid; i < total; i += THREADS) done[i] = 0;
-  if (tid < 4) done[DOWN + 32 * tid] = 0;
+  STAMPS_LAST;
+  for (u32 i = tid; i < total; i += THREADS) done[i * LINE] = 0;
+  if (tid < 4) done[DOWN + LINE * tid] = 0;
 }

@@ -85,6 +85,8 @@ __device__ __forceinline__ float load_fresh_if(const float* p, bool wanted) {
   asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0; mov.f32 %0, 0f00000000; @p ld.global.cg.f32 %0, [%1]; }" : "=&f"(v) : "l"(p), "r"((u32)wanted));
   return v;
 }
+// Into the card's cache.
+__device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 // *p, or 0; without a branch, which would end the asynchrony of the products around it
 __device__ __forceinline__ float load_if(const float* p, bool wanted) {
   float v;
@@ -96,13 +98,6 @@ __device__ __forceinline__ u32 load_acquire(const u32* p) {
   asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
   return v;
 }
-// What was there before; who is to read what others have released needs `acquire` after it.
-__device__ __forceinline__ u32 fetch_add_release(u32* p) {
-  u32 v;
-  asm volatile("atom.release.gpu.global.add.u32 %0, [%1], 1;" : "=r"(v) : "l"(p) : "memory");
-  return v;
-}
-__device__ __forceinline__ void acquire() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 __device__ __forceinline__ void add_release(u32* p) { asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(p) : "memory"); }
 
 // ---- tensor cores of a warp: c += a (16 x 16, weights) * b (16 x 8, rows), bf16 ---------------------
@@ -114,6 +109,10 @@ __device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a
 
 // ---- E4M3 of groups of 128, four values in each lane of a warp --------------------------------------
 // Their scale: the largest magnitude over 448. NaN and infinities take their group along.
+// Of the bits of the largest magnitude.
+__device__ __forceinline__ float e4m3_scale_of(u32 most) {
+  return most >= 0x7f800000u ? __uint_as_float(0x7fc00000u) : __fdiv_rn(fmaxf(__uint_as_float(most), 1e-10f), 448.f);
+}
 __device__ __forceinline__ float e4m3_scale(const float (&v)[4]) {
   u32 most = 0;
 #pragma unroll
@@ -121,14 +120,20 @@ __device__ __forceinline__ float e4m3_scale(const float (&v)[4]) {
     u32 bits = __float_as_uint(v[c]) & 0x7fffffffu;
     most = bits > most ? bits : most;
   }
-  most = __reduce_max_sync(~0u, most);
-  return most >= 0x7f800000u ? __uint_as_float(0x7fc00000u) : __fdiv_rn(fmaxf(__uint_as_float(most), 1e-10f), 448.f);
+  return e4m3_scale_of(__reduce_max_sync(~0u, most));
+}
+// v[0] in the lowest byte
+__device__ __forceinline__ u32 e4m3x4(const float (&v)[4]) {
+  u16 low, high;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(low) : "f"(v[1]), "f"(v[0]));
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(high) : "f"(v[3]), "f"(v[2]));
+  return low | (u32)high << 16;
 }
 __device__ __forceinline__ u32 to_e4m3x4(const float (&v)[4], float scale) {
-  u16 low, high;
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(low) : "f"(__fdiv_rn(v[1], scale)), "f"(__fdiv_rn(v[0], scale)));
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(high) : "f"(__fdiv_rn(v[3], scale)), "f"(__fdiv_rn(v[2], scale)));
-  return low | (u32)high << 16;
+  float q[4];
+#pragma unroll
+  for (int c = 0; c < 4; c++) q[c] = __fdiv_rn(v[c], scale);
+  return e4m3x4(q);
 }
 
 // ---- codes of four bits in pairs ----------------------------------------------------------------

@@ -6,8 +6,8 @@ use std::path::Path;
 use moe_runner::Error;
 use moe_runner::checkpoint::{Checkpoint, architecture};
 use moe_runner::experts::{
-    self, Archs, Caps, Device, Formats, Functions, KERNELS, KernelDesc, ProductFormat, RowFormat,
-    Scheme, Target,
+    self, Archs, Caps, Device, Extras, Formats, Functions, KERNELS, KernelDesc, ProductFormat,
+    RowFormat, Scheme, Target,
 };
 use moe_runner::hidden::ActivationDtype::{self, Bf16, F16, F32};
 use moe_runner::oracle::{Machine, Request, failing_conditions, select};
@@ -25,6 +25,7 @@ const CUDA: KernelDesc = KernelDesc {
         weights: Formats::Only(&[WeightFormat::Nvfp4, WeightFormat::Mxfp4]),
         groups: Formats::Only(&[[1, 16], [1, 32]]),
         rows: Formats::Only(&[ActivationFormat::Nvfp4]),
+        extras: Extras::ORDER,
         itself: None,
     }],
     functions: Functions::Only(&[Activation::Silu]),
@@ -61,6 +62,7 @@ const CUDA_HOPPER: KernelDesc = KernelDesc {
             weights: Formats::Only(&[WeightFormat::Mxfp4]),
             groups: Formats::Only(&[[1, 32]]),
             rows: Formats::Only(&[ActivationFormat::Unquantised]),
+            extras: Extras::NONE,
             itself: Some(ActivationFormat::Fp8Token),
         },
     ],
@@ -95,6 +97,7 @@ fn requests() -> impl Strategy<Value = Request> {
         // each format of weights with one of rows
         (subsequence(WEIGHTS.to_vec(), 1..=3), one_of(ACTIVATIONS.to_vec())),
         one_of(vec![None, Some([1, 32]), Some([128, 128])]),
+        one_of(vec![Extras::NONE, Extras::NONE, Extras::ZERO_POINTS, Extras::ALL]),
         one_of(vec![Activation::Silu, Activation::Gelu]),
         one_of(vec![F32, Bf16, F16]),
     );
@@ -109,15 +112,15 @@ fn requests() -> impl Strategy<Value = Request> {
         any::<bool>(),
         one_of(vec![None, Some("the routing is replayed")]),
     );
-    (formats, sizes, flags).prop_map(|(((weights, rows), group, function, dtype), sizes, flags)| {
-        Request {
+    (formats, sizes, flags).prop_map(
+        |(((weights, rows), group, extras, function, dtype), sizes, flags)| Request {
             layer: "model.layers.3.mlp".into(),
             kernel: None,
             device: flags.0,
             dtype,
             products: weights
                 .into_iter()
-                .map(|weights| ProductFormat { weights, group, rows })
+                .map(|weights| ProductFormat { weights, group, rows, extras })
                 .collect(),
             function,
             hidden: sizes.0,
@@ -128,8 +131,8 @@ fn requests() -> impl Strategy<Value = Request> {
             norms: flags.2,
             row_format: sizes.2,
             routed_outside: flags.3,
-        }
-    })
+        },
+    )
 }
 
 fn machines() -> impl Strategy<Value = Machine> {
@@ -241,6 +244,7 @@ fn reasons_and_fixes_in_words() {
             weights: WeightFormat::Int8(Granularity::Channel),
             group: Some([1, 130]),
             rows: ActivationFormat::Int8Token,
+            extras: Extras::ALL,
         }],
         function: Activation::Gelu,
         hidden: 130,
@@ -266,6 +270,8 @@ fn reasons_and_fixes_in_words() {
             "cannot read int8 (channel) weights (a checkpoint in nvfp4, mxfp4)",
             "reads no weights of which 1 × 130 share a scale (a checkpoint with a scale for each \
              1 × 16 or 1 × 32)",
+            "reads no weights with zero points for each group and scales that bf16 does not hold (a \
+             checkpoint with one zero point and scales in bf16)",
             "does not take activations as int8 (token) (a checkpoint with activations as nvfp4)",
             "does not compute Gelu between the products (experts with Silu)",
             "does not take f32 hidden states (hidden states in bf16 or f16)",
@@ -311,8 +317,10 @@ fn what_is_slow_on_a_machine_is_not_its_default() {
 /// together, not each for itself.
 #[test]
 fn exact_architectures_and_pairs_of_formats() {
+    let (group, extras) = (Some([1, 32]), Extras::NONE);
+    let product = |weights, rows| ProductFormat { weights, group, rows, extras };
     let request = |weights, rows| Request {
-        products: vec![ProductFormat { weights, group: Some([1, 32]), rows }],
+        products: vec![product(weights, rows)],
         ..Request::of(&layer("quant_qwen3_moe_nvfp4"), Bf16)
     };
     let reasons = |weights, rows, machine: &str| {
@@ -332,7 +340,6 @@ fn exact_architectures_and_pairs_of_formats() {
         ["does not take activations as fp8 (token) (a checkpoint with activations as unquantised)"]
     );
     // what it makes of rows by itself is where the reference quantises too
-    let product = |weights, rows| ProductFormat { weights, group: Some([1, 32]), rows };
     assert_eq!(CUDA_HOPPER.rows_of(&product(WeightFormat::Mxfp4, none)), token);
     assert_eq!(CUDA_HOPPER.rows_of(&product(fp8, token)), token);
 }
@@ -406,5 +413,41 @@ fn a_name_that_no_kernel_has_is_answered_with_all_names() {
     let text = error(select(KERNELS, &request, &Machine::detect()));
     for kernel in KERNELS {
         assert!(text.contains(kernel.name), "{text}");
+    }
+}
+
+/// INT4 by groups of 128 runs on Hopper's own kernel where its codes can be packed for it; what an AWQ or GPTQ
+/// checkpoint may have beside them is said, and runs in f32.
+#[test]
+fn int4_on_hopper() {
+    let int4 = |extras| ProductFormat {
+        weights: WeightFormat::Int4(Granularity::Group),
+        group: Some([1, 128]),
+        rows: ActivationFormat::Unquantised,
+        extras,
+    };
+    let choose = |extras| {
+        let request = Request {
+            device: Some(Device::Cuda),
+            products: vec![int4(extras)],
+            hidden: 2048,
+            intermediate: 768,
+            ..Request::of(&layer("mixtral_bf16"), Bf16)
+        };
+        select(KERNELS, &request, &Machine::named("sm90").unwrap()).unwrap()
+    };
+    assert_eq!(choose(Extras::NONE).kernel.name, "cuda_sm90_int4");
+    for (extras, why) in [
+        (Extras::ZERO_POINTS, "zero points for each group (a checkpoint with one zero point)"),
+        (
+            Extras::ORDER,
+            "columns in an order of their own (act-order) (a checkpoint with columns in order)",
+        ),
+        (Extras::FINE_SCALES, "scales that bf16 does not hold (a checkpoint with scales in bf16)"),
+    ] {
+        let choice = choose(extras);
+        assert_eq!(choice.kernel.name, "cuda_f32");
+        let int4 = choice.rejected.iter().find(|r| r.kernel.name == "cuda_sm90_int4").unwrap();
+        assert_eq!(int4.to_string(), format!("cuda_sm90_int4: reads no weights with {why}"));
     }
 }

@@ -6,6 +6,7 @@ use super::{BuildCall, BuiltKernel};
 use crate::Result;
 use crate::hidden::ActivationDtype;
 use crate::spec::{Activation, ActivationFormat, WeightFormat};
+use crate::weights::{Matrix, ScaleType, Zeros};
 
 /// A kernel: what it needs, what it can do, and how it is built.
 #[derive(Clone, Copy, Debug)]
@@ -95,6 +96,79 @@ pub struct ProductFormat {
     pub group: Option<[usize; 2]>,
     /// Of the rows.
     pub rows: ActivationFormat,
+    /// What the weights have beside codes and scales.
+    pub extras: Extras,
+}
+
+impl ProductFormat {
+    /// Of this projection.
+    pub fn of(matrix: &Matrix) -> Self {
+        Self {
+            weights: matrix.format(),
+            group: matrix.codes().map(|codes| codes.scales().block()),
+            rows: matrix.input.format(),
+            extras: Extras::of(matrix),
+        }
+    }
+}
+
+/// What integer codes may have beside a bf16 scale for each group, as a set. Kernels that read codes packed for
+/// them do not take all of it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Extras(u8);
+
+impl Extras {
+    /// Nothing.
+    pub const NONE: Extras = Extras(0);
+    /// A zero point for each group.
+    pub const ZERO_POINTS: Extras = Extras(1);
+    /// Columns whose groups are named one by one (act-order).
+    pub const ORDER: Extras = Extras(1 << 1);
+    /// Scales in f16 or f32: bf16 does not hold them.
+    pub const FINE_SCALES: Extras = Extras(1 << 2);
+    /// All of it.
+    pub const ALL: Extras = Extras(7);
+    /// Each in words, and its absence.
+    const NAMES: [(Extras, &'static str, &'static str); 3] = [
+        (Extras::ZERO_POINTS, "zero points for each group", "one zero point"),
+        (Extras::ORDER, "columns in an order of their own (act-order)", "columns in order"),
+        (Extras::FINE_SCALES, "scales that bf16 does not hold", "scales in bf16"),
+    ];
+
+    /// Of integer codes; floats and codes of other kinds have none that matter.
+    fn of(matrix: &Matrix) -> Self {
+        let integers = matches!(matrix.format(), WeightFormat::Int4(_) | WeightFormat::Int8(_));
+        let Some(codes) = matrix.codes().filter(|_| integers) else { return Self::NONE };
+        let fine = matches!(codes.scales().stored(), ScaleType::F16 | ScaleType::F32);
+        [
+            (matches!(codes.zeros(), Zeros::Each(_)), Self::ZERO_POINTS),
+            (codes.group_of().is_some(), Self::ORDER),
+            (fine, Self::FINE_SCALES),
+        ]
+        .into_iter()
+        .filter(|(has, _)| *has)
+        .fold(Self::NONE, |all, (_, extra)| Self(all.0 | extra.0))
+    }
+
+    /// Those that `other` has not.
+    pub const fn without(self, other: Self) -> Self {
+        Self(self.0 & !other.0)
+    }
+
+    /// Each, in words.
+    pub fn list(self) -> String {
+        self.words(|(_, there, _)| there)
+    }
+
+    /// What would be there in place of each, in words.
+    pub(crate) fn absent(self) -> String {
+        self.words(|(_, _, absent)| absent)
+    }
+
+    fn words(self, of: impl Fn(&'static (Extras, &str, &str)) -> &'static str) -> String {
+        let mine = Self::NAMES.iter().filter(|(extra, ..)| self.0 & extra.0 != 0);
+        mine.map(of).collect::<Vec<_>>().join(" and ")
+    }
 }
 
 /// Number formats that a kernel takes together: any of the weights with any of the rows.
@@ -106,14 +180,21 @@ pub struct Scheme {
     pub groups: Formats<[usize; 2]>,
     /// Of rows, as the checkpoint asks for them.
     pub rows: Formats<ActivationFormat>,
+    /// What the weights may have beside codes and scales.
+    pub extras: Extras,
     /// What the kernel makes of rows that the checkpoint leaves as they are.
     pub itself: Option<ActivationFormat>,
 }
 
 impl Scheme {
     /// Everything that can be loaded, rows as the checkpoint says.
-    pub const ANY: Scheme =
-        Scheme { weights: Formats::All, groups: Formats::All, rows: Formats::All, itself: None };
+    pub const ANY: Scheme = Scheme {
+        weights: Formats::All,
+        groups: Formats::All,
+        rows: Formats::All,
+        extras: Extras::ALL,
+        itself: None,
+    };
 
     /// The entry of `schemes` that reads `weights` or, where none does, the first.
     pub fn nearest(schemes: &'static [Scheme], weights: WeightFormat) -> Option<&'static Scheme> {
@@ -126,6 +207,7 @@ impl Scheme {
         self.weights.contains(&product.weights)
             && product.group.is_none_or(|group| self.groups.contains(&group))
             && self.rows.contains(&product.rows)
+            && product.extras.without(self.extras) == Extras::NONE
     }
 }
 

@@ -14,7 +14,7 @@ pub mod reference;
 mod rows;
 
 pub use desc::{
-    Archs, Arithmetic, Build, Caps, Determinism, Device, Formats, Functions, KernelDesc,
+    Archs, Arithmetic, Build, Caps, Determinism, Device, Extras, Formats, Functions, KernelDesc,
     ProductFormat, RowFormat, Scheme, Target,
 };
 

@@ -2,7 +2,7 @@
 
 use super::machine::{Machine, archs_name, features_name, gpu_name};
 use super::{Change, Entry, Reason, Request};
-use crate::experts::{Caps, KernelDesc, ProductFormat, Scheme, Target};
+use crate::experts::{Caps, Extras, KernelDesc, ProductFormat, Scheme, Target};
 use crate::spec::WeightOn;
 
 /// Every condition of `kernel` that `request` on `machine` does not meet.
@@ -136,6 +136,13 @@ fn product_reasons(kernel: &KernelDesc, product: &ProductFormat) -> Vec<Reason> 
         reasons.push(Reason {
             what: format!("reads no weights of which {} × {} share a scale", group[0], group[1]),
             fix: Change::Groups { from: group, of },
+        });
+    }
+    let extras = product.extras.without(scheme.extras);
+    if extras != Extras::NONE {
+        reasons.push(Reason {
+            what: format!("reads no weights with {}", extras.list()),
+            fix: Change::Extras { from: extras, of },
         });
     }
     if !scheme.rows.contains(&product.rows) {

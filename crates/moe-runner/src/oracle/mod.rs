@@ -59,11 +59,7 @@ impl Request {
         let mut products = Vec::new();
         let matrices = layer.experts.iter().flat_map(|e| e.gate.iter().chain([&e.up, &e.down]));
         for matrix in matrices {
-            products.push(ProductFormat {
-                weights: matrix.format(),
-                group: matrix.codes().map(|codes| codes.scales().block()),
-                rows: matrix.input.format(),
-            });
+            products.push(ProductFormat::of(matrix));
         }
         products.sort_unstable();
         products.dedup();

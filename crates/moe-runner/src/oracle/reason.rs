@@ -7,7 +7,7 @@ use moe_kernels::isa::Features;
 use super::Request;
 use super::machine::{Machine, archs_name, features_name};
 use crate::experts::{
-    Archs, Device, Formats, Functions, KernelDesc, ProductFormat, RowFormat, Scheme,
+    Archs, Device, Extras, Formats, Functions, KernelDesc, ProductFormat, RowFormat, Scheme,
 };
 use crate::hidden::ActivationDtype;
 use crate::spec::{ActivationFormat, WeightFormat, WeightOn};
@@ -76,6 +76,13 @@ pub enum Change {
         /// The entry that says which ones it reads.
         of: Entry,
     },
+    /// Weights without these beside codes and scales.
+    Extras {
+        /// What the kernel does not read.
+        from: Extras,
+        /// The entry that says what it reads.
+        of: Entry,
+    },
     /// One of these functions between the products.
     Function(Functions),
     /// Hidden states of one of these dtypes.
@@ -139,6 +146,9 @@ impl Change {
                 let groups = of.products(request).filter_map(|p| p.group.as_mut());
                 replace(groups, from, of.scheme.groups);
             }
+            Self::Extras { from, of } => {
+                of.products(request).for_each(|p| p.extras = p.extras.without(from));
+            }
             Self::Function(functions) => {
                 if let Functions::Only(&[first, ..]) = functions {
                     request.function = first;
@@ -196,6 +206,7 @@ impl fmt::Display for Change {
                     }
                 }
             }
+            Self::Extras { from, .. } => write!(f, "a checkpoint with {}", from.absent()),
             Self::Function(Functions::All) => f.write_str("any function"),
             Self::Function(Functions::Only(functions)) => {
                 let names: Vec<String> = functions.iter().map(|f| format!("{f:?}")).collect();

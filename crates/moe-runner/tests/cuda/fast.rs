@@ -15,17 +15,17 @@ use crate::layers::{forward, nmse, plain, reported, rows, shared};
 use crate::on_device::OnDevice;
 use crate::{gpu, scaled};
 
-/// Formats, their kernels, and whether those must be named.
-fn formats() -> [(&'static str, RandomFormat, bool); 4] {
+/// Formats, and the kernels that they get.
+fn formats() -> [(&'static str, RandomFormat); 4] {
     let group = Some(Qdq::Fp8Group { size: 128, scale: GroupScale::F32 });
     let fp8 = scaled(Element::E4m3, ScaleType::F32, Granularity::Block, [128, 128], group);
     let mxfp4 = scaled(Element::E2m1, ScaleType::E8m0, Granularity::Group, [1, 32], None);
     let int4 = scaled(Element::Uint4, ScaleType::Bf16, Granularity::Group, [1, 128], None);
     [
-        ("cuda_sm90_bf16", RandomFormat::Float(FloatType::Bf16), false),
-        ("cuda_sm90_fp8", fp8, false),
-        ("cuda_sm90_mxfp4", mxfp4, false),
-        ("cuda_sm90_int4", int4, true),
+        ("cuda_sm90_bf16", RandomFormat::Float(FloatType::Bf16)),
+        ("cuda_sm90_fp8", fp8),
+        ("cuda_sm90_mxfp4", mxfp4),
+        ("cuda_sm90_int4", int4),
     ]
 }
 
@@ -74,15 +74,14 @@ fn hopper() -> Option<Options> {
 fn hoppers_kernels_are_chosen_and_hold_their_bounds() {
     let _alone = crate::alone();
     let Some(options) = hopper() else { return };
-    for (kernel, format, named) in formats() {
+    for (kernel, format) in formats() {
         let mut worst = 0.0f64;
         for (name, spec) in specs() {
             if name == "shared of another size" && format != RandomFormat::Float(FloatType::Bf16) {
                 continue;
             }
             let layer = random_layer(&spec, format, 21).unwrap();
-            let named = named.then(|| kernel.to_owned());
-            let ready = layer.ready(&Options { kernel: named, ..options.clone() });
+            let ready = layer.ready(&options);
             let mut runner = MoeRunner::new(ready.unwrap_or_else(|error| panic!("{error}")));
             assert_eq!(runner.choice().kernel.name, kernel, "{name}");
             let quantised = kernel == "cuda_sm90_fp8";
@@ -115,13 +114,12 @@ fn hoppers_kernels_are_chosen_and_hold_their_bounds() {
 fn rows_of_the_gpu_in_place() {
     let _alone = crate::alone();
     let Some(options) = hopper() else { return };
-    for (kernel, format, named) in formats() {
+    for (kernel, format) in formats() {
         for (name, spec) in
             specs().into_iter().filter(|(name, _)| *name != "shared of another size")
         {
             let layer = random_layer(&spec, format, 23).unwrap();
-            let named = named.then(|| kernel.to_owned());
-            let ready = layer.ready(&Options { kernel: named, ..options.clone() }).unwrap();
+            let ready = layer.ready(&options).unwrap();
             let mut runner = MoeRunner::new(ready);
             for (tokens, stride) in
                 [(1, 512), (5, 520), (16, 512), (16, 517), (40, 512), (1000, 512)]

@@ -15,16 +15,16 @@ use moe_cuda::{Cut, Float, Rows, ViewMut};
 use moe_kernels::arena::room;
 use moe_kernels::region::for_each;
 
+use super::Method;
 use super::device::{Device, Work, device, error};
 use super::layer::Experts;
 use super::pass::f32_rows;
 use super::pass::memory::Slots;
 use super::upload::Upload;
-use super::{Method, Sm90};
 use crate::experts::reference::stored_bytes;
 use crate::experts::{self, BuildCall, ExpertCall, ExpertShape, KernelDesc};
 use crate::plan::Plan;
-use crate::spec::{ExpertSpec, Granularity, WeightFormat, WeightOn};
+use crate::spec::{ExpertSpec, WeightOn};
 use crate::weights::Expert;
 use crate::{Error, Result};
 
@@ -91,10 +91,8 @@ impl CudaExperts {
 
 /// Whether the kernels of `method` compute these experts.
 fn fits(method: Method, spec: &ExpertSpec, experts: &[Expert]) -> bool {
-    let int4 = |expert: &Expert| expert.up.format() == WeightFormat::Int4(Granularity::Group);
     match method {
         Method::F32 => true,
-        Method::Sm90(Sm90::Int4) => spec.gated && experts.iter().all(int4),
         Method::Sm90(format) => spec.gated && format.takes(experts),
     }
 }

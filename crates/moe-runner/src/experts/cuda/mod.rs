@@ -21,8 +21,8 @@ mod products;
 mod upload;
 
 use super::{
-    Archs, Arithmetic, BuildCall, BuiltKernel, Caps, Determinism, Formats, Functions, KernelDesc,
-    RowFormat, Scheme, Target,
+    Archs, Arithmetic, BuildCall, BuiltKernel, Caps, Determinism, Extras, Formats, Functions,
+    KernelDesc, RowFormat, Scheme, Target,
 };
 #[cfg(not(feature = "cuda"))]
 use crate::Error;
@@ -93,19 +93,20 @@ pub const CUDA_SM90_MXFP4: KernelDesc = KernelDesc {
     ..CUDA_SM90_BF16
 };
 
-/// Symmetric INT4 by groups of 128 with bf16 rows, on Hopper. Named only: whether a checkpoint's scales
-/// are bf16 and its columns in order is seen when the weights are read.
+/// Symmetric INT4 by groups of 128 with bf16 scales and rows, on Hopper.
 pub const CUDA_SM90_INT4: KernelDesc = KernelDesc {
     name: "cuda_sm90_int4",
     summary: "the whole layer on Hopper, INT4 weights with bf16 scales unpacked in registers, bf16 rows: in \
               one launch up to 512 slots, on tensor cores beyond; shared experts alike, or in f32",
-    schemes: &[scheme(
-        &[WeightFormat::Int4(Granularity::Group)],
-        &[[1, 128]],
-        &[ActivationFormat::Unquantised],
-    )],
+    schemes: &[Scheme {
+        extras: Extras::NONE,
+        ..scheme(
+            &[WeightFormat::Int4(Granularity::Group)],
+            &[[1, 128]],
+            &[ActivationFormat::Unquantised],
+        )
+    }],
     multiples: (128, 128),
-    caps: CUDA_SM90_BF16.caps.with(Caps::BY_NAME_ONLY),
     build: |desc, call| build(desc, call, Method::Sm90(Sm90::Int4)),
     ..CUDA_SM90_BF16
 };
@@ -119,7 +120,7 @@ const fn scheme(
         weights: Formats::Only(weights),
         groups: Formats::Only(groups),
         rows: Formats::Only(rows),
-        itself: None,
+        ..Scheme::ANY
     }
 }
 

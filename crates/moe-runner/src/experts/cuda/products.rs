@@ -6,9 +6,9 @@ use moe_cuda::{
     ManyWorkspace, Plan, Router, Rows, RowsMut,
 };
 
-use super::Sm90;
 use super::device::{Device, Plans, error};
-use crate::spec::WeightFormat;
+use super::{CUDA_SM90_BF16, CUDA_SM90_FP8, CUDA_SM90_INT4, CUDA_SM90_MXFP4, Sm90};
+use crate::experts::{KernelDesc, ProductFormat};
 use crate::weights::{Expert, Matrix};
 use crate::{Error, Result};
 
@@ -49,32 +49,25 @@ impl Sm90 {
         }
     }
 
-    /// Sizes of experts must be multiples of this.
-    fn multiple(self) -> usize {
+    /// The kernel that reads it.
+    fn desc(self) -> &'static KernelDesc {
         match self {
-            Self::Bf16 | Self::Mxfp4 => 64,
-            Self::Fp8 | Self::Int4 => 128,
+            Self::Bf16 => &CUDA_SM90_BF16,
+            Self::Fp8 => &CUDA_SM90_FP8,
+            Self::Mxfp4 => &CUDA_SM90_MXFP4,
+            Self::Int4 => &CUDA_SM90_INT4,
         }
     }
 
     /// Whether shared experts can run as the routed ones do: in the same format, gated, in sizes that
     /// divide.
     pub(super) fn takes(self, experts: &[Expert]) -> bool {
-        use crate::spec::{ActivationFormat, Granularity};
-        let (format, rows) = match self {
-            Self::Bf16 => (WeightFormat::Bf16, ActivationFormat::Unquantised),
-            Self::Fp8 => (WeightFormat::Fp8(Granularity::Block), ActivationFormat::Fp8Group),
-            Self::Mxfp4 => (WeightFormat::Mxfp4, ActivationFormat::Unquantised),
-            Self::Int4 => return false,
-        };
-        let (_, scales, _) = self.stored();
+        let desc = self.desc();
+        let (hidden, inner) = desc.multiples;
         let fits = |matrix: &Matrix| {
-            matrix.format() == format
-                && matrix.input.format() == rows
-                && matrix.rows().is_multiple_of(self.multiple())
-                && matrix.cols().is_multiple_of(self.multiple())
-                && scales.map(|(_, block)| block)
-                    == matrix.codes().map(|codes| codes.scales().block())
+            desc.scheme(&ProductFormat::of(matrix)).is_some()
+                && matrix.rows().is_multiple_of(hidden)
+                && matrix.cols().is_multiple_of(inner)
         };
         experts.iter().all(|expert| {
             expert.gate.as_ref().is_some_and(fits) && fits(&expert.up) && fits(&expert.down)

@@ -5,12 +5,15 @@
 
 ENGINE is the column's name. A line for all forms of an architecture of which the engine says the same:
 log-probabilities to two digits, or the last error that it told when it refused. The fault is gate and
-up swapped, in the names of a copy of Mixtral.
+up swapped, in the names of a copy of Mixtral. A line's command begins with what the environment says to
+the engine (OMP_NUM_THREADS, VLLM_…): it makes the line again.
 """
 
 import json
+import os
 import pathlib
 import re
+import shlex
 import shutil
 import struct
 import subprocess
@@ -49,7 +52,9 @@ def short(value, zero):
 def ask(engine, asker, checkpoint, control=None):
     probes = json.loads((checkpoint / "probes.json").read_text())
     line = {"engine": engine, "family": probes["family"], "forms": [probes["form"]]}
-    line["command"] = f"python crates/moe-acid/askers/gather.py '{engine}' {asker} ./acid {' '.join(sys.argv[4:])}"
+    settings = [f"{k}={shlex.quote(v)}" for k, v in sorted(os.environ.items()) if re.match("OMP_|VLLM_|GGML_", k)]
+    command = f"python crates/moe-acid/askers/gather.py '{engine}' {asker} ./acid {' '.join(sys.argv[4:])}"
+    line["command"] = " ".join([*settings, command])
     done = subprocess.run([sys.executable, HERE / asker, checkpoint], capture_output=True, text=True)
     try:
         said = json.loads(done.stdout.splitlines()[-1])

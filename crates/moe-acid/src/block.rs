@@ -29,6 +29,8 @@ const BIAS_CHANNEL: usize = BIG_CHANNEL + 1;
 /// Seen through a large down weight: silu of a clamped gate is small, of an unclamped one nothing.
 const LOW_CHANNEL: usize = BIAS_CHANNEL + 1;
 const LOW: (f64, f64) = (-12.0, 6.0);
+/// Gate and up of the shared expert.
+pub(crate) const SHARED: (f64, f64) = (6.0, 3.0);
 
 /// Tensor scale of up over that of gate, in formats that have one.
 pub(crate) const UP_SCALE: f64 = 4.0;
@@ -170,9 +172,9 @@ impl Block {
                 down: Sparse::new(h, family.intermediate),
                 biases: None,
             };
-            weights.gate.set(0, ONE_AT, 6.0);
-            weights.up.set(0, ONE_AT, 6.0);
-            weights.down.set(shared_at, 0, 1.0 / 32.0);
+            weights.gate.set(0, ONE_AT, SHARED.0);
+            weights.up.set(0, ONE_AT, SHARED.1);
+            weights.down.set(shared_at, 0, 1.0 / 16.0);
             weights
         };
         let mut gate = Sparse::new(e, h);
@@ -246,10 +248,17 @@ impl Block {
             for (expert, weight) in self.route(logits, mistakes) {
                 let shift = usize::from(has(Mistake::ExpertsShifted));
                 let expert = &self.experts[(expert + shift) % family.experts];
-                let (before, after) = if on_input { (weight, 1.0) } else { (1.0, weight) };
+                let (before, mut after) = if on_input { (weight, 1.0) } else { (1.0, weight) };
+                if has(Mistake::WeightTwice) {
+                    after *= weight;
+                }
                 let row: Vec<f64> = x.iter().map(|v| v * before).collect();
                 let (y, bias) = self.expert(expert, &row, mistakes);
-                let once = if has(Mistake::DownBiasUnweighted) { 1.0 } else { weight };
+                let once = match has(Mistake::WeightTwice) {
+                    _ if has(Mistake::DownBiasUnweighted) => 1.0,
+                    true => weight * weight,
+                    false => weight,
+                };
                 for ((sum, y), bias) in routed.iter_mut().zip(y).zip(bias) {
                     *sum += after * y + once * bias;
                 }
@@ -260,10 +269,24 @@ impl Block {
                 let (y, _) = self.expert(expert, &x, &free);
                 y.into_iter().map(|y| gate * y).collect()
             });
-            (routed[self.read_coordinates()].to_vec(), shared[self.read_coordinates()].to_vec())
+            let mut routed = routed[self.read_coordinates()].to_vec();
+            if has(Mistake::ExpertsPermuted) {
+                self.sort_experts(&mut routed);
+            }
+            (routed, shared[self.read_coordinates()].to_vec())
         });
         let (routed, shared) = parts.unzip();
         [routed, shared]
+    }
+
+    /// The readings of a probe in an order that says nothing of which expert is which.
+    pub(crate) fn sort_experts(&self, readings: &mut [f64]) {
+        let experts = self.family.experts;
+        readings[..experts].sort_by(f64::total_cmp);
+        if self.family.biases {
+            let biases = experts + CHANNELS.len() - 1;
+            readings[biases..biases + experts].sort_by(f64::total_cmp);
+        }
     }
 
     /// The chosen experts of a row of logits and their weights.
@@ -321,6 +344,13 @@ impl Block {
         if has(Mistake::OnlyTheBest) {
             chosen.truncate(1);
         }
+        if has(Mistake::LastDropped) {
+            chosen.pop();
+        }
+        if has(Mistake::WeightsEqual) {
+            let mean = chosen.iter().map(|(_, w)| w).sum::<f64>() / chosen.len() as f64;
+            chosen.iter_mut().for_each(|(_, w)| *w = mean);
+        }
         if has(Mistake::WeightsReversed) {
             let weights: Vec<f64> = chosen.iter().rev().map(|(_, w)| *w).collect();
             chosen.iter_mut().zip(weights).for_each(|((_, to), w)| *to = w);
@@ -346,7 +376,9 @@ impl Block {
             (&expert.biases, has(Mistake::GateUpBiasMissing))
         {
             gate.iter_mut().zip(gate_bias).for_each(|(v, b)| *v += b);
-            up.iter_mut().zip(up_bias).for_each(|(v, b)| *v += b);
+            if !has(Mistake::UpBiasMissing) {
+                up.iter_mut().zip(up_bias).for_each(|(v, b)| *v += b);
+            }
         }
         if has(Mistake::InterleavedAsHalves) {
             let rows: Vec<f64> = gate.iter().zip(&up).flat_map(|(g, u)| [*g, *u]).collect();
@@ -396,6 +428,8 @@ fn activate(act: Act, gate: f64, up: f64, mistakes: &BTreeSet<Mistake>) -> f64 {
         }
         Act::Silu if has(Mistake::GeluForSilu) => gate * normal_cdf(gate) * up,
         Act::Silu if has(Mistake::ReluForSilu) => gate.max(0.0) * up,
+        Act::Silu if has(Mistake::ReluSquaredForSilu) => gate.max(0.0).powi(2) * up,
+        Act::Silu if has(Mistake::SigmoidForSilu) => sigmoid(gate) * up,
         Act::Silu if has(Mistake::SiluMissing) => gate * up,
         Act::Silu => gate * sigmoid(gate) * up,
     }

@@ -10,10 +10,14 @@ use crate::{Act, Family, Score};
 pub enum Mistake {
     GateUpSwapped,
     ExpertsShifted,
+    ExpertsPermuted,
     WeightsReversed,
     WeightOnInput,
     WeightOnOutput,
     OnlyTheBest,
+    LastDropped,
+    WeightTwice,
+    WeightsEqual,
     HalfOverflow,
     BiasInWeights,
     BiasIgnored,
@@ -28,10 +32,13 @@ pub enum Mistake {
     SoftmaxOverAll,
     GeluForSilu,
     ReluForSilu,
+    ReluSquaredForSilu,
+    SigmoidForSilu,
     SiluMissing,
     DownBiasUnweighted,
     DownBiasMissing,
     GateUpBiasMissing,
+    UpBiasMissing,
     ClampMissing,
     AlphaIsOne,
     PlusOneMissing,
@@ -49,10 +56,14 @@ impl Mistake {
         match self {
             Self::GateUpSwapped => "gate and up swapped",
             Self::ExpertsShifted => "experts shifted by one",
+            Self::ExpertsPermuted => "experts in another order",
             Self::WeightsReversed => "weights in the wrong order",
             Self::WeightOnInput => "weight on the input, not the output",
             Self::WeightOnOutput => "weight on the output, not the input",
             Self::OnlyTheBest => "only the best expert",
+            Self::LastDropped => "the last of the chosen experts dropped",
+            Self::WeightTwice => "weight applied twice",
+            Self::WeightsEqual => "the same weight for all chosen experts",
             Self::HalfOverflow => "16-bit overflow between the products",
             Self::BiasInWeights => "correction bias in the weights",
             Self::BiasIgnored => "correction bias ignored",
@@ -67,10 +78,13 @@ impl Mistake {
             Self::SoftmaxOverAll => "softmax over all experts, not the chosen",
             Self::GeluForSilu => "gelu for silu",
             Self::ReluForSilu => "relu for silu",
+            Self::ReluSquaredForSilu => "squared relu for silu",
+            Self::SigmoidForSilu => "sigmoid for silu",
             Self::SiluMissing => "silu missing",
             Self::DownBiasUnweighted => "down bias not weighted",
             Self::DownBiasMissing => "down bias missing",
             Self::GateUpBiasMissing => "gate and up biases missing",
+            Self::UpBiasMissing => "up bias missing",
             Self::ClampMissing => "clamp missing",
             Self::AlphaIsOne => "alpha is 1",
             Self::PlusOneMissing => "up + 1 missing",
@@ -112,6 +126,7 @@ impl Mistake {
                 Self::DownBiasUnweighted,
                 Self::DownBiasMissing,
                 Self::GateUpBiasMissing,
+                Self::UpBiasMissing,
                 Self::ClampMissing,
                 Self::AlphaIsOne,
                 Self::PlusOneMissing,
@@ -125,6 +140,13 @@ impl Mistake {
         if family.is_negative() {
             // the rest is what the other checkpoint of the family shows
             return all;
+        }
+        all.extend([Self::WeightTwice, Self::ExpertsPermuted]);
+        if family.top_k > 1 {
+            all.push(Self::WeightsEqual);
+        }
+        if family.top_k > 2 {
+            all.push(Self::LastDropped);
         }
         match (family.renormalise, family.top_k) {
             (true, _) => all.push(Self::NotRenormalised),
@@ -142,6 +164,8 @@ impl Mistake {
             all.extend([
                 Self::GeluForSilu,
                 Self::ReluForSilu,
+                Self::ReluSquaredForSilu,
+                Self::SigmoidForSilu,
                 Self::SiluMissing,
                 Self::HalvesAsInterleaved,
             ]);

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::fmt;
 
-use crate::block::UP_SCALE;
+use crate::block::{SHARED, UP_SCALE};
 use crate::{Block, Mistake, Question, Readings, Shared};
 
 /// Residuals above this are no explanation: readings of 16-bit engines are right to a part in 256.
@@ -108,10 +108,13 @@ impl<'a> Decoder<'a> {
     pub fn new(block: &'a Block) -> Self {
         let mistakes = Mistake::of(block.family);
         let singles = mistakes.iter().map(|a| BTreeSet::from([*a]));
-        let pairs = mistakes
+        // experts in any order go with too much to be one of several
+        let several: Vec<Mistake> =
+            mistakes.iter().copied().filter(|one| *one != Mistake::ExpertsPermuted).collect();
+        let pairs = several
             .iter()
             .enumerate()
-            .flat_map(|(i, a)| mistakes[i + 1..].iter().map(|b| BTreeSet::from([*a, *b])));
+            .flat_map(|(i, a)| several[i + 1..].iter().map(|b| BTreeSet::from([*a, *b])));
         // one at a time where rows are rounded, too
         let rounded =
             std::iter::once(BTreeSet::new()).chain(singles.clone()).map(|mut mistakes| {
@@ -139,7 +142,7 @@ impl<'a> Decoder<'a> {
             .take(6)
             .filter(|fit| fit.mistakes.len() == 2)
             .flat_map(|fit| {
-                self.mistakes.iter().map(|one| {
+                self.mistakes.iter().filter(|one| **one != Mistake::ExpertsPermuted).map(|one| {
                     let mut three = fit.mistakes.clone();
                     three.insert(*one);
                     three
@@ -151,10 +154,11 @@ impl<'a> Decoder<'a> {
         fits.extend(triples.filter_map(|page| self.fit(&page, readings)));
         let best = fits.into_iter().min_by(|a, b| a.cost.total_cmp(&b.cost));
         // who was chosen is not to be seen where weights are not at their experts
-        let moved = [Mistake::ExpertsShifted, Mistake::WeightsReversed];
+        let moved = [Mistake::ExpertsShifted, Mistake::ExpertsPermuted, Mistake::WeightsReversed];
         let mut notes = match &best {
             Some(best) if moved.iter().any(|one| best.mistakes.contains(one)) => Vec::new(),
-            _ => self.notes(readings),
+            Some(best) => self.notes(readings, &best.mistakes),
+            None => self.notes(readings, &BTreeSet::new()),
         };
         let rounded = |best: &Fit| best.mistakes.contains(&Mistake::RowsInEightBits);
         notes.extend(best.as_ref().is_some_and(rounded).then_some(Note::RowsRounded));
@@ -219,10 +223,14 @@ impl<'a> Decoder<'a> {
     fn fit(&self, page: &Page, readings: &Readings) -> Option<Fit> {
         // sums of r·r, r·s, s·s, r·y, s·y over what is finite
         let (mut rr, mut rs, mut ss, mut ry, mut sy) = (0.0, 0.0, 0.0, 0.0, 0.0);
+        let permuted = page.mistakes.contains(&Mistake::ExpertsPermuted);
         let mut used = Vec::new();
         for probe in &self.fitted {
             let (routed, shared) = (&page.routed[*probe], &page.shared[*probe]);
-            let seen = &readings.0[*probe];
+            let mut seen = readings.0[*probe].clone();
+            if permuted {
+                self.block.sort_experts(&mut seen);
+            }
             let finite = routed.iter().all(|v| v.is_finite());
             if finite != seen.iter().all(|v| v.is_finite()) {
                 return None;
@@ -230,7 +238,7 @@ impl<'a> Decoder<'a> {
             if !finite {
                 continue;
             }
-            for ((r, s), y) in routed.iter().zip(shared).zip(seen) {
+            for ((r, s), y) in routed.iter().zip(shared).zip(&seen) {
                 (rr, rs, ss) = (rr + r * r, rs + r * s, ss + s * s);
                 (ry, sy) = (ry + r * y, sy + s * y);
                 used.push((*r, *s, *y));
@@ -254,7 +262,9 @@ impl<'a> Decoder<'a> {
             true => 0.0,
             false => NOISE,
         };
-        let cost = residual + odd + 0.1 * NOISE * page.mistakes.len() as f64;
+        // an order that is known explains more than any order
+        let any = if permuted { 0.1 * NOISE } else { 0.0 };
+        let cost = residual + odd + any + 0.1 * NOISE * page.mistakes.len() as f64;
         (residual.is_finite() && routed.is_finite()).then(|| Fit {
             mistakes: page.mistakes.clone(),
             routed,
@@ -297,6 +307,9 @@ impl<'a> Decoder<'a> {
                 _ if self.block.family.shared == Shared::Gated && near(shared, 2.0) => {
                     "shared gate ignored"
                 }
+                _ if (shared - swapped_shared()).abs() < 0.01 => {
+                    "shared expert: gate and up swapped"
+                }
                 _ => "shared expert multiplied",
             };
             faults.push(format!("{what} (x{shared:.3})"));
@@ -304,14 +317,22 @@ impl<'a> Decoder<'a> {
         faults
     }
 
-    /// What the choices say.
-    fn notes(&self, readings: &Readings) -> Vec<Note> {
+    /// What the choices say: those that a block with these mistakes makes as a right one does. What
+    /// the mistakes explain is no freedom that was taken.
+    fn notes(&self, readings: &Readings, mistakes: &BTreeSet<Mistake>) -> Vec<Note> {
+        let [expected, _] = self.block.simulate(mistakes);
         let mut notes = BTreeSet::new();
         for choice in &self.block.probes.choices {
-            let weights = &readings.0[choice.probe][..self.block.family.experts];
-            let (better, other) = (weights[choice.better].abs(), weights[choice.other].abs());
-            let clear = (better - other).abs() > 0.01;
-            notes.extend(match (choice.question, clear, better > other) {
+            let lead = |rows: &[Vec<f64>]| {
+                rows[choice.probe][choice.better].abs() - rows[choice.probe][choice.other].abs()
+            };
+            // without biases, those that are near to each other decide nothing
+            let tie = choice.question == Question::Bias && mistakes.contains(&Mistake::BiasIgnored);
+            if tie || lead(&expected) <= 0.01 {
+                continue;
+            }
+            let lead = lead(&readings.0);
+            notes.extend(match (choice.question, lead.abs() > 0.01, lead > 0.0) {
                 (question, false, _) => Some(Note::Unclear(question)),
                 (Question::Tie, _, true) => Some(Note::TiesLowest),
                 (Question::Tie, _, false) => Some(Note::TiesHighest),
@@ -327,6 +348,13 @@ impl<'a> Decoder<'a> {
 fn page(block: &Block, mistakes: BTreeSet<Mistake>) -> Page {
     let [routed, shared] = block.simulate(&mistakes);
     Page { mistakes, routed, shared }
+}
+
+/// What the shared expert gives with gate and up swapped, over what it should.
+fn swapped_shared() -> f64 {
+    let (gate, up) = SHARED;
+    let silu = |v: f64| v / (1.0 + (-v).exp());
+    silu(up) * gate / (silu(gate) * up)
 }
 
 fn near(a: f64, b: f64) -> bool {

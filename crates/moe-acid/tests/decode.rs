@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 
 use half::bf16;
-use moe_acid::{Block, Decoder, FAMILIES, Mistake, Note, Readings};
+use moe_acid::{Block, Decoder, FAMILIES, Mistake, Note, Question, Readings};
 
 /// What a model's head makes of a block's parts: log-probabilities with a constant and a scale of
 /// each row's own, in bfloat16 where the engine's head is.
@@ -109,6 +109,7 @@ fn multipliers_of_both_parts_are_told() {
         ("deepseek_v3", (1.0, 2.5), "shared expert scaled too (x2.500)"),
         ("deepseek_v3", (1.0, 8.0), "shared expert multiplied (x8.000)"),
         ("qwen2_moe", (1.0, 2.0), "shared gate ignored (x2.000)"),
+        ("llama4", (1.0, 0.955), "shared expert: gate and up swapped (x0.955)"),
         ("mixtral", (0.0, 1.0), "routed output multiplied (x0.000)"),
         ("llama4", (2.0, 1.0), "routed output multiplied (x2.000)"),
         ("mixtral", (4.0, 1.0), "gate's tensor scale is used for up (x4.000)"),
@@ -162,4 +163,28 @@ fn rounding_and_ties_are_notes() {
     let verdict = Decoder::new(&block).verdict(&seen);
     assert!(verdict.is_right(), "{verdict}");
     assert_eq!(verdict.notes, [Note::TiesHighest, Note::LogitsRounded, Note::BiasRounded]);
+}
+
+/// A fault explains what it decides: where biases are ignored none was rounded, whichever way ties go.
+#[test]
+fn what_a_fault_explains_is_no_note() {
+    for family in FAMILIES.iter().filter(|family| family.correction.is_some()) {
+        let block = Block::new(family);
+        let decoder = Decoder::new(&block);
+        for highest in [false, true] {
+            let mut seen = readings(&block, &[Mistake::BiasIgnored], (1.0, 1.0), false);
+            for choice in &block.probes.choices {
+                let chosen = |expert: usize| seen.0[choice.probe][expert].abs() > 0.01;
+                let (low, high) =
+                    (choice.better.min(choice.other), choice.better.max(choice.other));
+                if highest && choice.question != Question::Logits && chosen(low) {
+                    seen.0[choice.probe].swap(low, high);
+                }
+            }
+            let verdict = decoder.verdict(&seen);
+            assert_eq!(verdict.mistakes, [Mistake::BiasIgnored], "{}: {verdict}", family.name);
+            let ties = if highest { Note::TiesHighest } else { Note::TiesLowest };
+            assert_eq!(verdict.notes, [ties], "{}", family.name);
+        }
+    }
 }

@@ -32,16 +32,21 @@ def say(model, probes, expected):
 
 
 def experts(module, hidden, ids, weights, *, swap=False, on_output=False, act=None, clamp=True, alpha=1.702,
-            plus=1.0, bias=True, shift=0, half=False):
+            plus=1.0, bias=True, up_bias=True, shift=0, mirror=False, half=False):
     """The experts of any family, one token and one expert at a time."""
     out = torch.zeros_like(hidden)
     gpt = hasattr(module, "gate_up_proj_bias")
+    count = module.gate_up_proj.shape[0]
     for t in range(len(hidden)):
         for j in range(ids.shape[1]):
-            e, w = (int(ids[t, j]) + shift) % module.gate_up_proj.shape[0], weights[t, j]
+            e, w = (int(ids[t, j]) + shift) % count, weights[t, j]
+            if mirror:
+                e = count - 1 - e
             if gpt:
                 both = hidden[t] @ module.gate_up_proj[e] + module.gate_up_proj_bias[e]
                 gate, up = both[::2], both[1::2]
+                if not up_bias:
+                    up = up - module.gate_up_proj_bias[e][1::2]
             else:
                 gate, up = (module.gate_up_proj[e] @ hidden[t]).chunk(2, -1)
             if swap:
@@ -67,6 +72,10 @@ def patches(family, block):
     def ex(**how):
         return (block.experts, "forward", lambda h, i, w: experts(block.experts, h, i, w, **how))
 
+    def reweighted(change):
+        old = block.experts.forward
+        return (block.experts, "forward", lambda h, i, w: old(h, i, change(w)))
+
     def scaled(module, factor):
         old = module.forward
         return (module, "forward", lambda *a, **k: old(*a, **k) * factor)
@@ -83,13 +92,21 @@ def patches(family, block):
         yield "norm", "renormalisation missing", (block.gate, "forward", not_renormalised)
         yield "gelu", "gelu for silu", ex(act=F.gelu)
         yield "shift", "experts shifted by one", ex(shift=1)
+        yield "mirror", "experts in another order", ex(mirror=True)
+        yield "relu2", "squared relu for silu", ex(act=lambda v: F.relu(v) ** 2)
+        yield "sigmoid", "sigmoid for silu", ex(act=torch.sigmoid)
+        yield "squares", "weight applied twice", reweighted(lambda w: w * w)
+        yield "equal", "the same weight for all", reweighted(lambda w: w.mean(-1, keepdim=True).expand_as(w))
         yield "half", "16-bit overflow between the products", ex(half=True)
     if family == "gpt_oss":
         yield "clamp", "clamp missing", ex(clamp=False)
         yield "alpha", "alpha is 1", ex(alpha=1.0)
         yield "plus", "up + 1 missing", ex(plus=0.0)
         yield "bias", "down bias missing", ex(bias=False)
+        yield "up", "up bias missing", ex(up_bias=False)
     if family == "deepseek_v3":
+        last = torch.tensor([1.0, 1.0, 1.0, 0.0])
+        yield "last", "the last of the chosen experts dropped", reweighted(lambda w: w * last)
         yield "shared", "shared expert multiplied (x2.0", scaled(block.shared_experts, 2.0)
         yield "twice", "scaling factor applied twice", scaled(block.experts, 2.5)
 

@@ -26,6 +26,8 @@ pub enum FaultKind {
     ExpertId,
     /// An output is NaN or infinite.
     Output,
+    /// More slots or rows go from one rank to another than have room there.
+    Capacity,
 }
 
 impl Fault {
@@ -59,6 +61,9 @@ impl Fault {
             FaultKind::ExpertId => {
                 format!("token {row}, choice {column}: {bits} is no expert of this layer")
             }
+            FaultKind::Capacity => format!(
+                "token {row}: the {bits}. next rank has room for {column} slots or rows of this one; give more"
+            ),
         }
     }
 }
@@ -71,6 +76,7 @@ impl fmt::Display for Fault {
             FaultKind::TokenId => "input ids",
             FaultKind::ExpertId => "expert ids",
             FaultKind::Output => "output",
+            FaultKind::Capacity => "exchange",
         };
         write!(f, "{what}: {}", self.reason())
     }
@@ -109,6 +115,7 @@ impl FaultWord {
             2 => FaultKind::Logit,
             3 => FaultKind::TokenId,
             4 => FaultKind::ExpertId,
+            6 => FaultKind::Capacity,
             _ => FaultKind::Output,
         };
         stream.fill(self.word.view_mut(), 0)?;

@@ -14,7 +14,9 @@
 //! FewExperts                    experts for few tokens, in one launch, behind a gate or not: bf16, FP8, INT4, MXFP4
 //! ManyExperts                   experts for many tokens, on tensor cores: the same formats
 //! Limits                        what the GPU can do at most
-//! NcclLink                      bytes to and from the GPUs of other ranks
+//! ExchangeVerbs                 rows to and from other ranks: sorted, packed, unpacked, summed
+//! NcclLink                      bytes to and from the GPUs of other ranks, through host memory
+//! NcclPeers                     the same between memories of GPUs
 //! FaultWord                     what kernels found wrong with the data, read when asked for
 //! ```
 //!
@@ -28,6 +30,7 @@
 mod arena;
 mod driver;
 mod error;
+mod exchange;
 pub mod fault;
 mod few;
 mod gpu;
@@ -50,6 +53,7 @@ pub mod weights;
 
 pub use arena::{Arena, Cut, room};
 pub use error::{Error, Result};
+pub use exchange::{ExchangeVerbs, Homes, Packed, Parts, Room, SlotOutputs};
 pub use fault::{Fault, FaultWord};
 pub use few::{FewBatch, FewExperts, FewFormat, FewGate, FewShape, FewWorkspace};
 pub use gpu::{Gpu, Properties};
@@ -58,7 +62,7 @@ pub use limits::Limits;
 pub use many::{ManyExperts, ManyWorkspace};
 pub use memory::{Buffer, Pinned, Pod, View, ViewMut};
 pub use module::{Argument, Function, Launch, Modules};
-pub use nccl::{Nccl, NcclId, NcclLink};
+pub use nccl::{Leg, Nccl, NcclId, NcclLink, NcclPeers};
 pub use nvrtc::{Compiled, Compiler, Resources, Source, resources};
 pub use plan::Plan;
 pub use router::{Router, RouterOptions, RouterTensors};

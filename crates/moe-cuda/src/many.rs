@@ -9,7 +9,7 @@ use crate::rows::Float;
 use crate::sources::{MANY, MANY4, ROWS};
 use crate::tensor_map::{Matrix, TensorMap};
 use crate::weights::{ExpertWeights, RawActivation, Stored};
-use crate::{Buffer, Error, Result, Rows, RowsMut, Stream};
+use crate::{Buffer, Error, Result, Rows, RowsMut, SlotOutputs, Stream, View};
 
 /// Routed experts for batches of any size, best where experts have many rows each. Weights are read
 /// where they lie: bf16, or E4M3 with scales of 128 × 128 and rows quantised to E4M3 in groups of 128,
@@ -77,7 +77,6 @@ impl ManyExperts {
         weights: ExpertWeights,
         packed: Option<Arc<Packed>>,
     ) -> Result<Self> {
-        let refuse = |reason: String| Err(Error::input("experts for many tokens", reason));
         let gpu = modules.gpu();
         weights.check()?;
         let Some(gate) = &weights.gate else {
@@ -201,49 +200,101 @@ impl ManyExperts {
         out: &mut RowsMut<'_>,
     ) -> Result<()> {
         let FewBatch { x, ids, weights, factor, fault } = *batch;
-        let refuse = |reason: String| Err(Error::input("experts for many tokens", reason));
-        let w = &self.weights;
-        let (hidden, inner, slots) = (w.hidden(), w.intermediate(), ids.len());
+        let (hidden, slots) = (self.weights.hidden(), ids.len());
         x.expect("rows of the experts", slots / plan.top_k, hidden)?;
         out.expect("output of the experts", slots / plan.top_k, hidden)?;
-        let aligned =
-            |address: u64, stride: u64| address.is_multiple_of(16) && stride.is_multiple_of(8);
-        if x.float() != Float::Bf16
-            || out.float() == Float::F16
-            || !aligned(x.raw.data, x.raw.stride)
-            || !aligned(out.raw.data, out.raw.stride)
-        {
-            return refuse("rows are bf16, aligned to 16 bytes; outputs bf16 or f32".into());
+        if out.float() == Float::F16 || !aligned(out.raw.data, out.raw.stride) {
+            return refuse("outputs are bf16 or f32, aligned to 16 bytes".into());
         }
-        if (plan.slots_used, weights.len()) != (slots, slots) {
+        if weights.len() != slots {
+            return refuse(format!("{slots} ids, {} weights", weights.len()));
+        }
+        let rows = (plan.order().address(), plan.top_k);
+        let y = self.products(stream, x, rows, (slots, plan), work)?;
+        if slots == 0 {
+            return Ok(());
+        }
+        let (experts, top_k) = (plan.experts() as u32, plan.top_k as u32);
+        let (ids, weights, fault) = (ids.address(), weights.address(), fault.view().address());
+        if self.format.packed() {
+            // SAFETY: the workspace has f32 rows for all slots.
+            let y = unsafe { Rows::from_raw(y.values, Float::F32, slots, hidden, hidden)? };
+            let blocks = (out.rows() * hidden).div_ceil(256).min(1 << 20) as u32;
+            let arguments: [&dyn Argument; 8] =
+                [&y.raw, &ids, &weights, &experts, &top_k, &factor, &out.raw, &fault];
+            // SAFETY: the parameters of `combine`; shapes and sizes were checked.
+            return unsafe { self.combine.launch(stream, Launch::plain(blocks, 256), &arguments) };
+        }
+        let blocks = (out.rows() * hidden / 8).div_ceil(256).min(1 << 20) as u32;
+        let arguments: [&dyn Argument; 9] =
+            [&y.values, &y.scales, &ids, &weights, &experts, &top_k, &factor, &out.raw, &fault];
+        // SAFETY: the parameters of `combine_slots`; shapes and sizes were checked.
+        unsafe { self.combine.launch(stream, Launch::plain(blocks, 256), &arguments) }
+    }
+
+    /// The outputs of slots, by slot, before any sum; those of slots without an expert hold anything. `rows` is, for
+    /// every planned slot in the plan's order, its row of `x`.
+    ///
+    /// # Safety
+    /// Those rows are rows of `x`.
+    ///
+    /// # Errors
+    /// If a shape does not fit, or an earlier step failed.
+    pub unsafe fn slots(
+        &self,
+        stream: &Stream,
+        x: Rows<'_>,
+        rows: View<'_, u32>,
+        plan: &Plan,
+        work: &mut ManyWorkspace,
+    ) -> Result<SlotOutputs> {
+        let slots = plan.slots_used;
+        if rows.len() != slots || x.cols() != self.weights.hidden() {
+            return refuse(format!("{slots} slots, rows of {} columns", x.cols()));
+        }
+        self.products(stream, x, (rows.address(), 1), (slots, plan), work)
+    }
+
+    /// Both products: row `order[p] / top_k` of `x` for the plan's p-th slot.
+    fn products(
+        &self,
+        stream: &Stream,
+        x: Rows<'_>,
+        order: (u64, usize),
+        (slots, plan): (usize, &Plan),
+        work: &mut ManyWorkspace,
+    ) -> Result<SlotOutputs> {
+        let w = &self.weights;
+        let (hidden, inner) = (w.hidden(), w.intermediate());
+        if x.float() != Float::Bf16 || !aligned(x.raw.data, x.raw.stride) {
+            return refuse("rows are bf16, aligned to 16 bytes".into());
+        }
+        let fits = (plan.experts(), plan.tile()) == (w.up.experts, Self::TILE);
+        if plan.slots_used != slots || !fits || slots > work.slots {
             return refuse(format!(
-                "{slots} ids, {} planned, {} weights",
+                "{slots} slots, {} planned in tiles of {} over {}",
                 plan.slots_used,
-                weights.len()
-            ));
-        }
-        if (plan.experts(), plan.tile()) != (w.up.experts, Self::TILE) || slots > work.slots {
-            return refuse(format!(
-                "{slots} slots in tiles of {} over {}",
                 plan.tile(),
                 plan.experts()
             ));
         }
+        let outputs = self.outputs(work);
         if slots == 0 {
-            return Ok(());
+            return Ok(outputs);
         }
         let gate = w.gate.as_ref().unwrap_or(&w.up);
-        self.gather(
-            stream,
-            x.raw.data,
-            x.raw.stride,
-            Some(plan.order().address()),
-            hidden,
-            plan,
-            work,
-        )?;
+        self.gather(stream, (x.raw.data, x.raw.stride), Some(order), hidden, plan, work)?;
         if let Some(packed) = &self.packed {
-            return self.packed_products(stream, batch, packed, plan, work, out);
+            let h = work.inner.view_mut().address();
+            let first = RawMany4::new(plan, &packed.first, [gate, &w.up], h, w);
+            let downs = [&w.down, &w.down];
+            let second = RawMany4::new(plan, &packed.second, downs, outputs.values, w);
+            // SAFETY: the parameters of `many4`; shapes and sizes were checked.
+            unsafe {
+                self.first.launch(stream, self.launch, &[&first, &work.rows_map])?;
+                self.second.launch(stream, self.launch, &[&second, &work.inner_map])?;
+            }
+            return Ok(outputs);
         }
         let [gate_map, up_map, down_map] = &self.maps;
         let h = (work.inner.view_mut().address(), inner as u64);
@@ -253,89 +304,53 @@ impl ManyExperts {
             self.first.launch(stream, self.launch, &[&raw, &work.rows_map, gate_map, up_map])?;
         }
         if self.format == FewFormat::Fp8Block {
-            self.gather(stream, h.0, h.1, None, inner, plan, work)?;
+            self.gather(stream, h, None, inner, plan, work)?;
         }
-        let y = work.y.view_mut().address();
-        let raw = self.raw(plan, work, [&w.down, &w.down], y);
-        let y_scales = work.y_scales.view().address();
-        let (experts, top_k) = (plan.experts() as u32, plan.top_k as u32);
-        let blocks = (out.rows() * hidden / 8).div_ceil(256).min(1 << 20) as u32;
-        let arguments: [&dyn Argument; 9] = [
-            &y,
-            &y_scales,
-            &ids.address(),
-            &weights.address(),
-            &experts,
-            &top_k,
-            &factor,
-            &out.raw,
-            &fault.view().address(),
-        ];
-        // SAFETY: the parameters of `many` and `combine_slots`; shapes and sizes were checked.
+        let raw = self.raw(plan, work, [&w.down, &w.down], outputs.values);
+        // SAFETY: the parameters of `many`; shapes and sizes were checked.
         unsafe {
             let maps = [&work.inner_map, down_map, down_map];
             self.second.launch(stream, self.launch, &[&raw, maps[0], maps[1], maps[2]])?;
-            self.combine.launch(stream, Launch::plain(blocks, 256), &arguments)
         }
+        Ok(outputs)
     }
 
-    /// What follows the gathering where the weights are packed.
-    fn packed_products(
-        &self,
-        stream: &Stream,
-        batch: &FewBatch<'_>,
-        packed: &Packed,
-        plan: &Plan,
-        work: &mut ManyWorkspace,
-        out: &mut RowsMut<'_>,
-    ) -> Result<()> {
-        let w = &self.weights;
-        let gate = w.gate.as_ref().unwrap_or(&w.up);
-        let (slots, hidden) = (batch.ids.len(), w.hidden());
-        let inner = work.inner.view_mut().address();
-        let raw = RawMany4::new(plan, &packed.first, [gate, &w.up], inner, w);
-        // SAFETY: the parameters of `many4`; shapes and sizes were checked.
-        unsafe { self.first.launch(stream, self.launch, &[&raw, &work.rows_map])? };
-        let y = work.y.view_mut().address();
-        let raw = RawMany4::new(plan, &packed.second, [&w.down, &w.down], y, w);
-        // SAFETY: as above; the workspace has f32 rows for all slots.
-        let y = unsafe {
-            self.second.launch(stream, self.launch, &[&raw, &work.inner_map])?;
-            Rows::from_raw(y, Float::F32, slots, hidden, hidden)?
-        };
-        let blocks = (out.rows() * hidden).div_ceil(256).min(1 << 20) as u32;
-        let arguments: [&dyn Argument; 8] = [
-            &y.raw,
-            &batch.ids.address(),
-            &batch.weights.address(),
-            &(plan.experts() as u32),
-            &(plan.top_k as u32),
-            &batch.factor,
-            &out.raw,
-            &batch.fault.view().address(),
-        ];
-        // SAFETY: the parameters of `combine`; shapes and sizes were checked.
-        unsafe { self.combine.launch(stream, Launch::plain(blocks, 256), &arguments) }
+    /// Where the outputs of slots are, and what a slot's take.
+    fn outputs(&self, work: &ManyWorkspace) -> SlotOutputs {
+        let (values, scales) = (work.y.view().address(), work.y_scales.view().address());
+        SlotOutputs { values, scales, ..self.output_of_slot() }
+    }
+
+    /// What the outputs of a slot are, nowhere yet.
+    pub fn output_of_slot(&self) -> SlotOutputs {
+        let hidden = self.weights.hidden();
+        let tile = if self.format.packed() { 0 } else { tile_features(self.format) };
+        SlotOutputs {
+            values: 0,
+            value_bytes: hidden * if tile == 0 { 4 } else { 2 },
+            scales: 0,
+            scale_bytes: if tile == 0 { 0 } else { 4 * hidden.div_ceil(tile) },
+            tile,
+        }
     }
 
     /// Rows by sorted position; codes and scales of them for FP8. Without an order, of the rows
     /// between the products, which are sorted already.
-    #[allow(clippy::too_many_arguments, reason = "source and target of a copy")]
     fn gather(
         &self,
         stream: &Stream,
-        from: u64,
-        stride: u64,
-        order: Option<u64>,
+        (from, stride): (u64, u64),
+        order: Option<(u64, usize)>,
         cols: usize,
         plan: &Plan,
         work: &mut ManyWorkspace,
     ) -> Result<()> {
         let launch = Launch::plain(plan.slots_used.div_ceil(8) as u32, 256);
-        let (experts, top_k) = (plan.experts() as u32, plan.top_k as u32);
+        let experts = plan.experts() as u32;
         let offsets = plan.offsets().address();
         let sorted = order.is_some();
-        let order = order.unwrap_or(0);
+        let (order, top_k) = order.unwrap_or((0, 1));
+        let top_k = top_k as u32;
         // SAFETY: the parameters of `gather_fp8` or `gather`; the workspace holds all slots.
         unsafe {
             if self.format == FewFormat::Fp8Block {
@@ -391,6 +406,15 @@ impl ManyExperts {
             activation: RawActivation::new(self.weights.activation, true),
         }
     }
+}
+
+fn refuse<T>(reason: String) -> Result<T> {
+    Err(Error::input("experts for many tokens", reason))
+}
+
+/// As the copy engine and loads of 16 bytes want rows of 16-bit numbers.
+fn aligned(address: u64, stride: u64) -> bool {
+    address.is_multiple_of(16) && stride.is_multiple_of(8)
 }
 
 /// How a product is compiled.

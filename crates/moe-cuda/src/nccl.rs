@@ -1,8 +1,9 @@
 //! NCCL, opened at run time: bytes between the GPUs of several ranks.
 //!
-//! [`NcclLink`] is one rank's end: parts of host memory go to other ranks and come from them, through
-//! the memory of the GPUs. Nothing here waits for another rank. What another rank must do first is
-//! polled for, so that a caller can give up: [`NcclLink::abort`] ends what hangs.
+//! [`NcclLink`] is one rank's end for parts of host memory, which go to other ranks and come from them through
+//! the memory of the GPUs. [`NcclPeers`] is one for memory of the GPUs themselves, in the order of a stream of
+//! the caller's. Nothing here waits for another rank. What another rank must do first is polled for, so that a
+//! caller can give up: `abort` ends what hangs.
 
 use std::collections::VecDeque;
 use std::ffi::{CStr, c_char, c_int};
@@ -19,6 +20,9 @@ use crate::{Buffer, Error, Event, Gpu, Pinned, Result, Stream};
 const OLDEST: c_int = 21_400;
 /// How long a rank that ends well waits for its end of the library to do so.
 const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Blocks for transfers between GPUs that have nothing else to do meanwhile: as many as NCCL has channels.
+const BLOCKS: c_int = 32;
 
 const SUCCESS: c_int = 0;
 const IN_PROGRESS: c_int = 7;
@@ -50,7 +54,8 @@ struct Config {
 }
 
 impl Config {
-    fn polled() -> Self {
+    /// Polled, with at least so many blocks for transfers; 0: as the library likes.
+    fn polled(blocks: c_int) -> Self {
         const UNDEFINED: c_int = c_int::MIN;
         Self {
             size: size_of::<Self>(),
@@ -58,7 +63,7 @@ impl Config {
             version: 21_700,
             blocking: 0,
             cga_cluster_size: UNDEFINED,
-            min_ctas: UNDEFINED,
+            min_ctas: if blocks > 0 { blocks } else { UNDEFINED },
             max_ctas: UNDEFINED,
             net_name: 0,
             split_share: UNDEFINED,
@@ -201,12 +206,18 @@ unsafe fn text(text: *const c_char) -> String {
     }
 }
 
-/// One rank's end, on a GPU of its own. What is [put on its way](Self::start) arrives in that order.
-pub struct NcclLink {
+/// One rank among others, with a GPU of its own.
+struct Member {
     nccl: Arc<Nccl>,
     gpu: Gpu,
-    stream: Stream,
+    /// 0 once it has ended.
     communicator: Handle,
+}
+
+/// One rank's end, on a GPU of its own. What is [put on its way](Self::start) arrives in that order.
+pub struct NcclLink {
+    member: Member,
+    stream: Stream,
     under_way: VecDeque<Transfer>,
     spares: Vec<Staging>,
 }
@@ -227,6 +238,188 @@ struct Transfer {
     launched: bool,
 }
 
+/// Bytes of a GPU's memory that go to a rank, or come from one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Leg {
+    /// The other rank.
+    pub peer: usize,
+    /// Device pointer.
+    pub address: u64,
+    /// How many.
+    pub bytes: usize,
+}
+
+impl Member {
+    fn begin(
+        nccl: &Arc<Nccl>,
+        gpu: &Gpu,
+        id: NcclId,
+        (rank, ranks): (usize, usize),
+        blocks: c_int,
+    ) -> Result<Self> {
+        gpu.bind()?;
+        let (mut communicator, mut config) = (0, Config::polled(blocks));
+        // SAFETY: both pointers are good; the GPU is this thread's.
+        let code = unsafe {
+            (nccl.functions.ncclCommInitRankConfig)(
+                &mut communicator,
+                ranks as c_int,
+                id,
+                rank as c_int,
+                &mut config,
+            )
+        };
+        nccl.check("ncclCommInitRankConfig", code, communicator)?;
+        Ok(Self { nccl: nccl.clone(), gpu: gpu.clone(), communicator })
+    }
+
+    /// True once the library is done with what it was last asked for.
+    fn is_ready(&self) -> Result<bool> {
+        let mut state = SUCCESS;
+        // SAFETY: the communicator lives; the pointer is good for one int.
+        let code =
+            unsafe { (self.nccl.functions.ncclCommGetAsyncError)(self.communicator, &mut state) };
+        self.check("ncclCommGetAsyncError", code)?;
+        self.check("NCCL", state)?;
+        Ok(state != IN_PROGRESS)
+    }
+
+    /// Puts sends and receives on `stream`, as one group.
+    ///
+    /// # Safety
+    /// The memory of all legs is there until they are done.
+    unsafe fn exchange(&self, stream: &Stream, sends: &[Leg], receives: &[Leg]) -> Result<()> {
+        if self.communicator == 0 {
+            return Err(Error::Library { what: "NCCL", reason: "the connection has ended".into() });
+        }
+        self.gpu.bind()?;
+        let (f, stream) = (&self.nccl.functions, stream.handle());
+        // SAFETY: groups may be opened at any time.
+        self.check("ncclGroupStart", unsafe { (f.ncclGroupStart)() })?;
+        let (mut code, mut call) = (SUCCESS, "");
+        for &Leg { peer, address, bytes } in sends {
+            // SAFETY: the memory is as the caller promises; the communicator and the stream live.
+            let sent = unsafe {
+                (f.ncclSend)(address, bytes, BYTES, peer as c_int, self.communicator, stream)
+            };
+            first(&mut code, &mut call, sent, "ncclSend");
+        }
+        for &Leg { peer, address, bytes } in receives {
+            // SAFETY: as above.
+            let received = unsafe {
+                (f.ncclRecv)(address, bytes, BYTES, peer as c_int, self.communicator, stream)
+            };
+            first(&mut code, &mut call, received, "ncclRecv");
+        }
+        // Also where one has failed: the group must not stay open.
+        // SAFETY: opened above, on this thread.
+        let ended = unsafe { (f.ncclGroupEnd)() };
+        first(&mut code, &mut call, ended, "ncclGroupEnd");
+        self.check(call, code)
+    }
+
+    fn check(&self, call: &'static str, code: c_int) -> Result<()> {
+        self.nccl.check(call, code, self.communicator)
+    }
+
+    /// Ends this rank's end of the library, if that can end well.
+    fn leave(&mut self) -> Result<()> {
+        self.gpu.bind()?;
+        // SAFETY: the communicator lives, and nothing is under way.
+        let code = unsafe { (self.nccl.functions.ncclCommFinalize)(self.communicator) };
+        self.check("ncclCommFinalize", code)?;
+        let since = Instant::now();
+        while !self.is_ready()? && since.elapsed() < PATIENCE {
+            std::thread::yield_now();
+        }
+        if since.elapsed() < PATIENCE {
+            let communicator = std::mem::take(&mut self.communicator);
+            // SAFETY: finalized, and not used again.
+            unsafe { (self.nccl.functions.ncclCommDestroy)(communicator) };
+        }
+        Ok(())
+    }
+
+    fn abort(&mut self) {
+        if self.communicator != 0 {
+            let communicator = std::mem::take(&mut self.communicator);
+            let _ = self.gpu.bind();
+            // SAFETY: the communicator lives, and is not used again.
+            unsafe { (self.nccl.functions.ncclCommAbort)(communicator) };
+        }
+    }
+
+    /// Leaves if nothing is under way, else aborts.
+    fn end(&mut self, idle: bool) {
+        if self.communicator != 0 && idle && !std::thread::panicking() {
+            // what cannot end well is ended below
+            let _ = self.leave();
+        }
+        self.abort();
+    }
+}
+
+/// One rank's end for memory of the GPUs.
+pub struct NcclPeers {
+    member: Member,
+}
+
+impl NcclPeers {
+    /// Begins to join the other ranks as `rank` of `ranks` with GPU `gpu`;
+    /// [`is_ready`](Self::is_ready) tells when all have.
+    ///
+    /// # Errors
+    /// What the driver or the library refuses.
+    pub fn begin(
+        nccl: &Arc<Nccl>,
+        gpu: &Gpu,
+        id: NcclId,
+        rank: usize,
+        ranks: usize,
+    ) -> Result<Self> {
+        Ok(Self { member: Member::begin(nccl, gpu, id, (rank, ranks), BLOCKS)? })
+    }
+
+    /// The GPU.
+    pub fn gpu(&self) -> &Gpu {
+        &self.member.gpu
+    }
+
+    /// True once the library is done with what it was last asked for: then it is on the stream, and more can be
+    /// asked for.
+    ///
+    /// # Errors
+    /// What went wrong meanwhile, here or at another rank.
+    pub fn is_ready(&self) -> Result<bool> {
+        self.member.is_ready()
+    }
+
+    /// Puts one exchange on `stream`, for which all ranks do the same at the other ends, in the same order. The
+    /// library [is ready](Self::is_ready); what comes later on the stream must be put there once it is so again.
+    ///
+    /// # Safety
+    /// The memory of all legs is there until they are done.
+    ///
+    /// # Errors
+    /// What the library refuses.
+    pub unsafe fn start(&self, stream: &Stream, sends: &[Leg], receives: &[Leg]) -> Result<()> {
+        // SAFETY: as the caller promises.
+        unsafe { self.member.exchange(stream, sends, receives) }
+    }
+
+    /// Ends everything that is under way, here; the other ranks must do the same. Nothing arrives after it.
+    pub fn abort(&mut self) {
+        self.member.abort();
+    }
+}
+
+impl Drop for NcclPeers {
+    fn drop(&mut self) {
+        let idle = self.member.communicator != 0 && self.is_ready().unwrap_or(false);
+        self.member.end(idle);
+    }
+}
+
 impl NcclLink {
     /// Begins to join the other ranks as `rank` of `ranks` with GPU `gpu`;
     /// [`is_ready`](Self::is_ready) tells when all have.
@@ -240,25 +433,9 @@ impl NcclLink {
         rank: usize,
         ranks: usize,
     ) -> Result<Self> {
-        let stream = Stream::new(gpu)?;
-        gpu.bind()?;
-        let (mut communicator, mut config) = (0, Config::polled());
-        // SAFETY: both pointers are good; the GPU is this thread's.
-        let code = unsafe {
-            (nccl.functions.ncclCommInitRankConfig)(
-                &mut communicator,
-                ranks as c_int,
-                id,
-                rank as c_int,
-                &mut config,
-            )
-        };
-        nccl.check("ncclCommInitRankConfig", code, communicator)?;
         Ok(Self {
-            nccl: nccl.clone(),
-            gpu: gpu.clone(),
-            stream,
-            communicator,
+            stream: Stream::new(gpu)?,
+            member: Member::begin(nccl, gpu, id, (rank, ranks), 0)?,
             under_way: VecDeque::new(),
             spares: Vec::new(),
         })
@@ -269,17 +446,11 @@ impl NcclLink {
     /// # Errors
     /// What went wrong meanwhile, here or at another rank.
     pub fn is_ready(&mut self) -> Result<bool> {
-        let mut state = SUCCESS;
-        // SAFETY: the communicator lives; the pointer is good for one int.
-        let code =
-            unsafe { (self.nccl.functions.ncclCommGetAsyncError)(self.communicator, &mut state) };
-        self.check("ncclCommGetAsyncError", code)?;
-        self.check("NCCL", state)?;
-        if state == IN_PROGRESS {
-            return Ok(false);
+        let ready = self.member.is_ready()?;
+        if ready {
+            self.copy_back()?;
         }
-        self.copy_back()?;
-        Ok(true)
+        Ok(ready)
     }
 
     /// Puts one exchange on its way: bytes to some ranks, and room for so many bytes from some, which all
@@ -297,40 +468,30 @@ impl NcclLink {
             staging.send.as_mut_slice()[at..at + part.len()].copy_from_slice(part);
             at += part.len();
         }
-        let driver = self.gpu.bind()?;
-        let stream = self.stream.handle();
+        let driver = self.member.gpu.bind()?;
         let (host, device) =
             (staging.send.as_slice().as_ptr(), staging.send_device.view().address());
         if sent > 0 {
+            let stream = self.stream.handle();
             // SAFETY: both sides hold as many bytes, and are kept until the transfer is done.
             call!(driver.cuMemcpyHtoDAsync_v2(device, host.cast(), sent, stream))?;
         }
-        let f = &self.nccl.functions;
-        // SAFETY: groups may be opened at any time.
-        self.check("ncclGroupStart", unsafe { (f.ncclGroupStart)() })?;
-        let (mut code, mut call, mut at) = (SUCCESS, "", device);
-        for &(peer, part) in sends {
-            // SAFETY: the part lies in the buffer; the communicator and the stream live.
-            let sent = unsafe {
-                (f.ncclSend)(at, part.len(), BYTES, peer as c_int, self.communicator, stream)
-            };
-            first(&mut code, &mut call, sent, "ncclSend");
-            at += part.len() as u64;
-        }
-        let mut at = staging.receive_device.view().address();
-        for &(peer, len) in receives {
-            // SAFETY: the room lies in the buffer; the communicator and the stream live.
-            let sent =
-                unsafe { (f.ncclRecv)(at, len, BYTES, peer as c_int, self.communicator, stream) };
-            first(&mut code, &mut call, sent, "ncclRecv");
-            at += len as u64;
-        }
-        // Also where one has failed: the group must not stay open.
-        // SAFETY: opened above, on this thread.
-        let ended = unsafe { (f.ncclGroupEnd)() };
-        first(&mut code, &mut call, ended, "ncclGroupEnd");
+        let legs = |parts: &mut dyn Iterator<Item = (usize, usize)>, mut address: u64| {
+            parts
+                .map(|(peer, bytes)| {
+                    let leg = Leg { peer, address, bytes };
+                    address += bytes as u64;
+                    leg
+                })
+                .collect::<Vec<_>>()
+        };
+        let to = legs(&mut sends.iter().map(|(peer, part)| (*peer, part.len())), device);
+        let room = staging.receive_device.view().address();
+        let from = legs(&mut receives.iter().copied(), room);
+        // SAFETY: all parts lie in the buffers, which are kept until the transfer is done.
+        let started = unsafe { self.member.exchange(&self.stream, &to, &from) };
         self.under_way.push_back(Transfer { staging, received, launched: false });
-        self.check(call, code)?;
+        started?;
         self.is_ready().map(drop)
     }
 
@@ -339,7 +500,7 @@ impl NcclLink {
         let stream = self.stream.handle();
         for transfer in self.under_way.iter_mut().filter(|transfer| !transfer.launched) {
             let Transfer { staging, received, launched } = transfer;
-            let driver = self.gpu.bind()?;
+            let driver = self.member.gpu.bind()?;
             let host = staging.receive.as_mut_slice().as_mut_ptr();
             let device = staging.receive_device.view().address();
             if *received > 0 {
@@ -381,16 +542,11 @@ impl NcclLink {
     /// Ends everything that is under way, here; the other ranks must do the same. Nothing arrives after
     /// it.
     pub fn abort(&mut self) {
-        if self.communicator != 0 {
-            let communicator = std::mem::take(&mut self.communicator);
-            let _ = self.gpu.bind();
-            // SAFETY: the communicator lives, and is not used again.
-            unsafe { (self.nccl.functions.ncclCommAbort)(communicator) };
-        }
+        self.member.abort();
     }
 
     fn staging(&mut self, send: usize, receive: usize) -> Result<Staging> {
-        let gpu = &self.gpu;
+        let gpu = &self.member.gpu;
         let mut staging = match self.spares.pop() {
             Some(spare) => spare,
             None => Staging {
@@ -413,37 +569,11 @@ impl NcclLink {
         }
         Ok(staging)
     }
-
-    fn check(&self, call: &'static str, code: c_int) -> Result<()> {
-        self.nccl.check(call, code, self.communicator)
-    }
-
-    /// Ends this rank's end of the library, if that can end well.
-    fn leave(&mut self) -> Result<()> {
-        self.gpu.bind()?;
-        // SAFETY: the communicator lives, and nothing is under way.
-        let code = unsafe { (self.nccl.functions.ncclCommFinalize)(self.communicator) };
-        self.check("ncclCommFinalize", code)?;
-        let since = Instant::now();
-        while !self.is_ready()? && since.elapsed() < PATIENCE {
-            std::thread::yield_now();
-        }
-        if since.elapsed() < PATIENCE {
-            let communicator = std::mem::take(&mut self.communicator);
-            // SAFETY: finalized, and not used again.
-            unsafe { (self.nccl.functions.ncclCommDestroy)(communicator) };
-        }
-        Ok(())
-    }
 }
 
 impl Drop for NcclLink {
     fn drop(&mut self) {
-        if self.communicator != 0 && self.under_way.is_empty() && !std::thread::panicking() {
-            // what cannot end well is ended below
-            let _ = self.leave();
-        }
-        self.abort();
+        self.member.end(self.under_way.is_empty());
     }
 }
 

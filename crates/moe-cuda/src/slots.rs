@@ -108,13 +108,45 @@ impl SlotVerbs {
     ) -> Result<()> {
         let slots = plan.slots_used;
         x.expect("gather", slots / plan.top_k, to.cols())?;
-        to.expect("gather", slots, x.cols())?;
         expect("gather", "factors", factors.map(|f| f.len()), slots)?;
+        self.gather_of(stream, x, (plan.order(), plan.top_k), plan, factors, to)
+    }
+
+    /// The same of rows that are named: `rows` is, for every planned slot in the plan's order, its row of `x`.
+    ///
+    /// # Safety
+    /// Those rows are rows of `x`.
+    ///
+    /// # Errors
+    /// If a shape does not fit, or an earlier step failed.
+    pub unsafe fn gather_rows(
+        &self,
+        stream: &Stream,
+        x: Rows<'_>,
+        rows: View<'_, u32>,
+        plan: &Plan,
+        to: &mut RowsMut<'_>,
+    ) -> Result<()> {
+        expect("gather", "rows", Some(rows.len()), plan.slots_used)?;
+        self.gather_of(stream, x, (rows, 1), plan, None, to)
+    }
+
+    fn gather_of(
+        &self,
+        stream: &Stream,
+        x: Rows<'_>,
+        (order, top_k): (View<'_, u32>, usize),
+        plan: &Plan,
+        factors: Option<View<'_, f32>>,
+        to: &mut RowsMut<'_>,
+    ) -> Result<()> {
+        let slots = plan.slots_used;
+        to.expect("gather", slots, x.cols())?;
         if slots == 0 {
             return Ok(());
         }
-        let (order, offsets) = (plan.order().pointer, plan.offsets().pointer);
-        let (experts, top_k) = (plan.experts() as u32, plan.top_k as u32);
+        let (order, offsets) = (order.pointer, plan.offsets().pointer);
+        let (experts, top_k) = (plan.experts() as u32, top_k as u32);
         let factors = factors.map_or(0, |factors| factors.pointer);
         let launch = Launch::plain(slots.min(1 << 20) as u32, 256);
         // SAFETY: the parameters of `gather_slots`; the shapes were checked.

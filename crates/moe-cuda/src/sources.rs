@@ -29,6 +29,8 @@ const HEADERS: &[(&str, &str)] = &[
 pub(crate) static ROWS: Source = source!("rows");
 /// Rows of slots, and the end of a pass.
 pub(crate) static SLOTS: Source = source!("slots");
+/// Rows between ranks.
+pub(crate) static EXCHANGE: Source = source!("exchange");
 /// Routing.
 pub(crate) static ROUTE: Source = source!("route");
 /// Slots sorted by expert.
@@ -70,7 +72,7 @@ pub fn builds() -> Vec<Build> {
     let all = |source, options| build(source, options, &["sm_80", "sm_90a", "sm_100a"]);
     let from_hopper = |source, options| build(source, options, &["sm_90a", "sm_100a"]);
     let mut builds: Vec<Build> =
-        [&ROWS, &SLOTS, &PLAN, &LIMITS].map(|source| all(source, Vec::new())).into();
+        [&ROWS, &SLOTS, &PLAN, &EXCHANGE, &LIMITS].map(|source| all(source, Vec::new())).into();
     builds.push(all(&ROUTE, vec!["--fmad=false".into()]));
     builds.extend(Element::ALL.iter().map(|element| all(&GROUPED, element.options())));
     for (format, shape) in few::shapes() {

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use crate::driver::{Driver, Handle, call};
 use crate::memory::Pod;
-use crate::{Error, Gpu, Result, View, ViewMut};
+use crate::{Error, Gpu, Pinned, Result, View, ViewMut};
 
 /// A queue of work on one GPU. Work of one stream runs in order; calls return before it is done.
 ///
@@ -134,6 +134,23 @@ impl Stream {
             self.check(driver, "cuMemcpyDtoHAsync_v2", code)?;
         }
         self.synchronize()
+    }
+
+    /// Copies device memory to pinned memory of the host, in the stream's order: it is there once an event
+    /// [recorded](Self::record) after it is reached.
+    ///
+    /// # Errors
+    /// If the lengths differ, or an earlier step failed.
+    pub fn copy_to<T: Pod>(&self, from: View<'_, T>, to: &mut Pinned<T>) -> Result<()> {
+        let to = to.as_mut_slice();
+        same_length(from.len, to.len())?;
+        let driver = self.enter("copy out")?;
+        let (bytes, pointer) = (size_of_val(to), to.as_mut_ptr());
+        // SAFETY: both sides hold as many bytes; pinned memory is freed once the GPU is idle.
+        let code = unsafe {
+            (driver.cuMemcpyDtoHAsync_v2)(pointer.cast(), from.pointer, bytes, self.handle)
+        };
+        self.check(driver, "cuMemcpyDtoHAsync_v2", code)
     }
 
     /// Copies within the GPU, in the stream's order.

@@ -1,6 +1,7 @@
 //! Measurements on a GPU: what it can do at most, and passes on rows of its own memory, replayed as a graph.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use moe_runner::comm::Communicator;
 use moe_runner::hidden::{ActivationDtype, Rows, RowsMut};
@@ -38,6 +39,18 @@ pub(crate) fn time(
 }
 
 #[cfg(not(feature = "cuda"))]
+pub(crate) fn time_together(
+    _: ((usize, usize), bool),
+    _: (ActivationDtype, usize),
+    _: &[&[f32]],
+    _: impl FnMut(usize, Rows<'_>, RowsMut<'_>) -> moe_runner::Result<()>,
+    _: impl FnMut() -> moe_runner::Result<()>,
+    _: impl FnMut(Option<Duration>) -> moe_runner::Result<Duration>,
+) -> moe_runner::Result<Times> {
+    limits(0).map(|_| Times::default())
+}
+
+#[cfg(not(feature = "cuda"))]
 pub(crate) fn count() -> usize {
     0
 }
@@ -66,15 +79,14 @@ pub(crate) fn connect(
 }
 
 #[cfg(feature = "cuda")]
-pub(crate) use measured::{limits, time};
+pub(crate) use measured::{limits, time, time_together};
 
 #[cfg(feature = "cuda")]
 mod measured {
     use std::path::PathBuf;
-    use std::time::Duration;
 
     use half::{bf16, f16};
-    use moe_cuda::{Buffer, Compiler, Event, Gpu, Limits, Modules, Stream};
+    use moe_cuda::{Buffer, Compiler, Event, Gpu, Graph, Limits, Modules, Stream};
     use moe_runner::Error;
     use moe_runner::hidden::{DeviceRows, DeviceRowsMut};
 
@@ -127,34 +139,8 @@ mod measured {
         let gpu = Gpu::new(index).map_err(error)?;
         // SAFETY: the runner's stream, which lives as long as the runner that `forward` uses.
         let stream = unsafe { Stream::from_raw(&gpu, stream) };
-        let mut buffers = Vec::with_capacity(batches.len());
-        for rows in batches {
-            let from = Buffer::from_slice(&stream, &bytes(dtype, rows), "rows").map_err(error)?;
-            let to = Buffer::<u8>::new(&gpu, from.len(), "rows").map_err(error)?;
-            buffers.push((from, to));
-        }
-        let mut failed = None;
-        let graph = stream.capture(|| {
-            for (call, ((from, to), rows)) in buffers.iter_mut().zip(batches).enumerate() {
-                let shape = [rows.len() / width, width];
-                let (from, to) = (from.view().address(), to.view_mut().address());
-                // SAFETY: both hold as many numbers, and outlive the graph.
-                let rows = unsafe {
-                    let from = DeviceRows::new(from, dtype, shape, width);
-                    let to = DeviceRowsMut::new(to, dtype, shape, width);
-                    from.and_then(|from| Ok((Rows::Device(from), RowsMut::Device(to?))))
-                };
-                if let Err(refused) = rows.and_then(|(from, to)| forward(call, from, to)) {
-                    failed = Some(refused);
-                    return Ok(());
-                }
-            }
-            Ok(())
-        });
-        if let Some(refused) = failed {
-            return Err(refused);
-        }
-        let graph = graph.map_err(error)?;
+        let mut buffers = buffers(&stream, dtype, batches)?;
+        let graph = capture(&stream, (dtype, width), &mut buffers, &mut forward)?;
         let (begin, end) = (Event::new(&gpu).map_err(error)?, Event::new(&gpu).map_err(error)?);
         times(BUDGET, 5, || {
             let replay = || {
@@ -167,6 +153,98 @@ mod measured {
             };
             let micros = replay().map_err(error)?;
             Ok(Duration::from_secs_f64(micros * 1e-6 / batches.len().max(1) as f64))
+        })
+    }
+
+    /// Rows of the GPU with these values, and as many to write.
+    type Pair = (Buffer<u8>, Buffer<u8>);
+
+    fn buffers(
+        stream: &Stream,
+        dtype: ActivationDtype,
+        batches: &[&[f32]],
+    ) -> moe_runner::Result<Vec<Pair>> {
+        let of = |rows: &&[f32]| {
+            let from = Buffer::from_slice(stream, &bytes(dtype, rows), "rows")?;
+            let to = Buffer::<u8>::new(stream.gpu(), from.len(), "rows")?;
+            Ok((from, to))
+        };
+        batches.iter().map(of).collect::<moe_cuda::Result<_>>().map_err(error)
+    }
+
+    /// `forward` on every pair.
+    fn passes(
+        (dtype, width): (ActivationDtype, usize),
+        buffers: &mut [Pair],
+        forward: &mut impl FnMut(usize, Rows<'_>, RowsMut<'_>) -> moe_runner::Result<()>,
+    ) -> moe_runner::Result<()> {
+        for (call, (from, to)) in buffers.iter_mut().enumerate() {
+            let shape = [from.len() / dtype.size() / width, width];
+            let (from, to) = (from.view().address(), to.view_mut().address());
+            // SAFETY: both hold as many numbers, and outlive what is done with them: a graph, or a wait.
+            let rows = unsafe {
+                let from = DeviceRows::new(from, dtype, shape, width);
+                let to = DeviceRowsMut::new(to, dtype, shape, width);
+                from.and_then(|from| Ok((Rows::Device(from), RowsMut::Device(to?))))
+            };
+            let (from, to) = rows?;
+            forward(call, from, to)?;
+        }
+        Ok(())
+    }
+
+    /// The same as a graph.
+    fn capture(
+        stream: &Stream,
+        of: (ActivationDtype, usize),
+        buffers: &mut [Pair],
+        forward: &mut impl FnMut(usize, Rows<'_>, RowsMut<'_>) -> moe_runner::Result<()>,
+    ) -> moe_runner::Result<Graph> {
+        let mut refused = None;
+        let graph = stream.capture(|| {
+            refused = passes(of, buffers, forward).err();
+            Ok(())
+        });
+        match refused {
+            Some(refused) => Err(refused),
+            None => graph.map_err(error),
+        }
+    }
+
+    /// As [`time`], of passes over ranks, which all begin together and end with a wait of `done`. Only passes that
+    /// need no processor can be `captured`. `ranks` is a barrier without a time, and gives the longest of all ranks'.
+    pub(crate) fn time_together(
+        ((index, stream), captured): ((usize, usize), bool),
+        of: (ActivationDtype, usize),
+        batches: &[&[f32]],
+        mut forward: impl FnMut(usize, Rows<'_>, RowsMut<'_>) -> moe_runner::Result<()>,
+        mut done: impl FnMut() -> moe_runner::Result<()>,
+        mut ranks: impl FnMut(Option<Duration>) -> moe_runner::Result<Duration>,
+    ) -> moe_runner::Result<Times> {
+        let gpu = Gpu::new(index).map_err(error)?;
+        // SAFETY: the runner's stream, which lives as long as the runner that `forward` uses.
+        let stream = unsafe { Stream::from_raw(&gpu, stream) };
+        let mut buffers = buffers(&stream, of.0, batches)?;
+        // whatever is made the first time, before it is captured
+        passes(of, &mut buffers, &mut forward)?;
+        done()?;
+        let graph = match captured {
+            true => Some(capture(&stream, of, &mut buffers, &mut forward)?),
+            false => None,
+        };
+        let (begin, end) = (Event::new(&gpu).map_err(error)?, Event::new(&gpu).map_err(error)?);
+        times(BUDGET, 20, || {
+            ranks(None)?;
+            stream.record(&begin).map_err(error)?;
+            match &graph {
+                // SAFETY: rows, weights and working memory are as they were captured.
+                Some(graph) => unsafe { stream.replay(graph) }.map_err(error)?,
+                None => passes(of, &mut buffers, &mut forward)?,
+            }
+            stream.record(&end).map_err(error)?;
+            done()?;
+            let micros = end.microseconds_since(&begin).map_err(error)?;
+            ranks(Some(Duration::from_secs_f64(micros * 1e-6 / batches.len().max(1) as f64)))
         })
     }
 }

@@ -33,6 +33,13 @@ pub(crate) const PRESETS: &[Preset] = &[
         adjust: |_| {},
     },
     Preset {
+        name: "qwen3-235b-a22b",
+        format: "bf16",
+        shape: (4096, 1536, 128, 8),
+        shared: 0,
+        adjust: |_| {},
+    },
+    Preset {
         name: "mixtral-8x7b",
         format: "bf16",
         shape: (4096, 14336, 8, 2),
@@ -168,6 +175,7 @@ mod tests {
     fn shapes_add_up_to_the_models_size() {
         for (name, layers, billions) in [
             ("qwen3-30b-a3b", 48, 28.99),
+            ("qwen3-235b-a22b", 94, 227.1),
             ("mixtral-8x7b", 32, 45.10),
             ("olmoe-1b-7b", 16, 6.44),
             ("deepseek-v2-lite", 26, 14.40),

@@ -62,6 +62,21 @@ pub(crate) struct Splitting {
     /// expert e is on rank e mod ranks; or a file that `plan --json` wrote.
     #[arg(long, value_name = "RULE|FILE", default_value = "linear", value_parser = placement)]
     placement: PlacementChoice,
+    /// With --comm nccl: room for so many times an even share of what every rank has for every other, in place of as
+    /// much as it has. No processor then learns a count, and passes are captured as a graph. What has no room is an
+    /// error.
+    #[arg(long, value_name = "F")]
+    capacity: Option<f64>,
+    /// With --comm nccl: rows pass through the processor on their way, as they do in splits that need it.
+    #[arg(long)]
+    through_host: bool,
+    #[command(flatten)]
+    meeting: Meeting,
+}
+
+/// Flags that say what ranks are and how they meet.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct Meeting {
     /// What the ranks are: threads of this process; with mpi, the processes that mpirun started; with
     /// tcp, processes that meet at --rendezvous; with nccl, any of these, each with a GPU, through which
     /// rows travel.
@@ -152,6 +167,23 @@ enum Comm {
 /// The largest number of micro-batches: beyond it they only cost.
 const MAX_DBO: usize = 64;
 
+impl Meeting {
+    /// Rows travel through GPUs.
+    pub(crate) fn has_gpus(&self) -> bool {
+        self.comm == Comm::Nccl
+    }
+
+    /// What connects the ranks, for people.
+    pub(crate) fn name(&self) -> &'static str {
+        match self.comm {
+            Comm::Threads => "threads",
+            Comm::Mpi => "mpi",
+            Comm::Tcp => "tcp",
+            Comm::Nccl => "nccl",
+        }
+    }
+}
+
 impl Splitting {
     /// One rank.
     pub(crate) fn none() -> Self {
@@ -165,11 +197,25 @@ impl Splitting {
             exchange: Exchange::Auto,
             row_format: Rows::Standard,
             placement: PlacementChoice::Rule(Placement::Linear),
-            comm: Comm::Threads,
-            rank: None,
-            world: None,
-            rendezvous: None,
+            capacity: None,
+            through_host: false,
+            meeting: Meeting { comm: Comm::Threads, rank: None, world: None, rendezvous: None },
         }
+    }
+
+    /// How the ranks meet.
+    pub(crate) fn meeting(self) -> Meeting {
+        self.meeting
+    }
+
+    /// So many ranks with whole experts and rows of their own.
+    pub(crate) fn of_ranks(ranks: usize, meeting: Meeting) -> Self {
+        Self { dp: ranks, ep: ranks > 1, meeting, ..Self::none() }
+    }
+
+    /// How much more room than an even share there is to be, if that is said.
+    pub(crate) fn capacity(&self) -> Option<f64> {
+        self.capacity
     }
 
     /// The file that says where the experts are to be, if one does.
@@ -192,6 +238,12 @@ impl Splitting {
         sizes.validate().map_err(|error| unusable(error.to_string()))?;
         if !(1..=MAX_DBO).contains(&self.dbo) {
             return Err(unusable(format!("--dbo {}: must be 1 to {MAX_DBO}", self.dbo)));
+        }
+        if let Some(bad) = self.capacity.filter(|factor| !(0.0..=1024.0).contains(factor)) {
+            return Err(unusable(format!("--capacity {bad}: must be up to 1024")));
+        }
+        if (self.capacity.is_some() || self.through_host) && self.meeting.comm != Comm::Nccl {
+            return Err(unusable("--capacity and --through-host: are for --comm nccl"));
         }
         if matches!(self.placement, PlacementChoice::File(_)) && !(self.ep && sizes.ranks() > 1) {
             return Err(unusable("--placement FILE: needs --ep, and the plan's number of ranks"));
@@ -217,6 +269,7 @@ impl Splitting {
                 Rows::Batched => RowFormat::Batched,
             },
             micro_batches: self.dbo,
+            keeps_rows: !self.through_host,
             ..Parallel::default()
         })
     }
@@ -229,8 +282,8 @@ impl Splitting {
             PlacementChoice::Rule(_) => None,
             PlacementChoice::File(path) => Some((path.clone(), PlanFile::read(path)?)),
         };
-        let nccl = self.comm == Comm::Nccl;
-        let world = match (self.comm, &self.rendezvous) {
+        let nccl = self.meeting.comm == Comm::Nccl;
+        let world = match (self.meeting.comm, &self.meeting.rendezvous) {
             (Comm::Threads | Comm::Mpi, Some(_)) => {
                 return Err(unusable("--rendezvous: is for --comm tcp and --comm nccl"));
             }
@@ -260,11 +313,11 @@ impl Splitting {
     /// Meets the other processes at `address`.
     fn meet(&self, address: &str, sizes: Sizes) -> Result<Arc<dyn Communicator>> {
         let ranks = sizes.ranks();
-        if let Some(world) = self.world.filter(|world| *world != ranks) {
+        if let Some(world) = self.meeting.world.filter(|world| *world != ranks) {
             let reason = format!("--world {world}: --tp × --dp × --pcp are {ranks} ranks");
             return Err(unusable(reason));
         }
-        let rank = self.rank.unwrap_or_default();
+        let rank = self.meeting.rank.unwrap_or_default();
         if rank >= ranks {
             return Err(unusable(format!("--rank {rank}: there are {ranks} ranks, from 0 on")));
         }

@@ -23,11 +23,11 @@ pub mod plan;
 
 pub mod weights;
 
-pub mod experts;
-pub mod oracle;
-
 pub mod comm;
 pub mod exchange;
+
+pub mod experts;
+pub mod oracle;
 
 pub mod shared_experts;
 

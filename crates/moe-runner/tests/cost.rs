@@ -6,12 +6,15 @@ use std::sync::Arc;
 
 use layers::{options, plain, rows, shared, splits, variants};
 use moe_kernels::numerics::quantise::Qdq;
-use moe_runner::comm::{Groups, Traffic, run_ranks};
+use moe_runner::comm::tcp::{self, Rendezvous};
+use moe_runner::comm::{self, Groups, Traffic, run_ranks};
 use moe_runner::exchange::ExpertMap;
+use moe_runner::exchange::resident::ResidentWire;
 use moe_runner::hidden::ActivationDtype::{self, Bf16, F32};
 use moe_runner::hidden::{Rows, RowsMut};
 use moe_runner::parallel::balance::{Topology, initial};
 use moe_runner::parallel::cost::{Pass, bytes_of, weight_bytes};
+use moe_runner::parallel::links::LinkSpeed;
 use moe_runner::parallel::{ExchangeKind, Parallel, deal_rows};
 use moe_runner::router::LogicalId;
 use moe_runner::runner::{ForwardInput, MoeRunner, MoeRunnerInterface, Report};
@@ -164,4 +167,68 @@ fn bytes_of_weights_add_up() {
         let bytes = weight_bytes(&layer, &parallel, map).unwrap();
         assert!(bytes.iter().zip(routed).all(|(b, r)| b.routed == r && b.shared == shared));
     }
+}
+
+/// A link is measured over whatever connects the ranks, the same on each; and takes a latency for every collective
+/// and its bytes at a rate.
+#[test]
+fn links_are_measured_and_predict_a_time() {
+    let speeds = run_ranks(3, |world| LinkSpeed::measure(&**world)).unwrap();
+    assert!(speeds.iter().all(|speed| *speed == speeds[0]), "{speeds:?}");
+    assert!(speeds[0].gbps.is_finite() && speeds[0].gbps > 0.0, "{speeds:?}");
+    assert!(speeds[0].latency_us > 0.0, "{speeds:?}");
+
+    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = free.local_addr().unwrap().to_string();
+    drop(free);
+    let speeds = std::thread::scope(|scope| {
+        let start = |rank| {
+            let at = Rendezvous { address: address.clone(), rank, ranks: 2 };
+            scope.spawn(move || LinkSpeed::measure(&*tcp::open(&at, comm::Options::default())?))
+        };
+        [start(0), start(1)].map(|rank| rank.join().unwrap().unwrap())
+    });
+    assert!(speeds[0] == speeds[1] && speeds[0].gbps > 0.0, "{speeds:?}");
+    let error = LinkSpeed::measure(&*comm::single()).unwrap_err().to_string();
+    assert!(error.contains("one rank has none"), "{error}");
+
+    let spec = plain();
+    let layer = random_layer(&spec, FloatType::F32, 5).unwrap();
+    let ids: Vec<LogicalId> = (0..64).map(|slot| LogicalId(slot % 8)).collect();
+    let parallel = Parallel { sizes: layers::sizes(1, 4, 1, true), ..Parallel::default() };
+    let map = parallel.placement.map(8, 4).unwrap();
+    let pass = Pass::new(&layer, F32, &parallel, &map).unwrap();
+    let link = LinkSpeed { latency_us: 10.0, gbps: 2.0 };
+    for traffic in pass.traffic(&ids) {
+        let total = traffic.total();
+        let want = 2.0 * 10e-6 + total.sent.max(total.received) as f64 / 2e9;
+        assert!((link.seconds(&traffic) - want).abs() < 1e-12, "{traffic:?}");
+    }
+    // what stays on GPUs: every row once to each other rank, its slots, and an output for each
+    let wire = ResidentWire { row: 100, output: 1000 };
+    let between = pass.on_gpus(wire).traffic(&ids);
+    let sums = between.iter().fold(Traffic::default(), |sum, traffic| sum.plus(traffic)).total();
+    assert_eq!((sums.calls, sums.sent), (4 * 3, sums.received));
+    let rows: usize = pass
+        .rows_sent(&ids)
+        .iter()
+        .enumerate()
+        .map(|(from, to)| {
+            to.iter()
+                .enumerate()
+                .filter(|(rank, _)| *rank != from)
+                .map(|(_, rows)| rows)
+                .sum::<usize>()
+        })
+        .sum();
+    let far = ids
+        .iter()
+        .enumerate()
+        .filter(|(slot, id)| {
+            let home = map.home(**id, slot / 2 % 8).unwrap().rank;
+            home != slot / 2 / 8
+        })
+        .count();
+    let counts = 4 * 3 * 2 * 4 * 4;
+    assert_eq!(sums.sent as usize, counts + rows * 100 + far * (8 + 1000));
 }

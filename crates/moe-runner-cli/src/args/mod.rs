@@ -11,10 +11,11 @@ use std::path::PathBuf;
 use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};
 use moe_runner::hidden::ActivationDtype;
+use moe_runner::parallel::links::LinkSpeed;
 
 use crate::choice::{LayerChoice, size};
 use crate::failure;
-use crate::splitting::Splitting;
+use crate::splitting::{Meeting, Splitting};
 
 /// The whole command line.
 #[derive(Parser, Debug)]
@@ -232,6 +233,16 @@ pub(crate) struct PlanArgs {
     /// A recorded routing, to take the load of the experts from: a routing trace, or what `run` wrote.
     #[arg(long, value_name = "FILE")]
     pub(crate) trace: Option<PathBuf>,
+    /// Measure how fast the ranks of --comm reach each other, on this machine, and say how long the collectives of
+    /// each split take.
+    #[arg(long, conflicts_with = "link")]
+    pub(crate) measure: bool,
+    /// How fast ranks reach each other, where they cannot be had: 10⁹ bytes a second that one sends, and microseconds
+    /// of an exchange without content.
+    #[arg(long, value_name = "GBPS,US", value_parser = link)]
+    pub(crate) link: Option<LinkSpeed>,
+    #[command(flatten)]
+    pub(crate) meeting: Meeting,
     /// Tokens to count [default: all of a trace; 1024 random ones].
     #[arg(long, value_name = "N")]
     pub(crate) tokens: Option<usize>,
@@ -239,6 +250,16 @@ pub(crate) struct PlanArgs {
     pub(crate) dtype: DtypeArg,
     #[command(flatten)]
     pub(crate) seed: SeedArg,
+}
+
+/// A link as people write it: rate and latency.
+fn link(text: &str) -> Result<LinkSpeed, String> {
+    let number = |text: &str| text.parse().ok().filter(|v: &f64| v.is_finite() && *v >= 0.0);
+    let both = text.split_once(',').and_then(|(rate, time)| Some((number(rate)?, number(time)?)));
+    match both {
+        Some((gbps, latency_us)) if gbps > 0.0 => Ok(LinkSpeed { latency_us, gbps }),
+        _ => Err("is no rate and latency, such as 350,12".into()),
+    }
 }
 
 /// `report`
@@ -308,6 +329,9 @@ impl ReportArgs {
             of: self.of.clone(),
             ranks: self.ranks,
             redundant: self.redundant,
+            measure: false,
+            link: None,
+            meeting: Splitting::none().meeting(),
             nodes: 1,
             trace: self.trace.clone(),
             tokens: None,

@@ -6,13 +6,14 @@ use std::path::Path;
 use anyhow::Result;
 use moe_runner::Error;
 use moe_runner::checkpoint::architecture::LayerEntry;
-use moe_runner::comm::{Kind, Sizes, Traffic};
+use moe_runner::comm::{Communicator, Kind, Sizes, Traffic};
 use moe_runner::exchange::ExpertMap;
 use moe_runner::hidden::ActivationDtype;
 use moe_runner::parallel::balance::{
     Rebalanced, Topology, copies_beside, initial, rebalance_worth,
 };
 use moe_runner::parallel::cost::{Pass, bytes_of, weight_bytes};
+use moe_runner::parallel::links::LinkSpeed;
 use moe_runner::parallel::rebalance::transfers;
 use moe_runner::parallel::{ExchangeKind, Parallel};
 use moe_runner::random::Random;
@@ -27,6 +28,7 @@ use crate::failure::{one_line, unusable};
 use crate::report::table::{Columns, Facts, Tone, toned};
 use crate::report::{Report, units};
 use crate::routing::load_trace;
+use crate::splitting::Splitting;
 
 /// Tokens of a random load, unless told.
 const SYNTHETIC_TOKENS: usize = 1024;
@@ -47,7 +49,23 @@ pub(super) struct PlanJson {
     /// "trace" or "synthetic".
     pub(super) load: &'static str,
     pub(super) layers: Vec<LayerJson>,
+    /// How fast the ranks reach each other, where that is known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    link: Option<LinkJson>,
     splits: Vec<SplitJson>,
+}
+
+/// A link, and where it is known from.
+#[derive(Clone, Serialize)]
+struct LinkJson {
+    #[serde(flatten)]
+    speed: LinkSpeed,
+    /// Ranks that it was measured between; `None`: given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    measured: Option<usize>,
+    /// What connects them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    between: Option<&'static str>,
 }
 
 #[derive(Serialize)]
@@ -89,6 +107,9 @@ struct CostJson {
     /// Bytes that the busiest rank sends or receives (the larger of the two) for the whole batch.
     busiest_rank_bytes: u64,
     collectives: u64,
+    /// Seconds that the collectives take on the slowest rank, by the link: predicted.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    predicted_s: Option<f64>,
 }
 
 /// A layer with what its tokens choose.
@@ -102,12 +123,49 @@ struct Planned {
 
 /// Runs the command.
 pub(crate) fn run(args: &PlanArgs) -> Result<Report> {
-    let json = plan(args)?;
+    let (link, reports) = link(args)?;
+    if !reports {
+        return Ok(Report::silent(true));
+    }
+    let json = plan_over(args, link)?;
     Report::new(true, text(&json), &json)
+}
+
+/// The link between the ranks, given or measured; and whether this process reports.
+fn link(args: &PlanArgs) -> Result<(Option<LinkJson>, bool)> {
+    if let Some(speed) = args.link {
+        return Ok((Some(LinkJson { speed, measured: None, between: None }), true));
+    }
+    if !args.measure {
+        return Ok((None, true));
+    }
+    check_sizes(args)?;
+    let meeting = args.meeting.clone();
+    let (gpus, between) = (meeting.has_gpus(), Some(meeting.name()));
+    let ranks = Splitting::of_ranks(args.ranks, meeting).ranks(0)?;
+    let speed = ranks.run(|groups| match gpus {
+        true => measure_gpus(&*groups.world),
+        false => LinkSpeed::measure(&*groups.world),
+    })?;
+    Ok((Some(LinkJson { speed, measured: Some(args.ranks), between }), ranks.reports()))
+}
+
+#[cfg(feature = "cuda")]
+fn measure_gpus(world: &dyn Communicator) -> moe_runner::Result<LinkSpeed> {
+    LinkSpeed::measure_gpus(world)
+}
+
+#[cfg(not(feature = "cuda"))]
+fn measure_gpus(_: &dyn Communicator) -> moe_runner::Result<LinkSpeed> {
+    Err(Error::Device("this build was made without the feature 'cuda'".into()))
 }
 
 /// Plans the layers.
 pub(super) fn plan(args: &PlanArgs) -> Result<PlanJson> {
+    plan_over(args, None)
+}
+
+fn check_sizes(args: &PlanArgs) -> Result<()> {
     let (ranks, nodes) = (args.ranks, args.nodes);
     if !(1..=MAX_RANKS).contains(&ranks) {
         return Err(unusable(format!("--ranks {ranks}: must be 1 to {MAX_RANKS}")));
@@ -118,6 +176,12 @@ pub(super) fn plan(args: &PlanArgs) -> Result<PlanJson> {
     if args.tokens == Some(0) {
         return Err(unusable("--tokens 0: there must be at least one"));
     }
+    Ok(())
+}
+
+fn plan_over(args: &PlanArgs, link: Option<LinkJson>) -> Result<PlanJson> {
+    check_sizes(args)?;
+    let (ranks, nodes) = (args.ranks, args.nodes);
     let opened = Opened::open_outline(&args.of.checkpoint)?;
     let entries = opened.select(&args.of.layers)?;
     let trace = match args.trace.as_deref() {
@@ -138,7 +202,14 @@ pub(super) fn plan(args: &PlanArgs) -> Result<PlanJson> {
         nodes,
         tokens: tokens.unwrap_or(0),
         load: if trace.is_some() { "trace" } else { "synthetic" },
-        splits: splits(ranks).into_iter().map(|split| price(split, &planned)).collect(),
+        splits: splits(ranks)
+            .into_iter()
+            .map(|split| {
+                let speed = link.as_ref().map(|link| link.speed);
+                price(split, &planned, (speed, args.meeting.has_gpus()))
+            })
+            .collect(),
+        link,
         layers,
     })
 }
@@ -272,14 +343,19 @@ fn splits(ranks: usize) -> Vec<(&'static str, String, Parallel)> {
 fn price(
     (name, flags, parallel): (&'static str, String, Parallel),
     layers: &[Planned],
+    link: (Option<LinkSpeed>, bool),
 ) -> SplitJson {
-    match cost(&parallel, layers) {
+    match cost(&parallel, layers, link) {
         Ok(cost) => SplitJson { name, flags, cost: Some(cost), refused: None },
         Err(error) => SplitJson { name, flags, cost: None, refused: Some(error.to_string()) },
     }
 }
 
-fn cost(parallel: &Parallel, layers: &[Planned]) -> moe_runner::Result<CostJson> {
+fn cost(
+    parallel: &Parallel,
+    layers: &[Planned],
+    (link, gpus): (Option<LinkSpeed>, bool),
+) -> moe_runner::Result<CostJson> {
     let ranks = parallel.sizes.ranks();
     let mut weights = vec![0; ranks];
     let mut traffic = vec![Traffic::default(); ranks];
@@ -289,7 +365,11 @@ fn cost(parallel: &Parallel, layers: &[Planned]) -> moe_runner::Result<CostJson>
         let map = if parallel.sizes.use_ep() { &balanced.map } else { &one };
         let bytes = weight_bytes(layer, parallel, map)?;
         weights.iter_mut().zip(bytes).for_each(|(sum, bytes)| *sum += bytes.routed + bytes.shared);
-        let pass = Pass::new(layer, *dtype, parallel, map)?;
+        let mut pass = Pass::new(layer, *dtype, parallel, map)?;
+        // rows of their own stay on the ranks' GPUs
+        if gpus && parallel.sizes.tp == 1 {
+            pass = pass.on_gpus(Pass::gpu_wire(layer, *dtype));
+        }
         let tokens = (ids.len() / layer.spec.router.top_k).max(1) as f64;
         for (rank, counts) in pass.traffic(ids).into_iter().enumerate() {
             for kind in Kind::ALL.iter().filter(|kind| counts.of(**kind).sent > 0) {
@@ -300,6 +380,8 @@ fn cost(parallel: &Parallel, layers: &[Planned]) -> moe_runner::Result<CostJson>
             traffic[rank] = traffic[rank].plus(&counts);
         }
     }
+    cost.predicted_s =
+        link.map(|link| traffic.iter().map(|traffic| link.seconds(traffic)).fold(0.0, f64::max));
     let totals = traffic.iter().map(|traffic| traffic.total());
     cost.busiest_rank_bytes =
         totals.clone().map(|total| total.sent.max(total.received)).max().unwrap_or(0);
@@ -336,6 +418,14 @@ fn text(json: &PlanJson) -> String {
         },
     );
     facts.add("counted for", units::plural(json.tokens, "token"));
+    if let Some(LinkJson { speed, measured, between }) = &json.link {
+        let known = match (measured, between) {
+            (Some(ranks), Some(between)) => format!("measured now, {ranks} ranks over {between}"),
+            _ => "given: times are predictions, not measured here".to_owned(),
+        };
+        let LinkSpeed { latency_us, gbps } = speed;
+        facts.add("links", format!("{gbps:.1} GB/s a rank, {latency_us:.1} us ({known})"));
+    }
     let beside: usize = json.layers.iter().map(|layer| layer.copies_beside).sum();
     if beside > 0 {
         let what = "beside another of their expert on the same rank: the balance is worth it";
@@ -391,28 +481,36 @@ fn text(json: &PlanJson) -> String {
 
     let noun = units::plural(json.layers.len(), "layer");
     out += &format!("\n{}\n", toned(Tone::Title, &format!("ways to split {noun}, balanced")));
-    let mut table = Columns::new(&[
+    let mut columns = vec![
         "split",
         "flags of run",
         ">weights a rank",
         ">sent a token",
         ">busiest rank",
         ">collectives",
-    ]);
+    ];
+    if json.link.is_some() {
+        columns.push(">they take");
+    }
+    let mut table = Columns::new(&columns);
     for split in &json.splits {
         match &split.cost {
             None => table.row([split.name.to_owned(), split.flags.clone(), "refused".to_owned()]),
-            Some(cost) => table.row([
-                split.name.to_owned(),
-                split.flags.clone(),
-                match (units::bytes(cost.weight_bytes_min), units::bytes(cost.weight_bytes_max)) {
-                    (least, most) if least == most => most,
-                    (least, most) => format!("{least} to {most}"),
-                },
-                units::bytes(cost.sent_bytes_per_token.round() as usize),
-                units::bytes(cost.busiest_rank_bytes as usize),
-                cost.collectives.to_string(),
-            ]),
+            Some(cost) => {
+                let cells = [
+                    split.name.to_owned(),
+                    split.flags.clone(),
+                    match (units::bytes(cost.weight_bytes_min), units::bytes(cost.weight_bytes_max))
+                    {
+                        (least, most) if least == most => most,
+                        (least, most) => format!("{least} to {most}"),
+                    },
+                    units::bytes(cost.sent_bytes_per_token.round() as usize),
+                    units::bytes(cost.busiest_rank_bytes as usize),
+                    cost.collectives.to_string(),
+                ];
+                table.row(cells.into_iter().chain(cost.predicted_s.map(units::seconds)));
+            }
         }
     }
     out += &table.to_string();
@@ -420,6 +518,10 @@ fn text(json: &PlanJson) -> String {
         if let Some(reason) = &split.refused {
             out += &format!("{}: {}\n", split.name, one_line(reason));
         }
+    }
+    if json.link.is_some() {
+        out += "\nthey take: the collectives on the busiest rank, predicted from latency and rate of the links; \
+                experts and what overlaps are not in it.";
     }
     out + "\nsent a token: bytes that all ranks together send for one token; busiest rank: what one \
            sends or receives at most for all of them. \

@@ -242,3 +242,38 @@ fn many_equal_layers_are_summarised() {
     let (input, out) = (input.to_str().unwrap(), out.to_str().unwrap());
     assert!(lines(&["run", "--layers", "all", "--input", input, "--output", out]) < 8);
 }
+
+/// Collectives take their latency and their bytes at the link's rate, whether it is given or measured; without a link
+/// there is no time.
+#[test]
+fn a_link_says_how_long_collectives_take() {
+    let case = case("deepseek_v3_bf16");
+    let flags = ["--ranks", "4", "--layer", "1", "--link", "2,50"];
+    let layer = ["--ranks", "4", "--layer", "1"];
+    let given = plan(&case, &flags);
+    assert_eq!((&given["link"]["gbps"], &given["link"]["measured"]), (&2.0.into(), &().into()));
+    for split in given["splits"].as_array().unwrap() {
+        let cost = &split["cost"];
+        let number = |name: &str| cost[name].as_f64().unwrap();
+        // the busiest rank takes part in as many collectives as the others
+        let least = number("busiest_rank_bytes") / 2e9;
+        let want = least + number("collectives") * 50e-6;
+        assert!((number("predicted_s") - want).abs() < 1e-9, "{split}");
+    }
+    assert!(plan(&case, &layer)["splits"][0]["cost"]["predicted_s"].is_null());
+    let measured = plan(&case, &[&layer[..], &["--measure"]].concat());
+    assert_eq!(
+        (&measured["link"]["measured"], &measured["link"]["between"]),
+        (&4.into(), &"threads".into())
+    );
+    assert!(measured["link"]["gbps"].as_f64() > Some(0.0), "{measured}");
+    assert!(measured["splits"][4]["cost"]["predicted_s"].as_f64() > Some(0.0), "{measured}");
+
+    let mut args = vec!["plan".as_ref(), case.as_os_str()];
+    args.extend(flags.iter().map(std::ffi::OsStr::new));
+    let text = String::from_utf8(moe_runner(&args).stdout).unwrap();
+    assert!(text.contains("2.0 GB/s a rank") && text.contains("predictions"), "{text}");
+    *args.last_mut().unwrap() = "fast".as_ref();
+    let message = refused(2, args);
+    assert!(message.contains("no rate and latency"), "{message}");
+}

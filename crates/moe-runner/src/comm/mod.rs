@@ -98,6 +98,12 @@ pub trait Communicator: Send + Sync {
     /// exchange. Does not wait.
     fn check(&self) -> Result<()>;
 
+    /// The way between the memories of the ranks' GPUs, where there is one.
+    #[cfg(feature = "cuda")]
+    fn peers(&self) -> Option<nccl::Peers> {
+        None
+    }
+
     /// What this rank has sent and received in this group.
     fn traffic(&self) -> &TrafficCounter;
 

@@ -5,15 +5,17 @@
 //! ```text
 //! host → GPU ⇒ sends and receives between pairs, one group of calls an exchange ⇒ GPU → host
 //! ```
+//! Rows that stay in the GPUs' memory go another way, straight from one to the other: [`Peers`].
+//!
 //! NCCL is opened at run time (`libnccl.so.2`, 2.14 or newer), and never waited for: its communicators
 //! are polled, and ended (`ncclCommAbort`) where a rank has failed or time is up.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use moe_cuda::{Gpu, Nccl, NcclId, NcclLink};
+use moe_cuda::{Event, Gpu, Leg, Nccl, NcclId, NcclLink, NcclPeers, Stream};
 
 use super::link::{self, Link};
 use super::{At, Communicator, Options, Step, failure};
@@ -47,8 +49,9 @@ pub fn open_with(
         // the others would wait for this rank
         control.abort(&error.to_string());
     });
-    let (name, rank_link) = joined?;
-    Ok(link::over(control, name, Box::new(rank_link), options))
+    let (name, rank_link, peers) = joined?;
+    let direct = Arc::new(Direct { peers: Mutex::new(peers), timeout: options.timeout });
+    Ok(link::over_gpus(control, name, Box::new(rank_link), options, direct))
 }
 
 fn join(
@@ -56,7 +59,7 @@ fn join(
     gpu: usize,
     options: Options,
     library: Option<&Path>,
-) -> Result<(String, NcclLink)> {
+) -> Result<(String, NcclLink, NcclPeers)> {
     let (rank, ranks) = (control.rank(), control.size());
     let nccl = Nccl::open(library).map_err(error)?;
     let gpu = Gpu::new(gpu).map_err(error)?;
@@ -65,29 +68,149 @@ fn join(
     let [low, high] = gpu.uuid().map_err(error)?;
     let all = control.all_gather(SETUP, [version, low, high])?;
     agree(rank, &all)?;
-    let mut id = NcclId([0; NcclId::LEN]);
-    if rank == 0 {
-        id = nccl.new_id().map_err(error)?;
-    }
-    control.broadcast(SETUP, 0, &mut id.0)?;
-    let mut link = NcclLink::begin(&nccl, &gpu, id, rank, ranks).map_err(error)?;
-    let since = Instant::now();
-    while !link.is_ready().map_err(error)? {
-        if let Err(error) = control.check() {
-            link.abort();
-            return Err(error);
+    let meet = || {
+        let mut id = NcclId([0; NcclId::LEN]);
+        if rank == 0 {
+            id = nccl.new_id().map_err(error)?;
         }
-        if since.elapsed() >= options.timeout {
-            link.abort();
-            let waited = options.timeout.as_secs_f32();
-            return Err(failure(
-                rank,
-                &format!("waited {waited} s for NCCL to connect {ranks} ranks"),
-            ));
+        control.broadcast(SETUP, 0, &mut id.0)?;
+        Ok::<_, Error>(id)
+    };
+    let until_ready = |ready: &mut dyn FnMut() -> moe_cuda::Result<bool>| {
+        let since = Instant::now();
+        while !ready().map_err(error)? {
+            control.check()?;
+            if since.elapsed() >= options.timeout {
+                let waited = options.timeout.as_secs_f32();
+                let cause = format!("waited {waited} s for NCCL to connect {ranks} ranks");
+                return Err(failure(rank, &cause));
+            }
+            thread::sleep(Duration::from_micros(200));
         }
-        thread::sleep(Duration::from_micros(200));
+        Ok(())
+    };
+    let mut link = NcclLink::begin(&nccl, &gpu, meet()?, rank, ranks).map_err(error)?;
+    until_ready(&mut || link.is_ready()).inspect_err(|_| link.abort())?;
+    let mut peers = NcclPeers::begin(&nccl, &gpu, meet()?, rank, ranks).map_err(error)?;
+    until_ready(&mut || peers.is_ready()).inspect_err(|_| peers.abort())?;
+    Ok((format!("NCCL {major}.{minor}.{patch} over {}", control.name()), link, peers))
+}
+
+/// What all groups of a rank share for memory of the GPUs.
+pub struct Direct {
+    peers: Mutex<NcclPeers>,
+    timeout: Duration,
+}
+
+/// The way between the memories of the GPUs of a group's ranks. What is put on it is in the order of a stream; who
+/// waits does so with an eye on the other ranks.
+#[derive(Clone)]
+pub struct Peers {
+    direct: Arc<Direct>,
+    /// The ranks of the group in the world.
+    members: Vec<usize>,
+    control: Arc<dyn Communicator>,
+}
+
+impl Peers {
+    pub(super) fn new(
+        direct: Arc<Direct>,
+        members: Vec<usize>,
+        control: Arc<dyn Communicator>,
+    ) -> Self {
+        Self { direct, members, control }
     }
-    Ok((format!("NCCL {major}.{minor}.{patch} over {}", control.name()), link))
+
+    /// Number of this rank's GPU on its machine.
+    pub fn gpu(&self) -> usize {
+        self.lock().gpu().index()
+    }
+
+    /// Puts one exchange on `stream`, for which all ranks do the same at the other ends; peers are ranks of the group.
+    /// Nothing is put on the stream where nobody has anything.
+    ///
+    /// # Safety
+    /// The memory of all legs is there until they are done.
+    ///
+    /// # Errors
+    /// [`Error::Communication`]: a rank that has failed, or does not come.
+    pub unsafe fn start(
+        &self,
+        at: At<'_>,
+        stream: &Stream,
+        sends: &mut dyn Iterator<Item = Leg>,
+        receives: &mut dyn Iterator<Item = Leg>,
+    ) -> Result<()> {
+        let legs = |legs: &mut dyn Iterator<Item = Leg>| -> Vec<Leg> {
+            legs.filter(|leg| leg.bytes > 0)
+                .map(|leg| Leg { peer: self.members[leg.peer], ..leg })
+                .collect()
+        };
+        let (sends, receives) = (legs(sends), legs(receives));
+        if sends.is_empty() && receives.is_empty() {
+            return Ok(());
+        }
+        let mut peers = self.lock();
+        // SAFETY: as the caller promises.
+        let started = unsafe { peers.start(stream, &sends, &receives) };
+        started.map_err(|cause| self.fail(&mut peers, at, &cause.to_string()))?;
+        self.until(&mut peers, at, |peers| peers.is_ready())
+    }
+
+    /// Waits until `event` is reached.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub fn wait(&self, at: At<'_>, event: &Event) -> Result<()> {
+        self.until(&mut self.lock(), at, |peers| {
+            // what the library has to say is an error of the wait
+            peers.is_ready().and_then(|_| event.is_reached())
+        })
+    }
+
+    /// Waits for `done`, polled; ends what hangs where a rank has failed or time is up.
+    fn until(
+        &self,
+        peers: &mut NcclPeers,
+        at: At<'_>,
+        done: impl Fn(&NcclPeers) -> moe_cuda::Result<bool>,
+    ) -> Result<()> {
+        let since = Instant::now();
+        let mut looked = since;
+        loop {
+            match done(peers) {
+                Ok(true) => return Ok(()),
+                Ok(false) => {}
+                Err(cause) => return Err(self.fail(peers, at, &cause.to_string())),
+            }
+            if looked.elapsed() >= Duration::from_millis(1) {
+                looked = Instant::now();
+                if let Err(error) = self.control.check() {
+                    peers.abort();
+                    return Err(error);
+                }
+                if since.elapsed() >= self.direct.timeout {
+                    let waited = self.direct.timeout.as_secs_f32();
+                    return Err(self.fail(peers, at, &format!("waited {waited} s for the others")));
+                }
+            }
+            match since.elapsed() < Duration::from_millis(5) {
+                true => std::hint::spin_loop(),
+                false => thread::sleep(Duration::from_micros(50)),
+            }
+        }
+    }
+
+    fn fail(&self, peers: &mut NcclPeers, At { layer, step }: At<'_>, cause: &str) -> Error {
+        peers.abort();
+        let cause = format!("{cause}, in layer '{layer}', step {step}");
+        self.control.abort(&cause);
+        self.control.check().err().unwrap_or_else(|| failure(self.control.rank(), &cause))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, NcclPeers> {
+        self.direct.peers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// Whether all ranks have the same library, and each a GPU of its own. `all` has three numbers a rank.

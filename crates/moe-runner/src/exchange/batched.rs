@@ -8,8 +8,7 @@
 use moe_kernels::pool::ThreadPool;
 use moe_kernels::region::{for_each, rows_together};
 
-use super::{Completeness, DispatchedRows, Exchange, ExpertMap, LocalRows, SlotRows};
-use crate::experts::RowFormat;
+use super::{Completeness, DispatchedRows, Exchange, ExpertMap, LocalRows, RowFormat, SlotRows};
 use crate::plan::{NO_EXPERT, NO_PLACE};
 use crate::router::LocalId;
 use crate::{Error, Result};

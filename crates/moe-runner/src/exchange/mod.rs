@@ -7,6 +7,7 @@
 //!   come back and are added on the token's own rank.
 //!
 //! * [`BatchedExchange`]: one of these, with each expert's rows together.
+//! * [`resident`]: all-to-all of rows that stay in a device's memory.
 //!
 //! Dispatch takes *all* inputs of a row together, so that rows before and after it cannot be mixed
 //! up. Experts' outputs are weighted and added in one function, `weighted_sum`: in slot order, in
@@ -20,6 +21,7 @@ mod batched;
 mod gather;
 mod local;
 mod map;
+pub mod resident;
 mod sum;
 mod wire;
 
@@ -37,10 +39,31 @@ use std::ops::Range;
 use moe_kernels::pool::ThreadPool;
 use moe_kernels::region::{for_each, rows_together};
 
-use crate::experts::RowFormat;
 use crate::plan::NO_PLACE;
 use crate::router::{LocalId, LogicalId, Routing};
 use crate::{Error, Result};
+
+/// How rows come to a kernel. Either way a plan says which rows belong to which expert.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RowFormat {
+    /// `[rows, H]` in any order.
+    Standard,
+    /// `[experts, capacity, H]`, each expert's rows together.
+    Batched,
+}
+
+impl RowFormat {
+    /// Both.
+    pub const ALL: &'static [Self] = &[Self::Standard, Self::Batched];
+
+    /// "standard" or "batched".
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Standard => "standard",
+            Self::Batched => "batched",
+        }
+    }
+}
 
 /// The rows of this rank, with everything that belongs to them.
 #[derive(Clone, Copy, Debug)]

@@ -4,6 +4,7 @@ use moe_kernels::isa::Features;
 
 use super::{BuildCall, BuiltKernel};
 use crate::Result;
+use crate::exchange::RowFormat;
 use crate::hidden::ActivationDtype;
 use crate::spec::{Activation, ActivationFormat, WeightFormat};
 use crate::weights::{Matrix, ScaleType, Zeros};
@@ -389,28 +390,6 @@ impl<F: std::fmt::Display> Formats<F> {
             Self::All => "any format".into(),
             Self::Only(formats) => list(formats),
             Self::Except(formats, _) => format!("any format but {}", list(formats)),
-        }
-    }
-}
-
-/// How rows come to a kernel. Either way a plan says which rows belong to which expert.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum RowFormat {
-    /// `[rows, H]` in any order.
-    Standard,
-    /// `[experts, capacity, H]`, each expert's rows together.
-    Batched,
-}
-
-impl RowFormat {
-    /// Both.
-    pub const ALL: &'static [Self] = &[Self::Standard, Self::Batched];
-
-    /// "standard" or "batched".
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Standard => "standard",
-            Self::Batched => "batched",
         }
     }
 }

@@ -13,10 +13,13 @@ mod grouped;
 pub mod reference;
 mod rows;
 
+pub use crate::exchange::RowFormat;
 pub use desc::{
     Archs, Arithmetic, Build, Caps, Determinism, Device, Extras, Formats, Functions, KernelDesc,
-    ProductFormat, RowFormat, Scheme, Target,
+    ProductFormat, Scheme, Target,
 };
+
+use std::sync::Arc;
 
 use moe_kernels::arena::Arena;
 use moe_kernels::pool::{Inline, ThreadPool};
@@ -24,6 +27,9 @@ use moe_kernels::pool::{Inline, ThreadPool};
 use crate::hidden::{ActivationDtype, DeviceRouting, Rows, RowsMut};
 pub(crate) use rows::{dot_f64, rms_norm};
 
+use crate::comm::Communicator;
+use crate::exchange::ExpertMap;
+use crate::exchange::resident::Room;
 use crate::plan::Plan;
 use crate::router::{LogicalId, Router, Routing};
 use crate::weights::{Expert, LoadedLayer};
@@ -82,6 +88,7 @@ pub fn build(
         dtype,
         rows: dtype,
         gpu: 0,
+        spread: None,
         pool: &Inline,
         progress: &mut |_| (),
     };
@@ -104,10 +111,23 @@ pub struct BuildCall<'a> {
     pub rows: ActivationDtype,
     /// Which GPU, for kernels that run on one.
     pub gpu: usize,
+    /// The ranks that hold the other experts, for a whole layer that sends rows to them by itself.
+    pub spread: Option<Spread>,
     /// Threads to pack on.
     pub pool: &'a dyn ThreadPool,
     /// Told how far it is.
     pub progress: &'a mut (dyn FnMut(Progress) + Send),
+}
+
+/// Ranks that hold the experts of a layer, each some, and rows of their own.
+#[derive(Clone)]
+pub struct Spread {
+    /// The ranks, in the order of `map`.
+    pub group: Arc<dyn Communicator>,
+    /// Who holds which.
+    pub map: Arc<ExpertMap>,
+    /// The same room for what every rank has for every other; `None`: as much as it has.
+    pub room: Option<Room>,
 }
 
 /// How far the packing of a layer's experts is, in projections.
@@ -293,6 +313,37 @@ pub trait LayerKernel: Send + std::fmt::Debug {
 
     /// The device's own handle of the stream that passes are put on: for CUDA a `CUstream`.
     fn stream(&self) -> usize;
+
+    /// It holds some of the experts, and sends rows to the [others](BuildCall::spread) by itself: all ranks make
+    /// every pass together, also with no rows.
+    fn is_spread(&self) -> bool {
+        false
+    }
+
+    /// The time of the last pass's exchange alone, the median of so many runs: all ranks ask together, right after a
+    /// pass of so many tokens with so many slots. `None` where there is none.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    fn exchange_time(
+        &mut self,
+        _tokens: usize,
+        _top_k: usize,
+        _runs: usize,
+    ) -> Result<Option<ExchangeTime>> {
+        Ok(None)
+    }
+}
+
+/// What an exchange takes on this rank, without the experts in between.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct ExchangeTime {
+    /// Seconds of dispatch and combine: sorting, counting, packing, both ways, and the sum.
+    pub seconds: f64,
+    /// Seconds of the same bytes to and from the same ranks, and nothing else.
+    pub bare_seconds: f64,
+    /// Bytes that go to other ranks, both ways.
+    pub sent: usize,
 }
 
 /// Hidden states for a kernel that is the whole layer.

@@ -2,10 +2,11 @@
 //! a forward pass, byte by byte what the ranks' traffic counters will say.
 
 use crate::comm::{Count, Kind, Traffic, TrafficCounter, all_reduce_sent};
+use crate::exchange::resident::{ResidentWire, Ways};
 use crate::exchange::{ExpertMap, Wire, share};
 use crate::hidden::ActivationDtype;
 use crate::router::LogicalId;
-use crate::spec::LayerSpec;
+use crate::spec::{Granularity, LayerSpec, WeightFormat};
 use crate::weights::{Expert, LoadedLayer, Matrix};
 use crate::{Error, Result};
 
@@ -51,6 +52,8 @@ pub struct Pass<'a> {
     parallel: &'a Parallel,
     map: &'a ExpertMap,
     wire: Wire,
+    /// Rows stay on the ranks' GPUs.
+    resident: Option<ResidentWire>,
     route: Route,
     row_scales: bool,
     shared_row_scales: bool,
@@ -90,10 +93,33 @@ impl<'a> Pass<'a> {
             parallel,
             map,
             wire: Wire::of_layer(layer, dtype),
+            resident: None,
             route,
             row_scales: sizes.moe_tp() > 1 && wide(&layer.experts),
             shared_row_scales: sizes.tp > 1 && sizes.sp() == 1 && shared,
         })
+    }
+
+    /// The same, where rows stay on the ranks' GPUs and travel as `wire`; only all-to-all can.
+    pub fn on_gpus(self, wire: ResidentWire) -> Self {
+        Self { resident: Some(wire).filter(|_| self.route == Route::AllToAll), ..self }
+    }
+
+    /// What crosses between the GPUs of a layer like this for a row and for a slot's output, as its kernels for many
+    /// tokens keep them.
+    pub fn gpu_wire(layer: &LoadedLayer, dtype: ActivationDtype) -> ResidentWire {
+        let width = layer.spec.dims.routed_hidden;
+        let format = layer.experts.first().map(|expert| expert.up.format());
+        // 16-bit integers with a scale for so many columns; else f32
+        let tile = match format {
+            Some(WeightFormat::Bf16) => 256,
+            Some(WeightFormat::Fp8(Granularity::Block)) => 128,
+            Some(WeightFormat::Mxfp4 | WeightFormat::Int4(Granularity::Group)) => {
+                return ResidentWire { row: 2 * width, output: 4 * width };
+            }
+            _ => return ResidentWire { row: dtype.size() * width, output: 4 * width },
+        };
+        ResidentWire { row: 2 * width, output: 2 * width + 4 * width.div_ceil(tile) }
     }
 
     /// What each rank sends and receives, by flat rank, for a batch whose tokens chose the experts
@@ -107,7 +133,10 @@ impl<'a> Pass<'a> {
             match self.route {
                 Route::Local => {}
                 Route::Gather => self.gather(&self.lane(ids, lane), &sheet),
-                Route::AllToAll => self.all_to_all(&self.lane(ids, lane), &sheet),
+                Route::AllToAll => match self.resident {
+                    None => self.all_to_all(&self.lane(ids, lane), &sheet),
+                    Some(wire) => self.between_gpus(wire, &self.lane(ids, lane), &sheet),
+                },
             }
             if self.row_scales {
                 self.row_maxima(&self.lane(ids, lane), &sheet);
@@ -231,6 +260,29 @@ impl<'a> Pass<'a> {
                 let own = self.own(rank, all).len();
                 let bytes = (own * (sizes.tp - 1) * sum, (all - own) * sum);
                 sheet.add(rank, Kind::AllGatherV, bytes);
+            }
+        }
+    }
+
+    /// The counts of all; each row, and each of its slots, to the ranks of its experts; an output for each slot back.
+    fn between_gpus(&self, wire: ResidentWire, lane: &[&[LogicalId]], sheet: &Sheet) {
+        let ranks = lane.len();
+        let sent: Vec<Vec<(usize, usize)>> =
+            lane.iter().enumerate().map(|(rank, ids)| self.sent_by(rank, ids)).collect();
+        let mut counts = Vec::with_capacity(2 * ranks * ranks);
+        for line in &sent {
+            counts.extend(line.iter().map(|(_, slots)| *slots as u32));
+            counts.extend(line.iter().map(|(rows, _)| *rows as u32));
+        }
+        for rank in 0..ranks {
+            let ways = match self.parallel.room {
+                Some(room) => Ways::with_room(room, rank, ranks),
+                None => Ways::counted(&counts, rank, ranks),
+            };
+            let traffic = ways.traffic(wire, ranks);
+            let kinds = [Kind::AllGather, Kind::AllToAllV, Kind::AllToAllV];
+            for (kind, bytes) in kinds.into_iter().zip(traffic) {
+                bytes.into_iter().for_each(|bytes| sheet.add(rank, kind, bytes));
             }
         }
     }

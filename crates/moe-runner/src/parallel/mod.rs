@@ -8,6 +8,7 @@
 
 pub mod balance;
 pub mod cost;
+pub mod links;
 pub mod placement;
 pub mod rebalance;
 mod rows;
@@ -20,6 +21,7 @@ pub use shard::shard;
 use serde::{Deserialize, Serialize};
 
 use crate::comm::Sizes;
+use crate::exchange::resident::Room;
 use crate::experts::RowFormat;
 use crate::shared_experts::SharedOrder;
 use crate::{Error, Result};
@@ -39,6 +41,12 @@ pub struct Parallel {
     pub micro_batches: usize,
     /// When the shared experts run.
     pub order: SharedOrder,
+    /// Rows stay on the ranks' GPUs from the gate to the sum, where the GPUs are connected and the split allows it;
+    /// else they pass through the processor on their way.
+    pub keeps_rows: bool,
+    /// Then: the same room for what every rank has for every other, so that no host learns a count and a pass can be
+    /// captured; `None`: as much as it has.
+    pub room: Option<Room>,
 }
 
 impl Default for Parallel {
@@ -50,6 +58,8 @@ impl Default for Parallel {
             row_format: RowFormat::Standard,
             micro_batches: 1,
             order: SharedOrder::NoOverlap,
+            keeps_rows: true,
+            room: None,
         }
     }
 }

@@ -40,7 +40,7 @@ pub use workspace::Workspaces;
 
 use crate::comm::Communicator;
 use crate::exchange::Wire;
-use crate::experts::BuiltKernel;
+use crate::experts::{BuiltKernel, ExchangeTime};
 use crate::hidden::{ActivationDtype, DeviceRouting, Rows, RowsMut};
 use crate::oracle::Choice;
 use crate::plan::Plan;
@@ -296,6 +296,25 @@ impl MoeRunner {
         match &self.layer.method.kernel {
             BuiltKernel::Layer(kernel) => Some(kernel.stream()),
             BuiltKernel::Modular(_) | BuiltKernel::Monolithic(_) => None,
+        }
+    }
+
+    /// Rows stay on the ranks' GPUs and go from one to the other there: all ranks make every pass together, also
+    /// those without rows.
+    pub fn is_spread(&self) -> bool {
+        matches!(&self.layer.method.kernel, BuiltKernel::Layer(kernel) if kernel.is_spread())
+    }
+
+    /// The time of the last pass's exchange alone, the median of `runs`; see
+    /// [`exchange_time`](crate::experts::LayerKernel::exchange_time). `None` where no rows go between GPUs.
+    ///
+    /// # Errors
+    /// What the GPUs or the other ranks refuse.
+    pub fn exchange_time(&mut self, tokens: usize, runs: usize) -> Result<Option<ExchangeTime>> {
+        let top_k = self.layer.spec.router.top_k;
+        match &mut self.layer.method.kernel {
+            BuiltKernel::Layer(kernel) => kernel.exchange_time(tokens, top_k, runs),
+            BuiltKernel::Modular(_) | BuiltKernel::Monolithic(_) => Ok(None),
         }
     }
 

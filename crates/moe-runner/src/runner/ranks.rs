@@ -10,10 +10,12 @@ use crate::exchange::{
     AllToAllExchange, BatchedExchange, Completeness, Exchange, ExpertMap, GatherExchange,
     LocalExchange, Wire,
 };
-use crate::experts::{self, BuildCall, BuiltKernel, Caps, Device, KernelDesc, RowFormat};
+use crate::experts::{self, BuildCall, BuiltKernel, Caps, Device, KernelDesc, RowFormat, Spread};
 use crate::oracle::{self, Request};
 use crate::parallel::{Parallel, Route, shard};
 use crate::spec::LayerSpec;
+#[cfg(feature = "cuda")]
+use crate::spec::WeightOn;
 use crate::weights::{Expert, LoadedLayer};
 use crate::{Error, Result};
 
@@ -67,6 +69,7 @@ impl MoeRunner {
         let wire = Wire::of_layer(layer, options.dtype);
         let wire =
             if choice.kernel.caps.has(Caps::QUANTISED_ROWS) { wire } else { wire.unquantised() };
+        let spread = spread(layer, choice.kernel, groups, parallel, &map)?;
         let exchange = exchange(&layer.spec, wire, groups, parallel, map)?;
         let slices = |experts: &[Expert], sliced: bool, group: &Arc<dyn Communicator>| {
             let wide = experts.first().is_some_and(|expert| expert.down.input.is_row_wide());
@@ -88,7 +91,10 @@ impl MoeRunner {
             });
         }
         let kernel = match sizes.ranks() {
-            1 => build(choice.kernel, &share, experts, options, &mut |_| ())?,
+            1 => build(choice.kernel, &share, experts, options, None, &mut |_| ())?,
+            _ if spread.is_some() => {
+                build(choice.kernel, &share, experts, options, spread, &mut |_| ())?
+            }
             _ => alone(choice.kernel, &layer.spec, experts, options)?,
         };
         let method = QuantMethod { kernel, exchange, shared: None };
@@ -126,6 +132,39 @@ impl MoeRunner {
     }
 }
 
+/// Where the other experts are, if rows go to them from GPU to GPU: on ranks with connected GPUs, rows of their own
+/// and whole experts, in one micro-batch. All ranks come to the same.
+fn spread(
+    layer: &LoadedLayer,
+    kernel: &KernelDesc,
+    groups: &Groups,
+    parallel: &Parallel,
+    map: &Arc<ExpertMap>,
+) -> Result<Option<Spread>> {
+    #[cfg(feature = "cuda")]
+    {
+        let (sizes, spec) = (groups.sizes, &layer.spec);
+        let own_rows = sizes.tp == 1 || sizes.sp() > 1;
+        let plain = parallel.micro_batches <= 1 && parallel.row_format == RowFormat::Standard;
+        let takes = kernel.target.device() == Device::Cuda
+            && sizes.ranks() > 1
+            && parallel.route()? == Route::AllToAll
+            && own_rows
+            && plain
+            && parallel.keeps_rows
+            && spec.router.weight_on == WeightOn::Output
+            // rows are sent in pieces of 16 bytes, and added in eights
+            && spec.dims.routed_hidden.is_multiple_of(8)
+            && (0..map.ranks()).all(|rank| !map.held_by(rank).is_empty());
+        if takes && groups.ep.peers().is_some() {
+            let (group, map) = (groups.ep.clone(), map.clone());
+            return Ok(Some(Spread { group, map, room: parallel.room }));
+        }
+    }
+    let _ = (layer, kernel, groups, parallel, map);
+    Ok(None)
+}
+
 /// Packs a rank's experts, without the layer around them: that is split over ranks.
 fn alone(
     kernel: &'static KernelDesc,
@@ -141,6 +180,7 @@ fn alone(
         dtype: options.dtype,
         rows: rows_after(spec.input_transform.is_identity(), options.dtype),
         gpu: options.gpu,
+        spread: None,
         pool: &*options.pool,
         progress: &mut |_| (),
     };

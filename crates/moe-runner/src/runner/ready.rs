@@ -10,7 +10,8 @@ use super::transform::TransformOp;
 use super::workspace::Workspaces;
 use crate::exchange::{Exchange, LocalExchange};
 use crate::experts::{
-    self, BuildCall, BuiltKernel, Caps, Device, ExpertSet, Experts, KernelDesc, Progress, Target,
+    self, BuildCall, BuiltKernel, Caps, Device, ExpertSet, Experts, KernelDesc, Progress, Spread,
+    Target,
 };
 use crate::hidden::ActivationDtype;
 use crate::oracle::{self, Choice, Machine, Request};
@@ -167,6 +168,9 @@ impl QuantMethod {
         let (shape, held) = match &self.kernel {
             BuiltKernel::Modular(kernel) => (kernel.shape(), self.exchange.local_experts()),
             BuiltKernel::Monolithic(kernel) => (kernel.shape(), spec.router.experts),
+            BuiltKernel::Layer(kernel) if kernel.is_spread() => {
+                (kernel.shape(), self.exchange.local_experts())
+            }
             BuiltKernel::Layer(kernel) => (kernel.shape(), spec.router.experts),
         };
         if shape.experts != held {
@@ -193,8 +197,9 @@ impl QuantMethod {
             ));
         }
         // such a kernel's sums are complete: neither slices of experts nor a share of them will do
+        let spread = matches!(&self.kernel, BuiltKernel::Layer(kernel) if kernel.is_spread());
         if !matches!(self.kernel, BuiltKernel::Modular(_)) {
-            if self.exchange.moves_rows() {
+            if self.exchange.moves_rows() && !spread {
                 return fail(format!(
                     "'{kernel}' routes by itself, the {exchange} exchange sends rows by their \
                      experts"
@@ -275,7 +280,7 @@ impl LoadedLayer {
         kernel: &'static KernelDesc,
         options: &Options,
     ) -> Result<QuantMethod> {
-        let built = build(kernel, self, self.experts.clone(), options, &mut |_| ())?;
+        let built = build(kernel, self, self.experts.clone(), options, None, &mut |_| ())?;
         let shared = match built {
             BuiltKernel::Layer(_) => None,
             BuiltKernel::Modular(_) | BuiltKernel::Monolithic(_) => {
@@ -310,6 +315,7 @@ impl LoadedLayer {
             dtype: options.dtype,
             rows: rows_after(shared.input_norm.is_none(), options.dtype),
             gpu: options.gpu,
+            spread: None,
             pool: &*options.pool,
             progress: &mut |_| (),
         };
@@ -345,7 +351,7 @@ impl LoadedLayer {
         let choice = self.choose(options)?;
         let experts = std::mem::take(&mut self.experts);
         let exchange = Box::new(LocalExchange::new(experts.len()));
-        let kernel = build(choice.kernel, &self, experts, options, progress)?;
+        let kernel = build(choice.kernel, &self, experts, options, None, progress)?;
         self.ready_with(choice, QuantMethod { kernel, exchange, shared: None }, options)
     }
 
@@ -414,19 +420,21 @@ impl LoadedLayer {
     }
 }
 
-/// Packs `experts`, some of `layer`'s, for `kernel`.
+/// Packs `experts`, some of `layer`'s, for `kernel`; the others are where `spread` says.
 pub(super) fn build(
     kernel: &'static KernelDesc,
     layer: &LoadedLayer,
     experts: Vec<Expert>,
     options: &Options,
+    spread: Option<Spread>,
     progress: &mut (dyn FnMut(Progress) + Send),
 ) -> Result<BuiltKernel> {
     let (spec, weight_on) = (&layer.spec.expert, layer.spec.router.weight_on);
     let Options { dtype, gpu, .. } = *options;
     let rows = rows_after(layer.spec.input_transform.is_identity(), dtype);
     let (layer, pool) = (Some(layer), &*options.pool);
-    let call = BuildCall { spec, weight_on, experts, layer, dtype, rows, gpu, pool, progress };
+    let call =
+        BuildCall { spec, weight_on, experts, layer, dtype, rows, gpu, spread, pool, progress };
     (kernel.build)(kernel, call)
 }
 

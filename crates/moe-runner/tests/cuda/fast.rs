@@ -16,7 +16,7 @@ use crate::on_device::OnDevice;
 use crate::{gpu, scaled};
 
 /// Formats, and the kernels that they get.
-fn formats() -> [(&'static str, RandomFormat); 4] {
+pub(crate) fn formats() -> [(&'static str, RandomFormat); 4] {
     let group = Some(Qdq::Fp8Group { size: 128, scale: GroupScale::F32 });
     let fp8 = scaled(Element::E4m3, ScaleType::F32, Granularity::Block, [128, 128], group);
     let mxfp4 = scaled(Element::E2m1, ScaleType::E8m0, Granularity::Group, [1, 32], None);

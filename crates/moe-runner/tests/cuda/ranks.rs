@@ -8,10 +8,12 @@ use std::time::{Duration, Instant};
 
 use moe_runner::comm::tcp::{self, Rendezvous};
 use moe_runner::comm::{self, At, Communicator, Groups, Sizes, Step, nccl, run_ranks};
+use moe_runner::exchange::resident::{ResidentWire, Room};
 use moe_runner::experts::{Device, RowFormat};
 use moe_runner::hidden::ActivationDtype::{Bf16, F32};
-use moe_runner::parallel::{ExchangeKind, Parallel, Placement};
-use moe_runner::runner::{Batch, Options, forward_batch};
+use moe_runner::parallel::{ExchangeKind, Parallel, Placement, cost};
+use moe_runner::router::LogicalId;
+use moe_runner::runner::{Batch, Options, RankedRunner, forward_batch};
 use moe_runner::weights::FloatType;
 use moe_runner::{Error, Result};
 
@@ -95,16 +97,151 @@ fn recorded_layers_are_reproduced_by_ranks_that_share_a_gpu() {
     assert!(done[0] > 100 && done[0] == done[1], "{done:?}");
 }
 
-/// Options for the first of two GPUs; `None`, and the reason told, where there are fewer.
-fn two_gpus() -> Option<Options> {
+/// Options for the first of so many GPUs; `None`, and the reason told, where there are fewer.
+fn gpus(count: usize) -> Option<Options> {
     let options = gpu(F32)?;
-    match moe_runner::experts::cuda::capability(1) {
+    match moe_runner::experts::cuda::capability(count - 1) {
         Ok(_) => Some(options),
         Err(reason) => {
-            println!("skipped, one GPU only: {reason}");
+            println!("skipped, fewer than {count} GPUs: {reason}");
             None
         }
     }
+}
+
+fn two_gpus() -> Option<Options> {
+    gpus(2)
+}
+
+/// Four ranks, in every kind of split.
+fn splits_of_four() -> Vec<(&'static str, Parallel)> {
+    let with = |sizes: Sizes| Parallel { sizes, ..Parallel::default() };
+    let sequence = |sizes: Sizes| Sizes { sequence_parallel: true, ..sizes };
+    let ep = sizes(1, 4, 1, true);
+    vec![
+        ("tp 4", with(sizes(4, 1, 1, false))),
+        ("tp 4 ep", with(sizes(4, 1, 1, true))),
+        ("dp 4", with(sizes(1, 4, 1, false))),
+        ("dp 4 ep", with(ep)),
+        ("dp 4 ep through the host", Parallel { keeps_rows: false, ..with(ep) }),
+        ("dp 4 ep dbo 2", Parallel { micro_batches: 2, ..with(ep) }),
+        ("tp 2 dp 2 ep", with(sizes(2, 2, 1, true))),
+        ("dp 2 pcp 2 ep", with(sizes(1, 2, 2, true))),
+        ("tp 4 sp", with(sequence(sizes(4, 1, 1, true)))),
+        ("tp 2 dp 2 sp", with(sequence(sizes(2, 2, 1, true)))),
+    ]
+}
+
+#[test]
+fn recorded_layers_are_reproduced_over_four_gpus() {
+    let _alone = crate::alone();
+    let Some(options) = gpus(4) else { return };
+    let cases = all_cases();
+    let start = Instant::now();
+    let done = run_ranks(4, |world| {
+        let world = nccl::open(world.clone(), world.rank())?;
+        recorded(&cases, &splits_of_four(), &world, &on(&options, world.rank()))
+    })
+    .unwrap();
+    println!("{} recordings reproduced over four GPUs in {:?}", done[0], start.elapsed());
+    assert!(done[0] > 500 && done.iter().all(|count| *count == done[0]), "{done:?}");
+}
+
+/// Rows that stay on the GPUs: the bits of one GPU wherever whole experts are, for every kernel, with ragged ranks
+/// and ranks without rows, with and without the host's knowledge of counts; and as many bytes as are predicted.
+#[test]
+fn rows_that_stay_on_gpus_give_the_bits_of_one() {
+    let _alone = crate::alone();
+    let Some(options) = gpus(2) else { return };
+    let ranks = if gpus(4).is_some() { 4 } else { 2 };
+    let hopper = moe_runner::experts::cuda::capability(0).is_ok_and(|capability| capability == 90);
+    let mut spec = layers::plain();
+    spec.router = moe_runner::spec::RouterSpec::softmax(8, 3, true);
+    (spec.dims.hidden, spec.dims.routed_hidden, spec.dims.intermediate) = (512, 512, 256);
+    let kernels: Vec<_> = crate::fast::formats()
+        .into_iter()
+        .filter(|_| hopper)
+        .map(|(kernel, format, _)| (kernel, format))
+        .chain([("cuda_f32", FloatType::Bf16.into())])
+        .collect();
+    // what one GPU gives
+    let mut wanted = Vec::new();
+    for (kernel, format) in kernels {
+        let layer = moe_runner::weights::random_layer(&spec, format, 7).unwrap();
+        let options = Options { kernel: Some(kernel.into()), dtype: Bf16, ..options.clone() };
+        for tokens in [1, 3, 41, 1000, 3000] {
+            let hidden = rows(Bf16, tokens, 512, tokens as u64);
+            let batch = Batch { hidden: &hidden, router_logits: None, input_ids: None };
+            let alone = Groups::new(comm::single(), Sizes::default()).unwrap();
+            let one = forward_batch(&layer, &options, &alone, &Parallel::default(), &batch, None);
+            let one = one.unwrap_or_else(|error| panic!("{kernel}: {error}"));
+            wanted.push((kernel, layer.clone(), options.clone(), hidden, one));
+        }
+    }
+    let done = run_ranks(ranks, |world| {
+        let world = nccl::open(world.clone(), world.rank())?;
+        let mut done = 0;
+        for (kernel, layer, options, hidden, one) in &wanted {
+            let tokens = hidden.len() / 512;
+            let batch = Batch { hidden, router_logits: None, input_ids: None };
+            let ids: Vec<LogicalId> = one.topk_ids.iter().map(|id| LogicalId(*id)).collect();
+            let share = tokens.div_ceil(ranks);
+            let rooms = [None, Some(Room { slots: 3 * share, rows: share })];
+            let placements = [Placement::Linear, Placement::RoundRobin];
+            for (placement, room) in placements.into_iter().flat_map(|p| rooms.map(|r| (p, r))) {
+                let place = format!("{kernel}, {tokens} tokens, {placement:?}, {room:?}");
+                let sizes = sizes(1, ranks, 1, true);
+                let parallel = Parallel { sizes, placement, room, ..Parallel::default() };
+                let groups = Groups::new(world.clone(), parallel.sizes)?;
+                let options = on(options, world.rank());
+                let mut runner = RankedRunner::new(layer, &options, &groups, &parallel)?;
+                assert!(runner.runner().is_spread(), "{place}");
+                runner.forward(&batch)?;
+                // memory that was used before
+                let got = runner.forward(&batch)?;
+                let few = *kernel != "cuda_f32" && tokens * 3 <= 512;
+                if few {
+                    // one GPU has another kernel for few slots
+                    let wide: Vec<f64> = one.output.iter().map(|v| f64::from(*v)).collect();
+                    let error = nmse(&got.output, &wide);
+                    assert!(error <= 4e-5, "{place}: {error:e}");
+                } else {
+                    assert!(got.output == one.output, "{place}");
+                }
+                let map = placement.map(8, ranks).unwrap();
+                let cost = cost::Pass::new(layer, Bf16, &parallel, &map)?;
+                let wire = match *kernel {
+                    "cuda_f32" => ResidentWire { row: 2 * 512, output: 4 * 512 },
+                    _ => cost::Pass::gpu_wire(layer, Bf16),
+                };
+                let cost = cost.on_gpus(wire).traffic(&ids);
+                assert_eq!(got.traffic, cost[world.rank()], "{place}");
+                done += 1;
+            }
+        }
+        Ok(done)
+    });
+    println!("{:?} passes over {ranks} GPUs", done.unwrap());
+}
+
+/// More rows than have room are told by all.
+#[test]
+fn what_has_no_room_on_a_gpu_is_told() {
+    let _alone = crate::alone();
+    let Some(options) = gpus(2) else { return };
+    let layer = moe_runner::weights::random_layer(&layers::plain(), FloatType::F32, 7).unwrap();
+    let room = Some(Room { slots: 5, rows: 5 });
+    let parallel = Parallel { sizes: sizes(1, 2, 1, true), room, ..Parallel::default() };
+    let hidden = rows(F32, 60, 48, 1);
+    let batch = Batch { hidden: &hidden, router_logits: None, input_ids: None };
+    let error = run_ranks(2, |world| {
+        let world = nccl::open(world.clone(), world.rank())?;
+        let groups = Groups::new(world, parallel.sizes)?;
+        let options = on(&options, groups.world.rank());
+        forward_batch(&layer, &options, &groups, &parallel, &batch, None)
+    });
+    let error = error.map(drop).unwrap_err().to_string();
+    assert!(error.contains("has room for 5 slots or rows"), "{error}");
 }
 
 #[test]
@@ -125,7 +262,8 @@ fn recorded_layers_are_reproduced_over_two_gpus() {
     assert!(done[0] > 500 && done[0] == done[1], "{done:?}");
 }
 
-/// Whole experts anywhere: no bit changes, not from one GPU's experts to two's, nor with the fast kernels.
+/// Whole experts anywhere: no bit changes, not from one GPU's experts to two's, nor with the fast kernels. Rows that
+/// pass through the host are routed there; those that stay on GPUs have a test of their own.
 #[test]
 fn where_whole_experts_are_changes_no_bit() {
     let _alone = crate::alone();
@@ -141,6 +279,7 @@ fn where_whole_experts_are_changes_no_bit() {
             let batch = Batch { hidden: &hidden, router_logits: None, input_ids: None };
             let mut first: Option<Vec<f32>> = None;
             for (name, parallel) in splits().iter().filter(|(_, p)| p.sizes.use_ep()) {
+                let parallel = &Parallel { keeps_rows: false, ..*parallel };
                 if parallel.exchange == ExchangeKind::Naive {
                     continue;
                 }

@@ -2,13 +2,15 @@
 
 mod compare;
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use moe_kernels::limits::last_level_cache;
-use moe_runner::comm::{Groups, Sizes};
+use moe_runner::comm::{At, Groups, Sizes, Step};
+use moe_runner::exchange::resident::Room;
 use moe_runner::hidden::ActivationDtype;
 use moe_runner::random::Random;
 use moe_runner::router::{Simulator, Strategy};
@@ -27,7 +29,7 @@ use crate::report::progress::Progress;
 use crate::report::table::{Columns, Facts};
 use crate::report::units::{self, plural};
 use crate::splitting::{self, Ranks};
-use crate::times::times;
+use crate::times::{Times, times};
 use crate::{formats, memory, presets};
 use compare::Comparison;
 
@@ -48,6 +50,9 @@ const ROW_BUDGET: Duration = Duration::from_secs(1);
 
 /// Runs of a row, at least.
 const ROW_RUNS: usize = 5;
+
+/// Runs of an exchange alone.
+const EXCHANGE_RUNS: usize = 30;
 
 /// No batch has more tokens.
 const MAX_TOKENS: usize = 1 << 20;
@@ -106,6 +111,19 @@ pub(super) struct Row {
     /// Payload that ranks sent to other ranks, over all ranks, where there are several.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     bytes_moved_per_token: Option<f64>,
+    /// Where rows go from GPU to GPU: the exchange alone, on the slowest rank.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    exchange: Option<ExchangeJson>,
+}
+
+/// Dispatch and combine without the experts.
+#[derive(Clone, Serialize, Deserialize)]
+struct ExchangeJson {
+    seconds: f64,
+    /// The same bytes to and from the same ranks, and nothing else.
+    bare_seconds: f64,
+    /// Bytes that the busiest rank sent, both ways.
+    sent: u64,
 }
 
 /// What is measured.
@@ -125,11 +143,21 @@ pub(crate) fn run(args: &BenchArgs, common: &Common) -> Result<Report> {
     }
     let earlier = args.compare.as_deref().map(BenchJson::read).transpose();
     let earlier = earlier.map_err(|error| unusable(format!("--compare {error:#}")))?;
-    let parallel = args.splitting.parallel()?;
+    let mut parallel = args.splitting.parallel()?;
+    let captured = args.splitting.capacity().is_some();
+    if captured && args.tokens.len() > 1 {
+        return Err(unusable("--capacity: room is made for one --tokens"));
+    }
     let ranks = args.splitting.ranks(common.gpu)?;
     let progress = Progress::new(args.tokens.len() + 2);
     progress.doing("making the weights");
     let subject = subject(args, common)?;
+    if let Some(factor) = args.splitting.capacity() {
+        let (ranks, top_k) = (parallel.sizes.ranks(), subject.layers[0].spec.router.top_k);
+        let most = args.tokens[0].div_ceil(ranks);
+        parallel.room = Some(Room::for_share(most, top_k, ranks, factor));
+    }
+    let parallel = parallel;
     progress.step();
     progress.doing("measuring the machine");
     let machine = ranks.measure(&common.pool, common.gpu_in_use())?;
@@ -144,8 +172,9 @@ pub(crate) fn run(args: &BenchArgs, common: &Common) -> Result<Report> {
                 .then(|| Simulator::new(Strategy::UniformRandom, seed_of(seed, groups)));
             runners.push(runner.with_simulator(simulator));
         }
-        let (seed, gpu) = (common.seed, common.gpu);
-        let mut bench = Bench { runners, ranks: &ranks, machine: &machine, seed, gpu };
+        let (seed, gpu) = (common.seed, options.gpu);
+        let mut bench =
+            Bench { runners, ranks: &ranks, groups, machine: &machine, seed, gpu, captured };
         let mut rows = Vec::with_capacity(args.tokens.len());
         for &tokens in &args.tokens {
             if groups.world.rank() == 0 {
@@ -306,8 +335,9 @@ fn layer_of(
     let gate = GateWeights {
         weight: random_matrix(&mut random, format.float(), router.logits(), spec.dims.hidden),
         bias: spec.gate.bias.then(|| random.values(router.logits(), 0.5)),
+        // what balances the load of a trained layer would unbalance this one's
         correction: (router.correction != Correction::None)
-            .then(|| random.values(router.choices(), 0.5)),
+            .then(|| random.values(router.choices(), 0.01)),
         per_expert_scale: None,
         input_scale: None,
         hash_table: None,
@@ -321,9 +351,12 @@ struct Bench<'a> {
     /// Run in turn.
     runners: Vec<RankedRunner<'a>>,
     ranks: &'a Ranks,
+    groups: &'a Groups,
     machine: &'a MachineLimits,
     seed: u64,
     gpu: usize,
+    /// Passes over ranks run as a graph.
+    captured: bool,
 }
 
 impl Bench<'_> {
@@ -351,7 +384,17 @@ impl Bench<'_> {
             calls += 1;
             Ok::<_, moe_runner::Error>(pass.time)
         };
+        let mut exchange = None;
         let times = match self.runners[0].runner().stream() {
+            Some(stream) if self.runners[0].runner().is_spread() => {
+                for _ in 0..count {
+                    pass(&mut self.runners, &input)?;
+                }
+                exchange = self.exchange(tokens)?;
+                let own = self.runners[0].rows(tokens);
+                let rows = &input[own.start * hidden..own.end * hidden];
+                self.together(stream, (dtype, hidden), rows)?
+            }
             None => times(ROW_BUDGET, ROW_RUNS, || pass(&mut self.runners, &input))?,
             Some(stream) => {
                 // passes with rows of their own, so that few tokens meet more than caches hold
@@ -374,7 +417,13 @@ impl Bench<'_> {
         let calls = calls as f64;
         let (bytes, flops, moved) = (bytes / calls, flops / calls, moved / calls);
         let kernel = self.runners[0].runner().choice().kernel;
-        let least = self.machine.least_seconds(kernel, bytes, flops);
+        // what was measured of one GPU, all have
+        let gpus = match self.runners[0].runner().is_spread() {
+            true => self.groups.world.size() as f64,
+            false => 1.0,
+        };
+        let least_of = |flops: f64| self.machine.least_seconds(kernel, bytes / gpus, flops / gpus);
+        let least = least_of(flops);
         Ok(Row {
             tokens,
             median_s: times.median,
@@ -388,12 +437,58 @@ impl Bench<'_> {
             gbps: bytes / times.median / 1e9,
             gflops: flops / times.median / 1e9,
             limit_share: least / times.median,
-            bound_by: match self.machine.least_seconds(kernel, bytes, 0.0) < least {
+            bound_by: match least_of(0.0) < least {
                 true => "arithmetic".into(),
                 false => "memory".into(),
             },
             bytes_moved_per_token: self.ranks.split().map(|_| moved / tokens as f64),
+            exchange,
         })
+    }
+
+    /// The exchange of the pass before alone, on the slowest rank.
+    fn exchange(&mut self, tokens: usize) -> moe_runner::Result<Option<ExchangeJson>> {
+        let runner = &mut self.runners[0];
+        let own = runner.rows(tokens).len();
+        let Some(mine) = runner.runner_mut().exchange_time(own, EXCHANGE_RUNS)? else {
+            return Ok(None);
+        };
+        let nanos = |seconds: f64| (seconds * 1e9) as u64;
+        let mine = vec![nanos(mine.seconds), nanos(mine.bare_seconds), mine.sent as u64];
+        let all = self.groups.world.all_gather(At::new("bench", Step::Finish), mine)?;
+        let most = |i: usize| all.chunks_exact(3).map(|rank| rank[i]).max().unwrap_or(0);
+        let seconds = |i: usize| most(i) as f64 * 1e-9;
+        Ok(Some(ExchangeJson { seconds: seconds(0), bare_seconds: seconds(1), sent: most(2) }))
+    }
+
+    /// The time of passes with rows of each rank's GPU, on the slowest one.
+    fn together(
+        &mut self,
+        stream: usize,
+        rows_of: (ActivationDtype, usize),
+        rows: &[f32],
+    ) -> moe_runner::Result<Times> {
+        let count = self.runners.len();
+        let batches = vec![rows; count.max(4)];
+        let at = At::new("bench", Step::Finish);
+        let (groups, runners) = (self.groups, RefCell::new(&mut self.runners));
+        gpu::time_together(
+            ((self.gpu, stream), self.captured),
+            rows_of,
+            &batches,
+            |call, rows, out| {
+                let runner = &mut runners.borrow_mut()[call % count];
+                runner.runner_mut().forward(&ForwardInput::new(rows), out).map(drop)
+            },
+            || runners.borrow_mut()[0].runner_mut().synchronize(),
+            |mine| match mine {
+                None => groups.world.barrier(at).map(|()| Duration::ZERO),
+                Some(mine) => {
+                    let all = groups.world.all_gather(at, vec![mine.as_nanos() as u64])?;
+                    Ok(Duration::from_nanos(all.into_iter().max().unwrap_or(0)))
+                }
+            },
+        )
     }
 }
 
@@ -469,6 +564,16 @@ fn text(json: &BenchJson, why: &str, machine: &MachineLimits) -> String {
         }
         false => "",
     };
+    let mut exchanges = String::new();
+    for (row, exchange) in json.rows.iter().filter_map(|row| Some((row, row.exchange.as_ref()?))) {
+        exchanges += &format!(
+            "\n{}: dispatch and combine {}, the same bytes alone {} ({} from the busiest rank)",
+            units::plural(row.tokens, "token"),
+            units::seconds(exchange.seconds),
+            units::seconds(exchange.bare_seconds),
+            units::bytes(exchange.sent as usize),
+        );
+    }
     let compared = json.compared.as_ref().map(|compared| compared.text(json.limits.read_gbps));
-    format!("{facts}\n{table}{cached}{}", compared.unwrap_or_default())
+    format!("{facts}\n{table}{exchanges}{cached}{}", compared.unwrap_or_default())
 }

@@ -23,6 +23,8 @@ use std::sync::Arc;
 
 pub use self::engine::Link;
 use self::engine::{Circle, Engine};
+#[cfg(feature = "cuda")]
+use super::nccl::{Direct, Peers};
 use super::{
     Buffers, Communicator, Exchanges, Flight, Head, Message, Options, Part, TrafficCounter,
     Underway,
@@ -37,13 +39,34 @@ pub fn over(
     link: Box<dyn Link>,
     options: Options,
 ) -> Arc<dyn Communicator> {
+    Arc::new(member(control, name, link, options))
+}
+
+/// The same, where rows can go between the memories of GPUs, too.
+#[cfg(feature = "cuda")]
+pub(super) fn over_gpus(
+    control: Arc<dyn Communicator>,
+    name: String,
+    link: Box<dyn Link>,
+    options: Options,
+    direct: Arc<Direct>,
+) -> Arc<dyn Communicator> {
+    Arc::new(Member { direct: Some(direct), ..member(control, name, link, options) })
+}
+
+fn member(
+    control: Arc<dyn Communicator>,
+    name: String,
+    link: Box<dyn Link>,
+    options: Options,
+) -> Member {
     let circle = Circle { members: (0..control.size()).collect(), control: control.clone() };
     let world = Arc::new(World {
         name,
         engine: Engine::new(control, link, options.timeout),
         buffers: Arc::default(),
     });
-    Arc::new(Member::new(world, circle))
+    Member::new(world, circle)
 }
 
 /// What all groups of a rank share.
@@ -58,6 +81,8 @@ struct World {
 struct Member {
     seat: Arc<Seat>,
     traffic: TrafficCounter,
+    #[cfg(feature = "cuda")]
+    direct: Option<Arc<Direct>>,
 }
 
 /// This rank's place in a group.
@@ -69,7 +94,12 @@ struct Seat {
 impl Member {
     fn new(world: Arc<World>, circle: Circle) -> Self {
         let seat = Arc::new(Seat { world, circle: Arc::new(circle) });
-        Self { seat, traffic: TrafficCounter::default() }
+        Self {
+            seat,
+            traffic: TrafficCounter::default(),
+            #[cfg(feature = "cuda")]
+            direct: None,
+        }
     }
 }
 
@@ -96,7 +126,16 @@ impl Communicator for Member {
         let Seat { world, circle } = &*self.seat;
         let control = circle.control.split(color, key)?;
         let members = world.engine.members(&control)?;
-        Ok(Arc::new(Self::new(world.clone(), Circle { members, control })))
+        let split = Self::new(world.clone(), Circle { members, control });
+        #[cfg(feature = "cuda")]
+        let split = Self { direct: self.direct.clone(), ..split };
+        Ok(Arc::new(split))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn peers(&self) -> Option<Peers> {
+        let Circle { members, control } = &*self.seat.circle;
+        Some(Peers::new(self.direct.clone()?, members.clone(), control.clone()))
     }
 
     fn abort(&self, reason: &str) {

@@ -1,6 +1,6 @@
 //! The experts of one branch: what both a whole layer and experts alone put on the stream.
 
-use moe_cuda::{FaultWord, FewBatch, GroupedExperts, Plan, Rows, RowsMut, View};
+use moe_cuda::{FaultWord, FewBatch, GroupedExperts, Plan, Rows, RowsMut, SlotOutputs, View};
 
 use super::device::{Device, Plans, error};
 use super::layer::Experts;
@@ -34,21 +34,28 @@ impl Experts {
                 let Some(weights) = weights else {
                     return Err(Error::NoKernel("fast experts need weights".into()));
                 };
-                let x = match x.float() == Fast::ROWS {
-                    true => x,
-                    false => {
-                        let narrow = slots.narrow.reborrow();
-                        let mut rows =
-                            RowsMut::new(narrow, Fast::ROWS, x.rows(), x.cols()).map_err(error)?;
-                        device.verbs.convert(&device.stream, x, &mut rows, None).map_err(error)?;
-                        rows.into_rows()
-                    }
-                };
+                let x = self.as_read(device, x, slots)?;
                 let batch = FewBatch { x, ids, weights, factor, fault };
                 fast.run(device, &batch, plans, work, out)?;
                 Ok(())
             }
         }
+    }
+
+    /// Rows as the products read them: `x` itself, or its numbers in bf16.
+    pub(super) fn as_read<'x>(
+        &self,
+        device: &Device,
+        x: Rows<'x>,
+        slots: &'x mut Slots<'_>,
+    ) -> Result<Rows<'x>> {
+        if !self.is_fast() || x.float() == Fast::ROWS {
+            return Ok(x);
+        }
+        let narrow = slots.narrow.reborrow();
+        let mut rows = RowsMut::new(narrow, Fast::ROWS, x.rows(), x.cols()).map_err(error)?;
+        device.verbs.convert(&device.stream, x, &mut rows, None).map_err(error)?;
+        Ok(rows.into_rows())
     }
 
     /// The same, the products in f32.
@@ -79,18 +86,66 @@ impl Experts {
                 grouped.first_sorted(stream, rows.as_rows(), plan, &mut h).map_err(error)?;
             }
         }
-        if let Some((quantiser, scales)) = &self.quantise[1] {
-            let scales = scales.as_ref().map(|scales| scales.view());
-            let verbs = &device.slots;
-            verbs.quantise(stream, *quantiser, scales, plan, &mut h).map_err(error)?;
-        }
         let mut y = f32_rows(slots.y.reborrow(), count, hidden)?;
-        grouped.second(stream, h.as_rows(), plan, &mut y).map_err(error)?;
-        if let Some((norm, weight)) = &self.norm {
-            device.slots.norm(stream, *norm, ids, weight.view(), &mut y).map_err(error)?;
-        }
+        self.second_in_f32((device, grouped), h, (ids, plan), &mut y)?;
         let weights = weights.filter(|_| !self.weight_on_input);
         let (y, all) = (y.as_rows(), self.count());
         verbs.combine(stream, y, ids, weights, all, factor, out, fault).map_err(error)
+    }
+
+    /// From the rows between the products to the outputs of slots.
+    fn second_in_f32(
+        &self,
+        (device, grouped): (&Device, &GroupedExperts),
+        mut h: RowsMut<'_>,
+        (ids, plan): (View<'_, u32>, &Plan),
+        y: &mut RowsMut<'_>,
+    ) -> Result<()> {
+        let stream = &device.stream;
+        if let Some((quantiser, scales)) = &self.quantise[1] {
+            let scales = scales.as_ref().map(|scales| scales.view());
+            device.slots.quantise(stream, *quantiser, scales, plan, &mut h).map_err(error)?;
+        }
+        grouped.second(stream, h.as_rows(), plan, y).map_err(error)?;
+        if let Some((norm, weight)) = &self.norm {
+            device.slots.norm(stream, *norm, ids, weight.view(), y).map_err(error)?;
+        }
+        Ok(())
+    }
+
+    /// The outputs `y` `[slots, H]` of slots whose rows stand in the plan's order, in f32; `h` `[slots, I]` is for the
+    /// rows between the products.
+    pub(super) fn sorted_in_f32(
+        &self,
+        device: &Device,
+        mut rows: RowsMut<'_>,
+        mut h: RowsMut<'_>,
+        (ids, plan): (View<'_, u32>, &Plan),
+        y: &mut RowsMut<'_>,
+    ) -> Result<()> {
+        let Products::F32(grouped) = &self.products else {
+            return Err(Error::NoKernel("these experts are not computed in f32".into()));
+        };
+        let stream = &device.stream;
+        if let Some((quantiser, scales)) = &self.quantise[0] {
+            let scales = scales.as_ref().map(|scales| scales.view());
+            device.slots.quantise(stream, *quantiser, scales, plan, &mut rows).map_err(error)?;
+        }
+        grouped.first_sorted(stream, rows.as_rows(), plan, &mut h).map_err(error)?;
+        self.second_in_f32((device, grouped), h, (ids, plan), y)
+    }
+
+    /// What the output of a slot is.
+    pub(super) fn output_of_slot(&self) -> SlotOutputs {
+        match &self.products {
+            Products::Sm90(fast) => fast.output_of_slot(),
+            Products::F32(_) => SlotOutputs {
+                values: 0,
+                value_bytes: 4 * self.hidden(),
+                scales: 0,
+                scale_bytes: 0,
+                tile: 0,
+            },
+        }
     }
 }

@@ -8,6 +8,7 @@ use moe_cuda::{
 };
 
 use super::products::FastWork;
+use super::ranks::RanksWork;
 use crate::{Error, Result};
 
 /// See the module.
@@ -25,6 +26,7 @@ pub(super) struct Work {
     pub(super) arena: Arena,
     pub(super) plans: Plans,
     pub(super) fast: FastWork,
+    pub(super) ranks: RanksWork,
     /// What is wrong with the rows.
     pub(super) fault: FaultWord,
     /// What is nobody's fault: it is never read.
@@ -94,6 +96,7 @@ impl Device {
                 arena: Arena::new(&gpu)?,
                 plans: Plans::default(),
                 fast: FastWork::default(),
+                ranks: RanksWork::default(),
                 fault: FaultWord::new(&gpu, &stream)?,
                 ignored: FaultWord::new(&gpu, &stream)?,
             }),
@@ -125,6 +128,7 @@ pub(super) fn error(error: moe_cuda::Error) -> Error {
                 FaultKind::TokenId => "input ids",
                 FaultKind::ExpertId => "expert ids",
                 FaultKind::Output => "output",
+                FaultKind::Capacity => "exchange",
             };
             Error::input(what, fault.reason())
         }

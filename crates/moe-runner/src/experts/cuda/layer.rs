@@ -11,9 +11,10 @@ use moe_cuda::{Buffer, Float, GroupedExperts, Norm, RowQuantiser, RowsMut};
 use super::Method;
 use super::device::{Device, device, error};
 use super::products::Products;
+use super::ranks::Ranks;
 use super::upload::{Linear, Upload, norm, quantisers};
 use crate::experts::reference::stored_bytes;
-use crate::experts::{BuildCall, ExpertShape, KernelDesc, LayerCall, LayerKernel};
+use crate::experts::{BuildCall, ExchangeTime, ExpertShape, KernelDesc, LayerCall, LayerKernel};
 use crate::hidden::ActivationDtype;
 use crate::router::Routing;
 use crate::spec::{
@@ -35,6 +36,8 @@ pub(super) struct CudaLayer {
     pub(super) input_transform: Vec<Step>,
     pub(super) output_transform: Vec<Step>,
     pub(super) experts: Experts,
+    /// Where the other experts are.
+    pub(super) ranks: Option<Ranks>,
     pub(super) shared: Option<Shared>,
     /// `[H]`: added to the sum of the branches.
     pub(super) bias: Option<Buffer<f32>>,
@@ -193,7 +196,7 @@ impl CudaLayer {
         layer: &LoadedLayer,
         call: BuildCall<'_>,
     ) -> Result<Self> {
-        let BuildCall { weight_on, experts, dtype, gpu, pool, progress, .. } = call;
+        let BuildCall { weight_on, experts, dtype, gpu, spread, pool, progress, .. } = call;
         let spec = &layer.spec;
         let device = device(gpu)?;
         device.stream.set_layer(spec.name.as_str().into());
@@ -207,7 +210,9 @@ impl CudaLayer {
 
         let of = (&*device, method);
         let router = router(upload, &device, spec, layer.gate.as_ref())?;
-        let in_front = layer.gate.as_ref().map(|_| &router);
+        let name = spec.name.as_str();
+        let ranks = spread.map(|spread| Ranks::new(&device, name, spread)).transpose()?;
+        let in_front = layer.gate.as_ref().map(|_| &router).filter(|_| ranks.is_none());
         let experts = Experts::new(upload, of, &spec.expert, weight_on, experts, in_front)?;
         let shared = match (&spec.shared, shared) {
             (Some(spec), Some(weights)) => {
@@ -255,6 +260,7 @@ impl CudaLayer {
             spec: spec.clone(),
             dtype,
             experts,
+            ranks,
             shared,
             stored,
         })
@@ -299,7 +305,11 @@ impl LayerKernel for CudaLayer {
 
     fn weight_bytes(&self, routing: &Routing) -> usize {
         let (routed, shared) = &self.stored;
-        let mut ids: Vec<usize> = routing.ids.iter().map(|id| id.index()).collect();
+        let mut ids: Vec<usize> = match &self.ranks {
+            None => routing.ids.iter().map(|id| id.index()).collect(),
+            // also for the rows of others
+            Some(ranks) => ranks.active().into_iter().map(|id| id as usize).collect(),
+        };
         ids.sort_unstable();
         ids.dedup();
         let shared = if routing.tokens > 0 { *shared } else { 0 };
@@ -315,11 +325,28 @@ impl LayerKernel for CudaLayer {
     }
 
     fn synchronize(&mut self) -> Result<()> {
-        self.device.check(&mut self.device.work())
+        let mut work = self.device.work();
+        if let Some(ranks) = &self.ranks {
+            ranks.wait(&self.device, &mut work.ranks)?;
+        }
+        self.device.check(&mut work)
     }
 
     fn stream(&self) -> usize {
         self.device.stream.as_raw()
+    }
+
+    fn is_spread(&self) -> bool {
+        self.ranks.is_some()
+    }
+
+    fn exchange_time(
+        &mut self,
+        tokens: usize,
+        top_k: usize,
+        runs: usize,
+    ) -> Result<Option<ExchangeTime>> {
+        self.time_exchange(tokens, top_k, runs)
     }
 }
 

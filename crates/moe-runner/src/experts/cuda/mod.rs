@@ -1,5 +1,5 @@
 //! The whole layer on an NVIDIA GPU: the flow of a pass in the verbs of `moe-cuda`. Where a layer is split
-//! over ranks, a rank's experts alone.
+//! over ranks whose GPUs are connected, the same with rows that go from GPU to GPU; else a rank's experts alone.
 //!
 //! What a kernel is stands here in any build, so that every machine can be asked about it. The rest is
 //! compiled with the feature `cuda`; it opens NVIDIA's libraries at run time, and building it needs
@@ -17,6 +17,8 @@ mod layer;
 mod pass;
 #[cfg(feature = "cuda")]
 mod products;
+#[cfg(feature = "cuda")]
+mod ranks;
 #[cfg(feature = "cuda")]
 mod upload;
 

@@ -16,8 +16,9 @@ use memory::{Parts, RoutingParts, SharedParts};
 use super::device::{Plans, Work, error};
 use super::layer::{CudaLayer, Experts, Gate, Shared, Step};
 use super::products::{Fast, FastWork, Products};
+use super::ranks::{RanksBatch, RanksWork};
 use super::upload::cuda_float;
-use crate::experts::{LayerCall, RoutingSource};
+use crate::experts::{ExchangeTime, LayerCall, RoutingSource};
 use crate::hidden::{self, ActivationDtype, DevicePlace};
 use crate::spec::{IdleExperts, Selection, SharedCombine};
 use crate::weights::FloatType;
@@ -71,12 +72,12 @@ impl CudaLayer {
             RoutingSource::Device(routing) => routing.shape[1],
             RoutingSource::Router | RoutingSource::Ids(_) => self.spec.router.top_k,
         };
-        if tokens == 0 {
+        if tokens == 0 && self.ranks.is_none() {
             return call.seen.map_or(Ok(()), |seen| nothing_seen(seen, self, top_k));
         }
         self.prepare(tokens, top_k)?;
         let mut work = self.device.work();
-        let Work { arena, plans, fast, fault, ignored } = &mut *work;
+        let Work { arena, plans, fast, ranks, fault, ignored } = &mut *work;
         self.device.stream.set_layer(self.name.clone());
         let mut parts = Parts::cut(&mut arena.cut(), self, tokens, top_k);
         let pass = Pass {
@@ -89,17 +90,61 @@ impl CudaLayer {
         };
         let waits = !call.out.is_on_device() || !call.rows.is_on_device() || call.seen.is_some();
         let seen = call.seen.take();
-        let host = pass.run(&mut parts, &mut call, (plans, fast))?;
+        if tokens == 0 {
+            // the others' rows come here all the same
+            pass.without_rows(&mut parts, (plans, fast, ranks), top_k)?;
+            if let (Some(all), true) = (&self.ranks, waits) {
+                all.wait(&self.device, ranks)?;
+                all.note_active(&self.device, ranks)?;
+                self.device.check(&mut work)?;
+            }
+            return seen.map_or(Ok(()), |seen| nothing_seen(seen, self, top_k));
+        }
+        let host = pass.run(&mut parts, &mut call, (plans, fast, ranks))?;
+        if let (Some(all), true) = (&self.ranks, waits) {
+            all.wait(&self.device, ranks)?;
+        }
         if host {
             pass.copy_out(parts.staged.as_view(), &mut call.out)?;
         }
         if let Some(seen) = seen {
             pass.see(&parts, &call, seen)?;
+            if let Some(all) = &self.ranks {
+                all.note_active(&self.device, ranks)?;
+            }
         }
         if waits {
             self.device.check(&mut work)?;
         }
         Ok(())
+    }
+}
+
+impl CudaLayer {
+    /// See [`LayerKernel::exchange_time`](crate::experts::LayerKernel::exchange_time): with the rows and the routing
+    /// that the pass before has left.
+    pub(super) fn time_exchange(
+        &self,
+        tokens: usize,
+        top_k: usize,
+        runs: usize,
+    ) -> Result<Option<ExchangeTime>> {
+        let Some(ranks) = &self.ranks else { return Ok(None) };
+        let mut work = self.device.work();
+        let Work { arena, plans, fast, ranks: memory, fault, ignored } = &mut *work;
+        let mut parts = Parts::cut(&mut arena.cut(), self, tokens, top_k);
+        let width = self.spec.dims.routed_hidden;
+        let [own, _] = &mut parts.rows;
+        let own = own.reborrow().part(0..tokens * width * self.dtype.size());
+        let rows =
+            Rows::of_bytes(own.as_view(), float(self.dtype), tokens, width).map_err(error)?;
+        let x = self.experts.as_read(&self.device, rows, &mut parts.slots)?;
+        let (ids, weights) = (parts.routing.ids.as_view(), parts.routing.weights.as_view());
+        let of = RanksBatch { x, ids, weights, top_k, factor: 1.0 };
+        let mut out = f32_rows(parts.routed.reborrow(), tokens, width)?;
+        let work = (plans, fast, memory);
+        let how = ((&*fault, &*ignored), runs);
+        ranks.exchange_time(&self.device, &self.experts, of, work, &mut out, how)
     }
 }
 
@@ -118,11 +163,11 @@ impl Pass<'_> {
         &self,
         parts: &mut Parts<'_>,
         call: &mut LayerCall<'_>,
-        work: (&mut Plans, &mut FastWork),
+        work: (&mut Plans, &mut FastWork, &mut RanksWork),
     ) -> Result<bool> {
         let CudaLayer { device, spec, shared, .. } = self.layer;
         let (stream, tokens, dims) = (&device.stream, self.tokens, spec.dims);
-        let (plans, fast) = work;
+        let (plans, fast, ranks) = work;
         // 1. what comes in, in the layer's dtype
         let [own, other] = &mut parts.rows;
         let given = match call.shared_rows {
@@ -191,9 +236,19 @@ impl Pass<'_> {
             let work = (&mut *plans, &mut *fast);
             shared_out = Some(self.shared(shared, hidden, weights, part, work)?);
         }
-        if in_front.is_none() {
-            let of = (rows, ids, Some(weights), call.routed_factor);
-            experts.run(device, of, &mut parts.slots, (plans, fast), routed, self.ignored)?;
+        match &self.layer.ranks {
+            _ if in_front.is_some() => {}
+            None => {
+                let of = (rows, ids, Some(weights), call.routed_factor);
+                experts.run(device, of, &mut parts.slots, (plans, fast), routed, self.ignored)?;
+            }
+            Some(all) => {
+                let x = experts.as_read(device, rows, &mut parts.slots)?;
+                let (top_k, factor) = (self.top_k, call.routed_factor);
+                let of = RanksBatch { x, ids, weights, top_k, factor };
+                let faults = (self.fault, self.ignored);
+                all.run(device, experts, of, (plans, fast, ranks), routed, faults)?;
+            }
         }
         if last {
             return Ok(host);
@@ -225,6 +280,30 @@ impl Pass<'_> {
         };
         device.slots.finish(stream, finish, &mut sum, &mut out).map_err(error)?;
         Ok(host)
+    }
+
+    /// Of a rank without rows of its own: its experts work for the others.
+    fn without_rows(
+        &self,
+        parts: &mut Parts<'_>,
+        (plans, fast, work): (&mut Plans, &mut FastWork, &mut RanksWork),
+        top_k: usize,
+    ) -> Result<()> {
+        let CudaLayer { device, spec, experts, ranks, .. } = self.layer;
+        let Some(ranks) = ranks else { return Ok(()) };
+        let width = spec.dims.routed_hidden;
+        let float = match (experts.is_fast(), self.layer.input_transform.is_empty()) {
+            (true, _) => Fast::ROWS,
+            (false, true) => float(self.layer.dtype),
+            (false, false) => Float::F32,
+        };
+        let bytes = parts.rows[0].reborrow().part(0..0);
+        let x = Rows::of_bytes(bytes.as_view(), float, 0, width).map_err(error)?;
+        let (ids, weights) = (parts.routing.ids.as_view(), parts.routing.weights.as_view());
+        let of = RanksBatch { x, ids, weights, top_k, factor: 1.0 };
+        let mut out = f32_rows(parts.routed.reborrow(), 0, width)?;
+        let work = (plans, fast, work);
+        ranks.run(device, experts, of, work, &mut out, (self.fault, self.ignored))
     }
 
     /// Rows of the GPU in the layer's dtype.

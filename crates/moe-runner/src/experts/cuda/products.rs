@@ -3,7 +3,7 @@
 use moe_cuda::weights::{Element, ExpertWeights, ScaleType};
 use moe_cuda::{
     FewBatch, FewExperts, FewFormat, FewGate, FewWorkspace, Float, GroupedExperts, ManyExperts,
-    ManyWorkspace, Plan, Router, Rows, RowsMut,
+    ManyWorkspace, Plan, Router, Rows, RowsMut, SlotOutputs, View,
 };
 
 use super::device::{Device, Plans, error};
@@ -130,7 +130,56 @@ impl Products {
     }
 }
 
+impl Products {
+    /// Rows of a tile of the plans that products of sorted slots need, however few.
+    pub(super) fn many_tile(&self) -> usize {
+        match self {
+            Self::F32(_) => GroupedExperts::TILE,
+            Self::Sm90(_) => ManyExperts::TILE,
+        }
+    }
+}
+
 impl Fast {
+    /// The outputs of planned slots, by slot, each of its row of `x`; see [`ManyExperts::slots`]. The kernel for many
+    /// runs, however few they are: so a slot's output does not depend on how many are here.
+    ///
+    /// # Safety
+    /// Those rows are rows of `x`.
+    pub(super) unsafe fn slots(
+        &self,
+        device: &Device,
+        x: Rows<'_>,
+        rows: View<'_, u32>,
+        plan: &Plan,
+        work: &mut FastWork,
+    ) -> Result<SlotOutputs> {
+        let (stream, key) = (&device.stream, self.key());
+        self.reserve_many(device, rows.len(), work)?;
+        let work = known(&mut work.many, key)?;
+        // SAFETY: as the caller promises.
+        unsafe { self.many.slots(stream, x, rows, plan, work) }.map_err(error)
+    }
+
+    /// What the output of a slot is.
+    pub(super) fn output_of_slot(&self) -> SlotOutputs {
+        self.many.output_of_slot()
+    }
+
+    fn reserve_many(&self, device: &Device, slots: usize, work: &mut FastWork) -> Result<()> {
+        let key = self.key();
+        let at = work.many.iter().position(|(known, _)| *known == key);
+        if at.is_none_or(|at| work.many[at].1.slots() < slots) {
+            // the old memory goes first
+            if let Some(at) = at {
+                work.many.swap_remove(at);
+            }
+            let new = self.many.workspace(&device.stream, slots).map_err(error)?;
+            work.many.push((key, new));
+        }
+        Ok(())
+    }
+
     /// The kernel for few slots runs: it reads an expert's weights once for each 8 of its rows. That for many
     /// multiplies FP8 by FP8, and is ahead sooner.
     fn is_few(&self, slots: usize) -> bool {
@@ -156,14 +205,9 @@ impl Fast {
                 let new = self.few.workspace(stream, slots).map_err(error)?;
                 replace(&mut work.few, at, (key, new));
             }
-        } else {
-            let at = work.many.iter().position(|(known, _)| *known == key);
-            if at.is_none_or(|at| work.many[at].1.slots() < slots) {
-                let new = self.many.workspace(stream, slots).map_err(error)?;
-                replace(&mut work.many, at, (key, new));
-            }
+            return Ok(());
         }
-        Ok(())
+        self.reserve_many(device, slots, work)
     }
 
     /// Whether gate, routing and experts of such a batch are one launch.

@@ -21,9 +21,6 @@ const OLDEST: c_int = 21_400;
 /// How long a rank that ends well waits for its end of the library to do so.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// Blocks for transfers between GPUs that have nothing else to do meanwhile: as many as NCCL has channels.
-const BLOCKS: c_int = 32;
-
 const SUCCESS: c_int = 0;
 const IN_PROGRESS: c_int = 7;
 /// `ncclUint8`.
@@ -54,8 +51,7 @@ struct Config {
 }
 
 impl Config {
-    /// Polled, with at least so many blocks for transfers; 0: as the library likes.
-    fn polled(blocks: c_int) -> Self {
+    fn polled() -> Self {
         const UNDEFINED: c_int = c_int::MIN;
         Self {
             size: size_of::<Self>(),
@@ -63,7 +59,7 @@ impl Config {
             version: 21_700,
             blocking: 0,
             cga_cluster_size: UNDEFINED,
-            min_ctas: if blocks > 0 { blocks } else { UNDEFINED },
+            min_ctas: UNDEFINED,
             max_ctas: UNDEFINED,
             net_name: 0,
             split_share: UNDEFINED,
@@ -250,15 +246,9 @@ pub struct Leg {
 }
 
 impl Member {
-    fn begin(
-        nccl: &Arc<Nccl>,
-        gpu: &Gpu,
-        id: NcclId,
-        (rank, ranks): (usize, usize),
-        blocks: c_int,
-    ) -> Result<Self> {
+    fn begin(nccl: &Arc<Nccl>, gpu: &Gpu, id: NcclId, rank: usize, ranks: usize) -> Result<Self> {
         gpu.bind()?;
-        let (mut communicator, mut config) = (0, Config::polled(blocks));
+        let (mut communicator, mut config) = (0, Config::polled());
         // SAFETY: both pointers are good; the GPU is this thread's.
         let code = unsafe {
             (nccl.functions.ncclCommInitRankConfig)(
@@ -377,7 +367,7 @@ impl NcclPeers {
         rank: usize,
         ranks: usize,
     ) -> Result<Self> {
-        Ok(Self { member: Member::begin(nccl, gpu, id, (rank, ranks), BLOCKS)? })
+        Ok(Self { member: Member::begin(nccl, gpu, id, rank, ranks)? })
     }
 
     /// The GPU.
@@ -435,7 +425,7 @@ impl NcclLink {
     ) -> Result<Self> {
         Ok(Self {
             stream: Stream::new(gpu)?,
-            member: Member::begin(nccl, gpu, id, (rank, ranks), 0)?,
+            member: Member::begin(nccl, gpu, id, rank, ranks)?,
             under_way: VecDeque::new(),
             spares: Vec::new(),
         })

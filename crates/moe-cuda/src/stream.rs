@@ -112,6 +112,27 @@ impl Stream {
         self.synchronize()
     }
 
+    /// Starts to copy pinned memory in.
+    ///
+    /// # Errors
+    /// As [`Self::copy_in`].
+    ///
+    /// # Safety
+    /// `from` is pinned, and stays as it is until an event that is recorded after this is reached.
+    pub unsafe fn start_copy_in<T: Pod>(&self, from: &[T], to: ViewMut<'_, T>) -> Result<()> {
+        same_length(from.len(), to.len)?;
+        let driver = self.enter("copy in")?;
+        if from.is_empty() {
+            return Ok(());
+        }
+        // SAFETY: both sides hold as many bytes; the caller keeps the host's.
+        let code = unsafe {
+            let bytes = size_of_val(from);
+            (driver.cuMemcpyHtoDAsync_v2)(to.pointer, from.as_ptr().cast(), bytes, self.handle)
+        };
+        self.check(driver, "cuMemcpyHtoDAsync_v2", code)
+    }
+
     /// Copies device memory out; done when this returns.
     ///
     /// # Errors

@@ -1,11 +1,12 @@
-//! Weights on their way to the device: decoded on all threads into one piece of pinned memory, and from
-//! there to where they stay. Beside the device's copy that piece is all the memory that it takes.
+//! Weights on their way to the device: decoded on all threads into one of two pieces of pinned memory, while
+//! the other is copied to where they stay. Beside the device's copy those pieces are all the memory that it
+//! takes: 16 MiB.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytemuck::{cast_slice, cast_slice_mut};
 use moe_cuda::weights::{Bytes, Element, ScaleType, Scales, Stored};
-use moe_cuda::{Buffer, Float, Norm, Pinned, RowQuantiser, Rows};
+use moe_cuda::{Buffer, Event, Float, Norm, Pinned, RowQuantiser, Rows, ViewMut};
 use moe_kernels::numerics::float16;
 use moe_kernels::numerics::quantise::{GroupScale, Qdq};
 use moe_kernels::pool::ThreadPool;
@@ -21,18 +22,64 @@ use crate::weights::{
 };
 use crate::{Error, Result};
 
-/// Floats of the pinned memory, if no row is longer.
-const STAGING: usize = 4 << 20;
+/// Floats of a piece of the pinned memory.
+const STAGING: usize = 2 << 20;
 
 /// See the module.
 pub(super) struct Upload<'a> {
     device: &'a Device,
     pool: &'a dyn ThreadPool,
-    staging: Pinned<f32>,
+    staging: [Staging; 2],
+    /// The piece that was longest ago.
+    next: usize,
     scratch: Vec<Vec<f32>>,
     progress: &'a mut (dyn FnMut(Progress) + Send),
     done: usize,
     total: usize,
+}
+
+/// A piece of pinned memory, and when what it holds has been copied.
+struct Staging {
+    memory: Pinned<f32>,
+    copied: Event,
+    pending: bool,
+}
+
+impl Staging {
+    fn new(device: &Device) -> Result<Self> {
+        let memory = Pinned::new(&device.gpu, STAGING).map_err(error)?;
+        let copied = Event::new(&device.gpu).map_err(error)?;
+        Ok(Self { memory, copied, pending: false })
+    }
+
+    /// Waits until it is free.
+    fn free(&mut self) -> Result<&mut [u8]> {
+        if self.pending {
+            self.copied.synchronize().map_err(error)?;
+            self.pending = false;
+        }
+        Ok(cast_slice_mut(self.memory.as_mut_slice()))
+    }
+
+    /// Starts to copy its first bytes to all of `to`.
+    fn send(&mut self, device: &Device, to: ViewMut<'_, u8>) -> Result<()> {
+        let from = &cast_slice(self.memory.as_slice())[..to.len()];
+        self.pending = true;
+        // SAFETY: pinned; not written before `free` has waited, nor freed before `drop` has.
+        let sent = unsafe { device.stream.start_copy_in(from, to) };
+        sent.and_then(|()| device.stream.record(&self.copied)).map_err(|failed| {
+            // nothing tells when the copy is over
+            let _ = device.stream.synchronize();
+            error(failed)
+        })
+    }
+}
+
+impl Drop for Staging {
+    fn drop(&mut self) {
+        // an error here was, or will be, told by the stream
+        let _ = self.free();
+    }
 }
 
 /// One projection on the device.
@@ -65,9 +112,9 @@ impl<'a> Upload<'a> {
         progress: &'a mut (dyn FnMut(Progress) + Send),
         total: usize,
     ) -> Result<Self> {
-        let staging = Pinned::new(&device.gpu, STAGING).map_err(error)?;
+        let staging = [Staging::new(device)?, Staging::new(device)?];
         let scratch = vec![Vec::new(); pool.threads()];
-        Ok(Self { device, pool, staging, scratch, progress, done: 0, total })
+        Ok(Self { device, pool, staging, next: 0, scratch, progress, done: 0, total })
     }
 
     /// One projection of all experts, `[experts, N, K]`, without biases: floats as they are stored,
@@ -216,15 +263,16 @@ impl<'a> Upload<'a> {
         let together = (STAGING * size_of::<f32>() / row_bytes).max(1);
         for first in (0..rows).step_by(together) {
             let count = together.min(rows - first);
-            let staged: &mut [u8] = cast_slice_mut(self.staging.as_mut_slice());
-            let staged = &mut staged[..count * row_bytes];
+            let staging = &mut self.staging[self.next];
+            let staged = &mut staging.free()?[..count * row_bytes];
             let items = staged.chunks_exact_mut(row_bytes).zip(first..);
             for_each_with(self.pool, self.scratch.iter_mut(), items, |scratch, (to, row)| {
                 write(row, scratch, to);
             });
             let begin = (at + first) * row_bytes;
-            let part = to.view_mut().part(begin..begin + staged.len());
-            self.device.stream.copy_in(&*staged, part).map_err(error)?;
+            let part = to.view_mut().part(begin..begin + count * row_bytes);
+            staging.send(self.device, part)?;
+            self.next ^= 1;
         }
         Ok(())
     }

@@ -63,7 +63,8 @@ const FORMATS: &[(&str, Make)] = &[
 ];
 
 /// Sets of features, with the rows that are multiplied with them.
-const SETS: [(&str, OperandKind, Features); 4] = [
+const SETS: [(&str, OperandKind, Features); 5] = [
+    ("amx_bf16", OperandKind::TileBf16, Features::V4_AMX),
     ("avx512_bf16", OperandKind::Bf16, Features::V4_BF16),
     ("avx512", OperandKind::F32, Features::V4),
     ("avx2", OperandKind::F32, Features::V3),

@@ -20,6 +20,8 @@ pub struct Limits {
     pub f32_gflops: f64,
     /// bf16 dot products, likewise, where the CPU has them.
     pub bf16_gflops: Option<f64>,
+    /// bf16 tile products, likewise.
+    pub tile_gflops: Option<f64>,
     /// Threads that took part.
     pub threads: usize,
 }
@@ -37,6 +39,11 @@ impl Limits {
             f32_gflops: gflops(pool, budget / 4, |rounds| kernel.probe_multiply_add(rounds)),
             bf16_gflops: kernel.probe_dots(1).map(|_| {
                 gflops(pool, budget / 4, |rounds| kernel.probe_dots(rounds).unwrap_or_default())
+            }),
+            tile_gflops: kernel.probe_tiles(1).map(|_| {
+                gflops(pool, budget / 4, |rounds| {
+                    kernel.probe_tiles(rounds / 16).unwrap_or_default()
+                })
             }),
             threads: pool.threads(),
         }

@@ -21,6 +21,8 @@ pub enum OperandKind {
     F32,
     /// Rounded to bf16, to nearest, ties to even.
     Bf16,
+    /// The same, for products on tile registers, whose sums have an order of their own.
+    TileBf16,
 }
 
 impl OperandKind {
@@ -28,7 +30,7 @@ impl OperandKind {
     const fn per_word(self) -> usize {
         match self {
             OperandKind::F32 => 1,
-            OperandKind::Bf16 => 2,
+            OperandKind::Bf16 | OperandKind::TileBf16 => 2,
         }
     }
 }
@@ -87,7 +89,7 @@ pub(crate) fn write<'a>(w: &Packed, rows: Rows<'_>, into: &'a mut [u8]) -> Opera
                 w.order().apply(rows.row(i), elements);
                 w.group_ranges().zip(sums).for_each(|(group, to)| *to = sum(&elements[group]));
             }
-            OperandKind::Bf16 => {
+            OperandKind::Bf16 | OperandKind::TileBf16 => {
                 let elements = halves(elements);
                 w.order().place(rows.row(i), elements, f32_to_bf16, bf16::from_f32);
                 let groups = w.group_ranges().zip(sums);

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::time::Duration;
 
+use moe_kernels::isa::Features;
 use moe_kernels::kernel::Kernel;
 use moe_kernels::limits::Limits;
 use moe_kernels::pool::Pool;
@@ -29,6 +30,9 @@ pub(crate) struct MachineLimits {
     /// The same of bf16 dot products, where the processor has them.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) bf16_gflops: Option<f64>,
+    /// The same of bf16 tile products.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) tile_gflops: Option<f64>,
     /// Of a GPU, where kernels run on one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) gpu: Option<GpuLimits>,
@@ -37,9 +41,10 @@ pub(crate) struct MachineLimits {
 impl MachineLimits {
     pub(crate) fn measure(pool: &Pool) -> Self {
         let kernel = Kernel::detect();
-        let Limits { read_gbps, f32_gflops, bf16_gflops, threads } =
+        let Limits { read_gbps, f32_gflops, bf16_gflops, tile_gflops, threads } =
             Limits::measure(kernel, pool, LIMITS_BUDGET);
-        Self { threads, isa: kernel.name(), read_gbps, f32_gflops, bf16_gflops, gpu: None }
+        let isa = kernel.name();
+        Self { threads, isa, read_gbps, f32_gflops, bf16_gflops, tile_gflops, gpu: None }
     }
 
     /// The same, with GPU `index`.
@@ -54,11 +59,16 @@ impl MachineLimits {
 
     /// 10⁹ operations/s of the device in use, by arithmetic.
     pub(crate) fn gflops(&self) -> BTreeMap<String, f64> {
-        let (f32, bf16, fp8) = match &self.gpu {
-            None => (self.f32_gflops, self.bf16_gflops, None),
-            Some(gpu) => (gpu.f32_gflops, gpu.bf16_gflops, gpu.fp8_gflops),
+        let all = match &self.gpu {
+            None => [
+                ("f32", Some(self.f32_gflops)),
+                ("bf16", self.bf16_gflops),
+                ("bf16_tiles", self.tile_gflops),
+            ],
+            Some(gpu) => {
+                [("f32", Some(gpu.f32_gflops)), ("bf16", gpu.bf16_gflops), ("fp8", gpu.fp8_gflops)]
+            }
         };
-        let all = [("f32", Some(f32)), ("bf16", bf16), ("fp8", fp8)];
         all.into_iter().filter_map(|(name, rate)| Some((name.to_owned(), rate?))).collect()
     }
 
@@ -68,7 +78,9 @@ impl MachineLimits {
         let (read_gbps, gflops) = match (&self.gpu, kernel.target) {
             (Some(gpu), Target::Cuda(archs)) => (gpu.read_gbps, gpu.gflops(kernel, archs)),
             _ => {
-                let bf16 = self.bf16_gflops.filter(|_| kernel.arithmetic == Arithmetic::Bf16);
+                let tiles = kernel.target.features().contains(Features::AMX_BF16);
+                let bf16 = if tiles { self.tile_gflops } else { self.bf16_gflops };
+                let bf16 = bf16.filter(|_| kernel.arithmetic == Arithmetic::Bf16);
                 (self.read_gbps, bf16.unwrap_or(self.f32_gflops))
             }
         };
@@ -115,8 +127,10 @@ impl fmt::Display for MachineLimits {
             self.read_gbps,
             self.f32_gflops
         )?;
-        if let Some(gflops) = self.bf16_gflops {
-            write!(f, ", {gflops:.0} in bf16")?;
+        for (what, rate) in [("bf16", self.bf16_gflops), ("bf16 tiles", self.tile_gflops)] {
+            if let Some(gflops) = rate {
+                write!(f, ", {gflops:.0} in {what}")?;
+            }
         }
         f.write_str(" (measured now)")
     }
@@ -134,6 +148,7 @@ mod tests {
             read_gbps: 10.0,
             f32_gflops: 100.0,
             bf16_gflops: Some(200.0),
+            tile_gflops: Some(1000.0),
             gpu: None,
         };
         let kernel = &moe_runner::experts::cpu::CPU_PORTABLE;
@@ -141,6 +156,8 @@ mod tests {
         assert!((limits.least_seconds(kernel, 1e9, 50e9) - 0.5).abs() < 1e-9);
         let kernel = &moe_runner::experts::cpu::CPU_AVX512_BF16;
         assert!((limits.least_seconds(kernel, 1e9, 50e9) - 0.25).abs() < 1e-9);
+        let kernel = &moe_runner::experts::cpu::CPU_AMX_BF16;
+        assert!((limits.least_seconds(kernel, 1e9, 500e9) - 0.5).abs() < 1e-9);
     }
 
     /// A kernel is held against the units that it uses, of the device that it runs on.
@@ -161,6 +178,7 @@ mod tests {
             read_gbps: 10.0,
             f32_gflops: 100.0,
             bf16_gflops: Some(200.0),
+            tile_gflops: Some(1000.0),
             gpu: Some(gpu),
         };
         for (kernel, seconds) in [(&CUDA_F32, 2.0), (&CUDA_SM90_BF16, 0.2), (&CUDA_SM90_FP8, 0.1)] {

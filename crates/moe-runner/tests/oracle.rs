@@ -153,7 +153,7 @@ proptest! {
         let fails = |kernel: &KernelDesc| failing_conditions(kernel, &request, &machine);
         let first = kernels.iter().find(|kernel| fails(kernel).is_empty()
             && !kernel.caps.has(Caps::BY_NAME_ONLY)
-            && !kernel.slow_on(machine.features));
+            && kernel.slow_on(machine.features, &request.products).is_none());
         match select(&kernels, &request, &machine) {
             Ok(choice) => {
                 prop_assert_eq!(choice.kernel.name, first.unwrap().name);
@@ -290,10 +290,15 @@ fn reasons_and_fixes_in_words() {
     let avx2 = reasons("avx2");
     assert!(avx2[1].starts_with("needs an NVIDIA GPU, which avx2 does not have"), "{avx2:?}");
     let machine = Machine::named("avx2").unwrap();
-    for (kernel, needs) in [("cpu_avx512", "avx512"), ("cpu_avx512_bf16", "avx512_bf16")] {
+    for (kernel, needs, and) in [
+        ("cpu_avx512", "avx512", ""),
+        ("cpu_avx512_bf16", "avx512_bf16", ""),
+        ("cpu_amx_bf16", "amx_bf16", " and a system that lets this process use its tiles"),
+    ] {
         let kernel = KERNELS.iter().find(|known| known.name == kernel).unwrap();
         let reason = &failing_conditions(kernel, &request, &machine)[0];
-        let words = format!("needs {needs}, which avx2 does not have (a processor with {needs})");
+        let words =
+            format!("needs {needs}, which avx2 does not have (a processor with {needs}{and})");
         assert_eq!(reason.to_string(), words);
     }
 }
@@ -302,15 +307,24 @@ fn reasons_and_fixes_in_words() {
 #[test]
 fn what_is_slow_on_a_machine_is_not_its_default() {
     let bf16 = Request::of(&layer("mixtral_bf16"), Bf16);
-    let chosen = |machine: &Machine, kernel: Option<&str>| {
-        let request = Request { kernel: kernel.map(Into::into), ..bf16.clone() };
+    let choice = |request: &Request, machine: &Machine, kernel: Option<&str>| {
+        let request = Request { kernel: kernel.map(Into::into), ..request.clone() };
         select(KERNELS, &request, machine).unwrap().kernel.name
     };
+    let chosen = |machine: &Machine, kernel: Option<&str>| choice(&bf16, machine, kernel);
     let mut machine = Machine::named("avx512_bf16").unwrap();
     assert_eq!(chosen(&machine, None), "cpu_avx512_bf16");
     machine.features = machine.features.with(moe_kernels::isa::Features::AMX_TILE);
     assert_eq!(chosen(&machine, None), "cpu_avx512");
     assert_eq!(chosen(&machine, Some("cpu_avx512_bf16")), "cpu_avx512_bf16");
+    // the tiles' own products are not slow, where the system lets a process use them
+    machine.features = machine.features.with(moe_kernels::isa::Features::AMX_BF16);
+    assert_eq!(chosen(&machine, None), "cpu_amx_bf16");
+    assert_eq!(chosen(&machine, Some("cpu_avx512")), "cpu_avx512");
+    // but few tokens of weights that must be decoded for them take longer
+    let int4 = Request::of(&layer("quant_qwen3_moe_w4a16_g128"), Bf16);
+    assert_eq!(choice(&int4, &machine, None), "cpu_avx512");
+    assert_eq!(choice(&int4, &machine, Some("cpu_amx_bf16")), "cpu_amx_bf16");
 }
 
 /// Code for sm_90a runs on that architecture alone, not on newer ones; and a kernel takes formats
@@ -361,7 +375,10 @@ fn machines_by_name() {
     assert_eq!(capability("sm100"), Some(100));
     for unknown in ["", "sm", "sm91", "smx", "avx", "sm-90", "sm4294967386"] {
         let text = Machine::named(unknown).unwrap_err().to_string();
-        assert!(text.contains("portable, avx2, avx512, avx512_bf16, sm70"), "{unknown}: {text}");
+        assert!(
+            text.contains("portable, avx2, avx512, avx512_bf16, amx_bf16, sm70"),
+            "{unknown}: {text}"
+        );
     }
 }
 

@@ -23,10 +23,15 @@
 //! s = x[k] · code[k] + (x[k + 1] · code[k + 1] + s)
 //! ```
 //!
-//! Each `·` with its `+` is one fused multiply-add in f32; codes, less their zero points, and scales
+//! On tile registers a group's products are added in an order that is the processor's, the same for
+//! any rows and weights beside; groups of formats without scales are one sum.
+//!
+//! Each other `·` with its `+` is one fused multiply-add in f32; codes, less their zero points, and scales
 //! are exact, `Σx` is computed in f64 and rounded once. So the result is the same bit by bit for any rows
 //! beside it, any split into units, and on every set of features.
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
@@ -37,9 +42,17 @@ mod avx512_bf16;
 mod pairs;
 mod panel;
 mod portable;
+#[cfg(target_arch = "x86_64")]
+mod registers;
 mod simd;
 #[allow(clippy::needless_range_loop, reason = "loops over constants, which must unroll")]
 mod tile;
+#[cfg(target_arch = "x86_64")]
+#[allow(clippy::needless_range_loop, reason = "loops over constants, which must unroll")]
+mod tiles;
+
+#[cfg(target_arch = "x86_64")]
+pub(crate) use amx::probe as probe_tiles;
 
 use std::fmt;
 use std::ops::Range;
@@ -87,12 +100,21 @@ macro_rules! f32_entries {
     };
 }
 
+/// The entries for rows of bf16: they read the codes that bf16 holds.
 #[cfg(target_arch = "x86_64")]
-static AVX512_BF16: [Gemm; 10] = entries!(
-    avx512_bf16, pairs, Bf16 "bf16", "avx512_bf16", Features::V4_BF16;
-    Bf16 "bf16", Int8 "int8", E4m3 "e4m3", E5m2 "e5m2",
-    Table2 "2-bit table", Table3 "3-bit table", Table4 "4-bit table",
-    Int5 "5-bit integers", Int6 "6-bit integers", Table6 "6-bit table");
+macro_rules! pair_entries {
+    ($set:ident, $rows:ident, $name:literal, $needs:expr) => {
+        entries!($set, pairs, $rows "bf16", $name, $needs;
+            Bf16 "bf16", Int8 "int8", E4m3 "e4m3", E5m2 "e5m2",
+            Table2 "2-bit table", Table3 "3-bit table", Table4 "4-bit table",
+            Int5 "5-bit integers", Int6 "6-bit integers", Table6 "6-bit table")
+    };
+}
+
+#[cfg(target_arch = "x86_64")]
+static AMX_BF16: [Gemm; 10] = pair_entries!(amx, TileBf16, "amx_bf16", Features::V4_AMX);
+#[cfg(target_arch = "x86_64")]
+static AVX512_BF16: [Gemm; 10] = pair_entries!(avx512_bf16, Bf16, "avx512_bf16", Features::V4_BF16);
 #[cfg(target_arch = "x86_64")]
 static AVX512: [Gemm; 12] = f32_entries!(avx512, "avx512", Features::V4);
 #[cfg(target_arch = "x86_64")]
@@ -101,7 +123,7 @@ static PORTABLE: [Gemm; 12] = f32_entries!(portable, "portable", Features::NONE)
 
 /// Every entry; of those for the same rows the preferred ones first.
 #[cfg(target_arch = "x86_64")]
-pub static ALL: [&[Gemm]; 4] = [&AVX512_BF16, &AVX512, &AVX2, &PORTABLE];
+pub static ALL: [&[Gemm]; 5] = [&AMX_BF16, &AVX512_BF16, &AVX512, &AVX2, &PORTABLE];
 /// Every entry; of those for the same rows the preferred ones first.
 #[cfg(not(target_arch = "x86_64"))]
 pub static ALL: [&[Gemm]; 1] = [&PORTABLE];
@@ -199,11 +221,14 @@ impl Gemm {
             return;
         }
         let x_rows = x.slice(rows.clone());
-        for unit in units.clone() {
+        let mut next = units.start;
+        while next < units.end {
+            let unit = next;
+            next += self.together(w, unit..units.end);
             let panels = w.panels(unit);
-            let bytes = w.unit(unit);
+            let bytes = w.unit_bytes(unit..next);
             let column = (unit - units.start) * UNIT;
-            self.cover(rows.len(), panels, |shape, row, panel| {
+            self.cover(rows.len(), panels, |shape, rows, panel| {
                 // A unit of one panel has no others before the tile's.
                 let (start, first) = match shape.of {
                     PANELS => (0, panel),
@@ -215,27 +240,41 @@ impl Gemm {
                     finish: w.finish(),
                     blocks: w.blocks(),
                     unit: bytes[start..].as_ptr(),
+                    units: next - unit,
+                    unit_bytes: PANELS * w.panel_bytes(),
                     first,
-                    x: x_rows[row * x.stride()..].as_ptr(),
+                    rows: rows.len(),
+                    x: x_rows[rows.start * x.stride()..].as_ptr(),
                     x_stride: x.stride(),
                     sums: x.sums_at(),
-                    out: out.at(row, column + panel * PANEL),
+                    out: out.at(rows.start, column + panel * PANEL),
                     out_stride: out.stride(),
                     columns: columns.len() - column - panel * PANEL,
                 };
                 // SAFETY: the CPU has the features, or `w` could not have been packed for this
-                // entry. The unit has all blocks of the panels that the shape names; the rows of the
-                // shape lie in `x`, with their sums, and in `out`, which is borrowed mutably and has
-                // the columns.
+                // entry. The units have all blocks of the panels that the shape names; the rows of
+                // the shape lie in `x`, with their sums, and in `out`, which is borrowed mutably and
+                // has the columns.
                 unsafe { (shape.run)(&args) }
             });
         }
     }
 
-    /// Calls `tile(shape, row, panel)` so that the shapes cover `rows` × `panels` once.
-    fn cover(&self, rows: usize, panels: usize, mut tile: impl FnMut(&Shape, usize, usize)) {
+    /// How many of `units`, at least one, are multiplied at a time: several if they are whole.
+    fn together(&self, w: &Packed, units: Range<usize>) -> usize {
+        let shapes = self.shapes.iter().filter(|shape| shape.of == PANELS);
+        let most = shapes.map(|shape| shape.units).max().unwrap_or(1);
+        units.take(most).take_while(|unit| w.panels(*unit) == PANELS).count().max(1)
+    }
+
+    /// Calls `tile(shape, rows, panel)` so that the shapes cover `rows` × `panels` once.
+    fn cover(&self, rows: usize, panels: usize, mut tile: impl FnMut(&Shape, Range<usize>, usize)) {
         let of = if panels == PANELS { PANELS } else { 1 };
         let shapes = || self.shapes.iter().filter(|shape| shape.of == of);
+        if let Some(shape) = shapes().find(|shape| shape.rows == Shape::ANY && rows > 0) {
+            (0..panels).step_by(shape.panels).for_each(|panel| tile(shape, 0..rows, panel));
+            return;
+        }
         let most = shapes().map(|shape| shape.rows).max().unwrap_or(1);
         let mut row = 0;
         while row < rows {
@@ -243,8 +282,9 @@ impl Gemm {
             let left = rows - row;
             let height = left.div_ceil(left.div_ceil(most));
             let shape = shapes().find(|shape| shape.rows <= height).expect("a shape of one row");
-            (0..panels).step_by(shape.panels).for_each(|panel| tile(shape, row, panel));
-            row += shape.rows;
+            let end = row + shape.rows;
+            (0..panels).step_by(shape.panels).for_each(|panel| tile(shape, row..end, panel));
+            row = end;
         }
     }
 

@@ -1,6 +1,8 @@
 //! Every entry of the table against a scalar twin, bit by bit, and the twin against float64.
 
 mod cases;
+#[cfg(target_arch = "x86_64")]
+mod tiles;
 
 use half::bf16;
 use proptest::prelude::*;
@@ -44,7 +46,8 @@ fn entries(view: &View, rows: OperandKind) -> Vec<&'static Gemm> {
 
 /// Entries for `view` and any rows that this CPU can run.
 fn all_entries(view: &View) -> Vec<&'static Gemm> {
-    [OperandKind::F32, OperandKind::Bf16].into_iter().flat_map(|rows| entries(view, rows)).collect()
+    let kinds = [OperandKind::F32, OperandKind::Bf16, OperandKind::TileBf16];
+    kinds.into_iter().flat_map(|rows| entries(view, rows)).collect()
 }
 
 /// As bits; all NaN alike.
@@ -135,7 +138,7 @@ fn names_and_codes_are_the_tables() {
     for (i, gemm) in entries.iter().enumerate() {
         assert!(entries[..i].iter().all(|other| other.name() != gemm.name()), "{gemm:?}");
         for of in [PANELS, 1] {
-            let single = |shape: &Shape| shape.of == of && shape.rows == 1;
+            let single = |shape: &Shape| shape.of == of && matches!(shape.rows, Shape::ANY | 1);
             assert!(gemm.shapes.iter().any(single), "{gemm:?}");
         }
         let whole = |shape: &Shape| shape.of.is_multiple_of(shape.panels);
@@ -167,8 +170,8 @@ fn tiles_cover_everything_once() {
     for gemm in ALL.into_iter().flatten() {
         for (rows, panels) in [(1, 1), (1, 3), (5, 4), (15, 2), (16, 3), (7, 1), (0, 4)] {
             let mut seen = vec![0; rows * panels];
-            gemm.cover(rows, panels, |shape, row, panel| {
-                for i in row..row + shape.rows {
+            gemm.cover(rows, panels, |shape, rows, panel| {
+                for i in rows {
                     (panel..panel + shape.panels).for_each(|j| seen[i * panels + j] += 1);
                 }
             });

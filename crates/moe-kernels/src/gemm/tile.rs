@@ -28,10 +28,14 @@ pub(super) struct Args<'a> {
     pub(super) finish: Finish,
     /// Steps of each block.
     pub(super) blocks: &'a [u8],
-    /// A unit of packed weights, of as many panels as the shape says.
+    /// Units of packed weights, of as many panels as the shape says, and bytes from one to the next.
     pub(super) unit: *const u8,
+    pub(super) units: usize,
+    pub(super) unit_bytes: usize,
     /// The tile's first panel in the unit.
     pub(super) first: usize,
+    /// Token rows, as the shape says.
+    pub(super) rows: usize,
     /// The tile's first token row: words of as many elements as the panels multiply at a time.
     pub(super) x: *const f32,
     /// From one token row to the next, in words.
@@ -56,7 +60,14 @@ pub(super) struct Shape {
     pub(super) rows: usize,
     pub(super) panels: usize,
     pub(super) of: usize,
+    /// Units at a time, at most.
+    pub(super) units: usize,
     pub(super) run: TileFn,
+}
+
+impl Shape {
+    /// For [`rows`](Self::rows): as many as there are.
+    pub(super) const ANY: usize = 0;
 }
 
 /// `shapes!(function::<Panel>: (rows, panels of panels), …)`, the preferred first.
@@ -66,6 +77,7 @@ macro_rules! shapes {
             rows: $rows,
             panels: $panels,
             of: $of,
+            units: 1,
             run: $tile::<$P, $rows, $panels, $of>,
         }),*]
     };
@@ -73,7 +85,7 @@ macro_rules! shapes {
 pub(super) use shapes;
 
 /// Bytes ahead of the codes that are asked for.
-const AHEAD: usize = 4096;
+pub(super) const AHEAD: usize = 4096;
 
 /// `M` token rows, `N` panels of a unit of `W`.
 ///
@@ -202,7 +214,7 @@ unsafe fn products<S: Simd, P: Panel<S>, const M: usize, const N: usize, const W
 /// # Safety
 /// As [`tile`].
 #[inline(always)]
-unsafe fn finish_group<S: Simd, const M: usize, const N: usize, const W: usize>(
+pub(super) unsafe fn finish_group<S: Simd, const M: usize, const N: usize, const W: usize>(
     args: &Args<'_>,
     header: *const u8,
     group: usize,
@@ -259,7 +271,7 @@ unsafe fn finish_group<S: Simd, const M: usize, const N: usize, const W: usize>(
 /// # Safety
 /// As [`tile`].
 #[inline(always)]
-unsafe fn numbers<const W: usize>(
+pub(super) unsafe fn numbers<const W: usize>(
     layout: &Layout,
     header: *const u8,
     group: usize,
@@ -289,7 +301,11 @@ unsafe fn times<S: Simd, const N: usize>(numbers: &mut [S::V; N], at: *const u8)
 /// # Safety
 /// As [`Simd`].
 #[inline(always)]
-unsafe fn read<S: Simd, const N: usize>(number: Number, at: *const u8, first: usize) -> [S::V; N] {
+pub(super) unsafe fn read<S: Simd, const N: usize>(
+    number: Number,
+    at: *const u8,
+    first: usize,
+) -> [S::V; N] {
     macro_rules! each {
         ($read:ident, $size:literal) => {{
             // SAFETY: the caller's.
@@ -318,7 +334,10 @@ unsafe fn read<S: Simd, const N: usize>(number: Number, at: *const u8, first: us
 /// # Safety
 /// As [`tile`].
 #[inline(always)]
-unsafe fn write<S: Simd, const M: usize, const N: usize>(args: &Args<'_>, acc: &[[S::V; N]; M]) {
+pub(super) unsafe fn write<S: Simd, const M: usize, const N: usize>(
+    args: &Args<'_>,
+    acc: &[[S::V; N]; M],
+) {
     // SAFETY: `out` is writable for the tile's rows and columns.
     unsafe {
         for m in 0..M {

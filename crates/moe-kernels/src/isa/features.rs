@@ -68,6 +68,10 @@ impl Features {
     pub const V4_BF16: Features =
         Features::V4.with(Features::AVX512_BF16).with(Features::AVX512_VBMI);
 
+    /// Tile products of bf16 on top of [`V4_BF16`](Self::V4_BF16): Sapphire Rapids and what came after it.
+    pub const V4_AMX: Features =
+        Features::V4_BF16.with(Features::AMX_TILE).with(Features::AMX_BF16);
+
     /// The features of either set.
     pub const fn with(self, other: Features) -> Features {
         Features(self.0 | other.0)
@@ -177,9 +181,12 @@ fn found() -> Features {
     add(avx512 && is_x86_feature_detected!("avx512vnni"), Features::AVX512_VNNI);
     add(avx512 && is_x86_feature_detected!("avx512fp16"), Features::AVX512_FP16);
     add(is_x86_feature_detected!("avxvnni"), Features::AVX_VNNI);
-    for (bit, amx) in [(24, Features::AMX_TILE), (25, Features::AMX_INT8), (22, Features::AMX_BF16)]
-    {
-        add(tiles_are_saved() && leaf_7_edx() >> bit & 1 == 1, amx);
+    // Registers that this process may not use say what the processor is; their products are missing.
+    if tiles_are_saved() && leaf_7_edx() >> 24 & 1 == 1 {
+        add(true, Features::AMX_TILE);
+        let allowed = tiles_are_allowed();
+        add(allowed && leaf_7_edx() >> 25 & 1 == 1, Features::AMX_INT8);
+        add(allowed && leaf_7_edx() >> 22 & 1 == 1, Features::AMX_BF16);
     }
     found
 }
@@ -189,6 +196,35 @@ fn found() -> Features {
 fn leaf_7_edx() -> u32 {
     use std::arch::x86_64::{__cpuid, __cpuid_count};
     if __cpuid(0).eax < 7 { 0 } else { __cpuid_count(7, 0).edx }
+}
+
+/// Asks the operating system for tile registers, for all threads of this process. A seccomp filter or a
+/// small signal stack may make it refuse: the features are missing then.
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+fn tiles_are_allowed() -> bool {
+    const ARCH_PRCTL: usize = 158;
+    const ARCH_REQ_XCOMP_PERM: usize = 0x1023;
+    const XTILEDATA: usize = 18;
+    let result: isize;
+    // SAFETY: the call reads no memory and writes none; it clobbers rcx and r11.
+    unsafe {
+        std::arch::asm!(
+            "syscall",
+            inlateout("rax") ARCH_PRCTL => result,
+            in("rdi") ARCH_REQ_XCOMP_PERM,
+            in("rsi") XTILEDATA,
+            lateout("rcx") _,
+            lateout("r11") _,
+            options(nostack),
+        );
+    }
+    result == 0
+}
+
+/// Only Linux has a way to ask.
+#[cfg(all(target_arch = "x86_64", not(target_os = "linux")))]
+fn tiles_are_allowed() -> bool {
+    false
 }
 
 /// Whether the operating system saves tile registers. (A process must still ask it for them.)

@@ -28,6 +28,8 @@ pub struct Kernel {
     probes: Probes,
     /// Dot products of bf16, where the CPU has them.
     dots: Option<Rounds>,
+    /// Tile products of bf16, likewise.
+    tiles: Option<Rounds>,
 }
 
 impl Kernel {
@@ -50,9 +52,11 @@ impl Kernel {
         let &(name, needs, activate, probes) = able.unwrap_or(&PORTABLE);
         #[cfg(target_arch = "x86_64")]
         let dots = cpu.has(Features::V4_BF16).then_some(avx512::dots as Rounds);
+        #[cfg(target_arch = "x86_64")]
+        let tiles = cpu.has(Features::V4_AMX).then_some(crate::gemm::probe_tiles as Rounds);
         #[cfg(not(target_arch = "x86_64"))]
-        let dots = None;
-        Kernel { name, cpu: cpu.only(needs), activate, probes, dots }
+        let (dots, tiles) = (None, None);
+        Kernel { name, cpu: cpu.only(needs), activate, probes, dots, tiles }
     }
 
     /// The name in reports: `avx512`, `avx2`, `portable`.
@@ -93,6 +97,12 @@ impl Kernel {
     pub(crate) fn probe_dots(&self, rounds: usize) -> Option<u64> {
         // SAFETY: the CPU has the features, as above.
         self.dots.map(|dots| unsafe { dots(rounds) })
+    }
+
+    /// The same of tile products of bf16.
+    pub(crate) fn probe_tiles(&self, rounds: usize) -> Option<u64> {
+        // SAFETY: the CPU has the features, as above.
+        self.tiles.map(|tiles| unsafe { tiles(rounds) })
     }
 }
 

@@ -21,7 +21,7 @@ mod unit;
 use std::fmt;
 use std::ops::Range;
 
-pub(crate) use layout::{BLOCK, Number, OCTET, Offset, PANEL, PANELS, STEP, position};
+pub(crate) use layout::{BLOCK, Group, Number, OCTET, Offset, PANEL, PANELS, STEP, position};
 pub use layout::{Codes, Layout, UNIT};
 pub(crate) use memory::{LINE, Memory};
 pub(crate) use order::Order;
@@ -250,9 +250,9 @@ impl Packed {
         (self.rows - unit * UNIT).div_ceil(PANEL).min(PANELS)
     }
 
-    /// The bytes of a unit.
-    pub(crate) fn unit(&self, unit: usize) -> &[u8] {
-        &self.bytes[self.unit_range(unit)]
+    /// The bytes of some units.
+    pub(crate) fn unit_bytes(&self, units: Range<usize>) -> &[u8] {
+        &self.bytes[self.unit_range(units.start).start..self.unit_range(units.end - 1).end]
     }
 
     fn unit_range(&self, unit: usize) -> Range<usize> {

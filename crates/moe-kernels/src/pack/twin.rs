@@ -64,7 +64,7 @@ fn element(plan: &Plan, places: &[f32], row: &Row, kind: OperandKind) -> f32 {
         of_group.iter().for_each(|(x, _)| sum_x += f64::from(*x));
         match kind {
             OperandKind::F32 => of_group.iter().for_each(|(x, w)| sum = w.mul_add(*x, sum)),
-            OperandKind::Bf16 => {
+            OperandKind::Bf16 | OperandKind::TileBf16 => {
                 for (x, w) in of_group.as_chunks::<2>().0.iter().flat_map(|[a, b]| [b, a]) {
                     sum = normal(normal(*w).mul_add(normal(*x), sum));
                 }

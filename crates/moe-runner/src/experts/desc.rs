@@ -64,12 +64,21 @@ impl KernelDesc {
         }
     }
 
-    /// On a processor with `features` this kernel is slower than one that is less preferred: it runs when
-    /// named. Those with tile registers (AMX) have dot products of bf16 at half the rate of f32
-    /// multiply-adds.
-    pub fn slow_on(&self, features: Features) -> bool {
-        let dots = self.arithmetic == Arithmetic::Bf16 && self.target.device() == Device::Cpu;
-        dots && features.contains(Features::AMX_TILE)
+    /// Why this kernel is slower on a processor with `features` than one that is less preferred, if it is:
+    /// it runs when named. Processors with tile registers (AMX) have dot products of bf16 at half the rate
+    /// of f32 multiply-adds; and tiles wait for codes to be decoded into memory, which many tokens share.
+    pub fn slow_on(&self, features: Features, products: &[ProductFormat]) -> Option<&'static str> {
+        let tiles = self.target.features().contains(Features::AMX_BF16);
+        let decodes = || products.iter().any(|product| product.weights != WeightFormat::Bf16);
+        match (self.arithmetic, self.target.device()) {
+            (Arithmetic::Bf16, Device::Cpu) if tiles => {
+                decodes().then_some("few tokens take longer with quantised weights")
+            }
+            (Arithmetic::Bf16, Device::Cpu) if features.contains(Features::AMX_TILE) => {
+                Some("this processor multiplies f32 faster")
+            }
+            _ => None,
+        }
     }
 
     /// The entry that takes `product`, if one does.

@@ -39,8 +39,8 @@ pub(super) trait Products: Sync {
     /// Floats of memory that a row takes as a product reads it, at most.
     fn row_len(&self, product: Product) -> usize;
 
-    /// Output features of a tile, at most.
-    fn tile(&self) -> usize;
+    /// Output features of a tile of `plan`'s rows, at most, so that `threads` threads all have some.
+    fn tile(&self, product: Product, plan: &Plan, threads: usize) -> usize;
 
     /// Floats that a thread needs for a tile of `rows` rows.
     fn scratch(&self, rows: usize) -> usize;
@@ -155,7 +155,8 @@ pub(super) fn forward(products: &impl Products, call: ExpertCall<'_>) -> Result<
     });
 
     let mut h_rows = RowsMut::new(h, slots, intermediate, intermediate);
-    let tiles = h_rows.tiles(plan.blocks(), products.tile());
+    let width = products.tile(Product::First, plan, threads);
+    let tiles = h_rows.tiles(plan.blocks(), width);
     for_each_tile(pool, scratch, &tiles, |scratch, mut tile| {
         let block = Block::new(products, Product::First, plan, tile.block, (x, stride), weights);
         products.first(block, &mut tile, scratch);
@@ -185,7 +186,8 @@ pub(super) fn forward(products: &impl Products, call: ExpertCall<'_>) -> Result<
     });
 
     let mut out_rows = RowsMut::new(out, slots, hidden, hidden);
-    let tiles = out_rows.tiles(plan.blocks(), products.tile());
+    let width = products.tile(Product::Second, plan, threads);
+    let tiles = out_rows.tiles(plan.blocks(), width);
     for_each_tile(pool, scratch, &tiles, |scratch, mut tile| {
         let block = Block::new(products, Product::Second, plan, tile.block, (x, stride), weights);
         products.second(block, &mut tile, scratch);

@@ -19,11 +19,12 @@ pub struct Machine {
 }
 
 /// Processors by name, and their features.
-const PROCESSORS: [(&str, Features); 4] = [
+const PROCESSORS: [(&str, Features); 5] = [
     ("portable", Features::NONE),
     ("avx2", Features::V3),
     ("avx512", Features::V4),
     ("avx512_bf16", Features::V4_BF16),
+    ("amx_bf16", Features::V4_AMX),
 ];
 
 /// The processor that a GPU is taken to stand beside.

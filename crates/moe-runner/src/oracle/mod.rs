@@ -118,7 +118,7 @@ pub fn select(
     }
     let (chosen, why) = match &request.kernel {
         Some(name) => (named(kernels, name, &able, &rejected, request)?, "named".to_owned()),
-        None => match able.iter().find(|kernel| chosen_unnamed(kernel, machine)) {
+        None => match able.iter().find(|kernel| chosen_unnamed(kernel, request, machine)) {
             Some(kernel) => (*kernel, format!("{} on {}", among(able.len()), machine.name)),
             None => return Err(none_able(request, machine, &able, &rejected)),
         },
@@ -131,8 +131,9 @@ pub fn select(
     Ok(Choice { kernel: chosen, why, able, rejected })
 }
 
-fn chosen_unnamed(kernel: &KernelDesc, machine: &Machine) -> bool {
-    !kernel.caps.has(Caps::BY_NAME_ONLY) && !kernel.slow_on(machine.features)
+fn chosen_unnamed(kernel: &KernelDesc, request: &Request, machine: &Machine) -> bool {
+    !kernel.caps.has(Caps::BY_NAME_ONLY)
+        && kernel.slow_on(machine.features, &request.products).is_none()
 }
 
 /// What a choice without a name was made from.
@@ -186,8 +187,8 @@ fn why_not(
         format!("could run, but '{}' was named", chosen.name)
     } else if kernel.caps.has(Caps::BY_NAME_ONLY) {
         "could run, but only when named".into()
-    } else if kernel.slow_on(machine.features) {
-        "could run, but only when named: this processor multiplies f32 faster".into()
+    } else if let Some(reason) = kernel.slow_on(machine.features, &request.products) {
+        format!("could run, but only when named: {reason}")
     } else {
         format!("could run, but '{}' is preferred", chosen.name)
     }

@@ -183,7 +183,13 @@ impl fmt::Display for Change {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Device(device) => write!(f, "the device {}", device.name()),
-            Self::Processor(features) => write!(f, "a processor with {}", features_name(*features)),
+            Self::Processor(features) => {
+                write!(f, "a processor with {}", features_name(*features))?;
+                match features.contains(Features::AMX_BF16) {
+                    true => f.write_str(" and a system that lets this process use its tiles"),
+                    false => Ok(()),
+                }
+            }
             Self::Gpu(Archs::AtLeast(0)) => {
                 f.write_str("a machine with an NVIDIA GPU and its driver")
             }

@@ -1,5 +1,6 @@
 //! The float kernels for processors: products with packed weights, for every format. Most multiply in
-//! f32; `cpu_avx512_bf16` multiplies rows of bf16, and rounds the row between the products to it.
+//! f32; `cpu_avx512_bf16` and `cpu_amx_bf16` multiply rows of bf16, and round the row between the
+//! products to it.
 //!
 //! Weights stay what they are in the checkpoint, codes with scales or floats; the products decode
 //! them in registers. The order of every sum is the kernel crate's, so a row's result does not depend
@@ -60,6 +61,14 @@ pub const CPU_AVX512_BF16: KernelDesc = KernelDesc {
     )
 };
 
+/// With tile products of bf16.
+pub const CPU_AMX_BF16: KernelDesc = KernelDesc {
+    name: "cpu_amx_bf16",
+    summary: "bf16 tile products with sums in f32 on all threads (AMX)",
+    target: Target::Cpu(Features::V4_AMX),
+    ..CPU_AVX512_BF16
+};
+
 /// With AVX-512.
 pub const CPU_AVX512: KernelDesc =
     desc("cpu_avx512", "f32 arithmetic on all threads, 16 lanes (AVX-512)", Features::V4);
@@ -71,6 +80,13 @@ pub const CPU_AVX2: KernelDesc =
 /// On any processor.
 pub const CPU_PORTABLE: KernelDesc =
     desc("cpu_portable", "f32 arithmetic on all threads, any processor", Features::NONE);
+
+/// Output features of a tile for products on tile registers: of several units, which share the rows
+/// that they read.
+const WIDE: usize = 4 * UNIT;
+
+/// Rows of a tile register: with no more of an expert, weights are what is waited for.
+const FEW: usize = 16;
 
 /// One of the float kernels, with its weights.
 pub struct CpuExperts {
@@ -107,6 +123,12 @@ impl CpuExperts {
     /// are bf16 already, and stay what they are.
     fn weighs_sums(&self) -> bool {
         self.desc.arithmetic == Arithmetic::Bf16
+    }
+
+    /// Output features that are multiplied together, at most: products on tile registers are fast
+    /// enough to wait for rows that they read once for each 64.
+    fn widest(&self) -> usize {
+        if self.desc.target.features().contains(Features::AMX_BF16) { WIDE } else { UNIT }
     }
 }
 
@@ -150,13 +172,20 @@ impl Products for CpuExperts {
         }
     }
 
-    fn tile(&self) -> usize {
-        UNIT
+    fn tile(&self, product: Product, plan: &Plan, threads: usize) -> usize {
+        let features = match product {
+            Product::First => self.shape.intermediate,
+            Product::Second => self.shape.hidden,
+        };
+        let (blocks, widest) = (plan.blocks().len(), self.widest());
+        // Rows that several tiles of registers share, and tiles enough for an even end.
+        let pays = plan.slots_planned() > FEW * blocks;
+        if pays && blocks * features.div_ceil(widest) >= 4 * threads { widest } else { UNIT }
     }
 
     fn scratch(&self, rows: usize) -> usize {
         // the up projection's share of a tile
-        rows * UNIT
+        rows * self.widest()
     }
 
     fn enter(&self, expert: usize, row: &mut [f32], weight: f32, quantised: bool) {

@@ -127,9 +127,11 @@ pub(super) fn pack_all(desc: &KernelDesc, call: BuildCall<'_>) -> Result<Vec<Pac
     let BuildCall { experts, rows, pool, progress, .. } = call;
     let features = desc.target.features();
     // rows that a transform has made are not bf16, and the bound has no room for two roundings
+    let tiles = features.contains(Features::AMX_BF16);
+    let bf16 = if tiles { OperandKind::TileBf16 } else { OperandKind::Bf16 };
     let (first, second) = match (desc.arithmetic, rows) {
-        (Arithmetic::Bf16, ActivationDtype::Bf16) => (OperandKind::Bf16, OperandKind::Bf16),
-        (Arithmetic::Bf16, _) => (OperandKind::F32, OperandKind::Bf16),
+        (Arithmetic::Bf16, ActivationDtype::Bf16) => (bf16, bf16),
+        (Arithmetic::Bf16, _) => (OperandKind::F32, bf16),
         _ => (OperandKind::F32, OperandKind::F32),
     };
     let (mut rest, mut jobs) = (Vec::new(), Vec::new());

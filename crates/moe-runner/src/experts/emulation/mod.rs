@@ -198,7 +198,7 @@ impl Products for Emulation {
         }
     }
 
-    fn tile(&self) -> usize {
+    fn tile(&self, _product: Product, _plan: &Plan, _threads: usize) -> usize {
         product::LANES
     }
 

@@ -10,7 +10,7 @@ mod tails;
 use super::lanes::Lanes;
 use crate::activation::Activation;
 use sigmoid::times_sigmoid;
-use tails::{half_erfc, sigmoid, tanh};
+use tails::{half_erfc, sigmoid, sigmoid_fraction, tanh_fraction};
 
 /// `gate[i] = act(gate[i]) · up[i]`, or `act(gate[i])` without `up`. Unsafe to call: the CPU must
 /// have the function's instruction set. The slices are of equal length.
@@ -34,37 +34,54 @@ pub(super) unsafe fn activate<S: Lanes>(
                 apply::<S, _>(ClampedSwiglu { alpha, beta, limit }, gate, up);
             }
             Activation::SwigluStep { limit } => apply::<S, _>(SwigluStep { limit }, gate, up),
-            Activation::Gelu => apply_f64(gate, up, |g| g * half_erfc(-g / 2f64.sqrt()), |u| u),
+            Activation::Gelu => {
+                apply_f64(gate, up, |g| g * half_erfc(g * -std::f64::consts::FRAC_1_SQRT_2))
+            }
             Activation::GeluTanh => {
                 // 1 + tanh(z) = 2·σ(2z), which does not cancel.
                 let scale = 2.0 * (2.0 / std::f64::consts::PI).sqrt();
                 let act = |g: f64| g * sigmoid(scale * (g + 0.044715 * g * g * g));
-                apply_f64(gate, up, act, |u| u);
+                apply_f64(gate, up, act);
             }
-            Activation::Situ { beta, lambda } => {
-                let beta = f64::from(beta);
-                let act = |g: f64| beta * tanh(g / beta) * sigmoid(g);
-                match lambda.map(f64::from) {
-                    Some(lambda) => apply_f64(gate, up, act, |u| lambda * tanh(u / lambda)),
-                    None => apply_f64(gate, up, act, |u| u),
-                }
+            Activation::Situ { beta, lambda } => situ(beta.into(), lambda.map(f64::from), gate, up),
+        }
+    }
+}
+
+/// `β·tanh(g/β)·σ(g) · λ·tanh(u/λ)`, or `· u` without `λ`.
+#[inline(always)]
+fn situ(beta: f64, lambda: Option<f64>, gate: &mut [f32], up: Option<&[f32]>) {
+    let per_beta = 1.0 / beta;
+    let of_gate = |g: f64| {
+        let ((t, under_t), (s, under_s)) = (tanh_fraction(g * per_beta), sigmoid_fraction(g));
+        (beta * t * s, under_t * under_s)
+    };
+    match (up, lambda) {
+        (Some(up), Some(lambda)) => {
+            let per_lambda = 1.0 / lambda;
+            for (g, u) in gate.iter_mut().zip(up) {
+                let (act, under_act) = of_gate(f64::from(*g));
+                let (t, under_t) = tanh_fraction(f64::from(*u) * per_lambda);
+                *g = (act * (lambda * t) / (under_act * under_t)) as f32;
             }
+        }
+        _ => {
+            let act = |g: f64| {
+                let (act, under) = of_gate(g);
+                act / under
+            };
+            apply_f64(gate, up, act);
         }
     }
 }
 
 /// Element by element in f64, rounded once: a loop that the compiler makes vectors of.
 #[inline(always)]
-fn apply_f64(
-    gate: &mut [f32],
-    up: Option<&[f32]>,
-    act: impl Fn(f64) -> f64,
-    of_up: impl Fn(f64) -> f64,
-) {
+fn apply_f64(gate: &mut [f32], up: Option<&[f32]>, act: impl Fn(f64) -> f64) {
     match up {
         Some(up) => {
             for (g, u) in gate.iter_mut().zip(up) {
-                *g = (act(f64::from(*g)) * of_up(f64::from(*u))) as f32;
+                *g = (act(f64::from(*g)) * f64::from(*u)) as f32;
             }
         }
         None => gate.iter_mut().for_each(|g| *g = act(f64::from(*g)) as f32),

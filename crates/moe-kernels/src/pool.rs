@@ -20,10 +20,12 @@ use std::panic::resume_unwind;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+mod pin;
 mod region;
 mod sync;
 mod wait;
 
+pub use pin::stay_on;
 use region::Shared;
 use sync::{JoinHandle, thread_local};
 
@@ -96,18 +98,42 @@ impl Pool {
     /// # Errors
     /// The operating system refused to start a thread.
     pub fn new(threads: usize) -> io::Result<Pool> {
+        Pool::start(threads, |_, spawn| spawn())
+    }
+
+    /// The same with every worker on a processor of its own, where it stays: number `i` on
+    /// `cpus[i]`. The first one is left to the thread that calls [`run`](Pool::run), which is not
+    /// touched: it may [`stay_on`] it. [`isa::cpus`](crate::isa::cpus) has what there is.
+    ///
+    /// # Errors
+    /// The operating system refused to start a thread, or to pin it: the process may not use that
+    /// processor, or threads cannot be pinned at all (elsewhere than on Linux).
+    pub fn pinned(cpus: &[usize]) -> io::Result<Pool> {
+        Pool::start(cpus.len(), |number, spawn| pin::started_on(cpus[number], spawn))
+    }
+
+    /// A pool whose workers `start(number, spawn)` spawns.
+    fn start(
+        threads: usize,
+        start: impl Fn(
+            usize,
+            &mut dyn FnMut() -> io::Result<JoinHandle<()>>,
+        ) -> io::Result<JoinHandle<()>>,
+    ) -> io::Result<Pool> {
         let order = POOLS.fetch_add(1, Ordering::Relaxed);
         let shared = Arc::new(Shared::new());
         let mut pool = Pool { number: order, shared, workers: Vec::new() };
         for number in 1..threads {
-            let shared = Arc::clone(&pool.shared);
-            let builder = sync::Builder::new().name(format!("moe-{number}"));
             // On an error, dropping the pool ends the workers that did start.
-            let life = move || {
-                INSIDE.with(|inside| inside.set(order));
-                shared.work_until_stopped(Worker(number));
-            };
-            pool.workers.push(builder.spawn(life)?);
+            let worker = start(number, &mut || {
+                let shared = Arc::clone(&pool.shared);
+                let builder = sync::Builder::new().name(format!("moe-{number}"));
+                builder.spawn(move || {
+                    INSIDE.with(|inside| inside.set(order));
+                    shared.work_until_stopped(Worker(number));
+                })
+            })?;
+            pool.workers.push(worker);
         }
         Ok(pool)
     }

@@ -13,18 +13,36 @@ pub fn physical_cores() -> usize {
     cores_in_affinity().map_or(threads, |cores| cores.min(threads))
 }
 
+/// The processors (hardware threads) that the calling thread may use, by the operating system's
+/// numbers, in the order in which to use them: first one of each core. `None` where the operating
+/// system does not tell (not Linux).
+pub fn cpus() -> Option<Vec<usize>> {
+    let mut cpus: Vec<(usize, usize, usize)> = Vec::new();
+    for (cpu, core) in allowed()? {
+        let before = cpus.iter().filter(|(_, other, _)| *other == core).count();
+        cpus.push((before, core, cpu));
+    }
+    cpus.sort_unstable();
+    Some(cpus.into_iter().map(|(.., cpu)| cpu).collect())
+}
+
 /// The distinct cores of the calling thread's affinity mask, from Linux's `/proc` and `/sys`.
 fn cores_in_affinity() -> Option<usize> {
+    let cores: BTreeSet<usize> = allowed()?.into_iter().map(|(_, core)| core).collect();
+    (!cores.is_empty()).then_some(cores.len())
+}
+
+/// The processors of the calling thread's affinity mask, each with its core, which is named by its
+/// first hardware thread.
+fn allowed() -> Option<Vec<(usize, usize)>> {
     let status = fs::read_to_string("/proc/thread-self/status").ok()?;
     let list = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"))?;
     let core_of = |cpu: usize| {
-        // A core is named by its first hardware thread.
         let path = format!("/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list");
         let siblings = fs::read_to_string(path).ok().and_then(|list| parse_cpu_list(&list));
         siblings.and_then(|siblings| siblings.first().copied()).unwrap_or(cpu)
     };
-    let cores: BTreeSet<usize> = parse_cpu_list(list)?.into_iter().map(core_of).collect();
-    (!cores.is_empty()).then_some(cores.len())
+    Some(parse_cpu_list(list)?.into_iter().map(|cpu| (cpu, core_of(cpu))).collect())
 }
 
 /// CPU numbers in the kernel's list format, such as `0-3,8,10-11`.
@@ -61,5 +79,9 @@ mod tests {
     fn cores_are_within_the_hardware_threads() {
         let threads = std::thread::available_parallelism().unwrap().get();
         assert!((1..=threads).contains(&physical_cores()));
+        if let Some(cpus) = cpus() {
+            let distinct: BTreeSet<usize> = cpus.iter().copied().collect();
+            assert_eq!((distinct.len(), cpus.len() >= physical_cores()), (cpus.len(), true));
+        }
     }
 }

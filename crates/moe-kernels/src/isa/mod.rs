@@ -9,5 +9,5 @@
 mod cores;
 mod features;
 
-pub use cores::physical_cores;
+pub use cores::{cpus, physical_cores};
 pub use features::{Cpu, Features};

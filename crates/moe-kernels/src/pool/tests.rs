@@ -255,3 +255,27 @@ fn a_payload_that_panics_when_dropped() {
         assert_eq!(counts(&pool, 16), vec![1; 16]);
     }
 }
+
+/// Workers stay on their processors, and the thread that started them may go where it might before.
+#[cfg(target_os = "linux")]
+#[test]
+fn pinned_workers_stay() {
+    use rustix::thread::{sched_getaffinity, sched_getcpu};
+    let cpus = crate::isa::cpus().unwrap();
+    let before = sched_getaffinity(None).unwrap();
+    let pool = Pool::pinned(&cpus).unwrap();
+    assert_eq!(sched_getaffinity(None).unwrap(), before);
+    let strayed = AtomicUsize::new(0);
+    for _ in 0..50 {
+        pool.run(64, &|worker, _| {
+            if worker.index() > 0 && sched_getcpu() != cpus[worker.index()] {
+                strayed.fetch_add(1, Ordering::Relaxed);
+            }
+        });
+    }
+    assert_eq!(strayed.load(Ordering::Relaxed), 0);
+    for nowhere in [1000, 1 << 20] {
+        assert!(Pool::pinned(&[0, nowhere]).is_err(), "{nowhere}");
+        assert_eq!(sched_getaffinity(None).unwrap(), before);
+    }
+}

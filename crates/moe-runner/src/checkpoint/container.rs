@@ -6,10 +6,10 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use super::config::Config;
 use super::file::{Entry, MAX_TENSORS, StoredDtype, TensorFile, map_as};
-use super::folder::{Folder, INDEX, gguf_in, has_weights, snapshot};
+use super::folder::{Folder, INDEX, gguf_in};
 use super::places::Places;
 use super::quantization::Quantization;
-use super::tensor::{Bytes, Dtype, Tensor};
+use super::tensor::{Bytes, Tensor};
 use super::{gguf, safetensors};
 use crate::error::nearest;
 use crate::{Error, Result};
@@ -56,13 +56,6 @@ pub enum Seen {
     Index,
     /// `config.json` alone: names are those of the architecture.
     Config,
-}
-
-/// A tensor that is expected, not seen.
-pub(super) struct Blank {
-    pub(super) name: String,
-    pub(super) dtype: Dtype,
-    pub(super) shape: Vec<usize>,
 }
 
 struct Inner {
@@ -255,62 +248,28 @@ impl Checkpoint {
         Self { blank: true, ..self.clone() }
     }
 
-    /// Opens a checkpoint by its headers; or, before it is fetched, by its `config.json`, and its
-    /// index where that is there. What those say is taken for what the files will hold.
-    ///
-    /// # Errors
-    /// As [`Checkpoint::open`], and what `architecture::layers` says about the configuration.
-    pub fn open_outline(path: impl AsRef<Path>) -> Result<Self> {
-        let path = path.as_ref();
-        let opened = match Self::open(path) {
-            Ok(opened) if opened.inner.files.iter().any(|file| !file.entries.is_empty()) => {
-                return Ok(opened.outline());
-            }
-            Ok(without_files) => without_files,
-            Err(error) => match Self::open_config(path)? {
-                Some(config) => config,
-                None => return Err(error),
-            },
-        };
-        let names: Vec<&str> = opened.inner.faults.keys().map(|name| &**name).collect();
-        let seen = if names.is_empty() { Seen::Config } else { Seen::Index };
-        // first the names, which tell how experts are stored, then what stands behind them
-        let unknown = |name: &&str| Entry {
-            name: (*name).into(),
-            dtype: StoredDtype::Unknown("?".into()),
-            shape: Box::new([]),
-            range: 0..0,
-        };
-        let named =
-            opened.with_entries(names.iter().map(unknown).collect(), seen, Vec::new().into())?;
-        let layers = super::architecture::layers(&named)?;
-        let blanks = super::outline::tensors(&named, &layers)?;
-        let largest = blanks.iter().map(Blank::bytes).max().unwrap_or(0);
-        let entry = |blank: Blank| Entry {
-            range: 0..blank.bytes(),
-            dtype: StoredDtype::Known(blank.dtype),
-            shape: blank.shape.into(),
-            name: blank.name.into(),
-        };
-        opened.with_entries(blanks.into_iter().map(entry).collect(), seen, zeros(path, largest)?)
+    /// Whether its files hold any tensor.
+    pub(super) fn holds_tensors(&self) -> bool {
+        self.inner.files.iter().any(|file| !file.entries.is_empty())
     }
 
-    /// A folder that holds a `config.json` and none of the model's files.
-    fn open_config(path: &Path) -> Result<Option<Self>> {
-        let path = &snapshot(path)?;
-        let config = if path.is_dir() { path.join("config.json") } else { path.to_owned() };
-        let is_config = config.file_name().is_some_and(|name| name == "config.json");
-        let folder = config.parent().unwrap_or(path).to_owned();
-        if !is_config || !config.is_file() || (path.is_dir() && has_weights(path)?) {
-            return Ok(None);
-        }
-        let config = Some(Config::open(&config)?);
-        let container = Container::Safetensors;
-        Self::new(&folder, container, config, None, Vec::new(), None).map(Some)
+    /// Names of tensors that an index promises and no file holds, among those that are not handed out.
+    pub(super) fn withheld(&self) -> impl Iterator<Item = &str> {
+        self.inner.faults.keys().map(|name| &**name)
+    }
+
+    /// A `config.json` in `folder`, and nothing else.
+    pub(super) fn of_config(folder: &Path, config: Config) -> Result<Self> {
+        Self::new(folder, Container::Safetensors, Some(config), None, Vec::new(), None)
     }
 
     /// The same configuration over a table of tensors without content.
-    fn with_entries(&self, mut entries: Vec<Entry>, seen: Seen, bytes: Bytes) -> Result<Self> {
+    pub(super) fn with_entries(
+        &self,
+        mut entries: Vec<Entry>,
+        seen: Seen,
+        bytes: Bytes,
+    ) -> Result<Self> {
         let path = self.inner.path.clone();
         super::file::sort_entries(&path, &mut entries)?;
         let file = TensorFile { path: path.join("config.json"), bytes, entries };
@@ -487,38 +446,6 @@ impl std::fmt::Debug for Checkpoint {
     }
 }
 
-impl Blank {
-    /// Its size. Shapes come from a configuration, which may say anything.
-    fn bytes(&self) -> usize {
-        let elements = self.shape.iter().try_fold(1usize, |all, size| all.checked_mul(*size));
-        elements.and_then(|n| n.checked_mul(self.dtype.size().unwrap_or(1))).unwrap_or(usize::MAX)
-    }
-}
-
-/// That many zeros, none of which takes memory before it is looked at.
-fn zeros(path: &Path, len: usize) -> Result<Bytes> {
-    if len == 0 {
-        return Ok(Vec::new().into());
-    }
-    blank(len).ok_or_else(|| {
-        Error::file(path, format!("asks for a tensor of {len} bytes, which no address space holds"))
-    })
-}
-
-#[cfg(feature = "mmap")]
-fn blank(len: usize) -> Option<Bytes> {
-    let mapped = memmap2::MmapOptions::new().len(len).no_reserve_swap().map_anon();
-    let mapped = mapped.and_then(memmap2::MmapMut::make_read_only).ok()?;
-    Some(Bytes::new(Arc::new(mapped)))
-}
-
-#[cfg(not(feature = "mmap"))]
-fn blank(len: usize) -> Option<Bytes> {
-    // an allocation that fails ends the program: first one that may
-    Vec::<u8>::new().try_reserve_exact(len).ok()?;
-    Some(vec![0; len].into())
-}
-
 fn safetensors_file(path: &Path, name: &Path) -> Result<TensorFile> {
     let bytes = map_as(path, name)?;
     let entries = safetensors::read(name, &bytes)?;
@@ -527,6 +454,7 @@ fn safetensors_file(path: &Path, name: &Path) -> Result<TensorFile> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::tensor::Dtype;
     use super::*;
 
     /// The recorded checkpoints of the repository.

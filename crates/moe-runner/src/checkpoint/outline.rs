@@ -1,18 +1,115 @@
 //! A checkpoint before it is fetched: the tensors of its layers as `config.json` describes them, and
 //! an index, where there is one, names them. Nothing in it can be read.
 
+use std::path::Path;
+use std::sync::Arc;
+
 use super::architecture::{
     Experts, LayerEntry, LayerTensors, Part, Projection, Stack, StepTensors,
 };
-use super::container::Blank;
+use super::container::Seen;
+use super::file::{Entry, StoredDtype};
+use super::folder::{has_weights, snapshot};
 use super::quantization::InputScheme;
 use super::quantization::{MxElement, Number, Quantization, ScaleShape, Scheme, WeightScheme};
-use super::{Checkpoint, Dtype};
-use crate::Result;
-use std::sync::Arc;
+use super::{Bytes, Checkpoint, Config, Dtype};
+use crate::{Error, Result};
+
+impl Checkpoint {
+    /// Opens a checkpoint by its headers; or, before it is fetched, by its `config.json`, and its
+    /// index where that is there. What those say is taken for what the files will hold.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open`], and what `architecture::layers` says about the configuration.
+    pub fn open_outline(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let opened = match Self::open(path) {
+            Ok(opened) if opened.holds_tensors() => {
+                return Ok(opened.outline());
+            }
+            Ok(without_files) => without_files,
+            Err(error) => match Self::open_config(path)? {
+                Some(config) => config,
+                None => return Err(error),
+            },
+        };
+        let names: Vec<&str> = opened.withheld().collect();
+        let seen = if names.is_empty() { Seen::Config } else { Seen::Index };
+        // first the names, which tell how experts are stored, then what stands behind them
+        let unknown = |name: &&str| Entry {
+            name: (*name).into(),
+            dtype: StoredDtype::Unknown("?".into()),
+            shape: Box::new([]),
+            range: 0..0,
+        };
+        let named =
+            opened.with_entries(names.iter().map(unknown).collect(), seen, Vec::new().into())?;
+        let layers = super::architecture::layers(&named)?;
+        let blanks = tensors(&named, &layers)?;
+        let largest = blanks.iter().map(Blank::bytes).max().unwrap_or(0);
+        let entry = |blank: Blank| Entry {
+            range: 0..blank.bytes(),
+            dtype: StoredDtype::Known(blank.dtype),
+            shape: blank.shape.into(),
+            name: blank.name.into(),
+        };
+        opened.with_entries(blanks.into_iter().map(entry).collect(), seen, zeros(path, largest)?)
+    }
+
+    /// A folder that holds a `config.json` and none of the model's files.
+    fn open_config(path: &Path) -> Result<Option<Self>> {
+        let path = &snapshot(path)?;
+        let config = if path.is_dir() { path.join("config.json") } else { path.to_owned() };
+        let is_config = config.file_name().is_some_and(|name| name == "config.json");
+        let folder = config.parent().unwrap_or(path).to_owned();
+        if !is_config || !config.is_file() || (path.is_dir() && has_weights(path)?) {
+            return Ok(None);
+        }
+        Self::of_config(&folder, Config::open(&config)?).map(Some)
+    }
+}
+
+/// A tensor that is expected, not seen.
+struct Blank {
+    name: String,
+    dtype: Dtype,
+    shape: Vec<usize>,
+}
+
+impl Blank {
+    /// Its size. Shapes come from a configuration, which may say anything.
+    fn bytes(&self) -> usize {
+        let elements = self.shape.iter().try_fold(1usize, |all, size| all.checked_mul(*size));
+        elements.and_then(|n| n.checked_mul(self.dtype.size().unwrap_or(1))).unwrap_or(usize::MAX)
+    }
+}
+
+/// That many zeros, none of which takes memory before it is looked at.
+fn zeros(path: &Path, len: usize) -> Result<Bytes> {
+    if len == 0 {
+        return Ok(Vec::new().into());
+    }
+    blank(len).ok_or_else(|| {
+        Error::file(path, format!("asks for a tensor of {len} bytes, which no address space holds"))
+    })
+}
+
+#[cfg(feature = "mmap")]
+fn blank(len: usize) -> Option<Bytes> {
+    let mapped = memmap2::MmapOptions::new().len(len).no_reserve_swap().map_anon();
+    let mapped = mapped.and_then(memmap2::MmapMut::make_read_only).ok()?;
+    Some(Bytes::new(Arc::new(mapped)))
+}
+
+#[cfg(not(feature = "mmap"))]
+fn blank(len: usize) -> Option<Bytes> {
+    // an allocation that fails ends the program: first one that may
+    Vec::<u8>::new().try_reserve_exact(len).ok()?;
+    Some(vec![0; len].into())
+}
 
 /// Tensors of all layers, as their configuration says that they are stored.
-pub(super) fn tensors(checkpoint: &Checkpoint, layers: &[LayerEntry]) -> Result<Vec<Blank>> {
+fn tensors(checkpoint: &Checkpoint, layers: &[LayerEntry]) -> Result<Vec<Blank>> {
     let quantization = checkpoint.quantization()?;
     let float = match checkpoint.config() {
         Some(config) => dtype(config)?,

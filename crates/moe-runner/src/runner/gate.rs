@@ -21,7 +21,12 @@ pub(crate) struct Gate {
 }
 
 impl Gate {
-    pub(crate) fn new(spec: GateSpec, weights: &GateWeights, features: Features) -> Result<Self> {
+    pub(crate) fn new(
+        spec: GateSpec,
+        weights: &GateWeights,
+        features: Features,
+        threads: usize,
+    ) -> Result<Self> {
         let root = (weights.weight.cols() as f64).sqrt();
         let scale = weights
             .input_scale
@@ -29,7 +34,7 @@ impl Gate {
             .map(|scale| scale.iter().map(|v| (f64::from(*v) / root) as f32).collect());
         let norm = |eps| RmsNorm { eps, unit_offset: false, scale_first: false };
         Ok(Self {
-            linear: Linear::new(&weights.weight, features)?,
+            linear: Linear::new(&weights.weight, features, threads)?,
             bias: weights.bias.clone(),
             input_norm: spec.scaled_rms_eps.map(norm).zip(scale),
         })

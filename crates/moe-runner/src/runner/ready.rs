@@ -394,7 +394,7 @@ impl LoadedLayer {
         };
         let transform = |spec, weights| match whole {
             true => Ok(TransformOp::default()),
-            false => TransformOp::new(spec, weights, features),
+            false => TransformOp::new(spec, weights, features, options.pool.threads()),
         };
         Ok(ReadyLayer {
             spec: Arc::new(spec.clone()),
@@ -404,7 +404,7 @@ impl LoadedLayer {
                 .gate
                 .as_ref()
                 .filter(|_| !whole)
-                .map(|gate| Gate::new(spec.gate, gate, features))
+                .map(|gate| Gate::new(spec.gate, gate, features, options.pool.threads()))
                 .transpose()?,
             router,
             input_transform: transform(&spec.input_transform, &self.input_transform)?,

@@ -31,13 +31,14 @@ impl TransformOp {
         spec: &Transform,
         weights: &[StepWeights],
         features: Features,
+        threads: usize,
     ) -> Result<Self> {
         if spec.steps.len() != weights.len() {
             return Err(Error::input("transform", "its steps and its weights differ in number"));
         }
         let steps = spec.steps.iter().zip(weights).map(|(step, weights)| match (step, weights) {
             (TransformStep::Linear { .. }, StepWeights::Linear(matrix)) => {
-                Ok(Step::Linear(Arc::new(Linear::new(matrix, features)?)))
+                Ok(Step::Linear(Arc::new(Linear::new(matrix, features, threads)?)))
             }
             (TransformStep::RmsNorm(norm), StepWeights::RmsNorm(weight)) => {
                 Ok(Step::RmsNorm(*norm, weight.clone().into()))

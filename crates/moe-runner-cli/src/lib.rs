@@ -24,7 +24,7 @@ mod times;
 use std::ffi::OsString;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use args::{Args, Command, Common};
+use args::{Args, Command, Common, ThreadArgs};
 use report::Report;
 
 /// Runs the command as a program: `args` with the program's own name first. Prints, and returns the
@@ -74,24 +74,26 @@ pub fn report(args: impl IntoIterator<Item = OsString>) -> Result<String, Failur
 fn run(command: &Command, json: bool) -> anyhow::Result<Report> {
     match command {
         Command::Check(args) => {
-            let common = Common::resolve(&args.kernel, args.threads.count()?, args.seed.seed)?;
+            let common = Common::resolve(&args.kernel, &args.host, args.seed.seed)?;
             commands::check::run(args, &common.with_device()?, json)
         }
         Command::Run(args) => {
-            let common = Common::resolve(&args.kernel, args.threads.count()?, 0)?;
+            let common = Common::resolve(&args.kernel, &args.host, 0)?;
             commands::run::run(args, &common.with_device()?)
         }
         Command::Inspect(args) => commands::inspect::run(args, args.threads.count()?),
-        Command::Explain(args) => {
-            commands::explain::run(args, &Common::resolve(&args.kernel, 1, 0)?)
-        }
+        Command::Explain(args) => commands::explain::run(
+            args,
+            &Common::resolve(&args.kernel, &ThreadArgs::one().into(), 0)?,
+        ),
         Command::Bench(args) => {
-            let common = Common::resolve(&args.kernel, args.threads.count()?, args.seed.seed)?;
+            let common = Common::resolve(&args.kernel, &args.host, args.seed.seed)?;
             commands::bench::run(args, &common.with_device()?)
         }
         Command::Plan(args) => commands::plan::run(args),
         Command::Report(args) => {
-            let common = Common::resolve(&args.kernel, args.threads.count()?, args.seed.seed)?;
+            let common =
+                Common::resolve(&args.kernel, &args.threads.clone().into(), args.seed.seed)?;
             commands::report::run(args, &common.with_device()?)
         }
         Command::Quantize(args) => commands::quantize::run(args),

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
-use moe_kernels::pool::Pool;
+use moe_kernels::pool::{Pool, stay_on};
 use moe_runner::Error;
 use moe_runner::comm::{self, At, Communicator, Groups, Sizes, Step, run_ranks, tcp};
 use moe_runner::exchange::ExpertMap;
@@ -487,7 +487,7 @@ impl Ranks {
             RanksKind::Processes(_) => local_rank(),
         };
         let gpu = if common.gpu_in_use().is_some() { self.gpu(number) } else { options.gpu };
-        Ok(Options { pool: self.pool(&common.pool)?, gpu, ..options })
+        Ok(Options { pool: self.pool(common, number)?, gpu, ..options })
     }
 
     /// The GPU of the rank with this number on its machine. Where there are fewer than ranks, they share.
@@ -508,12 +508,28 @@ impl Ranks {
     }
 
     /// The threads of one rank: those of the process, dealt to its ranks.
-    fn pool(&self, process: &Arc<Pool>) -> moe_runner::Result<Arc<Pool>> {
-        let ranks = self.in_this_process();
+    fn pool(&self, common: &Common, number: usize) -> moe_runner::Result<Arc<Pool>> {
+        let (process, ranks) = (&common.pool, self.in_this_process());
+        let threads = (process.threads() / ranks).max(1);
+        let cpus = match &common.cpus {
+            None => None,
+            Some(_) if self.are_processes() => {
+                let reason = "is for ranks of one process; the launcher binds processes";
+                return Err(Error::input("--pin-threads", reason));
+            }
+            Some(cpus) => Some(cpus.chunks_exact(threads).nth(number).ok_or_else(|| {
+                let reason = format!("{ranks} ranks of this process need a processor each");
+                Error::input("--pin-threads", reason)
+            })?),
+        };
+        if let Some(cpus) = cpus {
+            let stays = stay_on(cpus[0]);
+            stays.map_err(|error| Error::input("--pin-threads", error.to_string()))?;
+        }
         if ranks == 1 {
             return Ok(process.clone());
         }
-        let pool = Pool::new((process.threads() / ranks).max(1));
+        let pool = cpus.map_or_else(|| Pool::new(threads), Pool::pinned);
         let pool = pool.map_err(|error| {
             Error::input("--threads", format!("cannot start threads ({error}); give fewer"))
         });

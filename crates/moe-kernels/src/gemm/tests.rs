@@ -1,6 +1,7 @@
 //! Every entry of the table against a scalar twin, bit by bit, and the twin against float64.
 
 mod cases;
+mod parts;
 #[cfg(target_arch = "x86_64")]
 mod tiles;
 

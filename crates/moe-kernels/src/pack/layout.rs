@@ -26,6 +26,10 @@
 //! a shift brings a pair to the low ends of the halves of a word. 3, 5 and 6 bits are two planes:
 //! the items of the low bits, then those of the high bits.
 
+/// Number of this layout: one more where the bytes of packed weights change. Files of packed weights
+/// carry it.
+pub const VERSION: u32 = 1;
+
 /// Rows of a panel: the lanes of a vector of 512 bits.
 pub(crate) const PANEL: usize = 16;
 
@@ -53,6 +57,7 @@ pub(crate) const fn position(j: usize) -> usize {
 
 /// What a stored code is, and how it becomes a number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub enum Codes {
     /// IEEE binary32.
     F32,
@@ -134,6 +139,7 @@ impl Codes {
 
 /// How a header stores the numbers of its rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub(crate) enum Number {
     F32,
     F16,
@@ -164,6 +170,7 @@ impl Number {
 
 /// What a group of weights has beside its scale.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub(crate) enum Offset {
     None,
     /// Added to every code: `w = (code + zero) · scale`.
@@ -174,6 +181,7 @@ pub(crate) enum Offset {
 
 /// k that share a scale.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub(crate) enum Group {
     Sixteen,
     ThirtyTwo,
@@ -183,6 +191,7 @@ pub(crate) enum Group {
 
 /// How a matrix is packed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct Layout {
     pub(crate) codes: Codes,
     /// Whether codes of 8 bits lie in quads: rows of 16 bits and fewer are multiplied so.

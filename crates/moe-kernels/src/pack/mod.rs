@@ -13,6 +13,7 @@ mod layout;
 mod lines;
 mod memory;
 mod order;
+mod parts;
 mod plan;
 #[cfg(test)]
 pub(crate) mod twin;
@@ -20,16 +21,18 @@ mod unit;
 
 use std::fmt;
 use std::ops::Range;
+use std::sync::Arc;
 
 pub(crate) use layout::{BLOCK, Group, Number, OCTET, Offset, PANEL, PANELS, STEP, position};
-pub use layout::{Codes, Layout, UNIT};
+pub use layout::{Codes, Layout, UNIT, VERSION};
 pub(crate) use memory::{LINE, Memory};
 pub(crate) use order::Order;
+pub use parts::Parts;
 pub(crate) use plan::{Finish, codes, holds};
 
 use crate::gemm::Gemm;
 use crate::operand::OperandKind;
-use crate::stored::View;
+use crate::stored::{Bytes, View};
 use order::Columns;
 use plan::Plan;
 
@@ -42,7 +45,7 @@ pub struct Packed {
     finish: Finish,
     rows: usize,
     cols: usize,
-    bytes: Memory,
+    bytes: Bytes,
 }
 
 /// Why weights cannot be packed for an entry.
@@ -113,10 +116,10 @@ pub fn pack(view: &View, gemm: &'static Gemm) -> Result<Packed, Refusal> {
         return Err(Refusal::Inexact { gemm: gemm.name() });
     }
     let mut plan = Plan::of(view);
-    plan.layout.quads = gemm.rows() != OperandKind::F32;
+    plan.layout.quads = in_quads(gemm);
     let panels = view.rows().div_ceil(PANEL);
     let bytes = panels.saturating_mul(panel_bytes(&plan.layout, &plan.columns.blocks));
-    let bytes = Memory::zeroed(bytes).map_err(|_| Refusal::NoMemory { bytes })?;
+    let mut memory = Memory::zeroed(bytes).map_err(|_| Refusal::NoMemory { bytes })?;
     let mut packed = Packed {
         gemm,
         layout: plan.layout,
@@ -125,14 +128,14 @@ pub fn pack(view: &View, gemm: &'static Gemm) -> Result<Packed, Refusal> {
         finish: plan.finish,
         rows: view.rows(),
         cols: view.cols(),
-        bytes,
+        bytes: Vec::new().into(),
     };
     let cpu = crate::isa::Cpu::detect().only(gemm.needs());
     let mut packing = unit::Packing::new(view, &plan, cpu);
     for unit in 0..packed.units() {
         let (rows, panels) = (packed.columns(unit..unit + 1), packed.panels(unit));
         let range = packed.unit_range(unit);
-        let bytes = &mut packed.bytes[range];
+        let bytes = &mut memory[range];
         if panels == PANELS {
             packing.unit(rows, bytes);
             continue;
@@ -144,7 +147,13 @@ pub fn pack(view: &View, gemm: &'static Gemm) -> Result<Packed, Refusal> {
             packing.unit(start..rows.end.min(start + PANEL), bytes);
         }
     }
+    packed.bytes = Bytes::new(Arc::new(memory));
     Ok(packed)
+}
+
+/// Whether codes of 8 bits lie in quads for `gemm`.
+fn in_quads(gemm: &Gemm) -> bool {
+    gemm.rows() != OperandKind::F32
 }
 
 /// Bytes of a panel over all of k, headers included.

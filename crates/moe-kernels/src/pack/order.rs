@@ -6,6 +6,7 @@ use super::layout::{BLOCK, Group, STEP};
 
 /// The columns of a packed matrix, padded to whole steps.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub(crate) enum Order {
     /// As they are, after `lead` places of padding.
     Straight { lead: usize, cols: usize, padded: usize },
@@ -72,7 +73,8 @@ impl Order {
 }
 
 /// Order, blocks and groups of the columns of a matrix.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub(crate) struct Columns {
     pub(crate) order: Order,
     /// Steps of each block.

@@ -7,12 +7,12 @@ use std::fmt;
 pub struct Misfit(String);
 
 impl Misfit {
-    pub(super) fn new(reason: impl Into<String>) -> Self {
+    pub(crate) fn new(reason: impl Into<String>) -> Self {
         Self(reason.into())
     }
 
     /// An array of `found` bytes for what needs `needed` (`None`: more than memory can hold).
-    pub(super) fn bytes(what: fmt::Arguments<'_>, found: usize, needed: Option<usize>) -> Self {
+    pub(crate) fn bytes(what: fmt::Arguments<'_>, found: usize, needed: Option<usize>) -> Self {
         match needed {
             Some(needed) => Self(format!("{what} needs {needed} bytes, there are {found}")),
             None => Self(format!("{what} is larger than memory")),

@@ -100,6 +100,23 @@ impl Stored {
         }
     }
 
+    /// The bytes behind the whole array: of its numbers or codes, its scales, its zero points. With
+    /// its `Debug` text, which has everything else, they say what the array is.
+    pub fn arrays(&self) -> impl Iterator<Item = &[u8]> {
+        let arrays = match self {
+            Self::Floats(floats) => [Some(floats.bytes()), None, None],
+            Self::Blocks(blocks) => [Some(blocks.bytes()), None, None],
+            Self::Codes(codes) => {
+                let zeros = match codes.zeros() {
+                    Zeros::Each(zeros) => Some(zeros.bytes()),
+                    Zeros::None | Zeros::Same(_) => None,
+                };
+                [Some(codes.bytes()), Some(codes.scales().bytes()), zeros]
+            }
+        };
+        arrays.into_iter().flatten()
+    }
+
     /// Bytes of the file behind the whole array, scales and zero points included.
     pub fn stored_bytes(&self) -> usize {
         match self {

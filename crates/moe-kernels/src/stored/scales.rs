@@ -128,6 +128,10 @@ impl Scales {
         self.bytes.len()
     }
 
+    pub(super) fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
     /// The scale of row `row` of the matrix and the `group`-th block of columns.
     ///
     /// # Panics

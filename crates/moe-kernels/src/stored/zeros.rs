@@ -93,6 +93,10 @@ impl ZeroPoints {
         self.bytes.len()
     }
 
+    pub(super) fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
     /// The zero point of the scale `[down, across]`.
     ///
     /// # Panics

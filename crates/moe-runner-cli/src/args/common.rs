@@ -1,16 +1,19 @@
 //! Flags that several commands have, each where it acts: as written, and resolved.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
-use moe_kernels::isa::physical_cores;
+use moe_kernels::isa::{cpus, physical_cores};
 use moe_kernels::pool::Pool;
-use moe_runner::experts::{Device, KERNELS};
+use moe_runner::checkpoint::Checkpoint;
+use moe_runner::experts::{Device, KERNELS, PackCache};
 use moe_runner::hidden::ActivationDtype;
 use moe_runner::oracle::Machine;
 use moe_runner::runner::{NonFinite, Options, Workspaces};
 
-use crate::failure::unusable;
+use crate::failure::{one_line, unusable};
+use crate::report::units::{self, plural};
 
 /// More threads than any machine has.
 const MAX_THREADS: usize = 4096;
@@ -25,6 +28,11 @@ pub(crate) struct ThreadArgs {
 }
 
 impl ThreadArgs {
+    /// A single one.
+    pub(crate) fn one() -> Self {
+        Self { threads: Some(1) }
+    }
+
     /// Whether a number is given.
     pub(crate) fn is_given(&self) -> bool {
         self.threads.is_some()
@@ -37,6 +45,47 @@ impl ThreadArgs {
             true => Ok(threads),
             false => Err(unusable(format!("--threads {threads}: must be 1 to {MAX_THREADS}"))),
         }
+    }
+}
+
+/// What passes run on, and what they start from.
+#[derive(clap::Args, Clone, Debug)]
+#[command(next_help_heading = "Common options")]
+pub(crate) struct HostArgs {
+    #[command(flatten)]
+    pub(crate) threads: ThreadArgs,
+    /// Keep every thread on a processor of its own (Linux).
+    #[arg(long)]
+    pin_threads: bool,
+    /// Keep packed weights in this folder, and map them at the next start: no packing, and one copy in
+    /// memory for all processes of a machine (docs/performance.md).
+    #[arg(long, value_name = "DIR")]
+    pack_cache: Option<PathBuf>,
+}
+
+impl From<ThreadArgs> for HostArgs {
+    fn from(threads: ThreadArgs) -> Self {
+        Self { threads, pin_threads: false, pack_cache: None }
+    }
+}
+
+impl HostArgs {
+    /// The processors that threads are to stay on.
+    fn cpus(&self, threads: usize) -> Result<Option<Vec<usize>>> {
+        if !self.pin_threads {
+            return Ok(None);
+        }
+        let Some(mut cpus) = cpus() else {
+            return Err(unusable("--pin-threads: threads are pinned on Linux alone"));
+        };
+        if cpus.len() < threads {
+            return Err(unusable(format!(
+                "--pin-threads: there are {threads} threads, and this process may use {} processors",
+                cpus.len()
+            )));
+        }
+        cpus.truncate(threads);
+        Ok(Some(cpus))
     }
 }
 
@@ -122,6 +171,7 @@ fn dtype_or_auto(text: &str) -> Result<DtypeChoice, String> {
 }
 
 /// These flags, checked and turned into what they stand for.
+#[derive(Clone)]
 pub(crate) struct Common {
     /// Seed of everything random.
     pub(crate) seed: u64,
@@ -137,11 +187,19 @@ pub(crate) struct Common {
     pub(crate) dtype: Option<ActivationDtype>,
     /// The threads to compute on.
     pub(crate) pool: Arc<Pool>,
+    /// The processors that they stay on, where that was asked for.
+    pub(crate) cpus: Option<Vec<usize>>,
+    /// Where packed weights are to be kept.
+    pack_cache: Option<PathBuf>,
+    /// The same for what is run.
+    cache: Option<PackCache>,
 }
 
 impl Common {
     /// Checks the flags, and starts the threads.
-    pub(crate) fn resolve(kernel: &KernelArgs, threads: usize, seed: u64) -> Result<Self> {
+    pub(crate) fn resolve(kernel: &KernelArgs, host: &HostArgs, seed: u64) -> Result<Self> {
+        let threads = host.threads.count()?;
+        let cpus = host.cpus(threads)?;
         let name = (kernel.kernel != "auto").then(|| kernel.kernel.clone());
         if let Some(name) = &name
             && !KERNELS.iter().any(|kernel| kernel.name == name)
@@ -152,6 +210,10 @@ impl Common {
                 names.join(", ")
             )));
         }
+        let pool = match &cpus {
+            None => Pool::new(threads),
+            Some(cpus) => Pool::pinned(cpus),
+        };
         Ok(Self {
             seed,
             kernel: name,
@@ -159,7 +221,10 @@ impl Common {
             gpu: kernel.device.1,
             machine: Machine::detect(),
             dtype: kernel.dtype.named(),
-            pool: Arc::new(Pool::new(threads).context("cannot start threads; try --threads 1")?),
+            pool: Arc::new(pool.context("cannot start threads; try --threads 1")?),
+            cpus,
+            pack_cache: host.pack_cache.clone(),
+            cache: None,
         })
     }
 
@@ -176,6 +241,37 @@ impl Common {
         }
     }
 
+    /// The same, keeping packed weights of `checkpoint`, or of anything, where that was asked for.
+    pub(crate) fn caching(&self, checkpoint: Option<&Checkpoint>) -> Result<Self> {
+        let Some(folder) = &self.pack_cache else { return Ok(self.clone()) };
+        let cache = match checkpoint {
+            None => PackCache::new(folder),
+            Some(checkpoint) => PackCache::of_checkpoint(folder, checkpoint)?,
+        };
+        Ok(Self { cache: Some(cache), ..self.clone() })
+    }
+
+    /// What the cache of packed weights was good for, for people; warnings first.
+    pub(crate) fn tell_of_cache(&self) {
+        let Some(cache) = &self.cache else { return };
+        let used = cache.used();
+        used.warnings
+            .iter()
+            .for_each(|warning| eprintln!("warning: pack cache: {}", one_line(warning)));
+        let sets =
+            |count, bytes| format!("{} of experts ({})", plural(count, "set"), units::bytes(bytes));
+        let mut parts = Vec::new();
+        if used.mapped > 0 {
+            parts.push(format!("{} mapped", sets(used.mapped, used.mapped_bytes)));
+        }
+        if used.written > 0 {
+            parts.push(format!("{} packed and kept", sets(used.written, used.written_bytes)));
+        }
+        if !parts.is_empty() {
+            eprintln!("pack cache: {}", parts.join(", "));
+        }
+    }
+
     /// The GPU in use, if there is one.
     pub(crate) fn gpu_in_use(&self) -> Option<usize> {
         self.machine.compute_capability.map(|_| self.gpu)
@@ -188,6 +284,7 @@ impl Common {
             kernel: self.kernel.clone(),
             device: self.device,
             gpu: self.gpu,
+            pack_cache: self.cache.clone(),
             pool: self.pool.clone(),
             workspaces: Workspaces::of_process(),
             non_finite: NonFinite::Refuse,

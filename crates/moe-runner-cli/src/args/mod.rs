@@ -3,7 +3,7 @@
 pub(crate) mod common;
 mod help;
 
-pub(crate) use common::{Common, DtypeArg, KernelArgs, SeedArg, ThreadArgs};
+pub(crate) use common::{Common, DtypeArg, HostArgs, KernelArgs, SeedArg, ThreadArgs};
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -100,7 +100,7 @@ pub(crate) struct CheckArgs {
     #[command(flatten)]
     pub(crate) kernel: KernelArgs,
     #[command(flatten)]
-    pub(crate) threads: ThreadArgs,
+    pub(crate) host: HostArgs,
     #[command(flatten)]
     pub(crate) seed: SeedArg,
 }
@@ -142,7 +142,7 @@ pub(crate) struct RunArgs {
     #[command(flatten)]
     pub(crate) kernel: KernelArgs,
     #[command(flatten)]
-    pub(crate) threads: ThreadArgs,
+    pub(crate) host: HostArgs,
 }
 
 /// Layers of a checkpoint, all if none are named.
@@ -206,12 +206,15 @@ pub(crate) struct BenchArgs {
     /// Show the times beside earlier ones of the same layer: a file that `bench --json` wrote.
     #[arg(long, value_name = "FILE")]
     pub(crate) compare: Option<PathBuf>,
+    /// Also draw the times over the tokens, with what memory and arithmetic allow, as a picture.
+    #[arg(long, value_name = "FILE.svg")]
+    pub(crate) svg: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) splitting: Splitting,
     #[command(flatten)]
     pub(crate) kernel: KernelArgs,
     #[command(flatten)]
-    pub(crate) threads: ThreadArgs,
+    pub(crate) host: HostArgs,
     #[command(flatten)]
     pub(crate) seed: SeedArg,
 }
@@ -318,7 +321,7 @@ impl ReportArgs {
             input_name: "hidden_states".into(),
             splitting: Splitting::none(),
             kernel: self.kernel.clone(),
-            threads: self.threads.clone(),
+            host: self.threads.clone().into(),
             seed: self.seed,
         }
     }

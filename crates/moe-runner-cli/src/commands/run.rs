@@ -69,6 +69,7 @@ pub(crate) fn run(args: &RunArgs, common: &Common) -> Result<Report> {
     let parallel = args.splitting.parallel()?;
     let ranks = args.splitting.ranks(common.gpu)?;
     let opened = Opened::open(&args.checkpoint)?;
+    let common = &common.caching(Some(&opened.checkpoint))?;
     let entries = opened.select(&args.layers)?;
     let single = args.layers.is_single();
     if args.input == Path::new("-") && ranks.are_processes() {
@@ -132,6 +133,9 @@ pub(crate) fn run(args: &RunArgs, common: &Common) -> Result<Report> {
         progress.step();
     }
     drop(progress);
+    if ranks.reports() {
+        common.tell_of_cache();
+    }
     let Some(writer) = held(&writer).take() else { return Ok(Report::silent(true)) };
     writer.finish()?;
     if let Some(path) = &args.save_routing {

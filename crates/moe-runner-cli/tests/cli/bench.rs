@@ -55,7 +55,12 @@ fn times_are_compared_with_earlier_ones() {
     let earlier = folder.path().join("before.json");
     let case = case("qwen2_moe_f16");
     let case = case.to_str().unwrap();
-    let mut before = json(["bench", case, "--layer", "2", "--tokens", "1,3", "--json"]);
+    let picture = folder.path().join("times.svg");
+    let svg = picture.to_str().unwrap();
+    let mut before =
+        json(["bench", case, "--layer", "2", "--tokens", "1,3", "--svg", svg, "--json"]);
+    let picture = std::fs::read_to_string(picture).unwrap();
+    assert!(picture.starts_with("<svg xmlns") && picture.contains("memory allows"), "{picture}");
     // small weights stay in any cache
     assert_eq!(before["cached"], true);
     let row = &mut before["rows"][1];

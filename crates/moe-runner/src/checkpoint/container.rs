@@ -90,6 +90,11 @@ enum Fault {
 }
 
 impl Checkpoint {
+    /// The files that hold tensors.
+    pub(crate) fn files(&self) -> impl Iterator<Item = &Path> {
+        self.inner.files.iter().map(|file| file.path.as_path())
+    }
+
     /// Opens a folder with `config.json` and safetensors files, or a GGUF file.
     ///
     /// A folder's files are those that `*.safetensors.index.json` names, of which some may be absent

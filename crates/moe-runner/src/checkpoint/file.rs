@@ -88,7 +88,7 @@ impl TensorFile {
 ///
 /// The mapping shows the file as it is on disk: while it is in use, nobody may write to the file
 /// or shorten it. (To replace it with a new one of the same name is fine.)
-pub(super) fn map(path: &Path) -> Result<Bytes> {
+pub(crate) fn map(path: &Path) -> Result<Bytes> {
     map_as(path, path)
 }
 

@@ -21,6 +21,8 @@ mod write;
 pub use config::Config;
 pub use container::{Checkpoint, Container, Seen, TensorInfo};
 pub use file::StoredDtype;
+pub(crate) use file::map;
 pub(crate) use tail::TailTensor;
 pub use tensor::{Bytes, Dtype, Tensor};
+pub(crate) use write::Temporary;
 pub use write::{NewTensor, Writer, write_safetensors};

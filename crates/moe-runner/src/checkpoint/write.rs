@@ -185,7 +185,7 @@ fn folder_of(path: &Path) -> &Path {
 
 /// A file in the making, with the permissions of any new file.
 #[derive(Debug)]
-enum Temporary {
+pub(crate) enum Temporary {
     /// It has no name yet, and is gone with the process.
     #[cfg(target_os = "linux")]
     Nameless(File),
@@ -194,7 +194,7 @@ enum Temporary {
 
 impl Temporary {
     /// In the folder of `path`.
-    fn beside(path: &Path) -> std::io::Result<Self> {
+    pub(crate) fn beside(path: &Path) -> std::io::Result<Self> {
         #[cfg(target_os = "linux")]
         if let Some(file) = nameless(folder_of(path)) {
             return Ok(Self::Nameless(file));
@@ -202,7 +202,7 @@ impl Temporary {
         builder().tempfile_in(folder_of(path)).map(Self::Named)
     }
 
-    fn file(&mut self) -> &mut File {
+    pub(crate) fn file(&mut self) -> &mut File {
         match self {
             #[cfg(target_os = "linux")]
             Self::Nameless(file) => file,
@@ -211,7 +211,7 @@ impl Temporary {
     }
 
     /// Gives it the name `path`, which may be another file's.
-    fn persist(self, path: &Path) -> std::io::Result<()> {
+    pub(crate) fn persist(self, path: &Path) -> std::io::Result<()> {
         match self {
             // only a rename takes a name away from another file, and it needs one to begin with
             #[cfg(target_os = "linux")]

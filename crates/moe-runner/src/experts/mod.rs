@@ -10,6 +10,7 @@ pub mod cuda;
 mod desc;
 pub mod emulation;
 mod grouped;
+mod pack_cache;
 pub mod reference;
 mod rows;
 
@@ -18,6 +19,8 @@ pub use desc::{
     Archs, Arithmetic, Build, Caps, Determinism, Device, Extras, Formats, Functions, KernelDesc,
     ProductFormat, Scheme, Target,
 };
+
+pub use pack_cache::{PackCache, PackCacheUse};
 
 use std::sync::Arc;
 
@@ -90,6 +93,7 @@ pub fn build(
         rows: dtype,
         gpu: 0,
         spread: None,
+        pack_cache: None,
         pool: &Inline,
         progress: &mut |_| (),
     };
@@ -114,6 +118,8 @@ pub struct BuildCall<'a> {
     pub gpu: usize,
     /// The ranks that hold the other experts, for a whole layer that sends rows to them by itself.
     pub spread: Option<Spread>,
+    /// Where packed weights are kept from one start to the next; for kernels of processors.
+    pub pack_cache: Option<&'a PackCache>,
     /// Threads to pack on.
     pub pool: &'a dyn ThreadPool,
     /// Told how far it is.

@@ -181,6 +181,7 @@ fn alone(
         rows: rows_after(spec.input_transform.is_identity(), options.dtype),
         gpu: options.gpu,
         spread: None,
+        pack_cache: options.pack_cache.as_ref(),
         pool: &*options.pool,
         progress: &mut |_| (),
     };

@@ -10,8 +10,8 @@ use super::transform::TransformOp;
 use super::workspace::Workspaces;
 use crate::exchange::{Exchange, LocalExchange};
 use crate::experts::{
-    self, BuildCall, BuiltKernel, Caps, Device, ExpertSet, Experts, KernelDesc, Progress, Spread,
-    Target,
+    self, BuildCall, BuiltKernel, Caps, Device, ExpertSet, Experts, KernelDesc, PackCache,
+    Progress, Spread, Target,
 };
 use crate::hidden::ActivationDtype;
 use crate::oracle::{self, Choice, Machine, Request};
@@ -35,6 +35,8 @@ pub struct Options {
     pub device: Option<Device>,
     /// Which GPU, where it is one.
     pub gpu: usize,
+    /// Where packed weights are kept from one start to the next.
+    pub pack_cache: Option<PackCache>,
     /// The threads that passes run on.
     pub pool: SharedPool,
     /// What passes work in.
@@ -77,6 +79,7 @@ impl Options {
             kernel: None,
             device: None,
             gpu: 0,
+            pack_cache: None,
             pool: pool_of_process(threads)?,
             workspaces: Workspaces::of_process(),
             non_finite: NonFinite::Refuse,
@@ -316,6 +319,7 @@ impl LoadedLayer {
             rows: rows_after(shared.input_norm.is_none(), options.dtype),
             gpu: options.gpu,
             spread: None,
+            pack_cache: options.pack_cache.as_ref(),
             pool: &*options.pool,
             progress: &mut |_| (),
         };
@@ -433,8 +437,20 @@ pub(super) fn build(
     let Options { dtype, gpu, .. } = *options;
     let rows = rows_after(layer.spec.input_transform.is_identity(), dtype);
     let (layer, pool) = (Some(layer), &*options.pool);
-    let call =
-        BuildCall { spec, weight_on, experts, layer, dtype, rows, gpu, spread, pool, progress };
+    let pack_cache = options.pack_cache.as_ref();
+    let call = BuildCall {
+        spec,
+        weight_on,
+        experts,
+        layer,
+        dtype,
+        rows,
+        gpu,
+        spread,
+        pack_cache,
+        pool,
+        progress,
+    };
     (kernel.build)(kernel, call)
 }
 

@@ -12,6 +12,7 @@ mod inputs;
 mod kernels;
 mod model;
 mod numbers;
+mod pack_cache;
 mod padding;
 mod properties;
 mod reduction;

@@ -33,7 +33,7 @@ pub(super) struct OursArgs {
 }
 
 pub(super) fn run(args: &OursArgs) -> Result<Report> {
-    let common = Common::resolve(&args.kernel, args.threads.count()?, 0)?;
+    let common = Common::resolve(&args.kernel, &args.threads.clone().into(), 0)?;
     report(&lines(&families(&args.family)?, &forms(&args.form)?, &common, args.table)?)
 }
 

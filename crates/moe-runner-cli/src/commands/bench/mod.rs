@@ -1,14 +1,16 @@
 //! `bench`: the time of a layer, as a share of what this machine allows.
 
 mod compare;
+mod picture;
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use moe_kernels::limits::last_level_cache;
+use moe_runner::checkpoint::Checkpoint;
 use moe_runner::comm::{At, Groups, Sizes, Step};
 use moe_runner::exchange::resident::Room;
 use moe_runner::hidden::ActivationDtype;
@@ -24,6 +26,7 @@ use crate::checkpoints::Opened;
 use crate::failure::{one_line, unusable};
 use crate::gpu::{self, GpuLimits};
 use crate::measure::MachineLimits;
+use crate::outputs::{self, ensure_apart};
 use crate::report::Report;
 use crate::report::progress::Progress;
 use crate::report::table::{Columns, Facts};
@@ -73,6 +76,9 @@ pub(super) struct BenchJson {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     split: Option<Sizes>,
     pub(super) limits: LimitsJson,
+    /// From loaded weights to a layer that can run: the packing, or the mapping of what was packed.
+    #[serde(default)]
+    ready_s: f64,
     pub(super) rows: Vec<Row>,
     /// Beside an earlier measurement.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -108,6 +114,9 @@ pub(super) struct Row {
     pub(super) gflops: f64,
     pub(super) limit_share: f64,
     bound_by: String,
+    /// The least time for the bytes, and for the arithmetic.
+    #[serde(default)]
+    limits_s: [f64; 2],
     /// Payload that ranks sent to other ranks, over all ranks, where there are several.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     bytes_moved_per_token: Option<f64>,
@@ -134,6 +143,8 @@ struct Subject {
     format: String,
     dtype: ActivationDtype,
     distinct_bytes: usize,
+    /// `None` for a preset.
+    checkpoint: Option<Checkpoint>,
 }
 
 /// Runs the command.
@@ -149,6 +160,9 @@ pub(crate) fn run(args: &BenchArgs, common: &Common) -> Result<Report> {
         return Err(unusable("--capacity: room is made for one --tokens"));
     }
     let ranks = args.splitting.ranks(common.gpu)?;
+    let inputs: Vec<_> = args.compare.iter().map(|path| ("--compare", path.as_path())).collect();
+    let outputs: Vec<_> = args.svg.iter().map(|path| ("--svg", path.as_path())).collect();
+    ensure_apart(&outputs, &inputs, None)?;
     let progress = Progress::new(args.tokens.len() + 2);
     progress.doing("making the weights");
     let subject = subject(args, common)?;
@@ -158,12 +172,14 @@ pub(crate) fn run(args: &BenchArgs, common: &Common) -> Result<Report> {
         parallel.room = Some(Room::for_share(most, top_k, ranks, factor));
     }
     let parallel = parallel;
+    let common = &common.caching(subject.checkpoint.as_ref())?;
     progress.step();
     progress.doing("measuring the machine");
     let machine = ranks.measure(&common.pool, common.gpu_in_use())?;
     progress.step();
     let measured = ranks.run(|groups| {
         let options = ranks.options(common, subject.dtype, groups)?;
+        let start = Instant::now();
         let mut runners = Vec::with_capacity(subject.layers.len());
         for (layer, seed) in subject.layers.iter().zip(common.seed..) {
             let runner = ranks.runner(layer, &options, groups, &parallel)?;
@@ -172,6 +188,7 @@ pub(crate) fn run(args: &BenchArgs, common: &Common) -> Result<Report> {
                 .then(|| Simulator::new(Strategy::UniformRandom, seed_of(seed, groups)));
             runners.push(runner.with_simulator(simulator));
         }
+        let ready_s = start.elapsed().as_secs_f64();
         let (seed, gpu) = (common.seed, options.gpu);
         let mut bench =
             Bench { runners, ranks: &ranks, groups, machine: &machine, seed, gpu, captured };
@@ -186,13 +203,14 @@ pub(crate) fn run(args: &BenchArgs, common: &Common) -> Result<Report> {
             }
         }
         let choice = bench.runners[0].runner().choice();
-        Ok((rows, choice.kernel.name, choice.why.clone()))
+        Ok((rows, choice.kernel.name, choice.why.clone(), ready_s))
     });
     drop(progress);
-    let (rows, kernel, why) = measured?;
+    let (rows, kernel, why, ready_s) = measured?;
     if !ranks.reports() {
         return Ok(Report::silent(true));
     }
+    common.tell_of_cache();
     let mut json = BenchJson {
         layer: subject.title,
         kernel: kernel.into(),
@@ -210,10 +228,14 @@ pub(crate) fn run(args: &BenchArgs, common: &Common) -> Result<Report> {
             threads: machine.threads,
             isa: machine.isa.into(),
         },
+        ready_s,
         rows,
         compared: None,
     };
     json.compared = earlier.map(|then| Comparison::of(then, &json)).transpose()?;
+    if let Some(path) = &args.svg {
+        outputs::write(path, picture::draw(&json).as_bytes())?;
+    }
     Report::new(true, text(&json, &why, &machine), &json)
 }
 
@@ -253,6 +275,7 @@ fn subject(args: &BenchArgs, common: &Common) -> Result<Subject> {
                 dtype: opened.dtype(common.dtype, &layer),
                 distinct_bytes: matrices.map(|matrix| matrix.stored_bytes()).sum(),
                 layers: vec![layer],
+                checkpoint: Some(opened.checkpoint),
             })
         }
         (None, Some(name)) => {
@@ -267,6 +290,7 @@ fn subject(args: &BenchArgs, common: &Common) -> Result<Subject> {
                 dtype: common.dtype.unwrap_or(formats::activations(format)),
                 layers,
                 distinct_bytes,
+                checkpoint: None,
             })
         }
         _ => Err(unusable(format!(
@@ -422,8 +446,9 @@ impl Bench<'_> {
             true => self.groups.world.size() as f64,
             false => 1.0,
         };
-        let least_of = |flops: f64| self.machine.least_seconds(kernel, bytes / gpus, flops / gpus);
-        let least = least_of(flops);
+        let limits = |bytes, flops| self.machine.least_seconds(kernel, bytes / gpus, flops / gpus);
+        let limits_s = [limits(bytes, 0.0), limits(0.0, flops)];
+        let least = limits_s[0].max(limits_s[1]);
         Ok(Row {
             tokens,
             median_s: times.median,
@@ -437,10 +462,8 @@ impl Bench<'_> {
             gbps: bytes / times.median / 1e9,
             gflops: flops / times.median / 1e9,
             limit_share: least / times.median,
-            bound_by: match least_of(0.0) < least {
-                true => "arithmetic".into(),
-                false => "memory".into(),
-            },
+            bound_by: if limits_s[1] > limits_s[0] { "arithmetic" } else { "memory" }.into(),
+            limits_s,
             bytes_moved_per_token: self.ranks.split().map(|_| moved / tokens as f64),
             exchange,
         })
@@ -522,6 +545,7 @@ fn text(json: &BenchJson, why: &str, machine: &MachineLimits) -> String {
         ),
     );
     facts.add("kernel", format!("{} ({why})", json.kernel));
+    facts.add("ready", format!("after {}", units::seconds(json.ready_s)));
     facts.add("machine", machine.to_string());
     if let Some(sizes) = &json.split {
         facts.add("split", splitting::describe(sizes));

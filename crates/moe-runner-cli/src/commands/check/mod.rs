@@ -95,6 +95,7 @@ pub(super) fn check(args: &CheckArgs, common: &Common, tell: Tell) -> Result<Che
         (None, None) => unreachable!("one of both is there"),
     };
     let opened = Opened::open(&path)?;
+    let common = &common.caching(Some(&opened.checkpoint))?;
     // layers that no check of a layer would look at
     if let Some(problem) = overlooked(&opened.checkpoint)?.into_iter().next() {
         return Err(problem.into());
@@ -184,6 +185,9 @@ pub(super) fn check(args: &CheckArgs, common: &Common, tell: Tell) -> Result<Che
         false => None,
     };
     drop(progress);
+    if ranks.reports() {
+        common.tell_of_cache();
+    }
     let mut so_far = held(&known);
     let checks = &so_far.layers;
     if let Some(recorded) = &recorded

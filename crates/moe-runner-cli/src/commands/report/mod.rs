@@ -8,8 +8,8 @@ mod html;
 mod kernels;
 mod load;
 mod page;
-mod roofline;
-mod svg;
+pub(super) mod roofline;
+pub(super) mod svg;
 
 use anyhow::Result;
 use serde::Serialize;

@@ -143,7 +143,7 @@ fn roofs(bench: &[BenchJson]) -> Vec<Roof> {
     roofs
 }
 
-fn machine(limits: &LimitsJson) -> String {
+pub(in crate::commands) fn machine(limits: &LimitsJson) -> String {
     match &limits.gpu {
         Some(gpu) => gpu.name.clone(),
         None => format!("{}, {}", plural(limits.threads, "thread"), limits.isa),
@@ -353,7 +353,7 @@ fn outline(shape: usize, (x, y): (f64, f64), r: f64) -> String {
     }
 }
 
-fn span(values: impl Iterator<Item = f64>) -> (f64, f64) {
+pub(in crate::commands) fn span(values: impl Iterator<Item = f64>) -> (f64, f64) {
     let usable = values.filter(|v| v.is_finite() && *v > 0.0);
     let (least, most) =
         usable.fold((f64::INFINITY, f64::NEG_INFINITY), |(l, m), v| (l.min(v), m.max(v)));
@@ -361,7 +361,7 @@ fn span(values: impl Iterator<Item = f64>) -> (f64, f64) {
 }
 
 /// 1, 2, 5, 10, … within; only powers of ten where there are many.
-fn round_numbers((from, to): (f64, f64)) -> Vec<f64> {
+pub(in crate::commands) fn round_numbers((from, to): (f64, f64)) -> Vec<f64> {
     let decades = (to / from).log10();
     let factors: &[f64] = match decades {
         d if d > 5.0 => &[1.0],
@@ -374,7 +374,7 @@ fn round_numbers((from, to): (f64, f64)) -> Vec<f64> {
 }
 
 /// A number with as many digits as it needs: `0.05`, `2`, `12.3`, `400`.
-fn short(value: f64) -> String {
+pub(in crate::commands) fn short(value: f64) -> String {
     match value {
         v if v >= 100.0 => format!("{v:.0}"),
         v if v >= 10.0 => number((v * 10.0).round() / 10.0),

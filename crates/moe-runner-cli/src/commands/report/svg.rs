@@ -6,28 +6,28 @@ use std::fmt::Write;
 use super::html::escape;
 
 /// Units across a picture; a browser scales them to the page.
-pub(super) const WIDTH: f64 = 1000.0;
+pub(in crate::commands) const WIDTH: f64 = 1000.0;
 
 /// Where a text is held.
 #[derive(Clone, Copy)]
-pub(super) enum Anchor {
+pub(in crate::commands) enum Anchor {
     Start,
     Middle,
     End,
 }
 
 /// A picture in the making.
-pub(super) struct Svg {
+pub(in crate::commands) struct Svg {
     body: String,
 }
 
 impl Svg {
-    pub(super) fn new() -> Self {
+    pub(in crate::commands) fn new() -> Self {
         Self { body: String::new() }
     }
 
     /// The picture, `height` units high; `label` tells what it is to those who do not see it.
-    pub(super) fn finish(self, height: f64, label: &str) -> String {
+    pub(in crate::commands) fn finish(self, height: f64, label: &str) -> String {
         format!(
             "<svg viewBox=\"0 0 {} {}\" role=\"img\" aria-label=\"{}\">\n{}</svg>\n",
             number(WIDTH),
@@ -37,8 +37,23 @@ impl Svg {
         )
     }
 
+    /// The same as a file of its own, with the page's style.
+    pub(in crate::commands) fn finish_alone(self, height: f64, label: &str) -> String {
+        let picture = self.finish(height, label);
+        let root = "<svg xmlns=\"http://www.w3.org/2000/svg\" font-family=\"sans-serif\" ";
+        let style = concat!("<style>\n", include_str!("page.css"), "</style>\n");
+        let paper = "<rect class=\"paper\" width=\"100%\" height=\"100%\"/>\n";
+        let (start, body) = picture.split_once('\n').unwrap_or_default();
+        format!("{root}{}\n{style}{paper}{body}", start.trim_start_matches("<svg "))
+    }
+
     /// A rectangle; `title` is told where the pointer rests.
-    pub(super) fn rect(&mut self, class: &str, (x, y, w, h): (f64, f64, f64, f64), title: &str) {
+    pub(in crate::commands) fn rect(
+        &mut self,
+        class: &str,
+        (x, y, w, h): (f64, f64, f64, f64),
+        title: &str,
+    ) {
         let [x, y, w, h] = [x, y, w, h].map(number);
         let _ = write!(
             self.body,
@@ -47,7 +62,7 @@ impl Svg {
         self.end("rect", title);
     }
 
-    pub(super) fn line(&mut self, class: &str, from: (f64, f64), to: (f64, f64)) {
+    pub(in crate::commands) fn line(&mut self, class: &str, from: (f64, f64), to: (f64, f64)) {
         let [x1, y1, x2, y2] = [from.0, from.1, to.0, to.1].map(number);
         let _ = writeln!(
             self.body,
@@ -56,18 +71,30 @@ impl Svg {
     }
 
     /// A path; `d` as SVG has it.
-    pub(super) fn path(&mut self, class: &str, d: &str, title: &str) {
+    pub(in crate::commands) fn path(&mut self, class: &str, d: &str, title: &str) {
         let _ = write!(self.body, "<path class=\"{class}\" d=\"{d}\"");
         self.end("path", title);
     }
 
-    pub(super) fn circle(&mut self, class: &str, (x, y): (f64, f64), radius: f64, title: &str) {
+    pub(in crate::commands) fn circle(
+        &mut self,
+        class: &str,
+        (x, y): (f64, f64),
+        radius: f64,
+        title: &str,
+    ) {
         let [x, y, r] = [x, y, radius].map(number);
         let _ = write!(self.body, "<circle class=\"{class}\" cx=\"{x}\" cy=\"{y}\" r=\"{r}\"");
         self.end("circle", title);
     }
 
-    pub(super) fn text(&mut self, class: &str, (x, y): (f64, f64), anchor: Anchor, text: &str) {
+    pub(in crate::commands) fn text(
+        &mut self,
+        class: &str,
+        (x, y): (f64, f64),
+        anchor: Anchor,
+        text: &str,
+    ) {
         let anchor = match anchor {
             Anchor::Start => "start",
             Anchor::Middle => "middle",
@@ -90,7 +117,7 @@ impl Svg {
 }
 
 /// A coordinate, to a hundredth.
-pub(super) fn number(value: f64) -> String {
+pub(in crate::commands) fn number(value: f64) -> String {
     let text = format!("{value:.2}");
     let text = text.trim_end_matches('0').trim_end_matches('.');
     if text == "-0" { "0".into() } else { text.into() }
@@ -98,24 +125,24 @@ pub(super) fn number(value: f64) -> String {
 
 /// Values to coordinates.
 #[derive(Clone, Copy)]
-pub(super) struct Scale {
+pub(in crate::commands) struct Scale {
     log: bool,
     domain: (f64, f64),
     range: (f64, f64),
 }
 
 impl Scale {
-    pub(super) fn linear(domain: (f64, f64), range: (f64, f64)) -> Self {
+    pub(in crate::commands) fn linear(domain: (f64, f64), range: (f64, f64)) -> Self {
         Self { log: false, domain, range }
     }
 
     /// Of positive values.
-    pub(super) fn log(domain: (f64, f64), range: (f64, f64)) -> Self {
+    pub(in crate::commands) fn log(domain: (f64, f64), range: (f64, f64)) -> Self {
         Self { log: true, domain: (domain.0.ln(), domain.1.ln()), range }
     }
 
     /// Where `value` is; what is outside, at the edge.
-    pub(super) fn at(&self, value: f64) -> f64 {
+    pub(in crate::commands) fn at(&self, value: f64) -> f64 {
         let value = if self.log { value.ln() } else { value };
         let (least, most) = self.domain;
         let part = ((value - least) / (most - least)).clamp(0.0, 1.0);

@@ -33,8 +33,7 @@ impl Projection {
         features: Features,
         rows: OperandKind,
     ) -> Result<Self, String> {
-        let exact = matrix.input.format() == ActivationFormat::Unquantised;
-        let entry = exact.then(|| gemm(matrix.view(), rows, features)).flatten();
+        let entry = gemm(matrix.view(), rows_of(matrix, rows), features);
         let entry = entry.or_else(|| gemm(matrix.view(), OperandKind::F32, features));
         let entry = entry.ok_or_else(|| format!("no product reads {}", matrix.describe()))?;
         let packed = pack(matrix.view(), entry).map_err(|refusal| refusal.to_string())?;
@@ -95,6 +94,14 @@ impl std::fmt::Debug for Projection {
     }
 }
 
+/// The rows that `matrix` may multiply, if `rows` are at hand: what the checkpoint quantises is f32.
+fn rows_of(matrix: &Matrix, rows: OperandKind) -> OperandKind {
+    match matrix.input.format() {
+        ActivationFormat::Unquantised => rows,
+        _ => OperandKind::F32,
+    }
+}
+
 /// An expert, packed.
 pub(super) struct PackedExpert {
     pub(super) gate: Option<Projection>,
@@ -121,10 +128,14 @@ impl PackedExpert {
     }
 }
 
-/// Packs all experts of `call`, projection by projection on all threads; a projection's stored
+/// What an expert has beside its projections: whether it is gated, the quantisation of both products'
+/// rows, its norm, its stored bytes.
+type Rest = (bool, ActivationQuant, ActivationQuant, Option<Vec<f32>>, usize);
+
+/// Packs all experts of `call`, or maps what was packed before, projection by projection on all threads; a projection's stored
 /// numbers are let go of as soon as it is packed.
 pub(super) fn pack_all(desc: &KernelDesc, call: BuildCall<'_>) -> Result<Vec<PackedExpert>> {
-    let BuildCall { experts, rows, pool, progress, .. } = call;
+    let BuildCall { experts, rows, pack_cache, pool, progress, .. } = call;
     let features = desc.target.features();
     // rows that a transform has made are not bf16, and the bound has no room for two roundings
     let tiles = features.contains(Features::AMX_BF16);
@@ -143,7 +154,22 @@ pub(super) fn pack_all(desc: &KernelDesc, call: BuildCall<'_>) -> Result<Vec<Pac
         jobs.extend([(up, up_bias, first), (down, down_bias, second)]);
     }
     let total = jobs.len();
+    let wanted: Vec<_> =
+        jobs.iter().map(|(matrix, _, rows)| (matrix.view(), rows_of(matrix, *rows))).collect();
+    let place = pack_cache.map(|cache| cache.place(desc, &wanted, pool));
+    let kept = place.as_ref().and_then(|place| place.map(&wanted));
+    drop(wanted);
     let mut packed: Vec<Option<Result<Projection, String>>> = Vec::new();
+    if let Some(kept) = kept {
+        let biases = jobs.into_iter().map(|(_, bias, _)| bias);
+        packed.extend(
+            kept.into_iter()
+                .zip(biases)
+                .map(|(packed, bias)| Some(Ok(Projection { packed, bias }))),
+        );
+        progress(Progress { done: total, total });
+        return whole(desc, packed, rest);
+    }
     packed.resize_with(total, || None);
     let progress = Mutex::new((0, progress));
     for_each(pool, jobs.into_iter().zip(&mut packed), |((matrix, bias, rows), to)| {
@@ -156,6 +182,21 @@ pub(super) fn pack_all(desc: &KernelDesc, call: BuildCall<'_>) -> Result<Vec<Pac
             report(Progress { done: *done, total });
         }
     });
+    if let Some(place) = place {
+        let all: Option<Vec<&Packed>> =
+            packed.iter().map(|one| Some(&one.as_ref()?.as_ref().ok()?.packed)).collect();
+        // what cannot be packed is an error below
+        all.into_iter().for_each(|all| place.keep(&all));
+    }
+    whole(desc, packed, rest)
+}
+
+/// Experts of their projections and the rest.
+fn whole(
+    desc: &KernelDesc,
+    packed: Vec<Option<Result<Projection, String>>>,
+    rest: Vec<Rest>,
+) -> Result<Vec<PackedExpert>> {
     let mut packed = packed.into_iter().flatten();
     let mut next = |expert: usize, what: &str| {
         let refused =

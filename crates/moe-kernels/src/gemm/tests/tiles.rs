@@ -123,6 +123,23 @@ fn entries(view: &View) -> Vec<&'static Gemm> {
     all.filter(|gemm| holds && reads(gemm) && gemm.runs_here()).collect()
 }
 
+/// Several units at a time, and more rows than sums are kept of: as one by one.
+#[test]
+fn many_rows_of_several_units() {
+    let mut numbers = Numbers(5);
+    let (n, m) = (UNITS * UNIT + UNIT + 20, 300);
+    for (name, view) in cases(&mut numbers, n, 40) {
+        let x = numbers.normal(m * view.cols());
+        for gemm in entries(&view) {
+            let whole = bits(&product(gemm, &view, &x, m, (0, 0)));
+            for cut in [(1, 0), (2, 150)] {
+                let parts = bits(&product(gemm, &view, &x, m, cut));
+                assert!(parts == whole, "{name} by {gemm:?}, cut at {cut:?}");
+            }
+        }
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 8, ..ProptestConfig::default() })]
 

@@ -133,12 +133,15 @@ fn modelopt_with_one_algorithm_and_with_many() {
     "quantized_layers": {
         "model.layers.3.mlp.experts": {"quant_algo": "W4A16_NVFP4", "group_size": 16},
         "model.layers.4.mlp.experts.0.up_proj": {"quant_algo": "FP8"},
+        "model.layers.5.mlp.experts": {"quant_algo": "FP8_BLOCK_SCALES", "group_size": 128},
     }});
     let quantization = read(mixed).unwrap();
     let weights_only = Scheme::weights_only(WeightScheme::Nvfp4);
     assert_eq!(quantization.scheme(EXPERT).unwrap(), weights_only);
     let fp8 = Scheme { weights: fp8, input: InputScheme::Fp8Static };
     assert_eq!(quantization.scheme("model.layers.4.mlp.experts.0.up_proj").unwrap(), fp8);
+    let block = quantization.scheme("model.layers.5.mlp.experts.0.up_proj").unwrap();
+    assert_eq!(block, FP8_BLOCK);
     assert_eq!(quantization.scheme("model.layers.4.mlp.experts.1.up_proj").unwrap(), Scheme::FLOAT);
 }
 

@@ -7,7 +7,7 @@ use moe_kernels::numerics::e4m3;
 use moe_runner::checkpoint::Dtype;
 use moe_runner::random::Random;
 use moe_runner::weights::LoadedLayer;
-use serde_json::json;
+use serde_json::{Value, json};
 use std::collections::BTreeMap;
 
 const EXPERTS: usize = 3;
@@ -103,48 +103,272 @@ fn stacked(parts: &[Vec<Part>], layout: Layout) -> Vec<Part> {
         .collect()
 }
 
-/// Of each expert, the values of a matrix.
-type Values = Vec<Vec<f64>>;
+/// A way of storing the experts of a layer: modules below the block, `{e}` for the expert.
+struct Way {
+    /// Gate, up, down; the first two are the same where they are one array.
+    names: [&'static str; 3],
+    /// All experts in one array; `None`: an array for each.
+    layout: Option<Layout>,
+    /// Ending of the biases' names.
+    bias: &'static str,
+}
 
-/// The layer of a format with all experts in stacks, and what its matrices are; or why not.
-fn load(format: &Format, layout: Layout) -> Result<(LoadedLayer, [Values; 2]), String> {
+const GATE_UP: [&str; 3] = ["experts.gate_up_proj", "experts.gate_up_proj", "experts.down_proj"];
+const APART: [&str; 3] = ["experts.gate_proj", "experts.up_proj", "experts.down_proj"];
+
+const WAYS: [Way; 8] = [
+    Way {
+        names: ["experts.{e}.gate_proj", "experts.{e}.up_proj", "experts.{e}.down_proj"],
+        layout: None,
+        bias: ".bias",
+    },
+    Way {
+        names: ["experts.{e}.w1", "experts.{e}.w3", "experts.{e}.w2"],
+        layout: None,
+        bias: ".bias",
+    },
+    Way {
+        names: ["experts.{e}.gate_up_proj", "experts.{e}.gate_up_proj", "experts.{e}.down_proj"],
+        layout: None,
+        bias: ".bias",
+    },
+    Way { names: GATE_UP, layout: Some(Layout::Stack), bias: "_bias" },
+    Way { names: GATE_UP, layout: Some(Layout::Transposed), bias: "_bias" },
+    Way { names: APART, layout: Some(Layout::Stack), bias: "_bias" },
+    Way {
+        names: ["switch_mlp.gate_proj", "switch_mlp.up_proj", "switch_mlp.down_proj"],
+        layout: Some(Layout::Stack),
+        bias: ".bias",
+    },
+    Way {
+        names: [
+            "experts.switch_glu.gate_proj",
+            "experts.switch_glu.up_proj",
+            "experts.switch_glu.down_proj",
+        ],
+        layout: Some(Layout::Stack),
+        bias: ".bias",
+    },
+];
+
+/// What of an architecture touches how experts are read.
+#[derive(Clone, Copy)]
+struct Kind {
+    name: &'static str,
+    config: fn() -> Value,
+    block: &'static str,
+    gate: &'static str,
+    gated: bool,
+    biased: bool,
+    /// Rows of gate and up in one array alternate.
+    interleaved: bool,
+}
+
+/// One architecture of each kind.
+const KINDS: [Kind; 3] = [
+    Kind {
+        name: "mixtral",
+        config: || {
+            json!({"model_type": "mixtral", "hidden_size": 128, "hidden_act": "silu",
+            "intermediate_size": 96, "num_hidden_layers": 1, "num_local_experts": EXPERTS,
+            "num_experts_per_tok": 2})
+        },
+        block: "model.layers.0.block_sparse_moe",
+        gate: "gate",
+        gated: true,
+        biased: false,
+        interleaved: false,
+    },
+    Kind {
+        name: "gpt_oss",
+        config: || {
+            json!({"model_type": "gpt_oss", "hidden_size": 128, "intermediate_size": 96,
+            "num_hidden_layers": 1, "num_local_experts": EXPERTS, "num_experts_per_tok": 2})
+        },
+        block: "model.layers.0.mlp",
+        gate: "router",
+        gated: true,
+        biased: true,
+        interleaved: true,
+    },
+    Kind {
+        name: "nemotron_h",
+        config: || {
+            json!({"model_type": "nemotron_h", "hidden_size": 128, "moe_intermediate_size": 96,
+            "layers_block_type": ["moe"], "n_routed_experts": EXPERTS, "num_experts_per_tok": 2,
+            "moe_shared_expert_intermediate_size": 96, "n_group": 1, "topk_group": 1})
+        },
+        block: "backbone.layers.0.mixer",
+        gate: "gate",
+        gated: false,
+        biased: false,
+        interleaved: false,
+    },
+];
+
+/// Values of gate, up and down of an expert, row after row.
+type Values = [Vec<f64>; 3];
+
+/// The rows of gate and up as one array, and the two of them taken apart again.
+fn halves(both: &[f64], cols: usize, interleaved: bool) -> [Vec<f64>; 2] {
+    let rows: Vec<&[f64]> = both.chunks(cols).collect();
+    let (gate, up): (Vec<_>, Vec<_>) = match interleaved {
+        true => rows.chunks(2).map(|two| (two[0], two[1])).unzip(),
+        false => rows[..rows.len() / 2]
+            .iter()
+            .copied()
+            .zip(rows[rows.len() / 2..].iter().copied())
+            .unzip(),
+    };
+    [gate.concat(), up.concat()]
+}
+
+/// A layer with its experts in a format, stored in a way, and what its matrices are; or why not.
+fn load(format: &Format, way: &Way, kind: &Kind) -> Result<(LoadedLayer, Vec<Values>), String> {
+    load_as(format, way, kind, |ending| ending)
+}
+
+/// The same, with other endings of names.
+fn load_as(
+    format: &Format,
+    way: &Way,
+    kind: &Kind,
+    renamed: impl Fn(&'static str) -> &'static str,
+) -> Result<(LoadedLayer, Vec<Values>), String> {
+    const SIZES: [usize; 2] = [96, 128];
     let random = &mut Random::new(3);
-    let mut config = json!({"model_type": "mixtral", "hidden_size": 128, "hidden_act": "silu",
-        "intermediate_size": 96, "num_hidden_layers": 1, "num_local_experts": EXPERTS,
-        "num_experts_per_tok": 2});
+    let mut config = (kind.config)();
     config["quantization_config"] = (format.config)();
     let mut files = Files { config, tensors: BTreeMap::new(), values: BTreeMap::new() };
-    let gate = random.values(EXPERTS * 128, 0.1).iter().flat_map(|v| v.to_le_bytes()).collect();
-    let block = "model.layers.0.block_sparse_moe";
-    files.put(&format!("{block}.gate"), (".weight", Dtype::F32, vec![EXPERTS, 128], gate));
-    let values = [("gate_up_proj", 192, 128), ("down_proj", 128, 96)].map(|(name, rows, cols)| {
-        let stored: Vec<_> = (0..EXPERTS).map(|_| (format.store)(random, rows, cols)).collect();
-        let (parts, values): (Vec<_>, Vec<_>) =
-            stored.into_iter().map(|stored| (stored.parts, stored.values)).unzip();
-        for part in stacked(&parts, layout) {
-            files.put(&format!("{block}.experts.{name}"), part);
+    let mut float = |files: &mut Files, name: &str, ending, shape: &[usize]| {
+        let values = random.values(shape.iter().product(), 0.1);
+        let bytes = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        files.put(&format!("{}.{name}", kind.block), (ending, Dtype::F32, shape.to_vec(), bytes));
+    };
+    float(&mut files, kind.gate, ".weight", &[EXPERTS, SIZES[1]]);
+    if kind.biased {
+        float(&mut files, kind.gate, ".bias", &[EXPERTS]);
+    } else if !kind.gated {
+        float(&mut files, "gate.e_score_correction_bias", "", &[EXPERTS]);
+        let random = &mut Random::new(2);
+        for (name, [rows, cols]) in [("up_proj", SIZES), ("down_proj", [SIZES[1], SIZES[0]])] {
+            for part in (format.store)(random, rows, cols).parts {
+                files.put(&format!("{}.shared_experts.{name}", kind.block), part);
+            }
         }
-        values
-    });
+    }
+    let mut values = vec![Values::default(); EXPERTS];
+    let fused = way.names[0] == way.names[1];
+    for (projection, name) in way.names.into_iter().enumerate() {
+        let [rows, cols] = if projection == 2 { [SIZES[1], SIZES[0]] } else { SIZES };
+        let both = projection == 0 && fused;
+        if projection == 1 && fused || projection == 0 && !kind.gated {
+            continue;
+        }
+        let rows = if both { 2 * rows } else { rows };
+        let random = &mut Random::new(4 + projection as u64);
+        let mut all = Vec::new();
+        for (e, values) in values.iter_mut().enumerate() {
+            let mut stored = (format.store)(random, rows, cols);
+            if kind.biased {
+                // GPTQ's own, of zeros
+                stored.parts.retain(|part| part.0 != ".bias");
+            }
+            match both {
+                true => {
+                    let [gate, up] = halves(&stored.values, cols, kind.interleaved);
+                    (values[0], values[1]) = (gate, up);
+                }
+                false => values[projection] = stored.values,
+            }
+            if way.layout.is_none() {
+                let name = name.replace("{e}", &e.to_string());
+                for part in stored.parts {
+                    files.put(&format!("{}.{name}", kind.block), part);
+                }
+                if kind.biased {
+                    float(&mut files, &name, way.bias, &[rows]);
+                }
+                continue;
+            }
+            all.push(stored.parts);
+        }
+        if let Some(layout) = way.layout {
+            for (ending, dtype, shape, bytes) in stacked(&all, layout) {
+                let part = (renamed(ending), dtype, shape, bytes);
+                files.put(&format!("{}.{name}", kind.block), part);
+            }
+            if kind.biased {
+                float(&mut files, name, way.bias, &[EXPERTS, rows]);
+            }
+        }
+    }
     files.load().map(|layer| (layer, values)).map_err(|error| error.to_string())
 }
 
-/// Checks every value of a layer with all experts in stacks; or why it is not read.
-fn read(format: &Format, layout: Layout) -> Result<(), String> {
-    let (layer, [gate_up, down]) = load(format, layout)?;
-    for (e, expert) in layer.experts.iter().enumerate() {
-        let gate = expert.gate.as_ref().unwrap();
-        let halves = [(gate, &gate_up[e][..96 * 128]), (&expert.up, &gate_up[e][96 * 128..])];
-        for (matrix, values) in halves.into_iter().chain([(&expert.down, &down[e][..])]) {
+/// Checks every value of a layer that is stored so; or why it is not read.
+fn read(format: &Format, way: &Way, kind: &Kind) -> Result<(), String> {
+    let (layer, values) = load(format, way, kind)?;
+    check(&layer, values, &format!("{}, {}, {}", kind.name, format.name, way.names[0]));
+    Ok(())
+}
+
+/// Checks every value of every expert.
+fn check(layer: &LoadedLayer, values: Vec<Values>, what: &str) {
+    for (e, (expert, values)) in layer.experts.iter().zip(values).enumerate() {
+        assert_eq!(expert.gate.is_none(), values[0].is_empty(), "{what}");
+        let matrices = [expert.gate.as_ref(), Some(&expert.up), Some(&expert.down)];
+        for ((matrix, values), which) in
+            matrices.into_iter().zip(values).zip(["gate", "up", "down"])
+        {
+            let Some(matrix) = matrix else { continue };
             let mut row = vec![0.0; matrix.cols()];
             for (n, values) in values.chunks(matrix.cols()).enumerate() {
                 matrix.decode_row(n, &mut row);
                 let values: Vec<f32> = values.iter().map(|v| *v as f32).collect();
-                assert_eq!(row, values, "{}, {layout:?}: expert {e}, row {n}", format.name);
+                assert_eq!(row, values, "{what}: {which} of expert {e}, row {n}");
             }
         }
     }
-    Ok(())
+}
+
+/// Why a format is not read from transposed stacks, in the words of the docs; the message itself says
+/// what was found.
+fn refused(error: &str) -> Option<&'static str> {
+    match error {
+        _ if error.contains("codes of 6 bits") => Some("six bits do not fill bytes"),
+        _ if error.contains("Quark's W4A8") => Some("Quark's layout has rows"),
+        _ if error.contains("has shape") => Some("input features come first as it is"),
+        _ => None,
+    }
+}
+
+/// Every format in every way of storing experts, in one architecture of each kind: every value is
+/// exact, or the layer is refused as the table says. That every architecture reads every way is tried
+/// apart (`architectures/variants.rs`); a projection is then read by its own tensors, and what the
+/// architecture adds is in `KINDS`: biases, gate and up that alternate, or no gate.
+#[test]
+fn every_format_in_every_way_of_storing_experts() {
+    let mut tried = 0;
+    for kind in &KINDS {
+        for way in &WAYS {
+            let ways_of_gates = way.names[0] == way.names[1] || way.names[0].contains("w1");
+            if !kind.gated && ways_of_gates {
+                continue;
+            }
+            for format in FORMATS {
+                let transposed = way.layout == Some(Layout::Transposed);
+                match read(format, way, kind) {
+                    Ok(()) => tried += 1,
+                    Err(error) if transposed && refused(&error).is_some() => {}
+                    Err(error) => {
+                        panic!("{}, {}, {}: {error}", kind.name, format.name, way.names[0])
+                    }
+                }
+            }
+        }
+    }
+    assert!(tried > 500, "{tried}");
 }
 
 /// Every format in stacks of all experts, as they are and transposed: every value is exact. The table
@@ -154,13 +378,17 @@ fn every_format_in_stacks() {
     let mut table = String::from("| scheme | module | stack | transposed |\n");
     table += "|---|---|---|---|\n| floats (F32, F16, BF16) | yes | yes | yes |\n";
     for format in FORMATS {
-        read(format, Layout::Stack).unwrap();
-        let transposed = match read(format, Layout::Transposed) {
-            Ok(()) => "yes",
-            Err(error) if error.contains("codes of 6 bits") => "no: six bits do not fill bytes",
-            Err(error) if error.contains("Quark's W4A8") => "no: Quark's layout has rows",
-            Err(error) if error.contains("has shape") => "no: input features come first as it is",
-            Err(error) => panic!("{}: {error}", format.name),
+        let read = |layout| {
+            let way = Way { names: GATE_UP, layout: Some(layout), bias: "_bias" };
+            read(format, &way, &KINDS[0])
+        };
+        read(Layout::Stack).unwrap();
+        let transposed = match read(Layout::Transposed) {
+            Ok(()) => "yes".into(),
+            Err(error) => match refused(&error) {
+                Some(why) => format!("no: {why}"),
+                None => panic!("{}: {error}", format.name),
+            },
         };
         table += &format!("| {} | yes | yes | {transposed} |\n", format.name);
     }
@@ -176,4 +404,96 @@ fn every_format_in_stacks() {
         return;
     }
     assert_eq!(page, wanted, "set UPDATE_DOCS=1 to write the table anew");
+}
+
+/// Gate and up in one array with a tensor's scale each, `[E, 2]` or `[2]`, under every name that was
+/// published; a scale of activations that has no dimension is everybody's.
+#[test]
+fn gate_and_up_in_one_array_may_have_a_scale_each() {
+    let format = FORMATS.iter().find(|format| format.name == "nvfp4 a16").unwrap();
+    let endings = [
+        [".weight", ".weight_scale", ".weight_scale_2", ".input_scale"],
+        ["", "_weight_scale", "_weight_scale_2", "_input_scale"],
+        ["", "_scale", "_scale_2", ".input_scale"],
+    ];
+    for (names, stack) in
+        endings.into_iter().map(|names| (names, true)).chain([(endings[0], false)])
+    {
+        let random = &mut Random::new(8);
+        let kind = &KINDS[0];
+        let mut config = (kind.config)();
+        config["quantization_config"] = (format.config)();
+        let mut files = Files { config, tensors: BTreeMap::new(), values: BTreeMap::new() };
+        let gate = random.values(EXPERTS * 128, 0.1).iter().flat_map(|v| v.to_le_bytes()).collect();
+        files.put(
+            &format!("{}.gate", kind.block),
+            (".weight", Dtype::F32, vec![EXPERTS, 128], gate),
+        );
+        let (mut values, mut both, mut down) = (Vec::new(), Vec::new(), Vec::new());
+        for _ in 0..EXPERTS {
+            let [gate, up] = [(); 2].map(|()| (format.store)(random, 96, 128));
+            let last = (format.store)(random, 128, 96);
+            let halves = gate.parts.into_iter().zip(up.parts).map(|(gate, up)| {
+                let shape = match gate.2.as_slice() {
+                    [rows, cols] => vec![2 * rows, *cols],
+                    _ => vec![2],
+                };
+                (gate.0, gate.1, shape, [gate.3, up.3].concat())
+            });
+            both.push(halves.collect::<Vec<Part>>());
+            down.push(last.parts);
+            values.push([gate.values, up.values, last.values]);
+        }
+        for (name, parts) in [("gate_up_proj", both), ("down_proj", down)] {
+            let name_of = |ending| {
+                let usual = [".weight", ".weight_scale", ".weight_scale_2", ".input_scale"];
+                names[usual.iter().position(|usual| *usual == ending).unwrap()]
+            };
+            match stack {
+                true => {
+                    for (ending, dtype, shape, bytes) in stacked(&parts, Layout::Stack) {
+                        let module = format!("{}.experts.{name}", kind.block);
+                        let part = match ending {
+                            ".input_scale" => (dtype, vec![], bytes[..4].to_vec()),
+                            _ => (dtype, shape, bytes),
+                        };
+                        files.put(&module, (name_of(ending), part.0, part.1, part.2));
+                    }
+                }
+                false => {
+                    for (e, parts) in parts.into_iter().enumerate() {
+                        for part in parts {
+                            files.put(&format!("{}.experts.{e}.{name}", kind.block), part);
+                        }
+                    }
+                }
+            }
+        }
+        let layer = files.load().unwrap_or_else(|error| panic!("{names:?}: {error}"));
+        check(&layer, values, &format!("{names:?}"));
+    }
+}
+
+/// Parts of a stack are named as those of a module: with the dot, with `_` in its place, or without
+/// `weight` before them.
+#[test]
+fn endings_of_stacks() {
+    for format in FORMATS {
+        for short in [false, true] {
+            let renamed = |ending: &'static str| -> &'static str {
+                let of_weights = match ending.strip_prefix(".weight_") {
+                    Some(rest) if short => format!("_{rest}"),
+                    Some(rest) => format!("_weight_{rest}"),
+                    None if ending == ".weight" => String::new(),
+                    None if ending == ".bias" => ending.into(),
+                    None => ending.replacen('.', "_", 1),
+                };
+                of_weights.leak()
+            };
+            let way = Way { names: GATE_UP, layout: Some(Layout::Stack), bias: "_bias" };
+            let stored = load_as(format, &way, &KINDS[0], renamed);
+            let (layer, values) = stored.unwrap_or_else(|error| panic!("{}: {error}", format.name));
+            check(&layer, values, &format!("{} {short}", format.name));
+        }
+    }
 }

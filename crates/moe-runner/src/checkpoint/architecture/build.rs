@@ -388,9 +388,10 @@ impl Resolver<'_> {
         let fits = |way: &&Experts| {
             let expert = way.get(0);
             [&expert.up, &expert.down].iter().all(|projection| {
-                let info = [".weight", "", ".weight_packed", "_packed", ".qweight"]
-                    .iter()
-                    .find_map(|e| self.checkpoint.info(&format!("{}{e}", projection.module)));
+                let info =
+                    [".weight", "", ".weight_packed", "_packed", "_weight_packed", ".qweight"]
+                        .iter()
+                        .find_map(|e| self.checkpoint.info(&format!("{}{e}", projection.module)));
                 info.is_none_or(|info| projection.may_be_stored_as(info.shape))
             })
         };

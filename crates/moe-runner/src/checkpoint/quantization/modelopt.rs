@@ -16,7 +16,7 @@ pub(super) fn read(config: &Config) -> Result<Rules> {
     ignored.extend(patterns(config, "exclude_modules", Pattern::glob)?);
     let algorithm = config.str("quant_algo")?.ok_or_else(|| config.missing("quant_algo"))?;
     if !algorithm.eq_ignore_ascii_case("MIXED_PRECISION") {
-        return Ok(Rules::all(ignored, scheme(algorithm)));
+        return Ok(Rules::all(ignored, scheme(algorithm, config)?));
     }
     let layers =
         config.sub("quantized_layers")?.ok_or_else(|| config.missing("quantized_layers"))?;
@@ -25,7 +25,7 @@ pub(super) fn read(config: &Config) -> Result<Rules> {
         let Some(layer) = layers.entry(name)? else { continue };
         let Some(algorithm) = layer.str("quant_algo")? else { continue };
         let modules = vec![Pattern::glob(&layers, name, name)?];
-        rules.push(Rule { modules, scheme: scheme(algorithm) });
+        rules.push(Rule { modules, scheme: scheme(algorithm, &layer)? });
     }
     Ok(Rules { ignored, rules })
 }
@@ -39,14 +39,25 @@ pub(super) fn over(config: &Config, model: Rules) -> Result<Rules> {
     Ok(rules)
 }
 
-fn scheme(algorithm: &str) -> std::result::Result<Scheme, Unsupported> {
+/// What an algorithm means; `config` is what stands beside its name.
+fn scheme(algorithm: &str, config: &Config) -> Result<std::result::Result<Scheme, Unsupported>> {
+    let size = config.usize("group_size")?.filter(|size| *size > 0);
+    Ok(known(algorithm, size.unwrap_or(128)))
+}
+
+/// `size`: rows and columns of a block of FP8.
+fn known(algorithm: &str, size: usize) -> std::result::Result<Scheme, Unsupported> {
     let fp8 = |scales| WeightScheme::Codes { number: Number::Fp8, scales };
     Ok(match algorithm.to_uppercase().as_str() {
         "FP8" => Scheme { weights: fp8(ScaleShape::Tensor), input: InputScheme::Fp8Static },
         "FP8_PER_CHANNEL_PER_TOKEN" => {
             Scheme { weights: fp8(ScaleShape::Channel), input: InputScheme::Fp8Token }
         }
-        "FP8_PB_WO" => Scheme::weights_only(fp8(ScaleShape::Block([128, 128]))),
+        "FP8_PB_WO" => Scheme::weights_only(fp8(ScaleShape::Block([size, size]))),
+        "FP8_BLOCK_SCALES" => Scheme {
+            weights: fp8(ScaleShape::Block([size, size])),
+            input: InputScheme::Fp8Group { size, power_of_two: false },
+        },
         "NVFP4" => Scheme { weights: WeightScheme::Nvfp4, input: InputScheme::Nvfp4 },
         "W4A16_NVFP4" | "NVFP4_W4A16" => Scheme::weights_only(WeightScheme::Nvfp4),
         "MXFP8" => Scheme {
@@ -58,7 +69,7 @@ fn scheme(algorithm: &str) -> std::result::Result<Scheme, Unsupported> {
                 "quant_algo",
                 format!(
                     "is '{other}'; supported are FP8, FP8_PER_CHANNEL_PER_TOKEN, FP8_PB_WO, \
-                     NVFP4, W4A16_NVFP4, MXFP8 and MIXED_PRECISION"
+                     FP8_BLOCK_SCALES, NVFP4, W4A16_NVFP4, MXFP8 and MIXED_PRECISION"
                 ),
             ));
         }

@@ -42,13 +42,30 @@ impl Module<'_, '_> {
         names.into_iter().find(|name| self.loader.checkpoint().contains(name))
     }
 
-    /// The first tensor that is there; of a stack, the part of this matrix.
+    /// The first tensor that is there; of a stack, the part of this matrix; of two scales of gate and
+    /// up in one array, this projection's.
     pub(crate) fn find(&mut self, endings: &[&str]) -> Result<Option<Tensor>> {
         let Some(name) = self.name(endings) else { return Ok(None) };
         let Some(tensor) = self.loader.claim(&name)? else { return Ok(None) };
-        match self.projection.part.stack {
-            Some(stack) => Ok(Some(layer_of(&tensor, stack)?)),
-            None => Ok(Some(tensor)),
+        let tensor = match self.projection.part.stack {
+            Some(stack) => layer_of(&tensor, stack)?,
+            None => tensor,
+        };
+        Ok(Some(self.own_half(tensor)))
+    }
+
+    /// Gate and up in one array may have a tensor's scale each: `[2]`, gate first.
+    fn own_half(&self, tensor: Tensor) -> Tensor {
+        let Projection { rows, part, .. } = self.projection;
+        let is_half = part.of == 2 * rows && part.of > 2;
+        let is_scale = scale_of(tensor.dtype).is_some_and(|kind| FLOATS.contains(&kind));
+        if !is_half || !is_scale || tensor.shape.iter().product::<usize>() != 2 {
+            return tensor;
+        }
+        let (size, half) = (tensor.bytes.len() / 2, usize::from(part.first > 0));
+        match tensor.bytes.slice(half * size..(half + 1) * size) {
+            Some(bytes) => Tensor { shape: vec![1], bytes, ..tensor },
+            None => tensor,
         }
     }
 

@@ -16,14 +16,16 @@
 //! | Quark INT4 | `.weight` I32 `[K, N/8]` | `.weight_scale` `[K/g, N]` | | `.weight_zero_point` I32 `[K/g, N/8]` |
 //! | Quark W4A8 | `.weight` I32 `[N, K/8]` | `.weight_scale_2` F32 `[N]` | `.weight_scale` F32 `[]` | `.input_scale` `[]` |
 //!
-//! Stacks of experts have one more dimension in front, and `_` in place of the dot, or no ending.
+//! Stacks of experts have one more dimension in front, and `_` in place of the dot or of `.weight_`, or
+//! no ending.
 
 /// One code for each weight.
 pub(crate) const CODES: &[&str] = &[".weight", ""];
 /// Packed integers.
-pub(crate) const PACKED: &[&str] = &[".weight_packed", "_packed"];
+pub(crate) const PACKED: &[&str] = &[".weight_packed", "_weight_packed", "_packed"];
 /// FP4 and FP6, packed.
-pub(crate) const PACKED_FLOATS: &[&str] = &[".weight_packed", ".weight", "_blocks", "_packed", ""];
+pub(crate) const PACKED_FLOATS: &[&str] =
+    &[".weight_packed", ".weight", "_blocks", "_weight_packed", "_packed", ""];
 /// Scales of channels, groups and blocks; of tensors, where there are no others.
 pub(crate) const SCALES: &[&str] = &[
     ".weight_scale",
@@ -36,15 +38,16 @@ pub(crate) const SCALES: &[&str] = &[
     ".scale",
 ];
 /// A tensor's scale that divides.
-pub(crate) const ENCODE_SCALE: &[&str] = &[".weight_global_scale", "_weight_global_scale"];
+pub(crate) const ENCODE_SCALE: &[&str] =
+    &[".weight_global_scale", "_weight_global_scale", "_global_scale"];
 /// A tensor's scale that multiplies.
-pub(crate) const DECODE_SCALE: &[&str] = &[".weight_scale_2", "_weight_scale_2"];
+pub(crate) const DECODE_SCALE: &[&str] = &[".weight_scale_2", "_weight_scale_2", "_scale_2"];
 /// Zero points.
-pub(crate) const ZEROS: &[&str] = &[".weight_zero_point", "_weight_zero_point"];
+pub(crate) const ZEROS: &[&str] = &[".weight_zero_point", "_weight_zero_point", "_zero_point"];
 /// Groups of columns.
-pub(crate) const GROUPS: &[&str] = &[".weight_g_idx", "_weight_g_idx"];
+pub(crate) const GROUPS: &[&str] = &[".weight_g_idx", "_weight_g_idx", "_g_idx"];
 /// The true shape of packed weights.
-pub(crate) const SHAPE: &[&str] = &[".weight_shape", "_weight_shape"];
+pub(crate) const SHAPE: &[&str] = &[".weight_shape", "_weight_shape", "_shape"];
 /// Codes of GPTQ and AWQ.
 pub(crate) const QWEIGHT: &[&str] = &[".qweight", "_qweight"];
 /// Their scales.
@@ -54,7 +57,7 @@ pub(crate) const QZEROS: &[&str] = &[".qzeros", "_qzeros"];
 /// Groups of columns of GPTQ.
 pub(crate) const G_IDX: &[&str] = &[".g_idx", "_g_idx"];
 /// A stored scale of activations that takes codes back to values.
-pub(crate) const INPUT_SCALE: &[&str] = &[".input_scale", "_input_scale"];
+pub(crate) const INPUT_SCALE: &[&str] = &[".input_scale", "_input_scale", ".act_scale"];
 /// The same, on the second of two levels (Quark's NVFP4).
 pub(crate) const INPUT_SCALE_2: &[&str] = &[".input_scale_2", "_input_scale_2"];
 /// A stored scale of activations that multiplies before they are quantised.

@@ -52,27 +52,34 @@ pub(super) unsafe fn activate<S: Lanes>(
 #[inline(always)]
 fn situ(beta: f64, lambda: Option<f64>, gate: &mut [f32], up: Option<&[f32]>) {
     let per_beta = 1.0 / beta;
-    let of_gate = |g: f64| {
-        let ((t, under_t), (s, under_s)) = (tanh_fraction(g * per_beta), sigmoid_fraction(g));
-        (beta * t * s, under_t * under_s)
-    };
     match (up, lambda) {
         (Some(up), Some(lambda)) => {
             let per_lambda = 1.0 / lambda;
             for (g, u) in gate.iter_mut().zip(up) {
-                let (act, under_act) = of_gate(f64::from(*g));
+                let (act, under_act) = situ_gate(beta, per_beta, f64::from(*g));
                 let (t, under_t) = tanh_fraction(f64::from(*u) * per_lambda);
                 *g = (act * (lambda * t) / (under_act * under_t)) as f32;
             }
         }
-        _ => {
-            let act = |g: f64| {
-                let (act, under) = of_gate(g);
-                act / under
-            };
-            apply_f64(gate, up, act);
+        (Some(up), None) => {
+            for (g, u) in gate.iter_mut().zip(up) {
+                let (act, under) = situ_gate(beta, per_beta, f64::from(*g));
+                *g = (act / under * f64::from(*u)) as f32;
+            }
         }
+        (None, _) => gate.iter_mut().for_each(|g| {
+            let (act, under) = situ_gate(beta, per_beta, f64::from(*g));
+            *g = (act / under) as f32;
+        }),
     }
+}
+
+/// `n / d = β·tanh(g/β)·σ(g)`. A function, not a closure: one that is called twice stays outside of the
+/// loops, which then are no vectors.
+#[inline(always)]
+fn situ_gate(beta: f64, per_beta: f64, g: f64) -> (f64, f64) {
+    let ((t, under_t), (s, under_s)) = (tanh_fraction(g * per_beta), sigmoid_fraction(g));
+    (beta * t * s, under_t * under_s)
 }
 
 /// Element by element in f64, rounded once: a loop that the compiler makes vectors of.

@@ -31,6 +31,10 @@ impl Opened {
         let description = architecture::describe(&checkpoint)?;
         let layers = architecture::layers(&checkpoint)?;
         if layers.is_empty() {
+            // experts that no layer of the configuration has say more than that there is none
+            if let Some(error) = architecture::overlooked(&checkpoint)?.into_iter().next() {
+                return Err(error.into());
+            }
             return Err(Error::file(
                 path,
                 format!("is a '{}' model without MoE layers", description.architecture),

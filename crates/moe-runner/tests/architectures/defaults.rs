@@ -249,3 +249,14 @@ fn patterns_of_layers() {
         assert_eq!(indices, [1, 3], "{key}");
     }
 }
+
+/// Where a class's `mlp_bias` makes the shared experts' biases, it does so here.
+#[test]
+fn biases_of_shared_experts() {
+    for model_type in ["step3p5", "hy_v3"] {
+        for bias in [false, true] {
+            let layers = layers(model_type, &[("mlp_bias", json!(bias))]).unwrap();
+            assert_eq!(layers[0].spec.shared.as_ref().unwrap().bias, bias, "{model_type}");
+        }
+    }
+}

@@ -94,7 +94,7 @@ pub(super) const ROWS: &[Architecture] = &[
             if let Some(shared) = &mut spec.shared {
                 shared.activation = stepped(&["swiglu_limits_shared"])?;
             }
-            Ok(())
+            biased_shared(settings, spec)
         },
         names: &[Names {
             block: "moe",

@@ -19,6 +19,8 @@ from typing import Any
 
 logger = logging.getLogger("vllm.plugins.moe_runner")
 
+_DTYPES: dict[str, Any] = {"torch.float32": "f32", "torch.bfloat16": "bf16", "torch.float16": "f16"}
+
 #: Versions of vLLM whose seams are those that this file knows.
 KNOWN = ("0.32", "0.33")
 
@@ -138,8 +140,10 @@ def _register_quantised() -> None:
         def __init__(self, moe: Any, path: str, index: int) -> None:
             super().__init__(moe)
             _refuse_what_is_not_supported(moe)
-            checkpoint = opened.setdefault(path, moe_runner.Checkpoint(path))
-            native = moe_runner.Experts.open(checkpoint, index, dtype="bf16", non_finite="pass")
+            if path not in opened:
+                opened[path] = moe_runner.Checkpoint(path)
+            dtype = _DTYPES[str(get_current_vllm_config().model_config.dtype)]
+            native = moe_runner.Experts.open(opened[path], index, dtype=dtype, non_finite="pass")
             self.held = ops.Held(native)
             logger.info("moe-runner opened layer %d: %r", index, native)
 

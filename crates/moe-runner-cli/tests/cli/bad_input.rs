@@ -229,7 +229,7 @@ fn arguments_that_cannot_be_used() {
         ("1", &[][..], "layer 1 is no MoE layer"),
         ("-1", &[], "--layer"),
         ("x", &[], "--layer"),
-        ("0", &["--kernel", "fastest"], "there are cpu_avx512"),
+        ("0", &["--kernel", "fastest"], "there are cpu_amx_bf16"),
         ("0", &["--dtype", "fp8"], "auto, f32, bf16 and f16"),
         ("0", &["--device", "tpu"], "cuda"),
         ("0", &["--threads", "0"], "--threads"),

@@ -43,6 +43,19 @@ __device__ __forceinline__ void store_float(void* p, u32 type, u64 i, float x) {
   if (type == F32) ((float*)p)[i] = x;
   else ((u16*)p)[i] = type == F16 ? f32_to_f16(x) : f32_to_bf16(x);
 }
+// sum[i] += w · (scale · value i) of eight values that tiles keep as 16-bit integers, each step rounded. 2^23 and an integer
+// from 0 in the low bits of a float are its value after one subtraction.
+__device__ __forceinline__ void add_scaled(float (&sum)[8], float w, float scale, uint4 values) {
+  u32 words[4] = {values.x, values.y, values.z, values.w};
+#pragma unroll
+  for (int k = 0; k < 4; k++) {
+    u32 v = words[k] ^ 0x80008000u;
+    float low = __uint_as_float(__byte_perm(v, 0x4B000000u, 0x7610)) - 8421376.f;
+    float high = __uint_as_float(__byte_perm(v, 0x4B000000u, 0x7632)) - 8421376.f;
+    sum[2 * k] = __fadd_rn(sum[2 * k], __fmul_rn(w, __fmul_rn(scale, low)));
+    sum[2 * k + 1] = __fadd_rn(sum[2 * k + 1], __fmul_rn(w, __fmul_rn(scale, high)));
+  }
+}
 __device__ __forceinline__ bool finite(float x) { return (__float_as_uint(x) & 0x7f800000u) != 0x7f800000u; }
 
 // A strided matrix of floats; `stride` in elements.

@@ -127,16 +127,7 @@ extern "C" __global__ void combine_returned(Returned r, const float* weights, u3
       float w = weights[t * top_k + j];
       if (r.tile) {
         float scale = (d ? r.far_scales : r.own_scales)[at * tiles + piece * 8 / r.tile];
-        uint4 v = ((const uint4*)(d ? r.far : r.own))[at * pieces + piece];
-        u32 words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-        for (int k = 0; k < 4; k++) {
-          u32 v = words[k] ^ 0x80008000u;
-          float low = __uint_as_float(__byte_perm(v, 0x4B000000u, 0x7610)) - 8421376.f;
-          float high = __uint_as_float(__byte_perm(v, 0x4B000000u, 0x7632)) - 8421376.f;
-          sum[2 * k] = __fadd_rn(sum[2 * k], __fmul_rn(w, __fmul_rn(scale, low)));
-          sum[2 * k + 1] = __fadd_rn(sum[2 * k + 1], __fmul_rn(w, __fmul_rn(scale, high)));
-        }
+        add_scaled(sum, w, scale, ((const uint4*)(d ? r.far : r.own))[at * pieces + piece]);
       } else {
         const float4* from = (const float4*)(d ? r.far : r.own) + (at * pieces + piece) * 2;
         float4 a = from[0], b = from[1];

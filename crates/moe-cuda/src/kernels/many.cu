@@ -281,17 +281,7 @@ extern "C" __global__ void combine_slots(const uint4* y, const float* scales, co
       u64 slot = (u64)t * top_k + j;
       if (ids[slot] >= experts) continue;
       float w = weights[slot], scale = scales[slot * tiles + tile];
-      uint4 v = y[slot * pieces + piece];
-      u32 words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-      for (int k = 0; k < 4; k++) {
-        // 2^23 and an integer from 0 in the low bits: its value after one subtraction
-        u32 v = words[k] ^ 0x80008000u;
-        float low = __uint_as_float(__byte_perm(v, 0x4B000000u, 0x7610)) - 8421376.f;
-        float high = __uint_as_float(__byte_perm(v, 0x4B000000u, 0x7632)) - 8421376.f;
-        sum[2 * k] = __fadd_rn(sum[2 * k], __fmul_rn(w, __fmul_rn(scale, low)));
-        sum[2 * k + 1] = __fadd_rn(sum[2 * k + 1], __fmul_rn(w, __fmul_rn(scale, high)));
-      }
+      add_scaled(sum, w, scale, y[slot * pieces + piece]);
     }
 #pragma unroll
     for (int k = 0; k < 8; k++) {

@@ -41,8 +41,6 @@ pub(super) struct Ranks {
 #[derive(Clone)]
 struct Last {
     ways: Ways,
-    /// Bytes of a row.
-    row: usize,
     outputs: SlotOutputs,
 }
 
@@ -203,10 +201,9 @@ impl Ranks {
             outputs: experts.output_of_slot(),
         };
         let ways = resident::run(&mut side, (me, all), room)?;
-        let (row, output) = (side.row_bytes(), side.outputs);
-        let wire = ResidentWire { row, output: output.value_bytes + output.scale_bytes };
-        self.count(&ways, wire);
-        *self.last() = Some(Last { ways, row, outputs: output });
+        self.count(&ways, side.wire());
+        let outputs = side.outputs;
+        *self.last() = Some(Last { ways, outputs });
         Ok(())
     }
 
@@ -220,7 +217,7 @@ impl Ranks {
         out: &mut RowsMut<'_>,
         (faults, runs): ((&FaultWord, &FaultWord), usize),
     ) -> Result<Option<ExchangeTime>> {
-        let Some(Last { ways, row, outputs }) = self.last().clone() else { return Ok(None) };
+        let Some(Last { ways, outputs }) = self.last().clone() else { return Ok(None) };
         let (me, all) = (self.homes.me(), self.homes.ranks());
         let room = self.spread.room;
         let (plans, fast, memory) = work;
@@ -266,8 +263,7 @@ impl Ranks {
             side.send(&ways)?;
             side.send_back(&ways)
         })?;
-        let wire = ResidentWire { row, output: outputs.value_bytes + outputs.scale_bytes };
-        let [_, there, back] = ways.traffic(wire, all);
+        let [_, there, back] = ways.traffic(side.wire(), all);
         let sent = [there, back].into_iter().flatten().map(|(sent, _)| sent).sum();
         Ok(Some(ExchangeTime { seconds, bare_seconds, sent }))
     }
@@ -334,6 +330,12 @@ fn no_memory() -> Error {
 impl Gpus<'_, '_, '_> {
     fn row_bytes(&self) -> usize {
         self.of.x.cols() * self.of.x.float().bytes()
+    }
+
+    /// What crosses between ranks.
+    fn wire(&self) -> ResidentWire {
+        let SlotOutputs { value_bytes, scale_bytes, .. } = self.outputs;
+        ResidentWire { row: self.row_bytes(), output: value_bytes + scale_bytes }
     }
 
     /// Ids and rows of the slots that have arrived.

@@ -497,3 +497,17 @@ fn endings_of_stacks() {
         }
     }
 }
+
+/// A stored scale of activations has two published names.
+#[test]
+fn scales_of_activations() {
+    let format = FORMATS.iter().find(|format| format.name == "fp8 tensor, static").unwrap();
+    let [usual, other] = [".input_scale", ".act_scale"].map(|name| {
+        let renamed = |ending| if ending == ".input_scale" { name } else { ending };
+        let (layer, values) = load_as(format, &WAYS[0], &KINDS[0], renamed).unwrap();
+        check(&layer, values, name);
+        format!("{:?}", layer.experts.iter().map(|expert| &expert.up.input).collect::<Vec<_>>())
+    });
+    assert_eq!(other, usual);
+    assert!(usual.contains("0.02"), "{usual}");
+}

@@ -3,9 +3,9 @@
 
 use std::sync::Arc;
 
-use moe_runner::comm::{At, Communicator, Step, run_ranks};
+use moe_runner::comm::{At, Communicator, Kind, Step, run_ranks};
 use moe_runner::exchange::ExpertMap;
-use moe_runner::exchange::resident::{Room, Side, Ways, run};
+use moe_runner::exchange::resident::{ResidentWire, Room, Side, Ways, run};
 use moe_runner::random::Random;
 use moe_runner::router::LogicalId;
 use moe_runner::{Error, Result};
@@ -304,7 +304,16 @@ fn forward(
         back: Vec::new(),
         out: Vec::new(),
     };
-    run(&mut host, (world.rank(), world.size()), room)?;
+    let before = world.traffic().read();
+    let ways = run(&mut host, (world.rank(), world.size()), room)?;
+    // what crossed is what the ways say
+    let wire = ResidentWire { row: H * size_of::<f32>(), output: H * size_of::<f32>() };
+    let [counts, there, back] = ways.traffic(wire, world.size());
+    assert_eq!(counts.is_none(), room.is_some());
+    let crossed = world.traffic().read().since(&before).of(Kind::AllToAllV);
+    let said = [there, back].into_iter().flatten();
+    let (sent, received) = said.fold((0, 0), |(s, r), (sent, received)| (s + sent, r + received));
+    assert_eq!((crossed.sent, crossed.received), (sent as u64, received as u64));
     Ok(host.out)
 }
 

@@ -13,7 +13,9 @@ use moe_runner::hidden::ActivationDtype::{self, Bf16, F16, F32};
 use moe_runner::oracle::{Machine, Request, failing_conditions, select};
 use moe_runner::runner::Options;
 use moe_runner::spec::{Activation, ActivationFormat, Granularity, WeightFormat, WeightOn};
-use moe_runner::weights::LoadedLayer;
+use moe_runner::weights::{
+    Element, LoadedLayer, Matrix, RandomFormat, RandomScaled, ScaleType, random_layer,
+};
 use proptest::prelude::*;
 use proptest::sample::{select as one_of, subsequence};
 
@@ -25,7 +27,7 @@ const CUDA: KernelDesc = KernelDesc {
         weights: Formats::Only(&[WeightFormat::Nvfp4, WeightFormat::Mxfp4]),
         groups: Formats::Only(&[[1, 16], [1, 32]]),
         rows: Formats::Only(&[ActivationFormat::Nvfp4]),
-        extras: Extras::ORDER,
+        extras: Extras::NONE,
         itself: None,
     }],
     functions: Functions::Only(&[Activation::Silu]),
@@ -97,7 +99,7 @@ fn requests() -> impl Strategy<Value = Request> {
         // each format of weights with one of rows
         (subsequence(WEIGHTS.to_vec(), 1..=3), one_of(ACTIVATIONS.to_vec())),
         one_of(vec![None, Some([1, 32]), Some([128, 128])]),
-        one_of(vec![Extras::NONE, Extras::NONE, Extras::ZERO_POINTS, Extras::ALL]),
+        one_of(vec![Extras::NONE, Extras::NONE, Extras::ORDER, Extras::ALL]),
         one_of(vec![Activation::Silu, Activation::Gelu]),
         one_of(vec![F32, Bf16, F16]),
     );
@@ -270,8 +272,8 @@ fn reasons_and_fixes_in_words() {
             "cannot read int8 (channel) weights (a checkpoint in nvfp4, mxfp4)",
             "reads no weights of which 1 × 130 share a scale (a checkpoint with a scale for each \
              1 × 16 or 1 × 32)",
-            "reads no weights with zero points for each group and scales that bf16 does not hold (a \
-             checkpoint with one zero point and scales in bf16)",
+            "reads no weights with columns in an order of their own (act-order) and scales that bf16 does \
+             not hold (a checkpoint with columns in order and scales in bf16)",
             "does not take activations as int8 (token) (a checkpoint with activations as nvfp4)",
             "does not compute Gelu between the products (experts with Silu)",
             "does not take f32 hidden states (hidden states in bf16 or f16)",
@@ -437,34 +439,62 @@ fn a_name_that_no_kernel_has_is_answered_with_all_names() {
 /// checkpoint may have beside them is said, and runs in f32.
 #[test]
 fn int4_on_hopper() {
-    let int4 = |extras| ProductFormat {
-        weights: WeightFormat::Int4(Granularity::Group),
-        group: Some([1, 128]),
-        rows: ActivationFormat::Unquantised,
-        extras,
-    };
-    let choose = |extras| {
+    let choose = |weights: fn(Granularity) -> WeightFormat, extras| {
+        let product = ProductFormat {
+            weights: weights(Granularity::Group),
+            group: Some([1, 128]),
+            rows: ActivationFormat::Unquantised,
+            extras,
+        };
         let request = Request {
             device: Some(Device::Cuda),
-            products: vec![int4(extras)],
+            products: vec![product],
             hidden: 2048,
             intermediate: 768,
             ..Request::of(&layer("mixtral_bf16"), Bf16)
         };
         select(KERNELS, &request, &Machine::named("sm90").unwrap()).unwrap()
     };
-    assert_eq!(choose(Extras::NONE).kernel.name, "cuda_sm90_int4");
-    for (extras, why) in [
-        (Extras::ZERO_POINTS, "zero points for each group (a checkpoint with one zero point)"),
+    assert_eq!(choose(WeightFormat::Int4, Extras::NONE).kernel.name, "cuda_sm90_int4");
+    for (weights, extras, why) in [
+        (WeightFormat::Int4Asymmetric as fn(_) -> _, Extras::NONE, "zero points)"),
         (
+            WeightFormat::Int4,
             Extras::ORDER,
             "columns in an order of their own (act-order) (a checkpoint with columns in order)",
         ),
-        (Extras::FINE_SCALES, "scales that bf16 does not hold (a checkpoint with scales in bf16)"),
+        (
+            WeightFormat::Int4,
+            Extras::FINE_SCALES,
+            "scales that bf16 does not hold (a checkpoint with scales in bf16)",
+        ),
     ] {
-        let choice = choose(extras);
+        let choice = choose(weights, extras);
         assert_eq!(choice.kernel.name, "cuda_f32");
         let int4 = choice.rejected.iter().find(|r| r.kernel.name == "cuda_sm90_int4").unwrap();
-        assert_eq!(int4.to_string(), format!("cuda_sm90_int4: reads no weights with {why}"));
+        assert!(int4.to_string().contains(why), "{int4}");
+    }
+}
+
+/// What codes have beside scales is read off the weights.
+#[test]
+fn extras_of_weights() {
+    let plain = layer("quant_qwen3_moe_w4a16_g128");
+    let extras = |matrix: &Matrix| ProductFormat::of(matrix).extras;
+    assert_eq!(extras(&plain.experts[0].up), Extras::NONE);
+    let codes = plain.experts[0].up.codes().unwrap().clone();
+    let columns = codes.cols() as u32;
+    let backwards = (0..columns).rev().map(|k| k / 128).collect();
+    let ordered = Matrix::new(codes.with_groups(backwards).unwrap());
+    assert_eq!(extras(&ordered), Extras::ORDER);
+    for (scales, wanted) in [
+        (ScaleType::Bf16, Extras::NONE),
+        (ScaleType::F16, Extras::FINE_SCALES),
+        (ScaleType::F32, Extras::FINE_SCALES),
+    ] {
+        let (element, granularity, block) = (Element::Uint4, Granularity::Group, [1, 128]);
+        let format = RandomScaled { element, scales, granularity, block, input: None };
+        let random = random_layer(&plain.spec, RandomFormat::Scaled(format), 1).unwrap();
+        assert_eq!(extras(&random.experts[0].down), wanted, "{scales}");
     }
 }

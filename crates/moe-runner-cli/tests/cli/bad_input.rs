@@ -154,6 +154,9 @@ fn spoiled_configs() {
     spoil("\"num_experts\": 12", "\"num_experts\": \"many\"", "num_experts");
     spoil("\"hidden_size\": 64", "\"hidden_size\": 128", "shape");
     spoil("\"hidden_size\": 64", "\"hidden_size\": 0", "hidden");
+    // experts that no layer of the configuration has, not a model without MoE layers
+    let dense = "\"mlp_only_layers\": [\n    0,\n    1,\n    2\n  ]";
+    spoil("\"mlp_only_layers\": [\n    1\n  ]", dense, "layer 0");
     let text = |text: &str, says: &str| {
         let bench = Bench::new();
         std::fs::write(bench.path("config.json"), text).unwrap();

@@ -7,7 +7,7 @@ use crate::Result;
 use crate::exchange::RowFormat;
 use crate::hidden::ActivationDtype;
 use crate::spec::{Activation, ActivationFormat, WeightFormat};
-use crate::weights::{Matrix, ScaleType, Zeros};
+use crate::weights::{Matrix, ScaleType};
 
 /// A kernel: what it needs, what it can do, and how it is built.
 #[derive(Clone, Copy, Debug)]
@@ -123,24 +123,21 @@ impl ProductFormat {
 }
 
 /// What integer codes may have beside a bf16 scale for each group, as a set. Kernels that read codes packed for
-/// them do not take all of it.
+/// them do not take all of it. (Codes with zero points are a format of their own.)
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Extras(u8);
 
 impl Extras {
     /// Nothing.
     pub const NONE: Extras = Extras(0);
-    /// A zero point for each group.
-    pub const ZERO_POINTS: Extras = Extras(1);
     /// Columns whose groups are named one by one (act-order).
-    pub const ORDER: Extras = Extras(1 << 1);
+    pub const ORDER: Extras = Extras(1);
     /// Scales in f16 or f32: bf16 does not hold them.
-    pub const FINE_SCALES: Extras = Extras(1 << 2);
+    pub const FINE_SCALES: Extras = Extras(1 << 1);
     /// All of it.
-    pub const ALL: Extras = Extras(7);
+    pub const ALL: Extras = Extras(3);
     /// Each in words, and its absence.
-    const NAMES: [(Extras, &'static str, &'static str); 3] = [
-        (Extras::ZERO_POINTS, "zero points for each group", "one zero point"),
+    const NAMES: [(Extras, &'static str, &'static str); 2] = [
         (Extras::ORDER, "columns in an order of their own (act-order)", "columns in order"),
         (Extras::FINE_SCALES, "scales that bf16 does not hold", "scales in bf16"),
     ];
@@ -150,14 +147,10 @@ impl Extras {
         let integers = matches!(matrix.format(), WeightFormat::Int4(_) | WeightFormat::Int8(_));
         let Some(codes) = matrix.codes().filter(|_| integers) else { return Self::NONE };
         let fine = matches!(codes.scales().stored(), ScaleType::F16 | ScaleType::F32);
-        [
-            (matches!(codes.zeros(), Zeros::Each(_)), Self::ZERO_POINTS),
-            (codes.group_of().is_some(), Self::ORDER),
-            (fine, Self::FINE_SCALES),
-        ]
-        .into_iter()
-        .filter(|(has, _)| *has)
-        .fold(Self::NONE, |all, (_, extra)| Self(all.0 | extra.0))
+        [(codes.group_of().is_some(), Self::ORDER), (fine, Self::FINE_SCALES)]
+            .into_iter()
+            .filter(|(has, _)| *has)
+            .fold(Self::NONE, |all, (_, extra)| Self(all.0 | extra.0))
     }
 
     /// Those that `other` has not.

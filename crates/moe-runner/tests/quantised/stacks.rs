@@ -504,7 +504,8 @@ fn scales_of_activations() {
     let format = FORMATS.iter().find(|format| format.name == "fp8 tensor, static").unwrap();
     let [usual, other] = [".input_scale", ".act_scale"].map(|name| {
         let renamed = |ending| if ending == ".input_scale" { name } else { ending };
-        let (layer, values) = load_as(format, &WAYS[0], &KINDS[0], renamed).unwrap();
+        let way = Way { names: GATE_UP, layout: Some(Layout::Stack), bias: "_bias" };
+        let (layer, values) = load_as(format, &way, &KINDS[0], renamed).unwrap();
         check(&layer, values, name);
         format!("{:?}", layer.experts.iter().map(|expert| &expert.up.input).collect::<Vec<_>>())
     });

@@ -81,3 +81,43 @@ fn nvfp4(tensor: &Tensor, matrix: &Matrix, blocks: &Blocks, scale: f32) -> Resul
     Codes::new(packing, codes.into(), [rows, cols], scales, Zeros::None, global)
         .map_err(misfit(tensor))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::checkpoint::Dtype;
+    use crate::random::Random;
+
+    /// Codes and scales are those of the blocks, in every row of a window: the values are the blocks' own, as
+    /// their decoder has them, times the scale. All of it is exact in f32.
+    #[test]
+    fn blocks_of_nvfp4_become_codes() {
+        const SCALE: f32 = 0.375;
+        let (rows, cols) = (6, 192);
+        let row_bytes = BlockType::Nvfp4.row_bytes(cols).unwrap();
+        let random = &mut Random::new(5);
+        let bytes: Vec<u8> = (0..rows * row_bytes).map(|_| (random.unit() * 256.0) as u8).collect();
+        let blocks = Blocks::new(BlockType::Nvfp4, bytes.into(), [rows, cols]).unwrap();
+        let all = Matrix::new(blocks.clone());
+        let window = all.rows_of(1, 2, 3).unwrap();
+        let tensor = Tensor {
+            name: "m.scale".into(),
+            file: "f".into(),
+            dtype: Dtype::F32,
+            shape: vec![1],
+            bytes: SCALE.to_le_bytes().to_vec().into(),
+            blank: false,
+        };
+        for matrix in [all, window] {
+            let codes = nvfp4(&tensor, &matrix, &blocks, SCALE).unwrap_or_else(|_| panic!("fits"));
+            let codes = Matrix::new(codes);
+            let (mut got, mut want) = (vec![0.0; cols], vec![0.0; cols]);
+            for row in 0..matrix.rows() {
+                codes.decode_row(row, &mut got);
+                matrix.decode_row(row, &mut want);
+                want.iter_mut().for_each(|value| *value *= SCALE);
+                assert_eq!(got, want, "row {row}");
+            }
+        }
+    }
+}

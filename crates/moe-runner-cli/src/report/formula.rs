@@ -151,15 +151,16 @@ fn transformed(transform: &Transform, x: &str) -> String {
 
 /// An expert: `expert(h) = Wd·(silu(g)·u), g = Wg·h, u = Wu·h`.
 pub(crate) fn expert(gated: bool, activation: Activation, bias: bool, norm: bool) -> String {
+    let g = if gated { "g" } else { "u" };
     let function = match activation {
-        Activation::Silu => "silu(g)".to_owned(),
-        Activation::Gelu => "gelu(g)".to_owned(),
-        Activation::GeluTanh => "gelu_tanh(g)".to_owned(),
-        Activation::Relu => "relu(g)".to_owned(),
-        Activation::Relu2 => "relu(g)²".to_owned(),
-        Activation::ClampedSwiglu { alpha, .. } => format!("g·σ({alpha}·g)"),
-        Activation::SwigluStep { limit } => format!("min(silu(g), {limit})"),
-        Activation::Situ { beta, .. } => format!("{beta}·tanh(g/{beta})·σ(g)"),
+        Activation::Silu => format!("silu({g})"),
+        Activation::Gelu => format!("gelu({g})"),
+        Activation::GeluTanh => format!("gelu_tanh({g})"),
+        Activation::Relu => format!("relu({g})"),
+        Activation::Relu2 => format!("relu({g})²"),
+        Activation::ClampedSwiglu { alpha, .. } => format!("{g}·σ({alpha}·{g})"),
+        Activation::SwigluStep { limit } => format!("min(silu({g}), {limit})"),
+        Activation::Situ { beta, .. } => format!("{beta}·tanh({g}/{beta})·σ({g})"),
     };
     let up = match activation {
         Activation::ClampedSwiglu { beta: 0.0, .. } => "u".to_owned(),
@@ -167,7 +168,7 @@ pub(crate) fn expert(gated: bool, activation: Activation, bias: bool, norm: bool
         Activation::Situ { lambda: Some(lambda), .. } => format!("{lambda}·tanh(u/{lambda})"),
         _ => "u".to_owned(),
     };
-    let middle = if gated { format!("{function}·{up}") } else { function.replace('g', "u") };
+    let middle = if gated { format!("{function}·{up}") } else { function };
     let clamp = match activation {
         Activation::ClampedSwiglu { limit, .. } if gated => {
             format!(", g at most {limit}, u within ±{limit}")
@@ -178,6 +179,28 @@ pub(crate) fn expert(gated: bool, activation: Activation, bias: bool, norm: bool
     };
     let biases = if bias { ", biases on all" } else { "" };
     let normed = if norm { ", then rmsnorm" } else { "" };
-    let (g, what) = if gated { ("g = Wg·h, ", middle) } else { ("", middle) };
-    format!("expert(h) = Wd·({what}), {g}u = Wu·h{clamp}{biases}{normed}")
+    let gate = if gated { "g = Wg·h, " } else { "" };
+    format!("expert(h) = Wd·({middle}), {gate}u = Wu·h{clamp}{biases}{normed}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn experts_with_and_without_a_gate() {
+        let situ = Activation::Situ { beta: 4.0, lambda: Some(25.0) };
+        for (gated, activation, expected) in [
+            (true, Activation::Silu, "Wd·(silu(g)·u), g = Wg·h, u = Wu·h"),
+            (false, Activation::GeluTanh, "Wd·(gelu_tanh(u)), u = Wu·h"),
+            (false, Activation::Relu2, "Wd·(relu(u)²), u = Wu·h"),
+            (true, situ, "Wd·(4·tanh(g/4)·σ(g)·25·tanh(u/25)), g = Wg·h, u = Wu·h"),
+        ] {
+            assert_eq!(
+                expert(gated, activation, false, false),
+                format!("expert(h) = {expected}"),
+                "{activation:?}"
+            );
+        }
+    }
 }

@@ -9,6 +9,21 @@ fn before(name: &str) -> tempfile::TempDir {
     folder
 }
 
+/// Numbers of an activation are those of the configuration.
+#[test]
+fn the_configuration_tells_the_formulas() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = r#"{"model_type": "kimi_k3", "hidden_size": 64, "num_hidden_layers": 2,
+        "num_experts": 4, "num_experts_per_token": 2, "moe_intermediate_size": 32,
+        "num_shared_experts": 1, "routed_expert_hidden_size": 48, "hidden_act": "situ",
+        "activation_situ_beta": 4.0, "activation_situ_linear_beta": 25.0}"#;
+    std::fs::write(folder.path().join("config.json"), config).unwrap();
+    let output = moe_runner(["inspect".as_ref(), folder.path().as_os_str()]);
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(text.contains("4·tanh(g/4)·σ(g)·25·tanh(u/25)"), "{text}");
+    assert!(text.contains("linear→48(x)"), "{text}");
+}
+
 #[test]
 fn the_configuration_tells_shapes_bytes_kernels_and_ranks() {
     for name in ["qwen2_moe_f16", "deepseek_v3_bf16", "quant_qwen3_moe_fp8_block"] {

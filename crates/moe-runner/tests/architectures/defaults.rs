@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use moe_runner::checkpoint::architecture;
+use moe_runner::spec::Activation;
 use serde_json::{Value, json};
 
 use crate::synthetic::Model;
@@ -206,6 +207,24 @@ fn nulls() {
     assert_eq!(mimo[0].spec.routed_scale.factor, 1.0);
     let qwen = layers("qwen3_moe", &[("mlp_only_layers", Value::Null)]).unwrap();
     assert_eq!(qwen.len(), layers("qwen3_moe", &[]).unwrap().len());
+}
+
+/// Kimi's activation has a bound for the gate, and one for the up projection where that is bounded.
+#[test]
+fn bounds_of_kimi() {
+    let bounds = |linear: Option<Value>| {
+        let mut keys = vec![("hidden_act", json!("situ")), ("activation_situ_beta", json!(4.0))];
+        keys.extend(linear.map(|value| ("activation_situ_linear_beta", value)));
+        match layers("kimi_k3", &keys).unwrap()[0].spec.expert.activation {
+            Activation::Situ { beta, lambda } => (beta, lambda),
+            other => panic!("{other:?}"),
+        }
+    };
+    assert_eq!(bounds(Some(json!(25.0))), (4.0, Some(25.0)));
+    assert_eq!(bounds(Some(Value::Null)), (4.0, None));
+    assert_eq!(bounds(None), (4.0, None));
+    let error = layers("kimi_k3", &[("hidden_act", json!("situ"))]).unwrap_err();
+    assert!(error.contains("activation_situ_beta"), "{error}");
 }
 
 /// Inkling's experts have a width of their own, or the one beside that of dense layers.

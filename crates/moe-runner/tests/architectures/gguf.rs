@@ -8,15 +8,15 @@ use moe_runner::spec::{
     Activation, Correction, GroupFill, GroupScore, Groups, LayerSpec, Renormalise, RmsNorm, Score,
     Selection, SharedCombine, TransformStep, WeightFrom, WeightOn,
 };
-use moe_runner::weights::{LoadedLayer, account};
+use moe_runner::weights::account;
 
-enum Value {
+pub(super) enum Value {
     U32(u32),
     F32(f32),
     Bool(bool),
 }
 
-use Value::{Bool, F32, U32};
+pub(super) use Value::{Bool, F32, U32};
 
 fn string(out: &mut Vec<u8>, text: &str) {
     out.extend((text.len() as u64).to_le_bytes());
@@ -25,6 +25,18 @@ fn string(out: &mut Vec<u8>, text: &str) {
 
 /// Writes a file of version 3 with zeros for tensors; `tensors` are "name shape", outermost first.
 fn write(path: &Path, architecture: &str, keys: &[(&str, Value)], tensors: &[&str]) {
+    write_data(path, architecture, keys, tensors, |_, count| (0, vec![0; 4 * count]));
+}
+
+/// As [`write`], with the tensors that `data` makes from a name and a number of values: their type in
+/// GGUF, and their bytes.
+pub(super) fn write_data(
+    path: &Path,
+    architecture: &str,
+    keys: &[(&str, Value)],
+    tensors: &[&str],
+    data: impl Fn(&str, usize) -> (u32, Vec<u8>),
+) {
     let mut out = b"GGUF\x03\0\0\0".to_vec();
     out.extend((tensors.len() as u64).to_le_bytes());
     out.extend((keys.len() as u64 + 1).to_le_bytes());
@@ -48,18 +60,21 @@ fn write(path: &Path, architecture: &str, keys: &[(&str, Value)], tensors: &[&st
             }
         }
     }
-    let mut offset = 0;
+    let mut all = Vec::new();
     for tensor in tensors {
         let (name, shape) = tensor.split_once(' ').unwrap();
         let shape: Vec<u64> = shape.split(' ').map(|n| n.parse().unwrap()).collect();
+        let (kind, bytes) = data(name, shape.iter().product::<u64>() as usize);
         string(&mut out, name);
         out.extend((shape.len() as u32).to_le_bytes());
         shape.iter().rev().for_each(|size| out.extend(size.to_le_bytes()));
-        out.extend(0u32.to_le_bytes());
-        out.extend((offset as u64).to_le_bytes());
-        offset += (shape.iter().product::<u64>() as usize * 4).next_multiple_of(32);
+        out.extend(kind.to_le_bytes());
+        out.extend((all.len() as u64).to_le_bytes());
+        all.extend(bytes);
+        all.resize(all.len().next_multiple_of(32), 0);
     }
-    out.resize(out.len().next_multiple_of(32) + offset, 0);
+    out.resize(out.len().next_multiple_of(32), 0);
+    out.extend(all);
     std::fs::write(path, out).unwrap();
 }
 
@@ -519,54 +534,6 @@ fn clamps_that_the_file_states() {
         assert_eq!(shared, Activation::SwigluStep { limit: 16.0 }, "{name}");
         let none = vec![("swiglu_clamp_exp", F32(0.0))];
         assert_eq!(specs(name, none, &tensors)[0].expert.activation, Activation::Silu, "{name}");
-    }
-}
-
-/// Every weight is what is stored times its expert's scale, or the one for all.
-#[test]
-fn scales_of_matrices_multiply() {
-    let keys = [
-        ("block_count", U32(2)),
-        ("embedding_length", U32(8)),
-        ("feed_forward_length", U32(4)),
-        ("expert_count", U32(4)),
-        ("expert_used_count", U32(2)),
-    ];
-    let tensors = with(&["blk.1.ffn_up_exps.scale 4", "blk.1.ffn_down_exps.scale 1"]);
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("model.gguf");
-    write(&path, "qwen3moe", &keys, &tensors);
-    let mut bytes = std::fs::read(&path).unwrap();
-    let size = |tensor: &str| -> usize {
-        let sizes = tensor.split(' ').skip(1).map(|n| n.parse::<usize>().unwrap());
-        sizes.product::<usize>() * 4
-    };
-    let mut at = bytes.len() - tensors.iter().map(|t| size(t).next_multiple_of(32)).sum::<usize>();
-    for tensor in &tensors {
-        for (i, value) in bytes[at..at + size(tensor)].as_chunks_mut::<4>().0.iter_mut().enumerate()
-        {
-            let number =
-                if tensor.contains(".scale") { 2.0 + i as f32 } else { 1.0 + i as f32 / 8.0 };
-            *value = number.to_le_bytes();
-        }
-        at += size(tensor).next_multiple_of(32);
-    }
-    std::fs::write(&path, bytes).unwrap();
-    let checkpoint = Checkpoint::open(&path).unwrap();
-    let entry = &architecture::layers(&checkpoint).unwrap()[0];
-    let layer = LoadedLayer::load(&checkpoint, entry).unwrap();
-    for (e, expert) in layer.experts.iter().enumerate() {
-        let gate = expert.gate.as_ref().unwrap();
-        for (matrix, scale) in [(gate, 1.0), (&expert.up, 2.0 + e as f32), (&expert.down, 2.0)] {
-            let mut row = vec![0.0; matrix.cols()];
-            for n in 0..matrix.rows() {
-                matrix.decode_row(n, &mut row);
-                for (k, value) in row.iter().enumerate() {
-                    let index = (e * matrix.rows() + n) * matrix.cols() + k;
-                    assert_eq!(*value, (1.0 + index as f32 / 8.0) * scale, "expert {e} [{n}, {k}]");
-                }
-            }
-        }
     }
 }
 

@@ -6,6 +6,7 @@ mod defaults;
 mod docs;
 mod families;
 mod gguf;
+mod gguf_scales;
 mod golden;
 mod layouts;
 mod outline;

@@ -15,11 +15,14 @@ pub(crate) struct Stored {
     pub(crate) values: Vec<f64>,
 }
 
+/// Draws an `[N, K]` matrix and stores it.
+pub(crate) type Store = fn(&mut Random, usize, usize) -> Stored;
+
 /// One way of storing a matrix.
 pub(crate) struct Format {
     pub(crate) name: &'static str,
     pub(crate) config: fn() -> Value,
-    pub(crate) store: fn(&mut Random, usize, usize) -> Stored,
+    pub(crate) store: Store,
     /// Rows are quantised.
     pub(crate) activations: bool,
 }
@@ -340,7 +343,7 @@ fn fp8_tensor(random: &mut Random, n: usize, k: usize) -> Stored {
     }
 }
 
-fn fp8_channel(random: &mut Random, n: usize, k: usize) -> Stored {
+pub(crate) fn fp8_channel(random: &mut Random, n: usize, k: usize) -> Stored {
     let (codes, s) = (fp8_codes(random, n, k), scales(random, n));
     Stored {
         values: values(&codes, k, |c, n, _| e4m3(c) * f64::from(s[n])),
@@ -480,7 +483,7 @@ fn int4_ordered(random: &mut Random, n: usize, k: usize) -> Stored {
     packed(random, [n, k], 4, 32, false, true)
 }
 
-fn int8_packed(random: &mut Random, n: usize, k: usize) -> Stored {
+pub(crate) fn int8_packed(random: &mut Random, n: usize, k: usize) -> Stored {
     packed(random, [n, k], 8, 32, true, false)
 }
 
@@ -523,8 +526,12 @@ fn gptq(random: &mut Random, [n, k]: [usize; 2], bits: usize, less_one: bool) ->
     }
 }
 
-fn gptq4_v1(random: &mut Random, n: usize, k: usize) -> Stored {
+pub(crate) fn gptq4_v1(random: &mut Random, n: usize, k: usize) -> Stored {
     gptq(random, [n, k], 4, true)
+}
+
+pub(crate) fn gptq8_v1(random: &mut Random, n: usize, k: usize) -> Stored {
+    gptq(random, [n, k], 8, true)
 }
 
 fn gptq8_v2(random: &mut Random, n: usize, k: usize) -> Stored {

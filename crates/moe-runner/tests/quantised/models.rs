@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use crate::formats::{Format, Part, Stored};
+use crate::formats::{Format, Part, Store, Stored};
 use moe_runner::checkpoint::{Checkpoint, Dtype, NewTensor, architecture, write_safetensors};
 use moe_runner::random::Random;
 use moe_runner::weights::{Expert, LoadedLayer, Matrix};
@@ -79,9 +79,19 @@ pub(crate) struct Files {
 
 impl Files {
     pub(crate) fn new(model: &Model, format: &Format, seed: u64) -> Self {
+        Self::mixed(model, (format.config)(), |_| format.store, seed)
+    }
+
+    /// Each module as the `Store` that `store` gives for its name.
+    pub(crate) fn mixed(
+        model: &Model,
+        quantization: Value,
+        store: impl Fn(&str) -> Store,
+        seed: u64,
+    ) -> Self {
         let random = &mut Random::new(seed);
         let mut config = (model.config)();
-        config["quantization_config"] = (format.config)();
+        config["quantization_config"] = quantization;
         let mut files = Self { config, tensors: BTreeMap::new(), values: BTreeMap::new() };
         for (name, shape) in (model.floats)() {
             let values = random.values(shape.iter().product(), 0.1);
@@ -95,7 +105,7 @@ impl Files {
                 (up, INTERMEDIATE, HIDDEN),
                 (down, HIDDEN, INTERMEDIATE),
             ] {
-                let Stored { parts, values } = (format.store)(random, n, k);
+                let Stored { parts, values } = store(&module)(random, n, k);
                 for part in parts {
                     files.put(&module, part);
                 }

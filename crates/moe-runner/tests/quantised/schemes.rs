@@ -1,12 +1,13 @@
 //! Every format in two architectures, against values computed in [`formats`](crate::formats).
 
-use crate::formats::{FORMATS, Format};
+use crate::formats::{self, FORMATS, Format, Store};
 use crate::kernels;
 use crate::layers::{forward, nmse, options, rows, runner, truth};
 use crate::models::{Files, HIDDEN, MODELS, as_floats, matrices};
 use moe_runner::hidden::ActivationDtype::F32;
 use moe_runner::runner::MoeRunnerInterface;
 use moe_runner::spec::ActivationFormat;
+use serde_json::json;
 
 /// Each stored value is the true one, rounded once; read whole, and through windows of columns
 /// that begin and end anywhere.
@@ -36,6 +37,41 @@ fn every_value_of_every_format_is_exact_in_every_window() {
                         assert_eq!(part, whole, "{}: {name} row {n}, {start}..{end}", format.name);
                     }
                 }
+            }
+        }
+    }
+}
+
+/// Down projections in a scheme of their own: each group with its own format, an exception with its
+/// own bits.
+#[test]
+fn every_value_is_exact_where_modules_have_schemes_of_their_own() {
+    let compressed = json!({"quant_method": "compressed-tensors", "format": "mixed-precision",
+    "ignore": ["lm_head", "re:.*gate$"],
+    "config_groups": {
+        "group_0": {"targets": ["Linear"], "format": "float-quantized",
+            "weights": {"type": "float", "num_bits": 8, "strategy": "channel"}},
+        "group_1": {"targets": ["re:.*w2$"], "format": "pack-quantized",
+            "weights": {"type": "int", "num_bits": 8, "strategy": "group", "group_size": 32,
+                "symmetric": false}},
+    }});
+    let gptq = json!({"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": true,
+        "sym": false, "dynamic": {"+:.*w2$": {"bits": 8}}});
+    let cases: [(_, Store, Store); 2] = [
+        (compressed, formats::fp8_channel, formats::int8_packed),
+        (gptq, formats::gptq4_v1, formats::gptq8_v1),
+    ];
+    let model = &MODELS[0];
+    for (config, most, down) in cases {
+        let store = |module: &str| if module.ends_with("w2") { down } else { most };
+        let files = Files::mixed(model, config, store, 5);
+        let layer = files.load().unwrap();
+        for (name, matrix) in matrices(model, &layer) {
+            let mut row = vec![f32::NAN; matrix.cols()];
+            for (n, expected) in files.values[&name].chunks_exact(matrix.cols()).enumerate() {
+                let expected: Vec<f32> = expected.iter().map(|v| *v as f32).collect();
+                matrix.decode_row(n, &mut row);
+                assert_eq!(row, expected, "{name} row {n}: {}", matrix.describe());
             }
         }
     }

@@ -1,13 +1,10 @@
-//! What goes wrong, and the status that says so: 1 for a run that failed, 2 for arguments that can
-//! not be used.
+//! What goes wrong, and the status that says so.
 
 use std::error::Error;
 use std::fmt;
 use std::io::Write;
 
 use serde::Serialize;
-
-use crate::interrupt::INTERRUPTED;
 
 /// The exit status of a run that did what it was to do, and found nothing wrong.
 pub(crate) const SUCCESS: u8 = 0;
@@ -17,6 +14,12 @@ pub(crate) const FAILURE: u8 = 1;
 
 /// The exit status for arguments that cannot be used.
 pub(crate) const UNUSABLE: u8 = 2;
+
+/// The exit status of an interrupted run, as shells have it.
+pub(crate) const INTERRUPTED: u8 = 130;
+
+/// The exit status where nobody reads what a run has yet to say, as shells have it (a broken pipe).
+pub(crate) const UNREAD: u8 = 141;
 
 /// An argument that cannot be used: a name that does not exist, a number out of range. A kernel
 /// that exists but cannot run the layer is not one of these: the run was tried.

@@ -10,13 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use anyhow::{Context, Result};
 use tempfile::TempDir;
 
-use crate::failure;
-
-/// The exit status of an interrupted run, as shells have it.
-pub(crate) const INTERRUPTED: u8 = 130;
-
-/// The exit status where nobody reads what a run has yet to say, as shells have it (a broken pipe).
-pub(crate) const UNREAD: u8 = 141;
+use crate::failure::{self, INTERRUPTED};
 
 type Last = Box<dyn FnMut() + Send>;
 

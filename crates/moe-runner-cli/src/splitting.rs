@@ -18,7 +18,7 @@ use moe_runner::runner::{MoeRunner, Options, RankedRunner};
 use moe_runner::weights::LoadedLayer;
 use serde::Deserialize;
 
-use crate::args::Common;
+use crate::args::common::Common;
 use crate::failure::unusable;
 use crate::gpu;
 use crate::interrupt;

@@ -6,7 +6,6 @@ use moe_kernels::numerics::{e2m1, e4m3, e8m0};
 use safetensors::Dtype;
 use serde_json::{Value, json};
 
-use super::gguf::Ggml;
 use super::{GGUF, Tensor, Tensors};
 use crate::Family;
 use crate::block::{Sparse, UP_SCALE};
@@ -76,10 +75,7 @@ impl Form {
 
     /// What an engine opens of the checkpoint in `folder`: the folder, or the GGUF file in it.
     pub fn opened(self, folder: &Path) -> PathBuf {
-        match Ggml::of(self) {
-            Some(_) => folder.join(GGUF),
-            None => folder.to_owned(),
-        }
+        if self.is_gguf() { folder.join(GGUF) } else { folder.to_owned() }
     }
 
     /// The form of that name.
@@ -92,9 +88,15 @@ impl Form {
         matches!(self, Self::F32 | Self::Bf16)
     }
 
+    /// Whether the checkpoint is one GGUF file.
+    pub(super) fn is_gguf(self) -> bool {
+        use Form::{GgufF16, GgufF32, GgufMxfp4, GgufQ4_0, GgufQ8_0};
+        matches!(self, GgufF32 | GgufF16 | GgufQ8_0 | GgufQ4_0 | GgufMxfp4)
+    }
+
     /// Why `family` is not written in this form.
     pub fn refuses(self, family: &Family) -> Option<String> {
-        let published = self.is_float() || self == Self::Mxfp4 || Ggml::of(self).is_some();
+        let published = self.is_float() || self == Self::Mxfp4 || self.is_gguf();
         let own = family.name == "gpt_oss" && !published;
         own.then(|| format!("gpt_oss is published in MXFP4 and floats, not in {}", self.name()))
     }

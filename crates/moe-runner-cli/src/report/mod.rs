@@ -22,7 +22,7 @@ pub(crate) fn say(text: &str) {
     let text = width::wrap_lines(text, width::width());
     if let Err(error) = writeln!(out, "{text}").and_then(|()| out.flush()) {
         interrupt::end(match error.kind() {
-            io::ErrorKind::BrokenPipe => interrupt::UNREAD,
+            io::ErrorKind::BrokenPipe => failure::UNREAD,
             _ => cannot_write(error),
         });
     }

@@ -1,15 +1,15 @@
 //! A measurement beside an earlier one.
 
 use anyhow::Result;
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
-use super::{BenchJson, LimitsJson, Row};
+use super::result::{BenchJson, LimitsJson, Row};
 use crate::failure::{one_line, unusable};
 use crate::report::table::Columns;
 use crate::report::units;
 
 /// Then and now.
-#[derive(Serialize, Deserialize)]
+#[derive(Serialize)]
 pub(super) struct Comparison {
     kernel: String,
     format: String,
@@ -20,7 +20,7 @@ pub(super) struct Comparison {
     rows: Vec<Compared>,
 }
 
-#[derive(Serialize, Deserialize)]
+#[derive(Serialize)]
 struct Compared {
     tokens: usize,
     median_s: f64,

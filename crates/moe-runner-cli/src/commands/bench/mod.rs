@@ -2,48 +2,36 @@
 
 mod compare;
 mod picture;
+pub(super) mod result;
+mod subject;
+mod text;
 
 use std::cell::RefCell;
-use std::collections::BTreeMap;
-use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
-use moe_kernels::limits::last_level_cache;
-use moe_runner::checkpoint::Checkpoint;
-use moe_runner::comm::{At, Groups, Sizes, Step};
+use anyhow::Result;
+use moe_runner::comm::{At, Groups, Step};
 use moe_runner::exchange::resident::Room;
 use moe_runner::hidden::ActivationDtype;
 use moe_runner::random::Random;
 use moe_runner::router::{Simulator, Strategy};
 use moe_runner::runner::{Batch, ForwardInput, MoeRunnerInterface, RankedRunner};
-use moe_runner::spec::{Correction, LayerSpec, RouterSpec};
-use moe_runner::weights::{GateWeights, LoadedLayer, RandomFormat, random_layer, random_matrix};
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
 use crate::args::{BenchArgs, Common};
-use crate::checkpoints::Opened;
-use crate::failure::{one_line, unusable};
-use crate::gpu::{self, GpuLimits};
+use crate::failure::unusable;
+use crate::gpu;
 use crate::measure::MachineLimits;
+use crate::memory;
 use crate::outputs::{self, ensure_apart};
 use crate::report::Report;
 use crate::report::progress::Progress;
-use crate::report::table::{Columns, Facts};
-use crate::report::units::{self, plural};
-use crate::splitting::{self, Ranks};
+use crate::report::units::plural;
+use crate::splitting::Ranks;
 use crate::times::{Times, times};
-use crate::{formats, memory, presets};
 use compare::Comparison;
-
-/// Distinct weights of a preset that are touched in turn, at least: far more than caches hold.
-const DISTINCT_BYTES: usize = 1 << 30;
-
-/// What is this many times a cache's size does not stay there: hits are one in four at most.
-const BEYOND_CACHE: usize = 4;
-
-/// The last-level cache, where the machine does not tell: what large servers have a processor.
-const USUAL_CACHE: usize = 64 << 20;
+use result::{BenchJson, ExchangeJson, LimitsJson, Row};
+use subject::Subject;
 
 /// Tokens of the passes that are timed together on a GPU, where that is more than two passes.
 const GPU_TOKENS: usize = 64;
@@ -59,93 +47,6 @@ const EXCHANGE_RUNS: usize = 30;
 
 /// No batch has more tokens.
 const MAX_TOKENS: usize = 1 << 20;
-
-/// What `bench --json` writes, and `report --bench` reads.
-#[derive(Serialize, Deserialize)]
-pub(super) struct BenchJson {
-    pub(super) layer: String,
-    pub(super) kernel: String,
-    pub(super) format: String,
-    pub(super) dtype: String,
-    seed: u64,
-    /// Bytes of weights that differ from each other; other experts share them.
-    distinct_bytes: usize,
-    /// Whether so few may stay in the last-level cache, so that rows measure that and not memory.
-    cached: bool,
-    /// The ranks, where there are several.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    split: Option<Sizes>,
-    pub(super) limits: LimitsJson,
-    /// From loaded weights to a layer that can run: the packing, or the mapping of what was packed.
-    #[serde(default)]
-    ready_s: f64,
-    pub(super) rows: Vec<Row>,
-    /// Beside an earlier measurement.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    compared: Option<Comparison>,
-}
-
-#[derive(Serialize, Deserialize)]
-pub(super) struct LimitsJson {
-    pub(super) read_gbps: f64,
-    /// By arithmetic.
-    pub(super) gflops: BTreeMap<String, f64>,
-    pub(super) threads: usize,
-    pub(super) isa: String,
-    /// Of a GPU, where the kernel runs on one.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(super) gpu: Option<GpuLimits>,
-}
-
-#[derive(Default, Serialize, Deserialize)]
-pub(super) struct Row {
-    pub(super) tokens: usize,
-    pub(super) median_s: f64,
-    min_s: f64,
-    /// Between which half of the runs are.
-    quartiles_s: [f64; 2],
-    max_s: f64,
-    runs: usize,
-    tokens_per_s: f64,
-    /// The mean of all runs: which experts are active differs from run to run.
-    pub(super) bytes_weights_read: f64,
-    pub(super) flops: f64,
-    pub(super) gbps: f64,
-    pub(super) gflops: f64,
-    pub(super) limit_share: f64,
-    bound_by: String,
-    /// The least time for the bytes, and for the arithmetic.
-    #[serde(default)]
-    limits_s: [f64; 2],
-    /// Payload that ranks sent to other ranks, over all ranks, where there are several.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    bytes_moved_per_token: Option<f64>,
-    /// Where rows go from GPU to GPU: the exchange alone, on the slowest rank.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    exchange: Option<ExchangeJson>,
-}
-
-/// Dispatch and combine without the experts.
-#[derive(Clone, Serialize, Deserialize)]
-struct ExchangeJson {
-    seconds: f64,
-    /// The same bytes to and from the same ranks, and nothing else.
-    bare_seconds: f64,
-    /// Bytes that the busiest rank sent, both ways.
-    sent: u64,
-}
-
-/// What is measured.
-struct Subject {
-    /// Run in turn.
-    layers: Vec<LoadedLayer>,
-    title: String,
-    format: String,
-    dtype: ActivationDtype,
-    distinct_bytes: usize,
-    /// `None` for a preset.
-    checkpoint: Option<Checkpoint>,
-}
 
 /// Runs the command.
 pub(crate) fn run(args: &BenchArgs, common: &Common) -> Result<Report> {
@@ -165,7 +66,7 @@ pub(crate) fn run(args: &BenchArgs, common: &Common) -> Result<Report> {
     ensure_apart(&outputs, &inputs, None)?;
     let progress = Progress::new(args.tokens.len() + 2);
     progress.doing("making the weights");
-    let subject = subject(args, common)?;
+    let subject = Subject::of(args, common)?;
     if let Some(factor) = args.splitting.capacity() {
         let (ranks, top_k) = (parallel.sizes.ranks(), subject.layers[0].spec.router.top_k);
         let most = args.tokens[0].div_ceil(ranks);
@@ -211,15 +112,15 @@ pub(crate) fn run(args: &BenchArgs, common: &Common) -> Result<Report> {
         return Ok(Report::silent(true));
     }
     common.tell_of_cache();
-    let mut json = BenchJson {
+    let cached = subject.is_cached(machine.gpu.is_some());
+    let result = BenchJson {
         layer: subject.title,
         kernel: kernel.into(),
         format: subject.format,
         dtype: subject.dtype.name().into(),
         seed: common.seed,
         distinct_bytes: subject.distinct_bytes,
-        cached: subject.distinct_bytes / BEYOND_CACHE
-            < last_level_cache().filter(|_| machine.gpu.is_none()).unwrap_or(USUAL_CACHE),
+        cached,
         split: ranks.split(),
         limits: LimitsJson {
             read_gbps: machine.device_read_gbps(),
@@ -230,13 +131,23 @@ pub(crate) fn run(args: &BenchArgs, common: &Common) -> Result<Report> {
         },
         ready_s,
         rows,
-        compared: None,
     };
-    json.compared = earlier.map(|then| Comparison::of(then, &json)).transpose()?;
     if let Some(path) = &args.svg {
-        outputs::write(path, picture::draw(&json).as_bytes())?;
+        outputs::write(path, picture::draw(&result).as_bytes())?;
     }
-    Report::new(true, text(&json, &why, &machine), &json)
+    let compared = earlier.map(|then| Comparison::of(then, &result)).transpose()?;
+    let text = text::of(&result, compared.as_ref(), &why, &machine);
+    Report::new(true, text, &Written { result: &result, compared })
+}
+
+/// What `--json` writes.
+#[derive(Serialize)]
+struct Written<'a> {
+    #[serde(flatten)]
+    result: &'a BenchJson,
+    /// Beside an earlier measurement.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    compared: Option<Comparison>,
 }
 
 /// The seed of a rank's simulated routing: the same for ranks that have the same rows.
@@ -244,130 +155,6 @@ fn seed_of(seed: u64, groups: &Groups) -> u64 {
     let (sizes, rank) = (groups.sizes, groups.world.rank());
     let rows = if sizes.sp() > 1 { rank } else { rank / sizes.tp };
     seed ^ (rows as u64) << 32
-}
-
-fn subject(args: &BenchArgs, common: &Common) -> Result<Subject> {
-    match (&args.checkpoint, &args.preset) {
-        (Some(_), None) if args.format.is_some() => {
-            Err(unusable("--format is for presets; a checkpoint has its own"))
-        }
-        (None, Some(_)) if args.layers.is_some() => {
-            Err(unusable("--layer is for checkpoints; a preset is one layer"))
-        }
-        (Some(path), None) => {
-            let opened = Opened::open(path)?;
-            let entry = match &args.layers {
-                None => &opened.layers[0],
-                Some(layer) => match opened.select(layer)?[..] {
-                    [entry] => entry,
-                    _ => return Err(unusable("--layer: bench takes one layer")),
-                },
-            };
-            let layer = opened.load(entry)?;
-            let mut formats: Vec<String> =
-                layer.experts.iter().map(|expert| expert.up.format().to_string()).collect();
-            formats.dedup();
-            let experts = layer.experts.iter();
-            let matrices = experts.flat_map(|e| e.gate.iter().chain([&e.up, &e.down]));
-            Ok(Subject {
-                title: title(&format!("{}, {}", path.display(), entry.spec.name), &entry.spec),
-                format: formats.join(" and "),
-                dtype: opened.dtype(common.dtype, &layer),
-                distinct_bytes: matrices.map(|matrix| matrix.stored_bytes()).sum(),
-                layers: vec![layer],
-                checkpoint: Some(opened.checkpoint),
-            })
-        }
-        (None, Some(name)) => {
-            let preset = presets::find(name)?;
-            let name = args.format.as_deref().unwrap_or(preset.format);
-            let format = formats::find(name)?;
-            let spec = preset.spec();
-            let (layers, distinct_bytes) = synthetic(&spec, format, name, common.seed)?;
-            Ok(Subject {
-                title: title(preset.name, &spec),
-                format: name.to_ascii_lowercase(),
-                dtype: common.dtype.unwrap_or(formats::activations(format)),
-                layers,
-                distinct_bytes,
-                checkpoint: None,
-            })
-        }
-        _ => Err(unusable(format!(
-            "bench needs a checkpoint or a preset; presets are {}",
-            presets::names()
-        ))),
-    }
-}
-
-fn title(name: &str, spec: &LayerSpec) -> String {
-    format!(
-        "{name}: {}, top-{}, hidden {}, intermediate {}",
-        plural(spec.router.experts, "expert"),
-        spec.router.top_k,
-        spec.dims.hidden,
-        spec.dims.intermediate
-    )
-}
-
-/// Layers with random weights, and the bytes of them that differ. All experts of a large model
-/// would not fit into memory, and would say nothing more: distinct weights beyond what caches hold
-/// are made once, and the experts take them in turn.
-fn synthetic(
-    spec: &LayerSpec,
-    format: RandomFormat,
-    name: &str,
-    seed: u64,
-) -> Result<(Vec<LoadedLayer>, usize)> {
-    let (hidden, intermediate) = (spec.dims.routed_hidden, spec.dims.intermediate);
-    let in_bytes = format.bytes(intermediate, hidden);
-    let (Some(in_bytes), Some(down_bytes)) = (in_bytes, format.bytes(hidden, intermediate)) else {
-        return Err(unusable(format!(
-            "--format {name}: its rows are whole blocks, and rows of {hidden} and {intermediate} \
-             weights are not; choose another format"
-        )));
-    };
-    let expert_bytes = down_bytes + in_bytes * if spec.expert.gated { 2 } else { 1 };
-    let beyond = last_level_cache().unwrap_or(0).saturating_mul(BEYOND_CACHE).max(DISTINCT_BYTES);
-    let wanted = memory::available().map_or(beyond, |free| beyond.min(free / 4));
-    let distinct = wanted.div_ceil(expert_bytes).clamp(1, spec.router.experts);
-    memory::ensure(
-        distinct * expert_bytes,
-        "a layer of this shape",
-        "choose a smaller preset or format",
-    )?;
-    let layers = wanted.div_ceil(spec.router.experts * expert_bytes).max(1);
-    let made = (0..layers as u64).map(|i| layer_of(spec, distinct, format, seed.wrapping_add(i)));
-    let made = made.collect::<Result<Vec<_>>>()?;
-    Ok((made, layers * distinct * expert_bytes))
-}
-
-/// A layer whose experts share the weights of `distinct` ones.
-fn layer_of(
-    spec: &LayerSpec,
-    distinct: usize,
-    format: RandomFormat,
-    seed: u64,
-) -> Result<LoadedLayer> {
-    let few = LayerSpec {
-        router: RouterSpec::softmax(distinct, spec.router.top_k.min(distinct), true),
-        ..spec.clone()
-    };
-    let layer = random_layer(&few, format, seed)?;
-    let mut random = Random::new(seed);
-    let router = &spec.router;
-    let gate = GateWeights {
-        weight: random_matrix(&mut random, format.float(), router.logits(), spec.dims.hidden),
-        bias: spec.gate.bias.then(|| random.values(router.logits(), 0.5)),
-        // what balances the load of a trained layer would unbalance this one's
-        correction: (router.correction != Correction::None)
-            .then(|| random.values(router.choices(), 0.01)),
-        per_expert_scale: None,
-        input_scale: None,
-        hash_table: None,
-    };
-    let experts = (0..router.experts).map(|e| layer.experts[e % distinct].clone()).collect();
-    Ok(LoadedLayer { spec: spec.clone(), gate: Some(gate), experts, ..layer })
 }
 
 /// One rank's part of the measurement.
@@ -513,91 +300,4 @@ impl Bench<'_> {
             },
         )
     }
-}
-
-impl BenchJson {
-    /// What an earlier run wrote.
-    pub(super) fn read(path: &Path) -> Result<Self> {
-        let text =
-            std::fs::read(path).with_context(|| format!("{}: cannot read", path.display()))?;
-        let json: Self = serde_json::from_slice(&text)
-            .with_context(|| format!("{}: is not what `bench --json` writes", path.display()))?;
-        let numbers =
-            json.rows.iter().flat_map(|row| [row.bytes_weights_read, row.flops, row.gflops]);
-        let limits = json.limits.gflops.values().chain([&json.limits.read_gbps]);
-        if let Some(bad) = numbers.chain(limits.copied()).find(|v| !(v.is_finite() && *v > 0.0)) {
-            bail!("{}: {bad} is no rate or amount that a run has", path.display());
-        }
-        Ok(json)
-    }
-}
-
-fn text(json: &BenchJson, why: &str, machine: &MachineLimits) -> String {
-    let mut facts = Facts::new();
-    facts.add("layer", one_line(&json.layer));
-    facts.add(
-        "weights",
-        format!(
-            "{}, {} of them distinct; {} activations",
-            json.format,
-            units::bytes(json.distinct_bytes),
-            json.dtype
-        ),
-    );
-    facts.add("kernel", format!("{} ({why})", json.kernel));
-    facts.add("ready", format!("after {}", units::seconds(json.ready_s)));
-    facts.add("machine", machine.to_string());
-    if let Some(sizes) = &json.split {
-        facts.add("split", splitting::describe(sizes));
-    }
-    let mut columns = vec![
-        ">tokens",
-        ">median",
-        ">min",
-        ">quartiles",
-        ">max",
-        ">tokens/s",
-        ">GB/s",
-        ">GFLOP/s",
-        ">limit",
-        "bound by",
-    ];
-    if json.split.is_some() {
-        columns.push(">moved/token");
-    }
-    let mut table = Columns::new(&columns);
-    for row in &json.rows {
-        let moved = row.bytes_moved_per_token.map(|bytes| units::bytes(bytes.round() as usize));
-        let cells = [
-            row.tokens.to_string(),
-            units::seconds(row.median_s),
-            units::seconds(row.min_s),
-            row.quartiles_s.map(units::seconds).join(" - "),
-            units::seconds(row.max_s),
-            format!("{:.0}", row.tokens_per_s),
-            format!("{:.1}", row.gbps),
-            format!("{:.1}", row.gflops),
-            format!("{:.0} %", 100.0 * row.limit_share),
-            row.bound_by.clone(),
-        ];
-        table.row(cells.into_iter().chain(moved));
-    }
-    let cached = match json.cached {
-        true => {
-            "\nThese weights may stay in the caches: few tokens then measure those, not memory."
-        }
-        false => "",
-    };
-    let mut exchanges = String::new();
-    for (row, exchange) in json.rows.iter().filter_map(|row| Some((row, row.exchange.as_ref()?))) {
-        exchanges += &format!(
-            "\n{}: dispatch and combine {}, the same bytes alone {} ({} from the busiest rank)",
-            units::plural(row.tokens, "token"),
-            units::seconds(exchange.seconds),
-            units::seconds(exchange.bare_seconds),
-            units::bytes(exchange.sent as usize),
-        );
-    }
-    let compared = json.compared.as_ref().map(|compared| compared.text(json.limits.read_gbps));
-    format!("{facts}\n{table}{exchanges}{cached}{}", compared.unwrap_or_default())
 }

@@ -1,6 +1,6 @@
 //! The times over the tokens, with both limits, as a picture.
 
-use super::BenchJson;
+use super::result::BenchJson;
 use crate::commands::report::roofline::{machine, round_numbers, short, span};
 use crate::commands::report::svg::{Anchor, Scale, Svg, number};
 use crate::report::units::{plural, seconds};
@@ -90,7 +90,7 @@ fn line(points: impl Iterator<Item = (f64, f64)>) -> String {
 mod tests {
     use std::collections::BTreeMap;
 
-    use super::super::{LimitsJson, Row};
+    use super::super::result::{LimitsJson, Row};
     use super::*;
 
     #[test]
@@ -122,7 +122,6 @@ mod tests {
             },
             ready_s: 0.0,
             rows: vec![row(16, 2e-3), row(1, 1e-3), row(256, 8e-3)],
-            compared: None,
         };
         let svg = draw(&json);
         assert!(svg.starts_with("<svg xmlns=\"http://www.w3.org/2000/svg\""), "{svg}");

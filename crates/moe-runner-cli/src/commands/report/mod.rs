@@ -14,7 +14,7 @@ pub(super) mod svg;
 use anyhow::Result;
 use serde::Serialize;
 
-use super::bench::BenchJson;
+use super::bench::result::BenchJson;
 use super::check::{self, CheckJson, Tell};
 use super::explain::{self, ExplainJson};
 use super::plan::{self, PlanJson};

@@ -1,6 +1,6 @@
 //! Kernels below this machine's limits: operations a byte across, operations a second up.
 
-use super::super::bench::{BenchJson, LimitsJson};
+use super::super::bench::result::{BenchJson, LimitsJson};
 use super::super::check::CheckJson;
 use super::html::{figure, paragraph, table};
 use super::svg::{Anchor, Scale, Svg, number};

@@ -29,8 +29,12 @@ const BIAS_CHANNEL: usize = BIG_CHANNEL + 1;
 /// Seen through a large down weight: silu of a clamped gate is small, of an unclamped one nothing.
 const LOW_CHANNEL: usize = BIAS_CHANNEL + 1;
 const LOW: (f64, f64) = (-12.0, 6.0);
-/// Gate and up of the shared expert.
-pub(crate) const SHARED: (f64, f64) = (6.0, 3.0);
+/// Gate, up and down of the shared expert's channels: the first measures its multiplier, the second its
+/// activation.
+const SHARED: [(f64, f64, f64); 2] = [(6.0, 3.0, 1.0 / 16.0), (-1.0, 4.0, 0.25)];
+/// The logit of the shared expert's own gate, where it has one: no sigmoid is taken for 0, for 1 or for
+/// the logit itself.
+pub(crate) const SHARED_GATE: f64 = -1.0;
 
 /// Tensor scale of up over that of gate, in formats that have one.
 pub(crate) const UP_SCALE: f64 = 4.0;
@@ -123,11 +127,12 @@ impl Block {
         let (e, h) = (family.experts, family.hidden);
         let first = ROUTER_AT + e;
         // an expert's weight each, a channel each but the first, a bias each, the shared expert's
-        // multiplier (or the bias channel), the big channel, the low one
+        // channels (or the bias channel), the big channel, the low one
         let channels = first + e;
         let biases = channels + CHANNELS.len() - 1;
         let shared_at = biases + if family.biases { e } else { 0 };
-        let (big_at, low_at) = (shared_at + 1, shared_at + 2);
+        let big_at = shared_at + if family.biases { 1 } else { SHARED.len() };
+        let low_at = big_at + 1;
         let reads = low_at - first + usize::from(family.act == Act::GptOss);
         assert!(first + reads <= h, "the coordinates of {} fit its width", family.name);
 
@@ -172,9 +177,11 @@ impl Block {
                 down: Sparse::new(h, family.intermediate),
                 biases: None,
             };
-            weights.gate.set(0, ONE_AT, SHARED.0);
-            weights.up.set(0, ONE_AT, SHARED.1);
-            weights.down.set(shared_at, 0, 1.0 / 16.0);
+            for (channel, (gate, up, down)) in SHARED.into_iter().enumerate() {
+                weights.gate.set(channel, ONE_AT, gate);
+                weights.up.set(channel, ONE_AT, up);
+                weights.down.set(shared_at + channel, channel, down);
+            }
             weights
         };
         let mut gate = Sparse::new(e, h);
@@ -190,6 +197,13 @@ impl Block {
             first,
             reads,
         }
+    }
+
+    /// The gate of the shared expert `[1, H]`, where it has one.
+    pub fn shared_gate(&self) -> Option<Sparse> {
+        let mut gate = Sparse::new(1, self.family.hidden);
+        gate.set(0, ONE_AT, SHARED_GATE);
+        (self.family.shared == Shared::Gated).then_some(gate)
     }
 
     /// How many coordinates are read.
@@ -264,9 +278,10 @@ impl Block {
                 }
             }
             let shared = self.shared.as_ref().map_or(vec![0.0; family.hidden], |expert| {
-                let gate = if family.shared == Shared::Gated { 0.5 } else { 1.0 };
-                let free = mistakes.iter().copied().filter(|one| one.is_freedom()).collect();
-                let (y, _) = self.expert(expert, &x, &free);
+                let gated = family.shared == Shared::Gated;
+                let gate = if gated { sigmoid(SHARED_GATE) } else { 1.0 };
+                let mistakes = mistakes.iter().filter_map(|one| one.of_shared()).collect();
+                let (y, _) = self.expert(expert, &x, &mistakes);
                 y.into_iter().map(|y| gate * y).collect()
             });
             let mut routed = routed[self.read_coordinates()].to_vec();
@@ -303,7 +318,13 @@ impl Block {
         let mut choice = scores.clone();
         if let (Some(bias), false) = (&self.correction, has(Mistake::BiasIgnored)) {
             // in float32, as the models compute it
-            choice.iter_mut().zip(bias).for_each(|(c, b)| *c = f64::from(*c as f32 + *b as f32));
+            let times = match () {
+                _ if has(Mistake::BiasTwice) => 2.0,
+                _ if has(Mistake::BiasNegated) => -1.0,
+                _ => 1.0,
+            };
+            let add = |(c, b): (&mut f64, &f64)| *c = f64::from(*c as f32 + (times * b) as f32);
+            choice.iter_mut().zip(bias).for_each(add);
         }
         if let (Some((groups, keep)), false) = (family.groups, has(Mistake::GroupsIgnored)) {
             let size = family.experts / groups;
@@ -446,7 +467,7 @@ fn in_eight_bits(row: &[f64]) -> Vec<f64> {
     row.chunks(32).flat_map(block).collect()
 }
 
-fn sigmoid(v: f64) -> f64 {
+pub(crate) fn sigmoid(v: f64) -> f64 {
     1.0 / (1.0 + (-v).exp())
 }
 

@@ -62,7 +62,7 @@ pub enum Shared {
     None,
     /// An expert that every token takes.
     Plain,
-    /// The same, multiplied by the sigmoid of a scalar gate (whose weights are zero: one half).
+    /// The same, multiplied by the sigmoid of a scalar gate.
     Gated,
 }
 

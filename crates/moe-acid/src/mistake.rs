@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::{Act, Family, Score};
+use crate::{Act, Family, Score, Shared};
 
 /// A mistake that a checkpoint can show.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -21,6 +21,8 @@ pub enum Mistake {
     HalfOverflow,
     BiasInWeights,
     BiasIgnored,
+    BiasTwice,
+    BiasNegated,
     GroupsIgnored,
     GroupsByTheirBest,
     ShutGroupsZero,
@@ -46,6 +48,10 @@ pub enum Mistake {
     InterleavedAsHalves,
     HalvesAsInterleaved,
     DownTransposed,
+    SharedGateUpSwapped,
+    SharedGeluForSilu,
+    SharedReluForSilu,
+    SharedSiluMissing,
     /// No mistake: engines that multiply blocks of integers round the rows, too.
     RowsInEightBits,
 }
@@ -67,6 +73,8 @@ impl Mistake {
             Self::HalfOverflow => "16-bit overflow between the products",
             Self::BiasInWeights => "correction bias in the weights",
             Self::BiasIgnored => "correction bias ignored",
+            Self::BiasTwice => "correction bias added twice",
+            Self::BiasNegated => "correction bias subtracted",
             Self::GroupsIgnored => "groups ignored",
             Self::GroupsByTheirBest => "groups rated by their best expert alone",
             Self::ShutGroupsZero => "experts of shut groups count as zero",
@@ -92,6 +100,10 @@ impl Mistake {
             Self::InterleavedAsHalves => "interleaved gate and up read as halves",
             Self::HalvesAsInterleaved => "halves of gate and up read as interleaved",
             Self::DownTransposed => "down projection transposed",
+            Self::SharedGateUpSwapped => "shared expert: gate and up swapped",
+            Self::SharedGeluForSilu => "shared expert: gelu for silu",
+            Self::SharedReluForSilu => "shared expert: relu for silu",
+            Self::SharedSiluMissing => "shared expert: silu missing",
             Self::RowsInEightBits => "rows rounded to 8 bits in blocks of 32",
         }
     }
@@ -99,6 +111,17 @@ impl Mistake {
     /// What an engine is free to do.
     pub fn is_freedom(self) -> bool {
         self == Self::RowsInEightBits
+    }
+
+    /// What it is to the shared expert: the mistake of an expert that it makes there.
+    pub(crate) fn of_shared(self) -> Option<Self> {
+        match self {
+            Self::SharedGateUpSwapped => Some(Self::GateUpSwapped),
+            Self::SharedGeluForSilu => Some(Self::GeluForSilu),
+            Self::SharedReluForSilu => Some(Self::ReluForSilu),
+            Self::SharedSiluMissing => Some(Self::SiluMissing),
+            free => free.is_freedom().then_some(free),
+        }
     }
 
     /// Those that `family`'s checkpoint can show.
@@ -112,7 +135,12 @@ impl Mistake {
             false => Self::WeightOnInput,
         });
         if family.correction.is_some() {
-            all.extend([Self::BiasInWeights, Self::BiasIgnored]);
+            all.extend([
+                Self::BiasInWeights,
+                Self::BiasIgnored,
+                Self::BiasTwice,
+                Self::BiasNegated,
+            ]);
         }
         if family.groups.is_some() {
             all.push(Self::GroupsIgnored);
@@ -142,6 +170,14 @@ impl Mistake {
             return all;
         }
         all.extend([Self::WeightTwice, Self::ExpertsPermuted]);
+        if family.shared != Shared::None {
+            all.extend([
+                Self::SharedGateUpSwapped,
+                Self::SharedGeluForSilu,
+                Self::SharedReluForSilu,
+                Self::SharedSiluMissing,
+            ]);
+        }
         if family.top_k > 1 {
             all.push(Self::WeightsEqual);
         }

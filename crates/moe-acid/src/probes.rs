@@ -153,6 +153,12 @@ fn grouped(all: &mut Adder<'_>) {
     // 11 has the larger bias and the smaller score
     let decides = [(8, 3.0), (9, 2.75), (4, 2.5), (5, 2.0), (11, 1.0), (10, 1.25)];
     all.add("the bias decides", -6.0, &decides);
+    let good = [(8, 3.0), (9, 2.75), (4, 2.5)];
+    let mut near = |name, best, second| {
+        all.add(name, -6.0, &[&good[..], &[(5, best), (11, second)]].concat());
+    };
+    near("the bias twice would decide", 0.75, -0.5);
+    near("the bias subtracted would decide", 0.5, 0.75);
     all.add_big(-6.0, &[(2, 2.0), (3, 1.0), (6, 0.0), (7, -1.0)]);
 }
 
@@ -170,6 +176,8 @@ fn plain(all: &mut Adder<'_>, family: &Family) {
         all.ask(Question::Bias, -3.0, certain, (10, 11, 1.0));
         // 12 has the larger bias and the smaller score
         all.add("the bias decides", -3.0, &[(2, 3.0), (13, 1.0), (12, 0.75)]);
+        all.add("the bias twice would decide", -3.0, &[(2, 3.0), (13, 1.0), (12, 0.375)]);
+        all.add("the bias subtracted would decide", -3.0, &[(2, 3.0), (13, 0.875), (12, 1.0)]);
     }
     all.add_big(-3.0, &[(1, 2.0), (3, 1.0)]);
 }

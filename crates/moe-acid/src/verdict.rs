@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::fmt;
 
-use crate::block::{SHARED, UP_SCALE};
+use crate::block::{SHARED_GATE, UP_SCALE, sigmoid};
 use crate::{Block, Mistake, Question, Readings, Shared};
 
 /// Residuals above this are no explanation: readings of 16-bit engines are right to a part in 256.
@@ -212,9 +212,12 @@ impl<'a> Decoder<'a> {
         let close = |a: &f64, b: &f64| {
             a.is_finite() == b.is_finite() && (!a.is_finite() || (a - b).abs() < 2e-3)
         };
+        let parts = |page: &'_ Page, probe: usize| -> Vec<f64> {
+            [&page.routed[probe][..], &page.shared[probe]].concat()
+        };
         self.fitted.iter().all(|probe| {
-            let (a, b) = (&a.routed[*probe], &b.routed[*probe]);
-            a.iter().zip(b).all(|(a, b)| close(a, b))
+            let (a, b) = (parts(a, *probe), parts(b, *probe));
+            a.iter().zip(&b).all(|(a, b)| close(a, b))
         })
     }
 
@@ -301,15 +304,13 @@ impl<'a> Decoder<'a> {
         if let Some(shared) = best.shared
             && !near(shared, 1.0)
         {
+            let gated = self.block.family.shared == Shared::Gated;
+            let gate = sigmoid(SHARED_GATE);
             let what = match shared {
                 _ if shared.abs() < 0.03 => "shared expert missing",
                 _ if factor != 1.0 && near(shared, factor) => "shared expert scaled too",
-                _ if self.block.family.shared == Shared::Gated && near(shared, 2.0) => {
-                    "shared gate ignored"
-                }
-                _ if (shared - swapped_shared()).abs() < 0.01 => {
-                    "shared expert: gate and up swapped"
-                }
+                _ if gated && near(shared, 1.0 / gate) => "shared gate ignored",
+                _ if gated && near(shared, SHARED_GATE / gate) => "shared gate without its sigmoid",
                 _ => "shared expert multiplied",
             };
             faults.push(format!("{what} (x{shared:.3})"));
@@ -348,13 +349,6 @@ impl<'a> Decoder<'a> {
 fn page(block: &Block, mistakes: BTreeSet<Mistake>) -> Page {
     let [routed, shared] = block.simulate(&mistakes);
     Page { mistakes, routed, shared }
-}
-
-/// What the shared expert gives with gate and up swapped, over what it should.
-fn swapped_shared() -> f64 {
-    let (gate, up) = SHARED;
-    let silu = |v: f64| v / (1.0 + (-v).exp());
-    silu(up) * gate / (silu(gate) * up)
 }
 
 fn near(a: f64, b: f64) -> bool {

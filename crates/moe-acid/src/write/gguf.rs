@@ -7,8 +7,8 @@ use moe_kernels::numerics::ggml::BlockType;
 use super::form::{Form, four_bits, power_below};
 use super::names::{HEAD, HEADS, LATENT, LATENT_HEAD, attention};
 use crate::Block;
+use crate::Family;
 use crate::block::Sparse;
-use crate::{Family, Shared};
 
 /// How experts' weights are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -272,8 +272,8 @@ fn layer(block: &Block, form: Ggml, file: &mut File) {
     if family.model_type == "gpt_oss" {
         file.floats("blk.0.ffn_gate_inp.bias", &[count], &vec![0.0; count]);
     }
-    if family.shared == Shared::Gated {
-        file.floats("blk.0.ffn_gate_inp_shexp.weight", &[hidden], &vec![0.0; hidden]);
+    if let Some(gate) = block.shared_gate() {
+        file.floats("blk.0.ffn_gate_inp_shexp.weight", &[hidden], &gate.dense());
     }
     if let Some(bias) = &block.correction {
         file.floats("blk.0.exp_probs_b.bias", &[count], bias);

@@ -8,9 +8,9 @@ use crate::block::ExpertWeights;
 /// Attention heads, and their width: what every engine's attention has a kernel for.
 pub(super) const HEADS: usize = 2;
 pub(super) const HEAD: usize = 64;
-/// Multi-head latent attention, as small.
-pub(super) const LATENT: usize = 32;
-pub(super) const LATENT_HEAD: usize = 16;
+/// Multi-head latent attention, of the published widths, which alone engines have kernels for.
+pub(super) const LATENT: usize = 512;
+pub(super) const LATENT_HEAD: usize = 64;
 
 /// All tensors of the checkpoint.
 pub(super) fn tensors(block: &Block, form: Form) -> Tensors {
@@ -46,8 +46,8 @@ pub(super) fn tensors(block: &Block, form: Form) -> Tensors {
     if family.model_type == "gpt_oss" {
         add(&format!("{prefix}mlp.router.bias"), &[family.experts], vec![0.0; family.experts]);
     }
-    if family.model_type == "qwen2_moe" {
-        add(&format!("{prefix}mlp.shared_expert_gate.weight"), &[1, hidden], vec![0.0; hidden]);
+    if let Some(gate) = block.shared_gate() {
+        add(&format!("{prefix}mlp.shared_expert_gate.weight"), &[1, hidden], gate.dense());
     }
     if let Some(bias) = &block.correction {
         // float32 in every checkpoint: in 16 bits its small differences are gone

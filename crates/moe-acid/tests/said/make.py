@@ -109,6 +109,13 @@ def patches(family, block):
         yield "last", "the last of the chosen experts dropped", reweighted(lambda w: w * last)
         yield "shared", "shared expert multiplied (x2.0", scaled(block.shared_experts, 2.0)
         yield "twice", "scaling factor applied twice", scaled(block.experts, 2.5)
+        yield "gelu", "shared expert: gelu for silu", (block.shared_experts, "act_fn", torch.nn.GELU())
+        bias = block.gate.e_score_correction_bias
+        yield "bias2", "correction bias added twice", (block.gate, "e_score_correction_bias", 2 * bias)
+        yield "minus", "correction bias subtracted", (block.gate, "e_score_correction_bias", -bias)
+    if family == "qwen2_moe":
+        gate = block.shared_expert_gate
+        yield "open", "shared gate ignored", (gate, "forward", lambda x: torch.full_like(x[..., :1], 99.0))
 
 
 @contextlib.contextmanager

@@ -13,6 +13,11 @@ use crate::{Error, Result};
 /// A pointer of the library's own.
 pub(crate) type Handle = usize;
 
+/// `CUipcMemHandle`: memory of this process as another one opens it.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct IpcHandle(pub(crate) [u64; 8]);
+
 /// The oldest driver interface: CUDA 12.0, the first that knows Hopper's tensor maps.
 const OLDEST: c_int = 12_000;
 
@@ -44,6 +49,11 @@ functions! {
     cuDevicePrimaryCtxRetain(*mut Handle, c_int);
     cuDevicePrimaryCtxRelease_v2(c_int);
     cuCtxSetCurrent(Handle);
+    cuDeviceCanAccessPeer(*mut c_int, c_int, c_int);
+    cuCtxEnablePeerAccess(Handle, c_uint);
+    cuIpcGetMemHandle(*mut IpcHandle, u64);
+    cuIpcOpenMemHandle_v2(*mut u64, IpcHandle, c_uint);
+    cuIpcCloseMemHandle(u64);
     cuMemGetInfo_v2(*mut usize, *mut usize);
     cuMemAlloc_v2(*mut u64, usize);
     cuMemFree_v2(u64);

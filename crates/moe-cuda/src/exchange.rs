@@ -62,6 +62,23 @@ impl Homes {
     pub fn me(&self) -> usize {
         self.me
     }
+
+    /// Number of experts.
+    pub fn experts(&self) -> usize {
+        self.offsets.len() - 1
+    }
+
+    pub(crate) fn raw(&self) -> RawHomes {
+        RawHomes {
+            offsets: self.offsets.view().pointer,
+            ranks: self.ranks.view().pointer,
+            locals: self.locals.view().pointer,
+            experts: self.experts() as u32,
+            all: self.all as u32,
+            me: self.me as u32,
+            padding: 0,
+        }
+    }
 }
 
 /// Places for the slots and the rows that go from one rank to another. Of 0: as many as there are, which the host
@@ -146,7 +163,7 @@ pub struct SlotOutputs {
 }
 
 #[repr(C)]
-struct RawHomes {
+pub(crate) struct RawHomes {
     offsets: u64,
     ranks: u64,
     locals: u64,
@@ -211,16 +228,7 @@ impl ExchangeVerbs {
             let sizes = format!("{} ids of top-{top_k} for {} ranks", ids.len(), homes.all);
             return Err(Error::input("slots by rank", sizes));
         }
-        let all = homes.all;
-        let raw = RawHomes {
-            offsets: homes.offsets.view().pointer,
-            ranks: homes.ranks.view().pointer,
-            locals: homes.locals.view().pointer,
-            experts: (homes.offsets.len() - 1) as u32,
-            all: all as u32,
-            me: homes.me as u32,
-            padding: 0,
-        };
+        let (all, raw) = (homes.all, homes.raw());
         if tokens > 0 {
             let launch = Launch::plain(tokens.div_ceil(8) as u32, 256);
             let (dest, local, rows) = (

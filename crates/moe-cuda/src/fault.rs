@@ -28,6 +28,8 @@ pub enum FaultKind {
     Output,
     /// More slots or rows go from one rank to another than have room there.
     Capacity,
+    /// Another rank has not come.
+    Rank,
 }
 
 impl Fault {
@@ -64,6 +66,7 @@ impl Fault {
             FaultKind::Capacity => format!(
                 "token {row}: the {bits}. next rank has room for {column} slots or rows of this one; give more"
             ),
+            FaultKind::Rank => format!("waited in vain for the {column}. next rank"),
         }
     }
 }
@@ -76,7 +79,7 @@ impl fmt::Display for Fault {
             FaultKind::TokenId => "input ids",
             FaultKind::ExpertId => "expert ids",
             FaultKind::Output => "output",
-            FaultKind::Capacity => "exchange",
+            FaultKind::Capacity | FaultKind::Rank => "exchange",
         };
         write!(f, "{what}: {}", self.reason())
     }
@@ -116,6 +119,7 @@ impl FaultWord {
             3 => FaultKind::TokenId,
             4 => FaultKind::ExpertId,
             6 => FaultKind::Capacity,
+            7 => FaultKind::Rank,
             _ => FaultKind::Output,
         };
         stream.fill(self.word.view_mut(), 0)?;

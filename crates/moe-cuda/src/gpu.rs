@@ -115,6 +115,30 @@ impl Gpu {
         Ok(uuid)
     }
 
+    /// Makes sure that kernels of this GPU can read and write memory of `other`, of the same process; false if they
+    /// cannot.
+    ///
+    /// # Errors
+    /// If the driver refuses.
+    pub fn reach(&self, other: &Gpu) -> Result<bool> {
+        const ALREADY: c_int = 704;
+        let driver = self.bind()?;
+        if self.inner.device == other.inner.device {
+            return Ok(true);
+        }
+        let mut can = 0;
+        // SAFETY: the pointer is good for one int.
+        call!(driver.cuDeviceCanAccessPeer(&mut can, self.inner.device, other.inner.device))?;
+        if can == 0 {
+            return Ok(false);
+        }
+        // SAFETY: the other context lives: it is retained for as long as the process has used it, and access ends with it.
+        match unsafe { (driver.cuCtxEnablePeerAccess)(other.inner.context, 0) } {
+            ALREADY => Ok(true),
+            code => driver.check("cuCtxEnablePeerAccess", code).map(|()| true),
+        }
+    }
+
     /// Bytes of its memory: free now, and in all.
     ///
     /// # Errors

@@ -41,6 +41,18 @@ pub struct ManyWorkspace {
     inner_map: TensorMap,
 }
 
+/// Where outputs of slots go: those of the first `slots` slots to the first address, and so on. Of the memory of ranks,
+/// this one's or another GPU's.
+#[derive(Clone, Copy, Debug)]
+pub struct SlotHomes<'a> {
+    /// Device pointers.
+    pub addresses: View<'a, u64>,
+    /// Slots of each.
+    pub slots: usize,
+    /// Where the scales of outputs begin, in bytes from an address.
+    pub scales_at: usize,
+}
+
 impl ManyWorkspace {
     /// Slots of the largest batch.
     pub fn slots(&self) -> usize {
@@ -210,7 +222,7 @@ impl ManyExperts {
             return refuse(format!("{slots} ids, {} weights", weights.len()));
         }
         let rows = (plan.order().address(), plan.top_k);
-        let y = self.products(stream, x, rows, (slots, plan), work)?;
+        let y = self.products(stream, x, rows, (slots, plan), work, None)?;
         if slots == 0 {
             return Ok(());
         }
@@ -252,7 +264,35 @@ impl ManyExperts {
         if rows.len() != slots || x.cols() != self.weights.hidden() {
             return refuse(format!("{slots} slots, rows of {} columns", x.cols()));
         }
-        self.products(stream, x, (rows.address(), 1), (slots, plan), work)
+        self.products(stream, x, (rows.address(), 1), (slots, plan), work, None)
+    }
+
+    /// The same for slots of `plan.top_k` to a row of `x`, with outputs that go to `homes`.
+    ///
+    /// # Safety
+    /// There is memory for the outputs of all planned slots, and nothing else uses it meanwhile.
+    ///
+    /// # Errors
+    /// If a shape does not fit, or an earlier step failed.
+    pub unsafe fn slots_to(
+        &self,
+        stream: &Stream,
+        x: Rows<'_>,
+        plan: &Plan,
+        work: &mut ManyWorkspace,
+        homes: SlotHomes<'_>,
+    ) -> Result<()> {
+        let slots = plan.slots_used;
+        x.expect("rows of the experts", slots / plan.top_k, self.weights.hidden())?;
+        if homes.slots * homes.addresses.len() != slots {
+            return refuse(format!(
+                "{slots} slots, homes for {} of each of {} ranks",
+                homes.slots,
+                homes.addresses.len()
+            ));
+        }
+        let rows = (plan.order().address(), plan.top_k);
+        self.products(stream, x, rows, (slots, plan), work, Some(homes)).map(drop)
     }
 
     /// Both products: row `order[p] / top_k` of `x` for the plan's p-th slot.
@@ -263,6 +303,7 @@ impl ManyExperts {
         order: (u64, usize),
         (slots, plan): (usize, &Plan),
         work: &mut ManyWorkspace,
+        homes: Option<SlotHomes<'_>>,
     ) -> Result<SlotOutputs> {
         let w = &self.weights;
         let (hidden, inner) = (w.hidden(), w.intermediate());
@@ -288,7 +329,7 @@ impl ManyExperts {
             let h = work.inner.view_mut().address();
             let first = RawMany4::new(plan, &packed.first, [gate, &w.up], h, w);
             let downs = [&w.down, &w.down];
-            let second = RawMany4::new(plan, &packed.second, downs, outputs.values, w);
+            let second = RawMany4::new(plan, &packed.second, downs, outputs.values, w).to(homes);
             // SAFETY: the parameters of `many4`; shapes and sizes were checked.
             unsafe {
                 self.first.launch(stream, self.launch, &[&first, &work.rows_map])?;
@@ -306,7 +347,7 @@ impl ManyExperts {
         if self.format == FewFormat::Fp8Block {
             self.gather(stream, h, None, inner, plan, work)?;
         }
-        let raw = self.raw(plan, work, [&w.down, &w.down], outputs.values);
+        let raw = self.raw(plan, work, [&w.down, &w.down], outputs.values).to(homes);
         // SAFETY: the parameters of `many`; shapes and sizes were checked.
         unsafe {
             let maps = [&work.inner_map, down_map, down_map];
@@ -316,7 +357,7 @@ impl ManyExperts {
     }
 
     /// Where the outputs of slots are, and what a slot's take.
-    fn outputs(&self, work: &ManyWorkspace) -> SlotOutputs {
+    pub fn outputs(&self, work: &ManyWorkspace) -> SlotOutputs {
         let (values, scales) = (work.y.view().address(), work.y_scales.view().address());
         SlotOutputs { values, scales, ..self.output_of_slot() }
     }
@@ -399,6 +440,9 @@ impl ManyExperts {
             biases: matrices.map(|m| m.bias.as_ref().map_or(0, |b| b.view().address())),
             out,
             out_scales: work.y_scales.view_mut().address(),
+            homes: 0,
+            home_scales: 0,
+            home_slots: 1,
             features: a.rows as u32,
             k: a.cols as u32,
             rows: [a, b].map(|m| (m.expert_bytes / m.row_bytes()) as u32),
@@ -440,10 +484,27 @@ impl RawMany4 {
             weights: packed.view().address(),
             biases: matrices.map(|m| m.bias.as_ref().map_or(0, |b| b.view().address())),
             out,
+            homes: 0,
+            home_slots: 1,
             features: matrices[0].rows as u32,
             k: matrices[0].cols as u32,
             activation: RawActivation::new(weights.activation, true),
         }
+    }
+
+    fn to(self, homes: Option<SlotHomes<'_>>) -> Self {
+        match homes {
+            None => self,
+            Some(to) => Self { homes: to.addresses.address(), home_slots: to.slots as u32, ..self },
+        }
+    }
+}
+
+impl RawMany {
+    fn to(self, homes: Option<SlotHomes<'_>>) -> Self {
+        let Some(to) = homes else { return self };
+        let (homes, home_scales) = (to.addresses.address(), to.scales_at as u64);
+        Self { homes, home_scales, home_slots: to.slots as u32, ..self }
     }
 }
 
@@ -474,6 +535,9 @@ struct RawMany {
     biases: [u64; 2],
     out: u64,
     out_scales: u64,
+    homes: u64,
+    home_scales: u64,
+    home_slots: u32,
     features: u32,
     k: u32,
     rows: [u32; 2],
@@ -493,6 +557,8 @@ struct RawMany4 {
     weights: u64,
     biases: [u64; 2],
     out: u64,
+    homes: u64,
+    home_slots: u32,
     features: u32,
     k: u32,
     activation: RawActivation,

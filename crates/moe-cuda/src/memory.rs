@@ -79,6 +79,11 @@ impl<T: Pod> Buffer<T> {
         self.len == 0
     }
 
+    /// Whose memory it is.
+    pub(crate) fn gpu(&self) -> &Gpu {
+        &self.gpu
+    }
+
     /// All of it, to read.
     pub fn view(&self) -> View<'_, T> {
         View { pointer: self.pointer, len: self.len, of: PhantomData }
@@ -253,6 +258,12 @@ impl<T: Pod> Pinned<T> {
     pub fn as_mut_slice(&mut self) -> &mut [T] {
         // SAFETY: as above, and borrowed exclusively.
         unsafe { slice::from_raw_parts_mut(self.pointer, self.len) }
+    }
+}
+
+impl<T> fmt::Debug for Pinned<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} pinned elements", self.len)
     }
 }
 

@@ -1,13 +1,13 @@
 //! What goes between ranks, with all ranks on one GPU and copies in place of what carries it: every slot meets its
-//! expert with its row, and its output is summed where it came from; with counts, and with room.
+//! expert with its row, and its output is summed where it came from; with counts, with room, and one-sided.
 
 mod common;
 
 use common::{Numbers, Setup, setup};
 use moe_cuda::fault::FaultKind;
 use moe_cuda::{
-    Buffer, Error, ExchangeVerbs, FaultWord, Float, Homes, Packed, Parts, Room, Rows, RowsMut,
-    SlotOutputs, ViewMut,
+    Buffer, Error, ExchangeVerbs, FaultWord, Float, Homes, Meeting, OneSidedVerbs, Packed, Parts,
+    Room, Rows, RowsMut, SlotOutputs, StopWord, Stream, View, ViewMut, Windows,
 };
 
 const H: usize = 16;
@@ -234,17 +234,158 @@ fn through(s: &Setup, verbs: &ExchangeVerbs, tokens: &[usize], room: Room) {
             )
             .unwrap();
         fault.check(&s.stream).unwrap();
-        let mut want = vec![0.0; tokens * H];
-        for (slot, id) in rank.ids.iter().enumerate() {
-            let Some((to, local)) = home(&copies(all), *id, slot / K) else { continue };
-            let made = expert(to, local, &rank.x[slot / K * H..][..H]);
-            for (want, made) in want[slot / K * H..][..H].iter_mut().zip(made) {
-                *want += rank.weights[slot] * made;
+        assert_eq!(s.download(out.view()), wanted(rank, all), "{place}, rank {me}");
+    }
+}
+
+/// Half the sum of a rank's slots.
+fn wanted(rank: &Rank, all: usize) -> Vec<f32> {
+    let mut want = vec![0.0; rank.x.len()];
+    for (slot, id) in rank.ids.iter().enumerate() {
+        let Some((to, local)) = home(&copies(all), *id, slot / K) else { continue };
+        let made = expert(to, local, &rank.x[slot / K * H..][..H]);
+        for (want, made) in want[slot / K * H..][..H].iter_mut().zip(made) {
+            *want += rank.weights[slot] * made;
+        }
+    }
+    want.iter_mut().for_each(|v| *v *= 0.5);
+    want
+}
+
+/// One-sided, with all ranks' windows on one GPU and a stream for each rank: pass after pass with nothing between them
+/// but the meetings.
+#[test]
+fn rows_and_outputs_that_ranks_put_are_summed() {
+    let Some(s) = setup() else { return };
+    let two_sided = ExchangeVerbs::new(&s.modules).unwrap();
+    let verbs = OneSidedVerbs::new(&s.modules).unwrap();
+    let stop = StopWord::new(s.gpu()).unwrap();
+    let of = SlotOutputs { values: 0, value_bytes: 4 * H, scales: 0, scale_bytes: 0, tile: 0 };
+    for all in [1, 2, 3, 5] {
+        let streams: Vec<Stream> = (0..all).map(|_| Stream::new(s.gpu()).unwrap()).collect();
+        // SAFETY: nothing is there, and nothing is read.
+        let table = unsafe { View::from_raw(0, 0) };
+        let largest = Windows { table, ranks: all, most: 40, top_k: K, row_bytes: 4 * H };
+        let sizes = [largest.arrivals(), largest.outputs(of), Windows::signals(all)];
+        let mut windows: Vec<[Buffer<u8>; 3]> =
+            (0..all).map(|_| sizes.map(|size| s.buffer(size))).collect();
+        for [_, _, signals] in &mut windows {
+            s.stream.fill(signals.view_mut(), 0).unwrap();
+        }
+        s.stream.synchronize().unwrap();
+        let tables: Vec<Buffer<u64>> = (0..all)
+            .map(|me| {
+                let of = |which: usize| {
+                    (0..all).map(move |d| (which, (me + d) % all)).collect::<Vec<_>>()
+                };
+                let addresses: Vec<u64> = (0..3)
+                    .flat_map(of)
+                    .map(|(which, rank)| windows[rank][which].view().address())
+                    .collect();
+                s.upload(&addresses)
+            })
+            .collect();
+        for tokens in [[17, 5, 40, 1, 0], [0, 3, 0, 33, 2], [40; 5], [1, 0, 0, 0, 0]] {
+            let place = format!("{:?}", &tokens[..all]);
+            let most = tokens[..all].iter().copied().max().unwrap().max(1);
+            let ranks: Vec<Rank> = (0..all)
+                .map(|me| rank(&s, &two_sided, (me, all), tokens[me], Room::default()).0)
+                .collect();
+            let at = |me: usize| Windows { table: tables[me].view(), most, ..largest };
+            let mut faults: Vec<FaultWord> =
+                (0..all).map(|me| FaultWord::new(s.gpu(), &streams[me]).unwrap()).collect();
+            let (mut xs, mut idss) = (Vec::new(), Vec::new());
+            for rank in &ranks {
+                xs.push(s.upload(&rank.x));
+                idss.push(s.upload(&rank.ids));
+            }
+            // SAFETY: the windows are as large as they say; all ranks meet.
+            unsafe {
+                for me in 0..all {
+                    let x = Rows::new(xs[me].view(), Float::F32, tokens[me], H).unwrap();
+                    let rows = (x, idss[me].view());
+                    verbs.put_rows(&streams[me], rows, &ranks[me].homes, &at(me)).unwrap();
+                }
+                for me in 0..all {
+                    let patience = (&stop, 20.0);
+                    let windows = at(me);
+                    verbs
+                        .meet(&streams[me], &windows, Meeting::Rows, patience, &faults[me])
+                        .unwrap();
+                }
+            }
+            let mut outputs = Vec::new();
+            for me in 0..all {
+                streams[me].synchronize().unwrap();
+                let arrived = s.download(windows[me][0].view());
+                let word = |at: usize| <[u8; 4]>::try_from(&arrived[at..at + 4]).unwrap();
+                let mut made = vec![f32::NAN; at(me).slots() * H];
+                for place in 0..at(me).slots() {
+                    let id = u32::from_le_bytes(word(at(me).ids_at() + 4 * place));
+                    if id == u32::MAX {
+                        continue;
+                    }
+                    let row: Vec<f32> =
+                        (0..H).map(|c| f32::from_le_bytes(word(4 * (place / K * H + c)))).collect();
+                    made[place * H..][..H].copy_from_slice(&expert(me, id, &row));
+                }
+                outputs.push(s.upload(&made));
+            }
+            let mut sums = Vec::new();
+            for me in 0..all {
+                let values = outputs[me].view().address();
+                let (of, windows) = (SlotOutputs { values, ..of }, at(me));
+                // SAFETY: as above; an output for each slot.
+                unsafe { verbs.put_outputs(&streams[me], of, EXPERTS, &windows) }.unwrap();
+            }
+            for me in 0..all {
+                let windows = at(me);
+                let meeting = Meeting::Outputs;
+                // SAFETY: as above.
+                unsafe { verbs.meet(&streams[me], &windows, meeting, (&stop, 20.0), &faults[me]) }
+                    .unwrap();
+            }
+            for (me, rank) in ranks.iter().enumerate() {
+                let weights = s.upload(&rank.weights);
+                let mut out = s.buffer::<f32>(tokens[me] * H);
+                s.stream.synchronize().unwrap();
+                let mut rows = RowsMut::new(out.view_mut(), Float::F32, tokens[me], H).unwrap();
+                let values = windows[me][1].view().address();
+                let of = SlotOutputs { values, ..of };
+                let slots = (idss[me].view(), weights.view());
+                verbs
+                    .combine(&streams[me], of, slots, (EXPERTS, 0.5), &mut rows, &faults[me])
+                    .unwrap();
+                faults[me].check(&streams[me]).unwrap();
+                sums.push(s.download(out.view()));
+            }
+            for (me, rank) in ranks.iter().enumerate() {
+                assert_eq!(sums[me], wanted(rank, all), "{place}, rank {me}");
             }
         }
-        want.iter_mut().for_each(|v| *v *= 0.5);
-        assert_eq!(s.download(out.view()), want, "{place}, rank {me}");
     }
+}
+
+/// A rank that does not come is a fault, and one that is told to stop does.
+#[test]
+fn who_waits_for_a_rank_in_vain_ends() {
+    let Some(s) = setup() else { return };
+    let verbs = OneSidedVerbs::new(&s.modules).unwrap();
+    let mut memory = s.buffer::<u8>(2 * 4096);
+    s.stream.fill(memory.view_mut(), 0).unwrap();
+    let address = memory.view().address();
+    let table = s.upload(&[address, address + 4096].repeat(3));
+    let windows = Windows { table: table.view(), ranks: 2, most: 1, top_k: K, row_bytes: 4 * H };
+    let (stop, mut fault) =
+        (StopWord::new(s.gpu()).unwrap(), FaultWord::new(s.gpu(), &s.stream).unwrap());
+    // SAFETY: the signals are there; nobody else comes.
+    unsafe { verbs.meet(&s.stream, &windows, Meeting::Rows, (&stop, 0.1), &fault) }.unwrap();
+    let error = fault.check(&s.stream).unwrap_err().to_string();
+    assert!(error.contains("waited in vain for the 1. next rank"), "{error}");
+    // SAFETY: as above.
+    unsafe { verbs.meet(&s.stream, &windows, Meeting::Rows, (&stop, 1e6), &fault) }.unwrap();
+    stop.stop();
+    fault.check(&s.stream).unwrap();
 }
 
 #[test]

@@ -12,7 +12,7 @@ use moe_cuda::router::{
 use moe_cuda::weights::{Activation, Element, ScaleType};
 use moe_cuda::{
     Buffer, Error, ExpertWeights, FaultWord, FewBatch, FewExperts, FewGate, FewWorkspace, Float,
-    ManyExperts, ManyWorkspace, Plan, Rows, RowsMut,
+    ManyExperts, ManyWorkspace, Plan, Rows, RowsMut, SlotHomes, View,
 };
 use moe_kernels::numerics::quantise::{GroupScale, Qdq};
 
@@ -349,6 +349,54 @@ fn many_tokens_quantise_rows_as_fp8_checkpoints_do() {
         let mut pass = Pass::new(&s, host.weights(), 2000, true).unwrap();
         let batches = [(1, 3), (40, 2), (130, 3), (1000, 2)];
         check(&s, &host, &mut pass, &batches, 1e-4, &quantised, &mut n);
+    }
+}
+
+/// Outputs that go to homes of their own, of some slots each, are those that stay, bit by bit.
+#[test]
+fn outputs_of_slots_go_home_as_they_are() {
+    let Some(s) = setup() else { return };
+    if s.gpu().properties().capability != (9, 0) {
+        return;
+    }
+    let (experts, hidden, inner, tokens, top_k, homes) = (7, 640, 256, 60, 3, 4);
+    let slots = tokens * top_k;
+    for format in [BF16, FP8, INT4, MXFP4] {
+        let mut n = Numbers(13);
+        let dims = [experts, hidden, inner];
+        let host = Experts::new(&s, &mut n, format, dims, true, Activation::Silu, false);
+        let mut pass = Pass::new(&s, host.weights(), slots, true).unwrap();
+        let (x, mut ids, weights) = batch(&mut n, tokens, hidden, experts, top_k);
+        ids.iter_mut().step_by(5).for_each(|id| *id = u32::MAX);
+        pass.load(&s, &bf16(&x), &ids, &weights);
+        pass.run(&s, tokens, top_k).unwrap();
+        let Kernel::Many(kernel, work) = &mut pass.kernel else { unreachable!() };
+        let of = kernel.outputs(work);
+        // SAFETY: the workspace's own memory, which nothing writes to.
+        let raw = |address: u64, bytes: usize| unsafe {
+            s.download(View::<u8>::from_raw(address, bytes))
+        };
+        let values = raw(of.values, slots * of.value_bytes);
+        let scales = raw(of.scales, slots * of.scale_bytes);
+        let each = slots / homes;
+        let scales_at = each * of.value_bytes;
+        let memory: Vec<Buffer<u8>> =
+            (0..homes).map(|_| s.buffer(each * (of.value_bytes + of.scale_bytes))).collect();
+        let addresses: Vec<u64> = memory.iter().map(|home| home.view().address()).collect();
+        let addresses = s.upload(&addresses);
+        let to = SlotHomes { addresses: addresses.view(), slots: each, scales_at };
+        let rows = pass.x.view().part(0..tokens * hidden);
+        let rows = Rows::new(rows, Float::Bf16, tokens, hidden).unwrap();
+        // SAFETY: there is room for all slots.
+        unsafe { kernel.slots_to(&s.stream, rows, &pass.plan, work, to) }.unwrap();
+        for slot in (0..slots).filter(|slot| (ids[*slot] as usize) < experts) {
+            let home = s.download(memory[slot / each].view());
+            let at = slot % each;
+            let got = &home[at * of.value_bytes..][..of.value_bytes];
+            assert_eq!(got, &values[slot * of.value_bytes..][..of.value_bytes], "slot {slot}");
+            let got = &home[scales_at + at * of.scale_bytes..][..of.scale_bytes];
+            assert_eq!(got, &scales[slot * of.scale_bytes..][..of.scale_bytes], "slot {slot}");
+        }
     }
 }
 

@@ -70,6 +70,10 @@ pub(crate) struct Splitting {
     /// With --comm nccl: rows pass through the processor on their way, as they do in splits that need it.
     #[arg(long)]
     through_host: bool,
+    /// With --comm nccl: rows go from GPU to GPU by sends and receives, also where the GPUs can write into each other's
+    /// memory.
+    #[arg(long)]
+    two_sided: bool,
     #[command(flatten)]
     meeting: Meeting,
 }
@@ -199,6 +203,7 @@ impl Splitting {
             placement: PlacementChoice::Rule(Placement::Linear),
             capacity: None,
             through_host: false,
+            two_sided: false,
             meeting: Meeting { comm: Comm::Threads, rank: None, world: None, rendezvous: None },
         }
     }
@@ -242,8 +247,11 @@ impl Splitting {
         if let Some(bad) = self.capacity.filter(|factor| !(0.0..=1024.0).contains(factor)) {
             return Err(unusable(format!("--capacity {bad}: must be up to 1024")));
         }
-        if (self.capacity.is_some() || self.through_host) && self.meeting.comm != Comm::Nccl {
-            return Err(unusable("--capacity and --through-host: are for --comm nccl"));
+        let of_nccl = self.capacity.is_some() || self.through_host || self.two_sided;
+        if of_nccl && self.meeting.comm != Comm::Nccl {
+            return Err(unusable(
+                "--capacity, --two-sided and --through-host: are for --comm nccl",
+            ));
         }
         if matches!(self.placement, PlacementChoice::File(_)) && !(self.ep && sizes.ranks() > 1) {
             return Err(unusable("--placement FILE: needs --ep, and the plan's number of ranks"));
@@ -270,6 +278,7 @@ impl Splitting {
             },
             micro_batches: self.dbo,
             keeps_rows: !self.through_host,
+            one_sided: !self.two_sided,
             ..Parallel::default()
         })
     }

@@ -100,7 +100,7 @@ __device__ __forceinline__ float round_e4m3(float x) {
 }
 
 // ---- faults: the first one stays until the host has read it --------------------------------------
-enum { FAULT_HIDDEN = 1, FAULT_LOGIT = 2, FAULT_TOKEN = 3, FAULT_EXPERT = 4, FAULT_OUTPUT = 5, FAULT_CAPACITY = 6 };
+enum { FAULT_HIDDEN = 1, FAULT_LOGIT = 2, FAULT_TOKEN = 3, FAULT_EXPERT = 4, FAULT_OUTPUT = 5, FAULT_CAPACITY = 6, FAULT_RANK = 7 };
 
 __device__ __forceinline__ void raise_fault(u32* fault, u32 code, u32 row, u32 column, u32 bits) {
   if (atomicCAS(fault, 0u, code) == 0u) {

@@ -11,6 +11,17 @@ struct Homes {
   u32 experts, all, me;                 // all: R
 };
 
+// The rank and the place there of expert `id`'s copy for row t.
+struct Home {
+  u32 number, local;
+};
+__device__ __forceinline__ Home home_of(const Homes& homes, u32 id, u32 t) {
+  u32 first = homes.offsets[id], copies = homes.offsets[id + 1] - first;
+  // which copy: Knuth's multiplicative hash of the row
+  u32 copy = first + (copies > 1 ? t * 2654435769u % copies : 0);
+  return {(homes.ranks[copy] + homes.all - homes.me) % homes.all, homes.locals[copy]};
+}
+
 // Warp t: dest[t, j] = number of the rank of slot j's expert, or NO_EXPERT; local[t, j]: the expert's place there;
 // rows[t, d] = d where row t has a slot there, else NO_EXPERT.
 extern "C" __global__ void slot_homes(const u32* ids, u32 tokens, u32 top_k, Homes homes, u32* dest, u32* local, u32* rows) {
@@ -21,11 +32,8 @@ extern "C" __global__ void slot_homes(const u32* ids, u32 tokens, u32 top_k, Hom
   for (u32 j = lane; j < top_k; j += 32) {
     u32 slot = t * top_k + j, id = ids[slot], to = NO_EXPERT;
     if (id < homes.experts) {
-      u32 first = homes.offsets[id], copies = homes.offsets[id + 1] - first;
-      // which copy: Knuth's multiplicative hash of the row
-      u32 copy = first + (copies > 1 ? t * 2654435769u % copies : 0);
-      to = (homes.ranks[copy] + homes.all - homes.me) % homes.all;
-      local[slot] = homes.locals[copy];
+      Home home = home_of(homes, id, t);
+      to = home.number, local[slot] = home.local;
       rows[t * homes.all + to] = to;
     }
     dest[slot] = to;
@@ -107,6 +115,40 @@ struct Returned {
   u32 all, room, tile;
 };
 
+// sum += w * eight columns of the output at place `at` of `values`.
+__device__ __forceinline__ void add_output(float (&sum)[8], float w, const void* values, const float* scales, u64 at, u32 pieces, u32 piece, u32 tile, u32 tiles) {
+  if (tile) {
+    add_scaled(sum, w, scales[at * tiles + piece * 8 / tile], ((const uint4*)values)[at * pieces + piece]);
+    return;
+  }
+  const float4* from = (const float4*)values + (at * pieces + piece) * 2;
+  float4 a = from[0], b = from[1];
+  float v[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+#pragma unroll
+  for (int k = 0; k < 8; k++) sum[k] = __fadd_rn(sum[k], __fmul_rn(w, v[k]));
+}
+// Eight columns of row t of the output; what is not finite is a fault.
+__device__ __forceinline__ void store_sum(float (&sum)[8], float factor, const Rows& out, u32 t, u32 piece, u32* fault) {
+#pragma unroll
+  for (int k = 0; k < 8; k++) {
+    sum[k] *= factor;
+    if (!finite(sum[k])) raise_fault(fault, FAULT_OUTPUT, t, piece * 8 + k, __float_as_uint(sum[k]));
+  }
+  u64 at = t * out.stride + piece * 8;
+  bool aligned = ((u64)out.data & 15) == 0 && out.stride % 8 == 0;
+  if (aligned && out.type == F32) {
+    float4* to = (float4*)((float*)out.data + at);
+    to[0] = make_float4(sum[0], sum[1], sum[2], sum[3]);
+    to[1] = make_float4(sum[4], sum[5], sum[6], sum[7]);
+  } else if (aligned && out.type == BF16) {
+    *(uint4*)((u16*)out.data + at) =
+        make_uint4(f32x2_to_bf16x2(sum[0], sum[1]), f32x2_to_bf16x2(sum[2], sum[3]), f32x2_to_bf16x2(sum[4], sum[5]), f32x2_to_bf16x2(sum[6], sum[7]));
+  } else {
+#pragma unroll
+    for (int k = 0; k < 8; k++) store_float(out.data, out.type, at + k, sum[k]);
+  }
+}
+
 // out[t] = factor * sum over j of w[t, j] * the output of slot (t, j), in slot order and f32, as without ranks: the
 // arithmetic of combine (rows.cu) and combine_slots (many.cu). Eight columns a thread.
 extern "C" __global__ void combine_returned(Returned r, const float* weights, u32 top_k, float factor, Rows out, u32* fault) {
@@ -124,23 +166,117 @@ extern "C" __global__ void combine_returned(Returned r, const float* weights, u3
       else d = p >= r.offsets[1];
       if (r.room && p - r.offsets[d] >= r.room) continue;  // told already
       u64 at = place_of(r.offsets, d, p, r.room);
-      float w = weights[t * top_k + j];
-      if (r.tile) {
-        float scale = (d ? r.far_scales : r.own_scales)[at * tiles + piece * 8 / r.tile];
-        add_scaled(sum, w, scale, ((const uint4*)(d ? r.far : r.own))[at * pieces + piece]);
-      } else {
-        const float4* from = (const float4*)(d ? r.far : r.own) + (at * pieces + piece) * 2;
-        float4 a = from[0], b = from[1];
-        float v[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
-#pragma unroll
-        for (int k = 0; k < 8; k++) sum[k] = __fadd_rn(sum[k], __fmul_rn(w, v[k]));
+      add_output(sum, weights[t * top_k + j], d ? r.far : r.own, d ? r.far_scales : r.own_scales, at, pieces, piece, r.tile, tiles);
+    }
+    store_sum(sum, factor, out, t, piece, fault);
+  }
+}
+
+// ---- one-sided: ranks write straight into each other's memory ---------------------------------------------------
+// A rank has a window for what arrives, one for its slots' outputs, and one of signals. `windows` [3, R] are their
+// addresses, by number. Every rank's part of what arrives has places for `most` rows of `top_k` slots: row t is at
+// place t of it, slot (t, j) at t * top_k + j. So nothing is counted, and an output's place is that of its slot.
+//
+//   arrivals   rows [R, most] of `pieces` times 16 bytes, then ids [R, most, top_k] from byte `ids_at` on
+//   outputs    values [most, top_k], then scales from a byte on
+//   signals    how often this rank has come to either meeting [2], and each other one [2, R]
+struct Windows {
+  const u64* windows;
+  u32 all, most, top_k, pieces;
+  u64 ids_at;
+};
+__device__ __forceinline__ u64 window(const Windows& w, u32 which, u32 d) { return w.windows[which * w.all + d]; }
+
+// Block t: row t to every rank that has an expert of its slots, and to all what they have of them: the expert's place, or
+// NO_EXPERT. Rows from `tokens` on are nobody's.
+extern "C" __global__ void __launch_bounds__(128) put_rows(const uint4* x, u64 stride, const u32* ids, u32 tokens, Homes homes, Windows w) {
+  u32 t = blockIdx.x;
+  __shared__ u32 wanted;
+  if (threadIdx.x == 0) wanted = 0;
+  __syncthreads();
+  for (u32 j = threadIdx.x; j < w.top_k; j += blockDim.x) {
+    u32 id = t < tokens ? ids[t * w.top_k + j] : NO_EXPERT, to = NO_EXPERT, local = NO_EXPERT;
+    if (id < homes.experts) {
+      Home home = home_of(homes, id, t);
+      to = home.number, local = home.local;
+      atomicOr(&wanted, 1u << to);
+    }
+    for (u32 d = 0; d < w.all; d++) {
+      u64 from_me = (w.all - d) % w.all;  // this rank's number there
+      ((u32*)(window(w, 0, d) + w.ids_at))[(from_me * w.most + t) * w.top_k + j] = d == to ? local : NO_EXPERT;
+    }
+  }
+  __syncthreads();
+  const uint4* from = x + t * stride;
+  for (u32 left = wanted; left; left &= left - 1) {
+    u32 d = __ffs(left) - 1;
+    uint4* to = (uint4*)window(w, 0, d) + ((u64)((w.all - d) % w.all) * w.most + t) * w.pieces;
+#pragma unroll 4
+    for (u32 c = threadIdx.x; c < w.pieces; c += blockDim.x) to[c] = from[c];
+  }
+}
+
+// One thread a rank: tells it that all that was put before is there, and waits for the same from it. Gives up where the
+// host says so in `stop`, or after `limit` nanoseconds, which is a fault.
+extern "C" __global__ void meet_ranks(Windows w, u32 meeting, const u32* stop, u64 limit, u32* fault) {
+  __shared__ u32 now;
+  u32* mine = (u32*)window(w, 2, 0);
+  if (threadIdx.x == 0) now = mine[meeting] += 1;
+  __syncthreads();
+  for (u32 d = threadIdx.x; d < w.all; d += blockDim.x) {
+    if (d == 0) continue;
+    u32* there = (u32*)window(w, 2, d) + 2 + meeting * w.all + (w.all - d);
+    __threadfence_system();
+    asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(there), "r"(now) : "memory");
+  }
+  for (u32 d = threadIdx.x; d < w.all; d += blockDim.x) {
+    if (d == 0) continue;
+    const u32* here = mine + 2 + meeting * w.all + d;
+    u64 begin = 0, at = 0;
+    for (u32 turn = 1;; turn++) {
+      u32 seen;
+      asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(seen) : "l"(here) : "memory");
+      if ((int)(seen - now) >= 0) break;
+      if (turn % 1024) continue;
+      if (*(volatile const u32*)stop) break;
+      asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(at));
+      if (begin == 0) begin = at;
+      if (at - begin > limit) {
+        raise_fault(fault, FAULT_RANK, 0, d, 0);
+        break;
       }
     }
-#pragma unroll
-    for (int k = 0; k < 8; k++) {
-      sum[k] *= factor;
-      if (!finite(sum[k])) raise_fault(fault, FAULT_OUTPUT, t, piece * 8 + k, __float_as_uint(sum[k]));
-      store_float(out.data, out.type, t * out.stride + piece * 8 + k, sum[k]);
+  }
+}
+
+// Outputs of slots that have arrived to the ranks that they are of: of products that do not put them there themselves.
+// One warp a slot; `slot_pieces` times 16 bytes of values, and scales behind `scales_at`.
+extern "C" __global__ void put_outputs(const uint4* values, const float* scales, u32 slot_pieces, u32 slot_scales, u64 scales_at, u32 experts, Windows w) {
+  const u32* ids = (const u32*)(window(w, 0, 0) + w.ids_at);
+  u32 warps = blockDim.x >> 5, lane = threadIdx.x & 31, part = w.most * w.top_k;
+  for (u32 s = blockIdx.x * warps + (threadIdx.x >> 5); s < w.all * part; s += gridDim.x * warps) {
+    if (ids[s] >= experts) continue;
+    u64 to = window(w, 1, s / part), at = s % part;
+    uint4* there = (uint4*)to + at * slot_pieces;
+    float* scales_there = (float*)(to + scales_at) + at * slot_scales;
+#pragma unroll 4
+    for (u32 c = lane; c < slot_pieces; c += 32) there[c] = values[(u64)s * slot_pieces + c];
+    for (u32 c = lane; c < slot_scales; c += 32) scales_there[c] = scales[(u64)s * slot_scales + c];
+  }
+}
+
+// As combine_returned, of outputs that lie by slot. Slots whose id is no expert are left out.
+extern "C" __global__ void combine_put(const void* values, const float* scales, u32 tile, const u32* ids, u32 experts, const float* weights, u32 top_k, float factor, Rows out, u32* fault) {
+  u32 pieces = out.cols / 8, tiles = tile ? (out.cols + tile - 1) / tile : 0;
+  u64 n = (u64)out.rows * pieces;
+  for (u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += (u64)gridDim.x * blockDim.x) {
+    u32 t = (u32)(i / pieces), piece = (u32)(i - (u64)t * pieces);
+    float sum[8] = {};
+#pragma unroll 4
+    for (u32 j = 0; j < top_k; j++) {
+      u32 slot = t * top_k + j;
+      if (ids[slot] < experts) add_output(sum, weights[slot], values, scales, slot, pieces, piece, tile, tiles);
     }
+    store_sum(sum, factor, out, t, piece, fault);
   }
 }

@@ -36,6 +36,10 @@ struct Many {
   const float *bias_a, *bias_b;      // or null
   u16* out;           // first: [sorted rows, features], bf16, or f32 in FP8; second: [slots, features], of out_scales
   float* out_scales;  // second: [slots, features / BN]
+  // second, where not null: the outputs of each `home_slots` slots go to an address of their own, scales behind that
+  const u64* homes;
+  u64 home_scales;
+  u32 home_slots;
   u32 features, k;        // features: of gate alone in the first product
   u32 rows_a, rows_b;     // rows from one expert to the next in the tensor maps
   u32 scale_step;         // scales from one expert to the next
@@ -51,6 +55,21 @@ __device__ __forceinline__ float max_nan(float a, float b) {
 template <int N> __device__ __forceinline__ void pin(float (&d)[N]) {
 #pragma unroll
   for (int j = 0; j < N; j++) asm volatile("" : "+f"(d[j])::"memory");
+}
+
+// A matrix of four words in each of four neighbouring lanes, transposed: word i of lane l was word l of lane i.
+__device__ __forceinline__ void transpose4(u32 (&w)[4], u32 lane) {
+  bool one = lane & 1, two = lane & 2;
+#pragma unroll
+  for (int i = 0; i < 4; i += 2) {
+    u32 other = __shfl_xor_sync(~0u, one ? w[i] : w[i + 1], 1);
+    w[i] = one ? other : w[i], w[i + 1] = one ? w[i + 1] : other;
+  }
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    u32 other = __shfl_xor_sync(~0u, two ? w[i] : w[i + 2], 2);
+    w[i] = two ? other : w[i], w[i + 2] = two ? w[i + 2] : other;
+  }
 }
 
 // The row tile and the feature tile of piece `i` of the work.
@@ -192,7 +211,14 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         u32 r = row + h * 8, position = t.first + r;
         bool valid = r < t.rows;
         u64 target = SECOND && valid ? p.order[position] : position;
-        u16* out = p.out + target * p.features;
+        u16* out = p.out;
+        float* out_scales = p.out_scales;
+        if (SECOND && p.homes && valid) {
+          u32 home = (u32)target / p.home_slots;
+          target -= home * p.home_slots;
+          out = (u16*)p.homes[home], out_scales = (float*)(p.homes[home] + p.home_scales);
+        }
+        out += target * p.features;
         if constexpr (SECOND) {
           float most = 0;  // NaN stays
 #pragma unroll
@@ -205,13 +231,21 @@ extern "C" __global__ void __launch_bounds__(384, 1)
           most = max_nan(most, __shfl_xor_sync(~0u, most, 2));
           float scale = finite(most) ? most * (1.f / 32767.f) : __uint_as_float(0x7fc00000u);
           float inverse = scale > 0.f ? __fdiv_rn(32767.f, most) : 0.f;
-          if (valid && t.feature < p.features && lane % 4 == 0) p.out_scales[target * feature_tiles + t.feature / BN] = scale;
+          if (valid && t.feature < p.features && lane % 4 == 0) out_scales[target * feature_tiles + t.feature / BN] = scale;
+          // pieces of 16 bytes, for memory that may be another GPU's
 #pragma unroll
-          for (int j = 0; j < BN / 8; j++) {
-            u32 f = t.feature + 8 * j + lane % 4 * 2;
-            // 1.5 * 2^23 more: an integer in the low bits, rounded by the addition
-            u32 q0 = __float_as_uint(fmaf(d[4 * j + 2 * h], inverse, 12582912.f)), q1 = __float_as_uint(fmaf(d[4 * j + 2 * h + 1], inverse, 12582912.f));
-            if (valid && f < p.features) *(u32*)(out + f) = __byte_perm(q0, q1, 0x5410);
+          for (int m = 0; m < BN / 32; m++) {
+            u32 w[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+              int j = 4 * m + i;
+              // 1.5 * 2^23 more: an integer in the low bits, rounded by the addition
+              u32 q0 = __float_as_uint(fmaf(d[4 * j + 2 * h], inverse, 12582912.f)), q1 = __float_as_uint(fmaf(d[4 * j + 2 * h + 1], inverse, 12582912.f));
+              w[i] = __byte_perm(q0, q1, 0x5410);
+            }
+            transpose4(w, lane);
+            u32 f = t.feature + 8 * (4 * m + lane % 4);
+            if (valid && f < p.features) *(uint4*)(out + f) = make_uint4(w[0], w[1], w[2], w[3]);
           }
         } else {
           Activation activation = p.activation;

@@ -28,6 +28,8 @@ struct Many4 {
   const u8* weights;             // [experts, groups, k / RK, 2, TILE]
   const float *bias_a, *bias_b;  // or null
   void* out;     // first: [sorted rows, features], bf16, in the order of `position`; second: [slots, features], f32
+  const u64* homes;  // second, where not null: see many.cu
+  u32 home_slots;
   u32 features, k;
   Activation activation;
 };
@@ -186,7 +188,10 @@ template <int N> __device__ __forceinline__ void multiply(const Many4& p, const 
       for (int c = 0; c < 2; c++) {
         u32 r = o.row0 + 8 * j + lane % 4 * 2 + c;
         if (r >= t.rows) continue;
-        float* to = (float*)p.out + (u64)p.order[t.first + r] * p.features + group * 32 + g;
+        u32 slot = p.order[t.first + r];
+        float* to = (float*)p.out;
+        if (p.homes) to = (float*)p.homes[slot / p.home_slots], slot %= p.home_slots;
+        to += (u64)slot * p.features + group * 32 + g;
 #pragma unroll
         for (int m = 0; m < 2; m++)
 #pragma unroll

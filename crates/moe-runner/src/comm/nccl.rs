@@ -5,17 +5,21 @@
 //! ```text
 //! host → GPU ⇒ sends and receives between pairs, one group of calls an exchange ⇒ GPU → host
 //! ```
-//! Rows that stay in the GPUs' memory go another way, straight from one to the other: [`Peers`].
+//! Rows that stay in the GPUs' memory go another way, straight from one to the other: [`Peers`]. Where all ranks' GPUs
+//! reach each other's memory, of one machine, they can also write into it ([`Peers::reaches`]).
 //!
 //! NCCL is opened at run time (`libnccl.so.2`, 2.14 or newer), and never waited for: its communicators
 //! are polled, and ended (`ncclCommAbort`) where a rank has failed or time is up.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use moe_cuda::{Event, Gpu, Leg, Nccl, NcclId, NcclLink, NcclPeers, Stream};
+use moe_cuda::{
+    Buffer, Event, Gpu, Leg, Nccl, NcclId, NcclLink, NcclPeers, Offer, Opened, StopWord, Stream,
+};
 
 use super::link::{self, Link};
 use super::{At, Communicator, Options, Step, failure};
@@ -49,8 +53,12 @@ pub fn open_with(
         // the others would wait for this rank
         control.abort(&error.to_string());
     });
-    let (name, rank_link, peers) = joined?;
-    let direct = Arc::new(Direct { peers: Mutex::new(peers), timeout: options.timeout });
+    let (name, rank_link, peers, reach) = joined?;
+    let stop = StopWord::new(peers.gpu()).map_err(error)?;
+    static NUMBER: AtomicU64 = AtomicU64::new(0);
+    let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+    let timeout = options.timeout;
+    let direct = Arc::new(Direct { peers: Mutex::new(peers), timeout, reach, stop, number });
     Ok(link::over_gpus(control, name, Box::new(rank_link), options, direct))
 }
 
@@ -59,7 +67,7 @@ fn join(
     gpu: usize,
     options: Options,
     library: Option<&Path>,
-) -> Result<(String, NcclLink, NcclPeers)> {
+) -> Result<(String, NcclLink, NcclPeers, Option<Reach>)> {
     let (rank, ranks) = (control.rank(), control.size());
     let nccl = Nccl::open(library).map_err(error)?;
     let gpu = Gpu::new(gpu).map_err(error)?;
@@ -93,13 +101,89 @@ fn join(
     until_ready(&mut || link.is_ready()).inspect_err(|_| link.abort())?;
     let mut peers = NcclPeers::begin(&nccl, &gpu, meet()?, rank, ranks).map_err(error)?;
     until_ready(&mut || peers.is_ready()).inspect_err(|_| peers.abort())?;
-    Ok((format!("NCCL {major}.{minor}.{patch} over {}", control.name()), link, peers))
+    let reach = Reach::new(&**control, &gpu)?;
+    Ok((format!("NCCL {major}.{minor}.{patch} over {}", control.name()), link, peers, reach))
+}
+
+/// All ranks' GPUs write into each other's memory.
+struct Reach {
+    /// Process of each rank.
+    processes: Vec<u64>,
+    /// In use here, so that access to them does not end.
+    _gpus: Vec<Gpu>,
+}
+
+impl Reach {
+    /// `None` where a rank does not reach another one. All ranks call this together, and come to the same.
+    fn new(control: &dyn Communicator, gpu: &Gpu) -> Result<Option<Self>> {
+        // the running system, not the machine's name, which several may have
+        let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+        let mut digest = [0; 2];
+        for (i, byte) in boot.bytes().filter(u8::is_ascii_hexdigit).enumerate() {
+            let digit = u64::from((byte as char).to_digit(16).unwrap_or(0));
+            digest[i / 16 % 2] = digest[i / 16 % 2] << 4 | digit;
+        }
+        let (process, me) = (u64::from(std::process::id()), control.rank());
+        // something to open: whether that works is found out by doing it
+        let probe = Buffer::<u8>::new(gpu, 64, "a probe").map_err(error)?;
+        let mut mine = vec![digest[0], digest[1], process, gpu.index() as u64];
+        mine.extend(probe.offer().unwrap_or_default());
+        let each = mine.len();
+        let all = control.all_gather(SETUP, mine)?;
+        let of = |rank: usize| &all[each * rank..each * (rank + 1)];
+        let mut gpus = Vec::new();
+        let mut reaches = |rank: usize| {
+            let theirs = of(rank);
+            if theirs[..2] != digest || boot.is_empty() {
+                return false;
+            }
+            if theirs[2] != process {
+                let offer: Offer = theirs[4..].try_into().unwrap_or_default();
+                return Opened::new(gpu, offer).is_ok();
+            }
+            Gpu::new(theirs[3] as usize).is_ok_and(|other| {
+                let reached = gpu.reach(&other).unwrap_or(false);
+                gpus.push(other);
+                reached
+            })
+        };
+        let ranks = control.size();
+        let mine = (0..ranks).all(|rank| rank == me || reaches(rank));
+        let all_reach =
+            control.all_gather(SETUP, [u8::from(mine)])?.iter().all(|reach| *reach == 1);
+        let processes = (0..ranks).map(|rank| of(rank)[2]).collect();
+        Ok(all_reach.then_some(Self { processes, _gpus: gpus }))
+    }
 }
 
 /// What all groups of a rank share for memory of the GPUs.
 pub struct Direct {
     peers: Mutex<NcclPeers>,
     timeout: Duration,
+    reach: Option<Reach>,
+    /// Ends kernels that wait for another rank.
+    stop: StopWord,
+    /// Tells it from others of this process.
+    number: u64,
+}
+
+/// Memory that another rank's kernels and this one's share, as it is addressed here.
+#[derive(Debug)]
+pub enum Shared {
+    /// Of this process.
+    Here(u64),
+    /// Of another one.
+    There(Opened),
+}
+
+impl Shared {
+    /// Its address.
+    pub fn address(&self) -> u64 {
+        match self {
+            Self::Here(address) => *address,
+            Self::There(opened) => opened.address(),
+        }
+    }
 }
 
 /// The way between the memories of the GPUs of a group's ranks. What is put on it is in the order of a stream; who
@@ -119,6 +203,66 @@ impl Peers {
         control: Arc<dyn Communicator>,
     ) -> Self {
         Self { direct, members, control }
+    }
+
+    /// All ranks' GPUs can write into each other's memory.
+    pub fn reaches(&self) -> bool {
+        self.direct.reach.is_some()
+    }
+
+    /// A number that tells the world that the group is of from others of this process.
+    pub fn world(&self) -> u64 {
+        self.direct.number
+    }
+
+    /// The ranks in the world.
+    pub fn members(&self) -> &[usize] {
+        &self.members
+    }
+
+    /// What ends kernels that wait for another rank, and how many seconds they may wait at most: longer than the host,
+    /// which knows more.
+    pub fn patience(&self) -> (&StopWord, f64) {
+        (&self.direct.stop, 1.5 * self.direct.timeout.as_secs_f64())
+    }
+
+    /// The most that a rank says, of each number. Through the group that the ranks met in, not their GPUs.
+    ///
+    /// # Errors
+    /// A rank that has failed, or does not come.
+    pub fn most<const N: usize>(&self, at: At<'_>, mine: [usize; N]) -> Result<[usize; N]> {
+        let all = self.control.all_gather(at, mine.map(|number| number as u64))?;
+        let of = |i| all.chunks_exact(N).map(|rank| rank[i] as usize).max().unwrap_or(0);
+        Ok(std::array::from_fn(of))
+    }
+
+    /// The same buffer of all ranks, from this one on. None of them may go before all are done with it.
+    ///
+    /// # Errors
+    /// As [`Self::most`], or what the driver refuses.
+    pub fn share(&self, at: At<'_>, buffer: &Buffer<u8>) -> Result<Vec<Shared>> {
+        let gpu = self.lock().gpu().clone();
+        let Some(reach) = &self.direct.reach else {
+            return Err(Error::Device("the ranks' GPUs do not reach each other's memory".into()));
+        };
+        let process = |rank: usize| reach.processes[self.members[rank]];
+        let (me, ranks) = (self.control.rank(), self.control.size());
+        let mut mine = vec![buffer.view().address()];
+        // what nobody opens needs no handle
+        let alone = (0..ranks).all(|rank| process(rank) == process(me));
+        mine.extend(if alone { Offer::default() } else { buffer.offer().map_err(error)? });
+        let each = mine.len();
+        let all = self.control.all_gather(at, mine)?;
+        let of = |d: usize| {
+            let rank = (me + d) % ranks;
+            let theirs = &all[each * rank..each * (rank + 1)];
+            if process(rank) == process(me) {
+                return Ok(Shared::Here(theirs[0]));
+            }
+            let offer: Offer = theirs[1..].try_into().unwrap_or_default();
+            Opened::new(&gpu, offer).map(Shared::There).map_err(error)
+        };
+        (0..ranks).map(of).collect()
     }
 
     /// Number of this rank's GPU on its machine.
@@ -186,6 +330,7 @@ impl Peers {
             if looked.elapsed() >= Duration::from_millis(1) {
                 looked = Instant::now();
                 if let Err(error) = self.control.check() {
+                    self.direct.stop.stop();
                     peers.abort();
                     return Err(error);
                 }
@@ -202,6 +347,7 @@ impl Peers {
     }
 
     fn fail(&self, peers: &mut NcclPeers, At { layer, step }: At<'_>, cause: &str) -> Error {
+        self.direct.stop.stop();
         peers.abort();
         let cause = format!("{cause}, in layer '{layer}', step {step}");
         self.control.abort(&cause);
@@ -237,6 +383,13 @@ fn agree(rank: usize, all: &[u64]) -> Result<()> {
 
 fn error(error: moe_cuda::Error) -> Error {
     Error::Communication(error.to_string())
+}
+
+/// What hangs does not hold up who frees its memory.
+impl Drop for Direct {
+    fn drop(&mut self) {
+        self.stop.stop();
+    }
 }
 
 impl Link for NcclLink {

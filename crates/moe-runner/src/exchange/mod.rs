@@ -7,7 +7,7 @@
 //!   come back and are added on the token's own rank.
 //!
 //! * [`BatchedExchange`]: one of these, with each expert's rows together.
-//! * [`resident`]: all-to-all of rows that stay in a device's memory.
+//! * [`resident`]: all-to-all of rows that stay in a device's memory; [`one_sided`]: where ranks write into each other's.
 //!
 //! Dispatch takes *all* inputs of a row together, so that rows before and after it cannot be mixed
 //! up. Experts' outputs are weighted and added in one function, `weighted_sum`: in slot order, in
@@ -21,6 +21,7 @@ mod batched;
 mod gather;
 mod local;
 mod map;
+pub mod one_sided;
 pub mod resident;
 mod sum;
 mod wire;

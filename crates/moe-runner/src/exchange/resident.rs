@@ -231,4 +231,6 @@ impl ResidentWire {
     pub const SLOT: usize = 8;
     /// A count.
     pub const COUNT: usize = 4;
+    /// What a rank has of a slot, where nothing is packed.
+    pub const ID: usize = 4;
 }

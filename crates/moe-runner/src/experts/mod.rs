@@ -135,6 +135,8 @@ pub struct Spread {
     pub map: Arc<ExpertMap>,
     /// The same room for what every rank has for every other; `None`: as much as it has.
     pub room: Option<Room>,
+    /// Without such room: ranks write into each other's memory, where all their GPUs reach that.
+    pub one_sided: bool,
 }
 
 /// How far the packing of a layer's experts is, in projections.
@@ -325,6 +327,12 @@ pub trait LayerKernel: Send + std::fmt::Debug {
     /// every pass together, also with no rows.
     fn is_spread(&self) -> bool {
         false
+    }
+
+    /// Passes with rows of the device can be captured as a graph, once one of the size has been made: nothing in them
+    /// waits for the host.
+    fn can_be_captured(&self) -> bool {
+        true
     }
 
     /// The time of the last pass's exchange alone, the median of so many runs: all ranks ask together, right after a

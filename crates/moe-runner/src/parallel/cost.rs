@@ -2,6 +2,7 @@
 //! a forward pass, byte by byte what the ranks' traffic counters will say.
 
 use crate::comm::{Count, Kind, Traffic, TrafficCounter, all_reduce_sent};
+use crate::exchange::one_sided::Places;
 use crate::exchange::resident::{ResidentWire, Ways};
 use crate::exchange::{ExpertMap, Wire, share};
 use crate::hidden::ActivationDtype;
@@ -54,6 +55,8 @@ pub struct Pass<'a> {
     wire: Wire,
     /// Rows stay on the ranks' GPUs.
     resident: Option<ResidentWire>,
+    /// Ranks write into each other's memory.
+    one_sided: bool,
     route: Route,
     row_scales: bool,
     shared_row_scales: bool,
@@ -94,6 +97,7 @@ impl<'a> Pass<'a> {
             map,
             wire: Wire::of_layer(layer, dtype),
             resident: None,
+            one_sided: false,
             route,
             row_scales: sizes.moe_tp() > 1 && wide(&layer.experts),
             shared_row_scales: sizes.tp > 1 && sizes.sp() == 1 && shared,
@@ -103,6 +107,11 @@ impl<'a> Pass<'a> {
     /// The same, where rows stay on the ranks' GPUs and travel as `wire`; only all-to-all can.
     pub fn on_gpus(self, wire: ResidentWire) -> Self {
         Self { resident: Some(wire).filter(|_| self.route == Route::AllToAll), ..self }
+    }
+
+    /// The same, where ranks write into each other's memory.
+    pub fn one_sided(self) -> Self {
+        Self { one_sided: true, ..self }
     }
 
     /// What crosses between the GPUs of a layer like this for a row and for a slot's output, as its kernels for many
@@ -279,7 +288,15 @@ impl<'a> Pass<'a> {
                 Some(room) => Ways::with_room(room, rank, ranks),
                 None => Ways::counted(&counts, rank, ranks),
             };
-            let traffic = ways.traffic(wire, ranks);
+            let traffic = match self.one_sided {
+                false => ways.traffic(wire, ranks),
+                true => {
+                    let most = lane.iter().map(|ids| ids.len() / self.top_k()).max().unwrap_or(0);
+                    let places = Places { ranks, most, top_k: self.top_k() };
+                    let [there, back] = places.traffic(&ways, wire);
+                    [None, Some(there), Some(back)]
+                }
+            };
             let kinds = [Kind::AllGather, Kind::AllToAllV, Kind::AllToAllV];
             for (kind, bytes) in kinds.into_iter().zip(traffic) {
                 bytes.into_iter().for_each(|bytes| sheet.add(rank, kind, bytes));

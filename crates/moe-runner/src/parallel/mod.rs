@@ -47,6 +47,8 @@ pub struct Parallel {
     /// Then: the same room for what every rank has for every other, so that no host learns a count and a pass can be
     /// captured; `None`: as much as it has.
     pub room: Option<Room>,
+    /// Then, without such room: ranks write into each other's memory, where all their GPUs reach that.
+    pub one_sided: bool,
 }
 
 impl Default for Parallel {
@@ -60,6 +62,7 @@ impl Default for Parallel {
             order: SharedOrder::NoOverlap,
             keeps_rows: true,
             room: None,
+            one_sided: true,
         }
     }
 }

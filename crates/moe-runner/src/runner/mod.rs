@@ -305,6 +305,12 @@ impl MoeRunner {
         matches!(&self.layer.method.kernel, BuiltKernel::Layer(kernel) if kernel.is_spread())
     }
 
+    /// Passes with rows of the GPU can be captured as a graph, once one of the size has been made. False on the
+    /// processor, and where the host must learn how many rows come from other ranks.
+    pub fn can_be_captured(&self) -> bool {
+        matches!(&self.layer.method.kernel, BuiltKernel::Layer(kernel) if kernel.can_be_captured())
+    }
+
     /// The time of the last pass's exchange alone, the median of `runs`; see
     /// [`exchange_time`](crate::experts::LayerKernel::exchange_time). `None` where no rows go between GPUs.
     ///

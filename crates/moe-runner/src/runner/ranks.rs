@@ -158,7 +158,8 @@ fn spread(
             && (0..map.ranks()).all(|rank| !map.held_by(rank).is_empty());
         if takes && groups.ep.peers().is_some() {
             let (group, map) = (groups.ep.clone(), map.clone());
-            return Ok(Some(Spread { group, map, room: parallel.room }));
+            let Parallel { room, one_sided, .. } = *parallel;
+            return Ok(Some(Spread { group, map, room, one_sided }));
         }
     }
     let _ = (layer, kernel, groups, parallel, map);

@@ -179,18 +179,21 @@ fn rows_that_stay_on_gpus_give_the_bits_of_one() {
     }
     let done = run_ranks(ranks, |world| {
         let world = nccl::open(world.clone(), world.rank())?;
-        let mut done = 0;
+        let (mut done, mut put) = (0, 0);
         for (kernel, layer, options, hidden, one) in &wanted {
             let tokens = hidden.len() / 512;
             let batch = Batch { hidden, router_logits: None, input_ids: None };
             let ids: Vec<LogicalId> = one.topk_ids.iter().map(|id| LogicalId(*id)).collect();
             let share = tokens.div_ceil(ranks);
-            let rooms = [None, Some(Room { slots: 3 * share, rows: share })];
+            let room = Room { slots: 3 * share, rows: share };
+            let forms = [(None, true), (None, false), (Some(room), false)];
             let placements = [Placement::Linear, Placement::RoundRobin];
-            for (placement, room) in placements.into_iter().flat_map(|p| rooms.map(|r| (p, r))) {
-                let place = format!("{kernel}, {tokens} tokens, {placement:?}, {room:?}");
+            for (placement, form) in placements.into_iter().flat_map(|p| forms.map(|f| (p, f))) {
+                let (room, one_sided) = form;
+                let place = format!("{kernel}, {tokens} tokens, {placement:?}, {form:?}");
                 let sizes = sizes(1, ranks, 1, true);
-                let parallel = Parallel { sizes, placement, room, ..Parallel::default() };
+                let parallel =
+                    Parallel { sizes, placement, room, one_sided, ..Parallel::default() };
                 let groups = Groups::new(world.clone(), parallel.sizes)?;
                 let options = on(options, world.rank());
                 let mut runner = RankedRunner::new(layer, &options, &groups, &parallel)?;
@@ -213,14 +216,18 @@ fn rows_that_stay_on_gpus_give_the_bits_of_one() {
                     "cuda_f32" => ResidentWire { row: 2 * 512, output: 4 * 512 },
                     _ => cost::Pass::gpu_wire(layer, Bf16),
                 };
-                let cost = cost.on_gpus(wire).traffic(&ids);
+                let cost = cost.on_gpus(wire);
+                let one_sided = room.is_none() && runner.runner().can_be_captured();
+                put += usize::from(one_sided);
+                let cost = if one_sided { cost.one_sided() } else { cost }.traffic(&ids);
                 assert_eq!(got.traffic, cost[world.rank()], "{place}");
                 done += 1;
             }
         }
-        Ok(done)
+        Ok((done, put))
     });
-    println!("{:?} passes over {ranks} GPUs", done.unwrap());
+    let (done, put) = done.unwrap()[0];
+    println!("{done} passes over {ranks} GPUs, {put} of them one-sided");
 }
 
 /// More rows than have room are told by all.

@@ -56,8 +56,7 @@ pub(crate) fn run(args: &BenchArgs, common: &Common) -> Result<Report> {
     let earlier = args.compare.as_deref().map(BenchJson::read).transpose();
     let earlier = earlier.map_err(|error| unusable(format!("--compare {error:#}")))?;
     let mut parallel = args.splitting.parallel()?;
-    let captured = args.splitting.capacity().is_some();
-    if captured && args.tokens.len() > 1 {
+    if args.splitting.capacity().is_some() && args.tokens.len() > 1 {
         return Err(unusable("--capacity: room is made for one --tokens"));
     }
     let ranks = args.splitting.ranks(common.gpu)?;
@@ -91,8 +90,7 @@ pub(crate) fn run(args: &BenchArgs, common: &Common) -> Result<Report> {
         }
         let ready_s = start.elapsed().as_secs_f64();
         let (seed, gpu) = (common.seed, options.gpu);
-        let mut bench =
-            Bench { runners, ranks: &ranks, groups, machine: &machine, seed, gpu, captured };
+        let mut bench = Bench { runners, ranks: &ranks, groups, machine: &machine, seed, gpu };
         let mut rows = Vec::with_capacity(args.tokens.len());
         for &tokens in &args.tokens {
             if groups.world.rank() == 0 {
@@ -166,8 +164,6 @@ struct Bench<'a> {
     machine: &'a MachineLimits,
     seed: u64,
     gpu: usize,
-    /// Passes over ranks run as a graph.
-    captured: bool,
 }
 
 impl Bench<'_> {
@@ -279,11 +275,12 @@ impl Bench<'_> {
         rows: &[f32],
     ) -> moe_runner::Result<Times> {
         let count = self.runners.len();
+        let captured = self.runners[0].runner().can_be_captured();
         let batches = vec![rows; count.max(4)];
         let at = At::new("bench", Step::Finish);
         let (groups, runners) = (self.groups, RefCell::new(&mut self.runners));
         gpu::time_together(
-            ((self.gpu, stream), self.captured),
+            ((self.gpu, stream), captured),
             rows_of,
             &batches,
             |call, rows, out| {

@@ -128,7 +128,7 @@ pub(super) fn error(error: moe_cuda::Error) -> Error {
                 FaultKind::TokenId => "input ids",
                 FaultKind::ExpertId => "expert ids",
                 FaultKind::Output => "output",
-                FaultKind::Capacity => "exchange",
+                FaultKind::Capacity | FaultKind::Rank => "exchange",
             };
             Error::input(what, fault.reason())
         }

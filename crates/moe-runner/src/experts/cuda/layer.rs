@@ -340,6 +340,10 @@ impl LayerKernel for CudaLayer {
         self.ranks.is_some()
     }
 
+    fn can_be_captured(&self) -> bool {
+        self.ranks.as_ref().is_none_or(Ranks::can_be_captured)
+    }
+
     fn exchange_time(
         &mut self,
         tokens: usize,

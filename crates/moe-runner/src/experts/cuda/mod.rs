@@ -14,11 +14,15 @@ mod device;
 #[cfg(feature = "cuda")]
 mod layer;
 #[cfg(feature = "cuda")]
+mod one_sided;
+#[cfg(feature = "cuda")]
 mod pass;
 #[cfg(feature = "cuda")]
 mod products;
 #[cfg(feature = "cuda")]
 mod ranks;
+#[cfg(feature = "cuda")]
+mod two_sided;
 #[cfg(feature = "cuda")]
 mod upload;
 

@@ -95,7 +95,7 @@ impl CudaLayer {
             pass.without_rows(&mut parts, (plans, fast, ranks), top_k)?;
             if let (Some(all), true) = (&self.ranks, waits) {
                 all.wait(&self.device, ranks)?;
-                all.note_active(&self.device, ranks)?;
+                all.note(&self.device, ranks, parts.routing.ids.as_view())?;
                 self.device.check(&mut work)?;
             }
             return seen.map_or(Ok(()), |seen| nothing_seen(seen, self, top_k));
@@ -110,7 +110,7 @@ impl CudaLayer {
         if let Some(seen) = seen {
             pass.see(&parts, &call, seen)?;
             if let Some(all) = &self.ranks {
-                all.note_active(&self.device, ranks)?;
+                all.note(&self.device, ranks, parts.routing.ids.as_view())?;
             }
         }
         if waits {

@@ -3,7 +3,7 @@
 use moe_cuda::weights::{Element, ExpertWeights, ScaleType};
 use moe_cuda::{
     FewBatch, FewExperts, FewFormat, FewGate, FewWorkspace, Float, GroupedExperts, ManyExperts,
-    ManyWorkspace, Plan, Router, Rows, RowsMut, SlotOutputs, View,
+    ManyWorkspace, Plan, Router, Rows, RowsMut, SlotHomes, SlotOutputs, View,
 };
 
 use super::device::{Device, Plans, error};
@@ -161,12 +161,40 @@ impl Fast {
         unsafe { self.many.slots(stream, x, rows, plan, work) }.map_err(error)
     }
 
+    /// The outputs of planned slots to `homes`; see [`ManyExperts::slots_to`]. Otherwise as [`Self::slots`].
+    ///
+    /// # Safety
+    /// There is memory for the outputs, and nothing else uses it meanwhile.
+    pub(super) unsafe fn slots_to(
+        &self,
+        device: &Device,
+        x: Rows<'_>,
+        plan: &Plan,
+        homes: SlotHomes<'_>,
+        work: &mut FastWork,
+    ) -> Result<()> {
+        let work = known(&mut work.many, self.key())?;
+        // SAFETY: as the caller promises.
+        unsafe { self.many.slots_to(&device.stream, x, plan, work, homes) }.map_err(error)
+    }
+
+    /// Outputs of so many slots that nobody has computed: memory to copy from.
+    pub(super) fn no_outputs(&self, work: &mut FastWork) -> Result<SlotOutputs> {
+        Ok(self.many.outputs(known(&mut work.many, self.key())?))
+    }
+
     /// What the output of a slot is.
     pub(super) fn output_of_slot(&self) -> SlotOutputs {
         self.many.output_of_slot()
     }
 
-    fn reserve_many(&self, device: &Device, slots: usize, work: &mut FastWork) -> Result<()> {
+    /// Makes sure of the memory of the kernel for many slots.
+    pub(super) fn reserve_many(
+        &self,
+        device: &Device,
+        slots: usize,
+        work: &mut FastWork,
+    ) -> Result<()> {
         let key = self.key();
         let at = work.many.iter().position(|(known, _)| *known == key);
         if at.is_none_or(|at| work.many[at].1.slots() < slots) {

@@ -1,0 +1,341 @@
+//! A GPU's side of an exchange by sends and receives of NCCL: rows and slots are packed by rank. The order of the steps,
+//! and what goes where, is [`resident`]'s.
+
+use moe_cuda::{
+    Event, FaultWord, Gpu, Leg, Packed, Parts, Pinned, Rows, RowsMut, SlotOutputs, View,
+};
+
+use super::device::{Device, Plans, error};
+use super::layer::Experts;
+use super::pass::f32_rows;
+use super::products::{FastWork, Products};
+use super::ranks::{Grown, Ranks, RanksBatch, no_memory};
+use crate::Result;
+use crate::comm::Step;
+use crate::exchange::resident::{self, ResidentWire, Side, Ways};
+
+/// Memory of such passes, which grows to what the largest needed.
+#[derive(Default)]
+pub(super) struct TwoSidedWork {
+    parts: Option<Parts>,
+    counts: Option<Pinned<u32>>,
+    event: Option<Event>,
+    /// What stays or has arrived, and what goes: records of slots, and rows.
+    here: [Grown<u32>; 2],
+    here_rows: Grown<u8>,
+    go_rows: Grown<u8>,
+    /// Ids, rows, and rows in the order of the plan, of the slots that have arrived.
+    slots: [Grown<u32>; 3],
+    /// Of products in f32: rows, rows between the products, outputs.
+    wide: [Grown<f32>; 3],
+    /// What comes back: values and scales.
+    back: [Grown<u8>; 2],
+}
+
+impl TwoSidedWork {
+    fn event(&mut self, gpu: &Gpu) -> Result<&Event> {
+        if self.event.is_none() {
+            self.event = Some(Event::new(gpu).map_err(error)?);
+        }
+        self.event.as_ref().ok_or_else(no_memory)
+    }
+
+    /// Ids of the slots that have arrived in the last pass.
+    pub(super) fn ids(&self, ways: &Ways) -> View<'_, u32> {
+        self.slots[0].part(0..ways.slots[1])
+    }
+
+    fn parts(&self) -> Result<&Parts> {
+        self.parts.as_ref().ok_or_else(no_memory)
+    }
+
+    /// What comes back, as outputs like `of`.
+    fn back(&self, of: SlotOutputs) -> SlotOutputs {
+        let [values, scales] = &self.back;
+        SlotOutputs { values: values.address(), scales: scales.address(), ..of }
+    }
+}
+
+/// A GPU's side of one pass's exchange.
+pub(super) struct Gpus<'p, 'a, 'o> {
+    pub(super) ranks: &'p Ranks,
+    pub(super) device: &'p Device,
+    pub(super) experts: &'p Experts,
+    pub(super) of: RanksBatch<'a>,
+    pub(super) plans: &'p mut Plans,
+    pub(super) fast: &'p mut FastWork,
+    pub(super) memory: &'p mut TwoSidedWork,
+    pub(super) out: &'p mut RowsMut<'o>,
+    pub(super) faults: (&'p FaultWord, &'p FaultWord),
+    /// Of the slots that have arrived.
+    pub(super) outputs: SlotOutputs,
+}
+
+impl Gpus<'_, '_, '_> {
+    fn row_bytes(&self) -> usize {
+        self.of.x.cols() * self.of.x.float().bytes()
+    }
+
+    /// What crosses between ranks.
+    pub(super) fn wire(&self) -> ResidentWire {
+        let SlotOutputs { value_bytes, scale_bytes, .. } = self.outputs;
+        ResidentWire { row: self.row_bytes(), output: value_bytes + scale_bytes }
+    }
+
+    /// Ids and rows of the slots that have arrived.
+    fn unpack(&mut self, ways: &Ways) -> Result<()> {
+        let Self { ranks, device, memory, .. } = self;
+        let places = ways.slots[1];
+        let TwoSidedWork { parts, here, slots: [ids, row_of, _], .. } = &mut **memory;
+        let parts = parts.as_ref().ok_or_else(no_memory)?;
+        let records = here[0].part(0..2 * places);
+        let by = (parts, ranks.homes(), ranks.room());
+        let (ids, rows) = (ids.part_mut(0..places), row_of.part_mut(0..places));
+        ranks.verbs().unpack(&device.stream, records, by, ids, rows).map_err(error)
+    }
+}
+
+impl Side for Gpus<'_, '_, '_> {
+    fn sort(&mut self) -> Result<()> {
+        let Self { ranks, device, of, memory, .. } = self;
+        let (gpu, all) = (&device.gpu, ranks.homes().ranks());
+        let (tokens, k) = (of.x.rows(), of.top_k);
+        if !memory.parts.as_ref().is_some_and(|parts| parts.takes(tokens, k, all)) {
+            memory.parts = None;
+            memory.parts = Some(Parts::new(gpu, tokens, k, all).map_err(error)?);
+        }
+        let parts = memory.parts.as_mut().ok_or_else(no_memory)?;
+        let ids = (of.ids, k);
+        ranks.verbs().sort(&device.stream, &device.verbs, ranks.homes(), ids, parts).map_err(error)
+    }
+
+    fn share_counts(&mut self) -> Result<()> {
+        let Self { ranks, device, memory, .. } = self;
+        let (me, all) = (ranks.homes().me(), ranks.homes().ranks());
+        let base = memory.parts()?.counts().address();
+        let bytes = 2 * all * ResidentWire::COUNT;
+        let line = |peer, of: usize| Leg { peer, address: base + (of * bytes) as u64, bytes };
+        let others = || (0..all).filter(|peer| *peer != me);
+        // SAFETY: the counts are [all, 2 all], and live with the memory of passes.
+        unsafe {
+            ranks.peers().start(
+                ranks.at(Step::Dispatch),
+                &device.stream,
+                &mut others().map(|peer| line(peer, me)),
+                &mut others().map(|peer| line(peer, peer)),
+            )
+        }
+    }
+
+    fn pack(&mut self) -> Result<()> {
+        let row = self.row_bytes();
+        let Self { ranks, device, of, memory, faults, .. } = self;
+        let (gpu, all) = (&device.gpu, ranks.homes().ranks());
+        if ranks.is_counted() {
+            // as much as this batch can need
+            let (slots, rows) = (of.ids.len(), of.x.rows());
+            memory.here[0].reserve(gpu, 2 * slots)?;
+            memory.here_rows.reserve(gpu, rows * row)?;
+            memory.here[1].reserve(gpu, 2 * slots)?;
+            memory.go_rows.reserve(gpu, rows * of.top_k.min(all - 1) * row)?;
+        }
+        let TwoSidedWork { parts, here: [stay, go], here_rows, go_rows, .. } = &mut **memory;
+        let parts = parts.as_ref().ok_or_else(no_memory)?;
+        let stay = Packed { records: stay.all_mut(), rows: here_rows.all_mut() };
+        let go = Packed { records: go.all_mut(), rows: go_rows.all_mut() };
+        let (stream, room) = (&device.stream, ranks.room());
+        // SAFETY: a row goes to each other rank at most once, and no more often than it has slots.
+        unsafe { ranks.verbs().pack(stream, of.x, (parts, room), (stay, go), faults.0) }
+            .map_err(error)
+    }
+
+    fn counts(&mut self) -> Result<Vec<u32>> {
+        let Self { ranks, device, memory, .. } = self;
+        let (gpu, all) = (&device.gpu, ranks.homes().ranks());
+        if memory.counts.as_ref().is_none_or(|counts| counts.as_slice().len() != 2 * all * all) {
+            memory.counts = Some(Pinned::new(gpu, 2 * all * all).map_err(error)?);
+        }
+        memory.event(gpu)?;
+        let TwoSidedWork { parts, counts, event, .. } = &mut **memory;
+        let (Some(parts), Some(counts), Some(event)) = (parts, counts, event) else {
+            return Err(no_memory());
+        };
+        device.stream.copy_to(parts.counts(), counts).map_err(error)?;
+        device.stream.record(event).map_err(error)?;
+        ranks.peers().wait(ranks.at(Step::Dispatch), event)?;
+        Ok(counts.as_slice().to_vec())
+    }
+
+    fn make_room(&mut self, ways: &Ways) -> Result<()> {
+        let row = self.row_bytes();
+        let gpu = &self.device.gpu;
+        let ([go, here], [go_rows, here_rows]) = (ways.slots, ways.rows);
+        let memory = &mut *self.memory;
+        let lost = [
+            memory.here[0].reserve(gpu, 2 * here)?,
+            memory.here_rows.reserve(gpu, here_rows * row)?,
+            memory.here[1].reserve(gpu, 2 * go)?,
+            memory.go_rows.reserve(gpu, go_rows * row)?,
+        ];
+        for slots in &mut memory.slots {
+            slots.reserve(gpu, here)?;
+        }
+        memory.back[0].reserve(gpu, go * self.outputs.value_bytes)?;
+        memory.back[1].reserve(gpu, go * self.outputs.scale_bytes)?;
+        match self.ranks.is_counted() && lost.contains(&true) {
+            true => self.pack(),
+            false => Ok(()),
+        }
+    }
+
+    fn send(&mut self, ways: &Ways) -> Result<()> {
+        let (row, slot) = (self.row_bytes(), ResidentWire::SLOT);
+        let Self { ranks, device, memory, .. } = self;
+        let [here, go] = &memory.here;
+        let (rows, go_rows) = (memory.here_rows.address(), memory.go_rows.address());
+        let mut sends = ways.all.iter().flat_map(|way| {
+            [
+                leg(way.peer, go.address(), &way.slots.go, slot),
+                leg(way.peer, go_rows, &way.rows.go, row),
+            ]
+        });
+        let mut receives = ways.all.iter().flat_map(|way| {
+            [
+                leg(way.peer, here.address(), &way.slots.come, slot),
+                leg(way.peer, rows, &way.rows.come, row),
+            ]
+        });
+        let at = ranks.at(Step::Dispatch);
+        // SAFETY: there is room for all of it, which lives with the memory of passes.
+        unsafe { ranks.peers().start(at, &device.stream, &mut sends, &mut receives) }
+    }
+
+    fn experts(&mut self, ways: &Ways) -> Result<()> {
+        self.unpack(ways)?;
+        let Self { ranks, device, experts, of, memory, .. } = self;
+        let (places, rows) = (ways.slots[1], ways.rows[1]);
+        let stream = &device.stream;
+        let TwoSidedWork { here_rows, slots: [ids, row_of, sorted], wide, .. } = &mut **memory;
+        if places == 0 {
+            return Ok(());
+        }
+        let (width, float) = (of.x.cols(), of.x.float());
+        let bytes = here_rows.part(0..rows * width * float.bytes());
+        let x = Rows::of_bytes(bytes, float, rows, width).map_err(error)?;
+        let tile = experts.products.many_tile();
+        let plan = self.plans.reserve(&device.gpu, places, experts.count(), tile)?;
+        let ids = ids.part(0..places);
+        device.verbs.plan(stream, ids, 1, plan).map_err(error)?;
+        let (row_of, to) = (row_of.part(0..places), sorted.part_mut(0..places));
+        ranks.verbs().rows_in_order(stream, row_of, plan, to).map_err(error)?;
+        let row_of = sorted.part(0..places);
+        self.outputs = match &experts.products {
+            // SAFETY: every record names a row of its own part.
+            Products::Sm90(fast) => unsafe { fast.slots(device, x, row_of, plan, self.fast)? },
+            Products::F32(_) => {
+                let [rows, h, y] = wide;
+                rows.reserve(&device.gpu, places * width)?;
+                h.reserve(&device.gpu, places * experts.intermediate())?;
+                y.reserve(&device.gpu, places * width)?;
+                let mut rows = f32_rows(rows.part_mut(0..places * width), places, width)?;
+                // SAFETY: as above.
+                unsafe { device.slots.gather_rows(stream, x, row_of, plan, &mut rows) }
+                    .map_err(error)?;
+                let h = f32_rows(
+                    h.part_mut(0..places * experts.intermediate()),
+                    places,
+                    experts.intermediate(),
+                )?;
+                let mut out = f32_rows(y.part_mut(0..places * width), places, width)?;
+                experts.sorted_in_f32(device, rows, h, (ids, plan), &mut out)?;
+                SlotOutputs { values: y.address(), ..experts.output_of_slot() }
+            }
+        };
+        Ok(())
+    }
+
+    fn send_back(&mut self, ways: &Ways) -> Result<()> {
+        let Self { ranks, device, memory, outputs, .. } = self;
+        let back = memory.back(*outputs);
+        // SAFETY: the outputs are the workspace's, with one for every slot; there is room for what comes back.
+        unsafe { return_legs(ranks, device, ways, *outputs, back) }
+    }
+
+    fn combine(&mut self) -> Result<()> {
+        let Self { ranks, device, of, memory, out, faults, outputs, .. } = self;
+        let by = (memory.parts()?, ranks.room());
+        let (own, far) = (*outputs, memory.back(*outputs));
+        let weights = (of.weights, of.factor);
+        ranks.verbs().combine(&device.stream, by, (own, far), weights, out, faults.1).map_err(error)
+    }
+}
+
+/// The same steps, where the outputs are those of the pass before: what the exchange alone takes.
+pub(super) struct WithoutExperts<'s, 'p, 'a, 'o>(pub(super) &'s mut Gpus<'p, 'a, 'o>);
+
+impl Side for WithoutExperts<'_, '_, '_, '_> {
+    fn sort(&mut self) -> Result<()> {
+        self.0.sort()
+    }
+
+    fn share_counts(&mut self) -> Result<()> {
+        self.0.share_counts()
+    }
+
+    fn pack(&mut self) -> Result<()> {
+        self.0.pack()
+    }
+
+    fn counts(&mut self) -> Result<Vec<u32>> {
+        self.0.counts()
+    }
+
+    fn make_room(&mut self, ways: &Ways) -> Result<()> {
+        self.0.make_room(ways)
+    }
+
+    fn send(&mut self, ways: &Ways) -> Result<()> {
+        self.0.send(ways)
+    }
+
+    fn experts(&mut self, ways: &Ways) -> Result<()> {
+        self.0.unpack(ways)
+    }
+
+    fn send_back(&mut self, ways: &Ways) -> Result<()> {
+        self.0.send_back(ways)
+    }
+
+    fn combine(&mut self) -> Result<()> {
+        self.0.combine()
+    }
+}
+
+/// Places `of` elements of so many bytes, from `address` on, to or from a rank.
+fn leg(peer: usize, address: u64, of: &std::ops::Range<usize>, bytes: usize) -> Leg {
+    Leg { peer, address: address + (of.start * bytes) as u64, bytes: of.len() * bytes }
+}
+
+/// Outputs to those that sent the slots, and this rank's back.
+///
+/// # Safety
+/// As [`Peers::start`].
+unsafe fn return_legs(
+    ranks: &Ranks,
+    device: &Device,
+    ways: &Ways,
+    from: SlotOutputs,
+    to: SlotOutputs,
+) -> Result<()> {
+    let legs = |way: &resident::Way, of: SlotOutputs, range: &std::ops::Range<usize>| {
+        [
+            leg(way.peer, of.values, range, of.value_bytes),
+            leg(way.peer, of.scales, range, of.scale_bytes),
+        ]
+    };
+    let mut sends = ways.all.iter().flat_map(|way| legs(way, from, &way.slots.come));
+    let mut receives = ways.all.iter().flat_map(|way| legs(way, to, &way.slots.go));
+    let at = ranks.at(Step::Combine);
+    // SAFETY: as the caller promises.
+    unsafe { ranks.peers().start(at, &device.stream, &mut sends, &mut receives) }
+}

@@ -231,7 +231,10 @@ impl Peers {
     /// # Errors
     /// A rank that has failed, or does not come.
     pub fn most<const N: usize>(&self, at: At<'_>, mine: [usize; N]) -> Result<[usize; N]> {
-        let all = self.control.all_gather(at, mine.map(|number| number as u64))?;
+        // kernels that wait for who has failed would hold up who frees their memory
+        let ended = |_: &Error| self.direct.stop.stop();
+        let all = self.control.all_gather(at, mine.map(|number| number as u64));
+        let all = all.inspect_err(ended)?;
         let of = |i| all.chunks_exact(N).map(|rank| rank[i] as usize).max().unwrap_or(0);
         Ok(std::array::from_fn(of))
     }

@@ -91,10 +91,10 @@ impl FewShape {
     pub fn new(format: FewFormat, hidden: usize, inner: usize) -> Self {
         let all = hidden / format.columns();
         let (warps, records, stages, blocks): (usize, _, _, _) = match format {
-            // Long rows: one large block. Short ones: several, which hide each other's barriers.
-            FewFormat::Fp8Block if all < 32 => (4, 1, 3, 3),
+            // Several blocks, which hide each other's barriers; of bf16 with long rows one large one.
+            FewFormat::Fp8Block => (4, 1, 3, 3),
             FewFormat::Bf16 if all < 48 => (4, 1, 3, 3),
-            FewFormat::Bf16 | FewFormat::Fp8Block => (8, 1, 3, 1),
+            FewFormat::Bf16 => (8, 1, 3, 1),
             FewFormat::Int4 => (4, 2, 3, 3),
             // Five warps where they share the records evenly and four do not.
             FewFormat::Mxfp4 if all.is_multiple_of(5) && !all.is_multiple_of(4) => (5, 3, 2, 3),
@@ -102,8 +102,12 @@ impl FewShape {
         };
         // Short rows of the second product are split among few warps, as far as the others divide
         // its features.
-        let short = inner / format.columns() < 16;
-        let least = if format.packed() && !short { warps } else { warps / 2 };
+        let short = match format {
+            FewFormat::Bf16 => true,
+            FewFormat::Fp8Block => inner / format.columns() < 32,
+            FewFormat::Int4 | FewFormat::Mxfp4 => inner / format.columns() < 16,
+        };
+        let least = if short { warps / 2 } else { warps };
         let divides = |split: &usize| {
             warps.is_multiple_of(*split) && (hidden / 32).is_multiple_of(warps / split)
         };
@@ -111,15 +115,23 @@ impl FewShape {
         Self { warps, records, stages, blocks, split }
     }
 
-    /// `router`: the gate and the routing come first, by these rules.
+    /// Of a kernel for experts `[experts, hidden, inner]` on so many multiprocessors. `router`: the gate and the routing
+    /// come first, by these rules.
     pub(crate) fn options(
         self,
         format: FewFormat,
+        [experts, hidden, inner]: [usize; 3],
+        multiprocessors: usize,
         activation: Activation,
         router: Option<&RawRouter>,
     ) -> Vec<String> {
         let mut options = format.options();
         options.extend([
+            format!("-DEXPERTS={experts}"),
+            format!("-DHIDDEN={hidden}"),
+            format!("-DINNER={inner}"),
+            format!("-DSPLIT={}", self.split),
+            format!("-DGRID={}", multiprocessors * self.blocks),
             format!("-DWARPS={}", self.warps),
             format!("-DRECORDS={}", self.records),
             format!("-DSTAGES={}", self.stages),
@@ -144,23 +156,24 @@ impl FewShape {
     }
 }
 
-/// The shapes that [`FewShape::new`] can give, and the format of each.
-pub(crate) fn shapes() -> Vec<(FewFormat, FewShape)> {
+/// Options of kernels for the layers of Qwen3-30B-A3B, gpt-oss-120b and DeepSeek-V3 on an H100.
+/// They have every shape that [`FewShape::new`] can give.
+pub(crate) fn published(router: Option<&RawRouter>) -> Vec<Vec<String>> {
     let formats = [FewFormat::Bf16, FewFormat::Fp8Block, FewFormat::Int4, FewFormat::Mxfp4];
-    let hidden = [2048, 2880, 7168];
+    let dims = [[128, 2048, 768], [128, 2880, 2880], [256, 7168, 2048]];
     let all = formats.iter().flat_map(|&format| {
-        hidden.iter().map(move |&hidden| (format, FewShape::new(format, hidden, 8192)))
+        let whole = move |[_, hidden, inner]: &&[usize; 3]| {
+            [hidden, inner].iter().all(|width| width.is_multiple_of(format.columns()))
+        };
+        dims.iter().filter(whole).map(move |&dims| {
+            let shape = FewShape::new(format, dims[1], dims[2]);
+            shape.options(format, dims, 132, Activation::Silu, router)
+        })
     });
-    let mut found = Vec::new();
-    for each in all {
-        if !found.contains(&each) {
-            found.push(each);
-        }
-    }
-    found
+    all.collect()
 }
 
-/// Weights of both products as the kernels for 4 bits read them; they keep nothing else alive.
+/// Weights of both products as the kernels for 4 bits read them, in place of what they were packed from.
 pub(crate) struct Packed {
     pub(crate) first: Buffer<u8>,
     pub(crate) second: Buffer<u8>,
@@ -314,14 +327,15 @@ impl FewExperts {
         {
             return refuse(format!("{shape:?} does not divide {hidden} columns"));
         }
-        let kernel = Self::kernel(modules, format, shape, weights.activation, None)?;
-        let (packed, maps) = if format.packed() {
+        let kernel = Self::kernel(modules, format, shape, &weights, None)?;
+        let (weights, packed, maps) = if format.packed() {
             let packed = Packed::new(modules, stream, format, &weights)?;
-            (Some(Arc::new(packed)), [TensorMap::unused(); 3])
+            // there is one copy of the weights
+            (weights.packed(gpu)?, Some(Arc::new(packed)), [TensorMap::unused(); 3])
         } else {
             let maps =
                 [map(gpu, gate, 16)?, map(gpu, &weights.up, 16)?, map(gpu, &weights.down, 32)?];
-            (None, maps)
+            (weights, None, maps)
         };
         Ok(Self { format, shape, weights, packed, maps, kernel, gated: None })
     }
@@ -332,8 +346,7 @@ impl FewExperts {
     /// If the kernel does not compile, or does not fit the GPU.
     pub fn with_gate(self, modules: &Modules, router: &Router) -> Result<Self> {
         let rules = router.raw();
-        let gated =
-            Self::kernel(modules, self.format, self.shape, self.weights.activation, Some(&rules))?;
+        let gated = Self::kernel(modules, self.format, self.shape, &self.weights, Some(&rules))?;
         Ok(Self { gated: Some((gated, rules.options())), ..self })
     }
 
@@ -341,20 +354,22 @@ impl FewExperts {
         modules: &Modules,
         format: FewFormat,
         shape: FewShape,
-        activation: Activation,
+        weights: &ExpertWeights,
         router: Option<&RawRouter>,
     ) -> Result<(Function, Launch)> {
-        let kernel = modules.function(&FEW, &shape.options(format, activation, router), "few")?;
+        let dims = [weights.up.experts, weights.hidden(), weights.intermediate()];
+        let multiprocessors = modules.gpu().properties().multiprocessors;
+        let options = shape.options(format, dims, multiprocessors, weights.activation, router);
+        let kernel = modules.function(&FEW, &options, "few")?;
         let shared = shape.shared_bytes(format) as u32;
         kernel.allow_shared(shared)?;
         let threads = 32 * shape.warps as u32;
         // All blocks wait for each other's work: they must all be there.
-        let resident = kernel.resident_blocks(threads, shared)?;
-        if resident == 0 {
+        if kernel.resident_blocks(threads, shared)? < shape.blocks {
             let reason = format!("{shape:?} does not fit a multiprocessor");
             return Err(Error::input("experts for few tokens", reason));
         }
-        let blocks = modules.gpu().properties().multiprocessors * resident.min(shape.blocks);
+        let blocks = multiprocessors * shape.blocks;
         let launch = Launch { grid: (blocks as u32, 1), block: threads, shared, cooperative: true };
         Ok((kernel, launch))
     }
@@ -367,8 +382,8 @@ impl FewExperts {
         let (gpu, purpose) = (stream.gpu(), "the rows between the products");
         let (hidden, inner) = (self.weights.hidden(), self.weights.intermediate());
         let codes = if self.format == FewFormat::Fp8Block { slots } else { 0 };
-        // `ROUTED` of few.cu and its line.
-        let count = 32 * (Self::MOST_SLOTS + 4);
+        // Up to `TOLD` of few.cu, and logits that blocks tell each other.
+        let count = 32 * (Self::MOST_SLOTS + 5) + Self::OWN_PLAN * 256;
         let mut counters = Buffer::new(gpu, count, purpose)?;
         stream.fill(counters.view_mut(), 0)?;
         Ok(FewWorkspace {
@@ -381,7 +396,7 @@ impl FewExperts {
         })
     }
 
-    /// Bytes of such a workspace, but for a few kilobytes.
+    /// Bytes of such a workspace, but for its counters.
     pub fn work_bytes(format: FewFormat, slots: usize, hidden: usize, inner: usize) -> usize {
         let codes = if format == FewFormat::Fp8Block { 2 * (hidden + inner) } else { 0 };
         slots * (2 * inner + 4 * hidden + codes)
@@ -577,10 +592,6 @@ impl FewExperts {
             tile_count: plan.map_or(0, |p| p.tile_count().address()),
             slots: slots as u32,
             top_k: top_k as u32,
-            experts: w.up.experts as u32,
-            hidden: hidden as u32,
-            inner: inner as u32,
-            split: self.shape.split as u32,
             rows_step: [expert_rows(gate), expert_rows(&w.up), expert_rows(&w.down)],
             scale_steps: [scale_step(&w.up), scale_step(&w.down)],
             out_type: out.raw.float,
@@ -618,10 +629,6 @@ struct RawFew {
     tile_count: u64,
     slots: u32,
     top_k: u32,
-    experts: u32,
-    hidden: u32,
-    inner: u32,
-    split: u32,
     rows_step: [u32; 3],
     scale_steps: [u32; 2],
     out_type: u32,

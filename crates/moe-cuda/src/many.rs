@@ -73,6 +73,7 @@ impl ManyExperts {
         weights.check()?;
         let pack = || Packed::new(modules, stream, format, &weights).map(Arc::new);
         let packed = format.packed().then(pack).transpose()?;
+        let weights = if packed.is_some() { weights.packed(modules.gpu())? } else { weights };
         Self::with(modules, weights, packed)
     }
 
@@ -84,13 +85,13 @@ impl ManyExperts {
         Self::with(modules, few.weights().clone(), few.packed())
     }
 
+    /// Of checked weights.
     fn with(
         modules: &Modules,
         weights: ExpertWeights,
         packed: Option<Arc<Packed>>,
     ) -> Result<Self> {
         let gpu = modules.gpu();
-        weights.check()?;
         let Some(gate) = &weights.gate else {
             return refuse("there is no kernel for experts without a gate projection".into());
         };

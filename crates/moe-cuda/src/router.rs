@@ -213,6 +213,8 @@ impl RawRouter {
     /// Its rules as constants of a kernel that knows them: few.cu.
     pub(crate) fn options(&self) -> Vec<String> {
         let constants = [
+            ("GATE_OUTPUTS", self.logits),
+            ("GATE_TOP_K", self.top_k),
             ("SCORE", self.score),
             ("CORRECTION", self.correction),
             ("SELECTION", self.selection),

@@ -75,12 +75,11 @@ pub fn builds() -> Vec<Build> {
         [&ROWS, &SLOTS, &PLAN, &EXCHANGE, &LIMITS].map(|source| all(source, Vec::new())).into();
     builds.push(all(&ROUTE, vec!["--fmad=false".into()]));
     builds.extend(Element::ALL.iter().map(|element| all(&GROUPED, element.options())));
-    for (format, shape) in few::shapes() {
-        if format.packed() {
-            builds.push(all(&PACK, format.options()));
-        }
-        for router in [None, Some(&RawRouter::plain())] {
-            let options = shape.options(format, silu, router);
+    for format in [FewFormat::Int4, FewFormat::Mxfp4] {
+        builds.push(all(&PACK, format.options()));
+    }
+    for router in [None, Some(&RawRouter::plain())] {
+        for options in few::published(router) {
             builds.push(Build { hot: true, ..from_hopper(&FEW, options) });
         }
     }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 pub use moe_kernels::activation::Activation;
 
 use crate::module::Argument;
-use crate::{Buffer, Error, Result};
+use crate::{Buffer, Error, Gpu, Result};
 
 /// What a weight's codes are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -355,6 +355,18 @@ impl ExpertWeights {
             ));
         }
         Ok(())
+    }
+
+    /// What these weights are, without their codes and scales, which somebody has packed.
+    pub(crate) fn packed(mut self, gpu: &Gpu) -> Result<Self> {
+        let nothing = Bytes::new(Buffer::new(gpu, 0, "nothing")?);
+        for matrix in self.gate.iter_mut().chain([&mut self.up, &mut self.down]) {
+            matrix.codes = nothing.clone();
+            if let Some(scales) = &mut matrix.scales {
+                scales.bytes = nothing.clone();
+            }
+        }
+        Ok(self)
     }
 
     /// H: width of the rows.

@@ -256,48 +256,117 @@ fn a_gate_in_front_gives_the_bits_of_the_verbs() {
                 _ => Rows::new(narrow.view(), float, width, hidden).unwrap(),
             };
             let bias = (tokens > 1).then(|| gate_bias.view());
-            let mut fault = FaultWord::new(s.gpu(), &s.stream).unwrap();
-            let mut all = Vec::new();
-            for in_front in [false, true, true] {
-                let (mut logits, mut ids) = (s.buffer::<f32>(tokens * width), s.buffer(tokens * k));
-                let (mut weights, mut shared) =
-                    (s.buffer::<f32>(tokens * k), s.buffer::<f32>(tokens * options.shared));
-                let mut out = s.buffer::<f32>(tokens * hidden);
-                let mut rows = RowsMut::new(out.view_mut(), Float::F32, tokens, hidden).unwrap();
-                let mut routing = RoutingMut {
-                    ids: ids.view_mut(),
-                    weights: weights.view_mut(),
-                    shared_weights: shared.view_mut(),
-                };
-                if in_front {
-                    assert!(few.takes_gate(tokens, &x, &gate, &router));
-                    let (router, logits, fault) = (&router, logits.view_mut(), &fault);
-                    let gate = FewGate { weight: gate, bias, router, logits, routing, fault };
-                    let batch = (x, 0.7, fault);
-                    few.forward_gated(&s.stream, gate, batch, &mut work, &mut rows).unwrap();
-                } else {
-                    let mut to =
-                        RowsMut::new(logits.view_mut(), Float::F32, tokens, width).unwrap();
-                    s.verbs.linear(&s.stream, x, gate, bias, &mut to).unwrap();
-                    router.route(&s.stream, to.as_rows(), None, &mut routing, &fault).unwrap();
-                    let (ids, weights) = (ids.view(), weights.view());
-                    let batch = FewBatch { x, ids, weights, factor: 0.7, fault: &fault };
-                    few.forward(&s.stream, &batch, None, &mut work, &mut rows).unwrap();
-                }
-                fault.check(&s.stream).unwrap();
-                let floats = [logits.view(), weights.view(), shared.view(), out.view()];
-                let floats = floats.map(|view| s.download(view));
-                assert!(floats.iter().flatten().all(|v| v.is_finite()));
-                all.push((s.download::<u32>(ids.view()), floats));
-            }
             let place = format!("{format:?}, {options:?}, {tokens} tokens");
-            assert_eq!(all[0].0, all[1].0, "{place}: ids");
-            for (i, what) in ["logits", "weights", "shared weights", "output"].iter().enumerate() {
-                assert_eq!(all[0].1[i], all[1].1[i], "{place}: {what}");
-            }
-            assert_eq!(all[1], all[2], "{place}: again");
+            bits_of_the_verbs(&s, (&few, &mut work), &router, x, (gate, bias), &place);
         }
     }
+}
+
+/// Gates whose logits are their bias: where rounding decides, a number is none, or rows differ in nothing, the launch
+/// chooses as the router does.
+#[test]
+fn a_gate_in_front_chooses_as_the_router_does_where_scores_are_equal() {
+    let Some(s) = setup() else { return };
+    let mut n = Numbers(38);
+    let (experts, hidden) = (130, 512);
+    let host =
+        Experts::new(&s, &mut n, BF16, [experts, hidden, 256], true, Activation::Silu, false);
+    let weight_from = WeightFrom::SoftmaxChosen;
+    let softmax = RouterOptions::softmax(experts, 8, Renormalise::Sum(0.0));
+    let logits = RouterOptions { score: Score::Logits, weight_from, ..softmax };
+    let spread = |e: usize| e as f32 * -0.01 - 1.0;
+    let base: Vec<f32> = (0..experts).map(|e| spread(e * 37 % experts)).collect();
+    let with = |changes: &[(usize, f32)]| {
+        let mut bias = base.clone();
+        changes.iter().for_each(|(e, value)| bias[*e] = *value);
+        bias
+    };
+    let next = |v: f32| f32::from_bits(v.to_bits() + 1);
+    let mut border: Vec<(usize, f32)> = (20..27).map(|e| (e, e as f32 * 0.1)).collect();
+    border.extend([(2, -0.01), (100, f32::from_bits((-0.01f32).to_bits() - 1))]);
+    let gates = [
+        with(&[]),
+        // the later one is larger by an ulp: no score tells them apart, a logit does
+        with(&[(5, 0.01), (9, next(0.01))]),
+        // at the border between what is chosen and what is not
+        with(&border),
+        with(&[(3, 0.25), (120, 0.25), (64, 0.25)]),
+        with(&[(3, 0.0), (120, -0.0)]),
+        with(&[(1, f32::NEG_INFINITY), (4, f32::NEG_INFINITY)]),
+        // scores that are no normal numbers
+        with(&[(6, 95.0), (77, 96.0), (78, 200.0)]),
+        vec![0.5; experts],
+    ];
+    for options in [softmax, logits] {
+        let router = Router::new(&s.modules, options, RouterTensors::default()).unwrap();
+        let few = FewExperts::new(&s.modules, &s.stream, host.weights()).unwrap();
+        let few = few.with_gate(&s.modules, &router).unwrap();
+        let mut work = few.workspace(&s.stream, 16 * options.top_k).unwrap();
+        let weight = s.upload(&vec![0u16; experts * hidden]);
+        for (i, bias) in gates.iter().enumerate() {
+            for tokens in [1, 3, 16] {
+                let x = s.upload(&bf16(&n.units(tokens * hidden)));
+                let x = Rows::new(x.view(), Float::Bf16, tokens, hidden).unwrap();
+                let gate = Rows::new(weight.view(), Float::Bf16, experts, hidden).unwrap();
+                let bias = s.upload(bias);
+                let place = format!("gate {i}, {:?}, {tokens} tokens", options.score);
+                let gate = (gate, Some(bias.view()));
+                bits_of_the_verbs(&s, (&few, &mut work), &router, x, gate, &place);
+            }
+        }
+    }
+}
+
+/// Logits, ids, weights and outputs behind a gate, twice, and those of the verbs.
+fn bits_of_the_verbs(
+    s: &Setup,
+    (few, work): (&FewExperts, &mut FewWorkspace),
+    router: &Router,
+    x: Rows<'_>,
+    (gate, bias): (Rows<'_>, Option<View<'_, f32>>),
+    place: &str,
+) {
+    let (tokens, hidden, width) = (x.rows(), x.cols(), gate.rows());
+    let RouterOptions { top_k: k, shared: beside, .. } = *router.options();
+    let mut fault = FaultWord::new(s.gpu(), &s.stream).unwrap();
+    let mut all = Vec::new();
+    for in_front in [false, true, true] {
+        let (mut logits, mut ids) = (s.buffer::<f32>(tokens * width), s.buffer(tokens * k));
+        let (mut weights, mut shared) =
+            (s.buffer::<f32>(tokens * k), s.buffer::<f32>(tokens * beside));
+        let mut out = s.buffer::<f32>(tokens * hidden);
+        let mut rows = RowsMut::new(out.view_mut(), Float::F32, tokens, hidden).unwrap();
+        let mut routing = RoutingMut {
+            ids: ids.view_mut(),
+            weights: weights.view_mut(),
+            shared_weights: shared.view_mut(),
+        };
+        if in_front {
+            assert!(few.takes_gate(tokens, &x, &gate, router));
+            let (logits, fault) = (logits.view_mut(), &fault);
+            let gate = FewGate { weight: gate, bias, router, logits, routing, fault };
+            let batch = (x, 0.7, fault);
+            few.forward_gated(&s.stream, gate, batch, work, &mut rows).unwrap();
+        } else {
+            let mut to = RowsMut::new(logits.view_mut(), Float::F32, tokens, width).unwrap();
+            s.verbs.linear(&s.stream, x, gate, bias, &mut to).unwrap();
+            router.route(&s.stream, to.as_rows(), None, &mut routing, &fault).unwrap();
+            let (ids, weights) = (ids.view(), weights.view());
+            let batch = FewBatch { x, ids, weights, factor: 0.7, fault: &fault };
+            few.forward(&s.stream, &batch, None, work, &mut rows).unwrap();
+        }
+        fault.check(&s.stream).unwrap();
+        let floats = [logits.view(), weights.view(), shared.view(), out.view()];
+        let floats = floats.map(|view| s.download(view));
+        // a logit may mask its expert
+        assert!(floats[1..].iter().flatten().all(|v| v.is_finite()));
+        all.push((s.download::<u32>(ids.view()), floats));
+    }
+    assert_eq!(all[0].0, all[1].0, "{place}: ids");
+    for (i, what) in ["logits", "weights", "shared weights", "output"].iter().enumerate() {
+        assert_eq!(all[0].1[i], all[1].1[i], "{place}: {what}");
+    }
+    assert_eq!(all[1], all[2], "{place}: again");
 }
 
 #[test]

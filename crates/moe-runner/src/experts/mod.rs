@@ -283,6 +283,15 @@ pub struct MonolithicCall<'a> {
     pub out: &'a mut [f32],
 }
 
+/// Which of two streams waits for what is on the other one now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StreamOrder {
+    /// Passes from here on wait for the other stream.
+    PassesWait,
+    /// What is put on the other stream from here on waits for the passes.
+    PassesFirst,
+}
+
 /// A kernel that is the whole layer, on a device of its own: gate, routing, experts, shared experts and
 /// what is done to their sum.
 pub trait LayerKernel: Send + std::fmt::Debug {
@@ -322,6 +331,15 @@ pub trait LayerKernel: Send + std::fmt::Debug {
 
     /// The device's own handle of the stream that passes are put on: for CUDA a `CUstream`.
     fn stream(&self) -> usize;
+
+    /// Orders the work of another stream of the same device, by its handle, and the passes: see [`StreamOrder`].
+    ///
+    /// # Safety
+    /// `stream` is one of that device.
+    ///
+    /// # Errors
+    /// What the device refuses.
+    unsafe fn order(&self, stream: usize, order: StreamOrder) -> Result<()>;
 
     /// It holds some of the experts, and sends rows to the [others](BuildCall::spread) by itself: all ranks make
     /// every pass together, also with no rows.

@@ -40,7 +40,7 @@ pub use workspace::Workspaces;
 
 use crate::comm::Communicator;
 use crate::exchange::Wire;
-use crate::experts::{BuiltKernel, ExchangeTime};
+use crate::experts::{BuiltKernel, ExchangeTime, StreamOrder};
 use crate::hidden::{ActivationDtype, DeviceRouting, Rows, RowsMut};
 use crate::oracle::Choice;
 use crate::plan::Plan;
@@ -285,6 +285,23 @@ impl MoeRunner {
     pub fn synchronize(&mut self) -> Result<()> {
         match &mut self.layer.method.kernel {
             BuiltKernel::Layer(kernel) => kernel.synchronize(),
+            BuiltKernel::Modular(_) | BuiltKernel::Monolithic(_) => Ok(()),
+        }
+    }
+
+    /// Orders passes of a GPU and the work of another `stream` of it, such as an engine's, without a wait of the
+    /// host: both before a pass and after it where rows are written and read there. A capture of `stream` takes the
+    /// passes between along. Does nothing on the processor.
+    ///
+    /// # Safety
+    /// `stream` is a `CUstream` of the GPU that the runner is on.
+    ///
+    /// # Errors
+    /// [`Error::Device`](crate::Error::Device): what the driver refuses.
+    pub unsafe fn order(&self, stream: usize, order: StreamOrder) -> Result<()> {
+        match &self.layer.method.kernel {
+            // SAFETY: as the caller promises.
+            BuiltKernel::Layer(kernel) => unsafe { kernel.order(stream, order) },
             BuiltKernel::Modular(_) | BuiltKernel::Monolithic(_) => Ok(()),
         }
     }

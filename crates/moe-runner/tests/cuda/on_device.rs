@@ -1,6 +1,7 @@
 //! Rows in the GPU's own memory: nothing waits, nothing is allocated, and a pass can be captured.
 
 use moe_cuda::{Buffer, Gpu, Stream};
+use moe_runner::experts::StreamOrder;
 use moe_runner::hidden::ActivationDtype::Bf16;
 use moe_runner::hidden::{DeviceRouting, DeviceRows, DeviceRowsMut, Rows, RowsMut};
 use moe_runner::runner::{ForwardInput, MoeRunner, MoeRunnerInterface};
@@ -85,6 +86,47 @@ fn rows_of_the_gpu_give_the_bits_of_rows_of_the_host() {
         host.iter_mut().for_each(|v| *v = Bf16.round(*v));
         assert_eq!(host, want);
     }
+}
+
+/// An engine's own stream: rows are written, the pass made and the output read in order, also as a graph of that stream.
+#[test]
+fn a_pass_between_the_work_of_another_stream() {
+    let _alone = crate::alone();
+    let Some(options) = gpu(Bf16) else { return };
+    let layer = random_layer(&spec(), FloatType::Bf16, 9).unwrap();
+    let mut runner = runner(&layer, &options);
+    let (tokens, width) = (700, 48);
+    let hidden = rows(Bf16, tokens, width, 5);
+    let want: Vec<f32> = forward(&mut runner, &hidden).iter().map(|v| Bf16.round(*v)).collect();
+    let mut given = OnDevice::new(&runner, [tokens, width], width);
+    let mut x = OnDevice::new(&runner, [tokens, width], width);
+    let mut y = OnDevice::new(&runner, [tokens, width], width);
+    let mut out = OnDevice::new(&runner, [tokens, width], width);
+    given.write(&hidden);
+    let own = Stream::new(&Gpu::new(0).unwrap()).unwrap();
+    let mut pass = || {
+        // long enough that a pass which does not wait comes too early
+        for _ in 0..50 {
+            own.copy(out.memory.view(), x.memory.view_mut())?;
+        }
+        own.copy(given.memory.view(), x.memory.view_mut())?;
+        // SAFETY: a stream of the runner's GPU.
+        unsafe { runner.order(own.as_raw(), StreamOrder::PassesWait) }.unwrap();
+        runner.forward(&ForwardInput::new(x.rows()), y.rows_mut()).unwrap();
+        // SAFETY: as above.
+        unsafe { runner.order(own.as_raw(), StreamOrder::PassesFirst) }.unwrap();
+        own.copy(y.memory.view(), out.memory.view_mut())
+    };
+    pass().unwrap();
+    let graph = own.capture(&mut pass).unwrap();
+    own.synchronize().unwrap();
+    assert_eq!(out.read(), want);
+    own.fill(y.memory.view_mut(), 0).unwrap();
+    own.fill(out.memory.view_mut(), 0).unwrap();
+    // SAFETY: rows, weights and working memory are as they were captured.
+    unsafe { own.replay(&graph) }.unwrap();
+    own.synchronize().unwrap();
+    assert_eq!(out.read(), want);
 }
 
 /// Routing that an engine has finished on the GPU, ids and weights, gives the bits of the same from the

@@ -166,7 +166,7 @@ impl experts::Experts for CudaExperts {
         let x = Rows::new(parts.x.as_view(), Float::F32, places, hidden).map_err(error)?;
         let of = (x, parts.ids.as_view(), Some(parts.ones.as_view()), 1.0);
         let mut y = f32_rows(parts.y.reborrow(), places, hidden)?;
-        experts.run(device, of, &mut parts.slots, (plans, fast), &mut y, ignored)?;
+        experts.run((device, stream), of, &mut parts.slots, (plans, fast), &mut y, ignored)?;
         stream.copy_out(parts.y.as_view(), out).map_err(error)
     }
 }

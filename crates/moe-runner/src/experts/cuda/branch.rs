@@ -2,7 +2,7 @@
 
 use moe_cuda::{FaultWord, FewBatch, GroupedExperts, Plan, Rows, RowsMut, SlotOutputs, View};
 
-use super::device::{Device, Plans, error};
+use super::device::{Device, On, Plans, error};
 use super::layer::Experts;
 use super::pass::f32_rows;
 use super::pass::memory::Slots;
@@ -16,7 +16,7 @@ impl Experts {
     /// `out[t] = factor · Σ_j weights[t, j] · expert(ids[t, j])(x[t])`, in f32.
     pub(super) fn run(
         &self,
-        device: &Device,
+        on: On<'_>,
         of: Of<'_>,
         slots: &mut Slots<'_>,
         (plans, work): (&mut Plans, &mut FastWork),
@@ -26,17 +26,17 @@ impl Experts {
         match &self.products {
             Products::F32(grouped) => {
                 let (count, all) = (of.1.len(), self.count());
-                let plan = plans.reserve(&device.gpu, count, all, GroupedExperts::TILE)?;
-                self.in_f32((device, grouped), of, slots, plan, out, fault)
+                let plan = plans.reserve(&on.0.gpu, count, all, GroupedExperts::TILE)?;
+                self.in_f32((on, grouped), of, slots, plan, out, fault)
             }
             Products::Sm90(fast) => {
                 let (x, ids, weights, factor) = of;
                 let Some(weights) = weights else {
                     return Err(Error::NoKernel("fast experts need weights".into()));
                 };
-                let x = self.as_read(device, x, slots)?;
+                let x = self.as_read(on, x, slots)?;
                 let batch = FewBatch { x, ids, weights, factor, fault };
-                fast.run(device, &batch, plans, work, out)?;
+                fast.run(on, &batch, plans, work, out)?;
                 Ok(())
             }
         }
@@ -45,7 +45,7 @@ impl Experts {
     /// Rows as the products read them: `x` itself, or its numbers in bf16.
     pub(super) fn as_read<'x>(
         &self,
-        device: &Device,
+        (device, stream): On<'_>,
         x: Rows<'x>,
         slots: &'x mut Slots<'_>,
     ) -> Result<Rows<'x>> {
@@ -54,14 +54,14 @@ impl Experts {
         }
         let narrow = slots.narrow.reborrow();
         let mut rows = RowsMut::new(narrow, Fast::ROWS, x.rows(), x.cols()).map_err(error)?;
-        device.verbs.convert(&device.stream, x, &mut rows, None).map_err(error)?;
+        device.verbs.convert(stream, x, &mut rows, None).map_err(error)?;
         Ok(rows.into_rows())
     }
 
     /// The same, the products in f32.
     fn in_f32(
         &self,
-        (device, grouped): (&Device, &GroupedExperts),
+        (on @ (device, stream), grouped): (On<'_>, &GroupedExperts),
         of: Of<'_>,
         slots: &mut Slots<'_>,
         plan: &mut Plan,
@@ -69,7 +69,7 @@ impl Experts {
         fault: &FaultWord,
     ) -> Result<()> {
         let (x, ids, weights, factor) = of;
-        let (stream, verbs) = (&device.stream, &device.verbs);
+        let verbs = &device.verbs;
         let count = ids.len();
         let (hidden, inner) = (self.hidden(), self.intermediate());
         verbs.plan(stream, ids, count / x.rows(), plan).map_err(error)?;
@@ -87,7 +87,7 @@ impl Experts {
             }
         }
         let mut y = f32_rows(slots.y.reborrow(), count, hidden)?;
-        self.second_in_f32((device, grouped), h, (ids, plan), &mut y)?;
+        self.second_in_f32((on, grouped), h, (ids, plan), &mut y)?;
         let weights = weights.filter(|_| !self.weight_on_input);
         let (y, all) = (y.as_rows(), self.count());
         verbs.combine(stream, y, ids, weights, all, factor, out, fault).map_err(error)
@@ -96,12 +96,11 @@ impl Experts {
     /// From the rows between the products to the outputs of slots.
     fn second_in_f32(
         &self,
-        (device, grouped): (&Device, &GroupedExperts),
+        ((device, stream), grouped): (On<'_>, &GroupedExperts),
         mut h: RowsMut<'_>,
         (ids, plan): (View<'_, u32>, &Plan),
         y: &mut RowsMut<'_>,
     ) -> Result<()> {
-        let stream = &device.stream;
         if let Some((quantiser, scales)) = &self.quantise[1] {
             let scales = scales.as_ref().map(|scales| scales.view());
             device.slots.quantise(stream, *quantiser, scales, plan, &mut h).map_err(error)?;
@@ -132,7 +131,7 @@ impl Experts {
             device.slots.quantise(stream, *quantiser, scales, plan, &mut rows).map_err(error)?;
         }
         grouped.first_sorted(stream, rows.as_rows(), plan, &mut h).map_err(error)?;
-        self.second_in_f32((device, grouped), h, (ids, plan), y)
+        self.second_in_f32(((device, stream), grouped), h, (ids, plan), y)
     }
 
     /// What the output of a slot is.

@@ -4,7 +4,8 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use moe_cuda::{
-    Arena, Compiler, FaultWord, Gpu, Modules, Plan, SlotVerbs, Stream, Verbs, fault::FaultKind,
+    Arena, Compiler, Event, FaultWord, Gpu, Modules, Plan, SlotVerbs, Stream, Verbs,
+    fault::FaultKind,
 };
 
 use super::products::FastWork;
@@ -18,7 +19,55 @@ pub(super) struct Device {
     pub(super) verbs: Verbs,
     pub(super) slots: SlotVerbs,
     pub(super) stream: Stream,
+    /// For what runs beside it.
+    pub(super) beside: Beside,
     work: Mutex<Work>,
+}
+
+/// A device, and the stream of it that steps are put on.
+pub(super) type On<'a> = (&'a Device, &'a Stream);
+
+/// A second stream: what is put on it begins where the first one has come to, and is waited for.
+pub(super) struct Beside {
+    pub(super) stream: Stream,
+    begun: Event,
+    done: Event,
+}
+
+impl Beside {
+    /// What is put on the second stream from here on begins after what is on `stream` now. One fork at a time.
+    pub(super) fn fork<'a>(&'a self, stream: &'a Stream) -> Result<Forked<'a>> {
+        stream.record(&self.begun).and_then(|()| self.stream.wait(&self.begun)).map_err(error)?;
+        Ok(Forked { beside: self, stream })
+    }
+}
+
+/// Until this goes, what runs on the first stream runs beside the second one. Also a pass that fails half-way waits:
+/// the next one uses the same memory.
+pub(super) struct Forked<'a> {
+    beside: &'a Beside,
+    stream: &'a Stream,
+}
+
+impl Forked<'_> {
+    /// What is put on the first stream from here on begins when the second one is done.
+    pub(super) fn join(self) -> Result<()> {
+        let joined = self.wait();
+        std::mem::forget(self);
+        joined.map_err(error)
+    }
+
+    fn wait(&self) -> moe_cuda::Result<()> {
+        self.beside.stream.record(&self.beside.done)?;
+        self.stream.wait(&self.beside.done)
+    }
+}
+
+impl Drop for Forked<'_> {
+    fn drop(&mut self) {
+        // the error that ended the pass is told
+        let _ = self.wait();
+    }
 }
 
 /// What passes work in, one at a time.
@@ -26,6 +75,8 @@ pub(super) struct Work {
     pub(super) arena: Arena,
     pub(super) plans: Plans,
     pub(super) fast: FastWork,
+    /// Both, of what runs beside the rest.
+    pub(super) beside: (Plans, FastWork),
     pub(super) ranks: RanksWork,
     /// What is wrong with the rows.
     pub(super) fault: FaultWord,
@@ -96,10 +147,16 @@ impl Device {
                 arena: Arena::new(&gpu)?,
                 plans: Plans::default(),
                 fast: FastWork::default(),
+                beside: Default::default(),
                 ranks: RanksWork::default(),
                 fault: FaultWord::new(&gpu, &stream)?,
                 ignored: FaultWord::new(&gpu, &stream)?,
             }),
+            beside: Beside {
+                stream: Stream::new(&gpu)?,
+                begun: Event::new(&gpu)?,
+                done: Event::new(&gpu)?,
+            },
             stream,
             modules,
             gpu,

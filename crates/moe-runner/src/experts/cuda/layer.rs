@@ -6,7 +6,7 @@ use moe_cuda::router::{
     self as cuda, RouterOptions, RouterTensors as CudaTensors, Score as CudaScore,
 };
 use moe_cuda::weights::{ExpertWeights, Stored};
-use moe_cuda::{Buffer, Float, GroupedExperts, Norm, RowQuantiser, RowsMut};
+use moe_cuda::{Buffer, Event, Float, GroupedExperts, Norm, RowQuantiser, RowsMut, Stream};
 
 use super::Method;
 use super::device::{Device, device, error};
@@ -14,7 +14,9 @@ use super::products::Products;
 use super::ranks::Ranks;
 use super::upload::{Linear, Upload, norm, quantisers};
 use crate::experts::reference::stored_bytes;
-use crate::experts::{BuildCall, ExchangeTime, ExpertShape, KernelDesc, LayerCall, LayerKernel};
+use crate::experts::{
+    BuildCall, ExchangeTime, ExpertShape, KernelDesc, LayerCall, LayerKernel, StreamOrder,
+};
 use crate::hidden::ActivationDtype;
 use crate::router::Routing;
 use crate::spec::{
@@ -334,6 +336,18 @@ impl LayerKernel for CudaLayer {
 
     fn stream(&self) -> usize {
         self.device.stream.as_raw()
+    }
+
+    unsafe fn order(&self, stream: usize, order: StreamOrder) -> Result<()> {
+        let (gpu, own) = (&self.device.gpu, &self.device.stream);
+        // SAFETY: as the caller promises; it is used here alone.
+        let other = unsafe { Stream::from_raw(gpu, stream) };
+        let (first, then) = match order {
+            StreamOrder::PassesWait => (&other, own),
+            StreamOrder::PassesFirst => (own, &other),
+        };
+        let event = Event::new(gpu).map_err(error)?;
+        first.record(&event).and_then(|()| then.wait(&event)).map_err(error)
     }
 
     fn is_spread(&self) -> bool {

@@ -28,13 +28,14 @@ mod upload;
 
 use super::{
     Archs, Arithmetic, BuildCall, BuiltKernel, Caps, Determinism, Extras, Formats, Functions,
-    KernelDesc, RowFormat, Scheme, Target,
+    KernelDesc, ProductFormat, RowFormat, Scheme, Target,
 };
 #[cfg(not(feature = "cuda"))]
 use crate::Error;
 use crate::Result;
 use crate::hidden::ActivationDtype;
 use crate::spec::{ActivationFormat, Granularity, WeightFormat};
+use crate::weights::{Expert, Matrix};
 
 /// Every format in f32 on any GPU that is supported.
 pub const CUDA_F32: KernelDesc = KernelDesc {
@@ -77,7 +78,7 @@ pub const CUDA_SM90_BF16: KernelDesc = KernelDesc {
 /// FP8 in blocks of 128 × 128 with rows in groups of 128, on Hopper.
 pub const CUDA_SM90_FP8: KernelDesc = KernelDesc {
     name: "cuda_sm90_fp8",
-    summary: "the whole layer on Hopper, FP8 weights by 128 × 128 and rows by 128: in one launch up to 256 \
+    summary: "the whole layer on Hopper, FP8 weights by 128 × 128 and rows by 128: in one launch up to 512 \
               slots, on tensor cores beyond; shared experts alike, or in f32",
     schemes: &[scheme(
         &[WeightFormat::Fp8(Granularity::Block)],
@@ -158,6 +159,38 @@ enum Sm90 {
     Fp8,
     Mxfp4,
     Int4,
+}
+
+/// Bytes that `kernel`, one of these, takes of its GPU for the projections of experts.
+pub fn held_bytes(kernel: &KernelDesc, experts: &[Expert]) -> usize {
+    let fast = kernel.name != CUDA_F32.name && takes(kernel, experts);
+    let bytes = |matrix: &Matrix| {
+        let (rows, cols) = (matrix.rows(), matrix.cols());
+        let blocks = |down: usize, across: usize| rows.div_ceil(down) * cols.div_ceil(across);
+        match matrix.format() {
+            WeightFormat::Bf16 | WeightFormat::F16 => 2 * rows * cols,
+            WeightFormat::Fp8(_) if fast => rows * cols + size_of::<f32>() * blocks(128, 128),
+            WeightFormat::Mxfp4 if fast => rows * cols / 2 + blocks(1, 32),
+            WeightFormat::Int4(_) if fast => rows * cols / 2 + size_of::<u16>() * blocks(1, 128),
+            // decoded
+            _ => size_of::<f32>() * rows * cols,
+        }
+    };
+    let projections = experts.iter().flat_map(|e| e.gate.iter().chain([&e.up, &e.down]));
+    projections.map(bytes).sum()
+}
+
+/// Whether all of these experts can run on `kernel`: gated, in its formats and in sizes that it divides.
+fn takes(kernel: &KernelDesc, experts: &[Expert]) -> bool {
+    let (hidden, inner) = kernel.multiples;
+    let fits = |matrix: &Matrix| {
+        kernel.scheme(&ProductFormat::of(matrix)).is_some()
+            && matrix.rows().is_multiple_of(hidden)
+            && matrix.cols().is_multiple_of(inner)
+    };
+    experts.iter().all(|expert| {
+        expert.gate.as_ref().is_some_and(fits) && fits(&expert.up) && fits(&expert.down)
+    })
 }
 
 /// The compute capability, times ten, of the `index`-th NVIDIA GPU of this machine.

@@ -13,7 +13,7 @@ use moe_cuda::{
 use host::{narrow, nothing_seen};
 use memory::{Parts, RoutingParts, SharedParts};
 
-use super::device::{Plans, Work, error};
+use super::device::{Forked, On, Plans, Work, error};
 use super::layer::{CudaLayer, Experts, Gate, Shared, Step};
 use super::products::{Fast, FastWork, Products};
 use super::ranks::{RanksBatch, RanksWork};
@@ -50,9 +50,10 @@ impl CudaLayer {
     /// Makes sure of the memory.
     pub(super) fn prepare(&self, tokens: usize, top_k: usize) -> Result<()> {
         let (gpu, mut work) = (&self.device.gpu, self.device.work());
-        let Work { arena, plans, fast: fast_work, .. } = &mut *work;
+        let Work { arena, plans, fast, beside, .. } = &mut *work;
         arena.reserve(gpu, self.arena_bytes(tokens, top_k)).map_err(error)?;
-        for (experts, slots) in self.branches(tokens, top_k) {
+        let works = [(plans, fast), (&mut beside.0, &mut beside.1)];
+        for ((experts, slots), (plans, fast_work)) in self.branches(tokens, top_k).zip(works) {
             let (planned, tile) = experts.products.plan(slots);
             plans.reserve(gpu, planned, experts.count(), tile)?;
             if let Products::Sm90(fast) = &experts.products {
@@ -77,7 +78,7 @@ impl CudaLayer {
         }
         self.prepare(tokens, top_k)?;
         let mut work = self.device.work();
-        let Work { arena, plans, fast, ranks, fault, ignored } = &mut *work;
+        let Work { arena, plans, fast, beside, ranks, fault, ignored } = &mut *work;
         self.device.stream.set_layer(self.name.clone());
         let mut parts = Parts::cut(&mut arena.cut(), self, tokens, top_k);
         let pass = Pass {
@@ -100,7 +101,7 @@ impl CudaLayer {
             }
             return seen.map_or(Ok(()), |seen| nothing_seen(seen, self, top_k));
         }
-        let host = pass.run(&mut parts, &mut call, (plans, fast, ranks))?;
+        let host = pass.run(&mut parts, &mut call, (plans, fast, ranks), beside)?;
         if let (Some(all), true) = (&self.ranks, waits) {
             all.wait(&self.device, ranks)?;
         }
@@ -131,14 +132,15 @@ impl CudaLayer {
     ) -> Result<Option<ExchangeTime>> {
         let Some(ranks) = &self.ranks else { return Ok(None) };
         let mut work = self.device.work();
-        let Work { arena, plans, fast, ranks: memory, fault, ignored } = &mut *work;
+        let Work { arena, plans, fast, ranks: memory, fault, ignored, .. } = &mut *work;
         let mut parts = Parts::cut(&mut arena.cut(), self, tokens, top_k);
         let width = self.spec.dims.routed_hidden;
         let [own, _] = &mut parts.rows;
         let own = own.reborrow().part(0..tokens * width * self.dtype.size());
         let rows =
             Rows::of_bytes(own.as_view(), float(self.dtype), tokens, width).map_err(error)?;
-        let x = self.experts.as_read(&self.device, rows, &mut parts.slots)?;
+        let on = (&*self.device, &self.device.stream);
+        let x = self.experts.as_read(on, rows, &mut parts.slots)?;
         let (ids, weights) = (parts.routing.ids.as_view(), parts.routing.weights.as_view());
         let of = RanksBatch { x, ids, weights, top_k, factor: 1.0 };
         let mut out = f32_rows(parts.routed.reborrow(), tokens, width)?;
@@ -164,9 +166,11 @@ impl Pass<'_> {
         parts: &mut Parts<'_>,
         call: &mut LayerCall<'_>,
         work: (&mut Plans, &mut FastWork, &mut RanksWork),
+        beside: &mut (Plans, FastWork),
     ) -> Result<bool> {
         let CudaLayer { device, spec, shared, .. } = self.layer;
         let (stream, tokens, dims) = (&device.stream, self.tokens, spec.dims);
+        let on = (&**device, stream);
         let (plans, fast, ranks) = work;
         // 1. what comes in, in the layer's dtype
         let [own, other] = &mut parts.rows;
@@ -206,6 +210,13 @@ impl Pass<'_> {
         let last = self.layer.ends_with_the_sum() && experts.writes(&out);
         let mut sum = f32_rows(parts.routed.reborrow(), tokens, dims.routed_hidden)?;
         let routed = if last { &mut out } else { &mut sum };
+        // 4. the shared experts run beside the rest: from here on or, where the router weighs them, once it has
+        let mut to_come = shared.as_ref().zip(parts.shared.as_mut());
+        let at_once = to_come.take_if(|(of, _)| of.spec.combine != SharedCombine::RouterWeighted);
+        let mut forked = None;
+        if let Some((shared, part)) = at_once {
+            forked = Some(self.fork_shared(shared, hidden, None, part, &mut *beside)?);
+        }
         // 3. gate and router, 5. the experts, and the sum over slots with the scaling factor
         let in_front = self.gate_in_front(call, &rows);
         if let Some((kernel, gate)) = in_front {
@@ -228,22 +239,18 @@ impl Pass<'_> {
             self.route(&mut parts.routing, call, hidden)?;
         }
         let (ids, weights) = (parts.routing.ids.as_view(), parts.routing.weights.as_view());
-        // 4. the shared experts
-        let mut shared_out = None;
-        if let (Some(shared), Some(part)) = (shared, &mut parts.shared) {
-            let weights = parts.routing.shared_weights.as_view();
-            let weights = (shared.spec.combine == SharedCombine::RouterWeighted).then_some(weights);
-            let work = (&mut *plans, &mut *fast);
-            shared_out = Some(self.shared(shared, hidden, weights, part, work)?);
+        if let Some((shared, part)) = to_come {
+            let weights = Some(parts.routing.shared_weights.as_view());
+            forked = Some(self.fork_shared(shared, hidden, weights, part, beside)?);
         }
         match &self.layer.ranks {
             _ if in_front.is_some() => {}
             None => {
                 let of = (rows, ids, Some(weights), call.routed_factor);
-                experts.run(device, of, &mut parts.slots, (plans, fast), routed, self.ignored)?;
+                experts.run(on, of, &mut parts.slots, (plans, fast), routed, self.ignored)?;
             }
             Some(all) => {
-                let x = experts.as_read(device, rows, &mut parts.slots)?;
+                let x = experts.as_read(on, rows, &mut parts.slots)?;
                 let (top_k, factor) = (self.top_k, call.routed_factor);
                 let of = RanksBatch { x, ids, weights, top_k, factor };
                 let faults = (self.fault, self.ignored);
@@ -260,6 +267,11 @@ impl Pass<'_> {
         // read by nothing that follows.
         let mut sum = unsafe { sum.into_mut() };
         // 7. both branches, what follows them, and out
+        let mut shared_out = None;
+        if let Some((rows, running)) = forked {
+            running.join()?;
+            shared_out = Some(rows);
+        }
         let identity = matches!(spec.router.idle, Some(IdleExperts::Identity { .. }));
         let finish = Finish {
             shared: shared_out.map(|rows| (call.shared_factor, rows)),
@@ -499,17 +511,31 @@ impl Pass<'_> {
         verbs.linear(stream, normed.as_rows(), weight, bias, logits).map_err(error)
     }
 
-    /// The shared experts' output `[T, H]`.
-    fn shared<'b>(
-        &self,
+    /// The shared experts on the second stream.
+    fn fork_shared<'b>(
+        &'b self,
         shared: &Shared,
         hidden: Rows<'_>,
         weights: Option<View<'_, f32>>,
         parts: &'b mut SharedParts<'_>,
+        (plans, fast): &mut (Plans, FastWork),
+    ) -> Result<(Rows<'b>, Forked<'b>)> {
+        let device = &*self.layer.device;
+        let forked = device.beside.fork(&device.stream)?;
+        let on = (device, &device.beside.stream);
+        Ok((self.shared(on, shared, (hidden, weights), parts, (plans, fast))?, forked))
+    }
+
+    /// The shared experts' output `[T, H]`.
+    fn shared<'b>(
+        &self,
+        on @ (device, stream): On<'_>,
+        shared: &Shared,
+        (hidden, weights): (Rows<'_>, Option<View<'_, f32>>),
+        parts: &'b mut SharedParts<'_>,
         work: (&mut Plans, &mut FastWork),
     ) -> Result<Rows<'b>> {
-        let device = &self.layer.device;
-        let (stream, tokens, width) = (&device.stream, self.tokens, hidden.cols());
+        let (tokens, width) = (self.tokens, hidden.cols());
         let SharedParts { normed, ids, ones, slots, out: [out, finished] } = parts;
         let mut own = None;
         if let Some((norm, weight)) = &shared.input_norm {
@@ -529,7 +555,7 @@ impl Pass<'_> {
             weights => weights,
         };
         let of = (x, ids.as_view(), weights, 1.0);
-        shared.experts.run(device, of, slots, work, &mut out, self.ignored)?;
+        shared.experts.run(on, of, slots, work, &mut out, self.ignored)?;
         if let Some(gate) = &shared.gate {
             device.slots.sigmoid_gate(stream, hidden, gate.view(), &mut out).map_err(error)?;
         }

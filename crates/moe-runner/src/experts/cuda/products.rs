@@ -6,10 +6,10 @@ use moe_cuda::{
     ManyWorkspace, Plan, Router, Rows, RowsMut, SlotHomes, SlotOutputs, View,
 };
 
-use super::device::{Device, Plans, error};
-use super::{CUDA_SM90_BF16, CUDA_SM90_FP8, CUDA_SM90_INT4, CUDA_SM90_MXFP4, Sm90};
-use crate::experts::{KernelDesc, ProductFormat};
-use crate::weights::{Expert, Matrix};
+use super::device::{Device, On, Plans, error};
+use super::{CUDA_SM90_BF16, CUDA_SM90_FP8, CUDA_SM90_INT4, CUDA_SM90_MXFP4, Sm90, takes};
+use crate::experts::KernelDesc;
+use crate::weights::Expert;
 use crate::{Error, Result};
 
 /// The products, with the weights.
@@ -62,16 +62,7 @@ impl Sm90 {
     /// Whether shared experts can run as the routed ones do: in the same format, gated, in sizes that
     /// divide.
     pub(super) fn takes(self, experts: &[Expert]) -> bool {
-        let desc = self.desc();
-        let (hidden, inner) = desc.multiples;
-        let fits = |matrix: &Matrix| {
-            desc.scheme(&ProductFormat::of(matrix)).is_some()
-                && matrix.rows().is_multiple_of(hidden)
-                && matrix.cols().is_multiple_of(inner)
-        };
-        experts.iter().all(|expert| {
-            expert.gate.as_ref().is_some_and(fits) && fits(&expert.up) && fits(&expert.down)
-        })
+        takes(self.desc(), experts)
     }
 }
 
@@ -208,14 +199,9 @@ impl Fast {
         Ok(())
     }
 
-    /// The kernel for few slots runs: it reads an expert's weights once for each 8 of its rows. That for many
-    /// multiplies FP8 by FP8, and is ahead sooner.
+    /// The kernel for few slots runs: it reads an expert's weights once for each 8 of its rows.
     fn is_few(&self, slots: usize) -> bool {
-        let most = match self.few.format() {
-            FewFormat::Fp8Block => FewExperts::MOST_SLOTS / 2,
-            _ => FewExperts::MOST_SLOTS,
-        };
-        slots <= most && slots < 2 * FewExperts::TILE * self.dims[0]
+        slots <= FewExperts::MOST_SLOTS && slots < 2 * FewExperts::TILE * self.dims[0]
     }
 
     fn key(&self) -> Key {
@@ -263,21 +249,21 @@ impl Fast {
     /// bf16.
     pub(super) fn run(
         &self,
-        device: &Device,
+        on @ (device, stream): On<'_>,
         batch: &FewBatch<'_>,
         plans: &mut Plans,
         work: &mut FastWork,
         out: &mut RowsMut<'_>,
     ) -> Result<()> {
-        let (stream, slots, key) = (&device.stream, batch.ids.len(), self.key());
+        let (slots, key) = (batch.ids.len(), self.key());
         self.reserve(device, slots, work)?;
         if !self.is_few(slots) {
-            let plan = self.planned(device, batch, ManyExperts::TILE, plans)?;
+            let plan = self.planned(on, batch, ManyExperts::TILE, plans)?;
             let work = known(&mut work.many, key)?;
             return self.many.forward(stream, batch, plan, work, out).map_err(error);
         }
         let plan = match slots > FewExperts::OWN_PLAN {
-            true => Some(self.planned(device, batch, FewExperts::TILE, plans)?),
+            true => Some(self.planned(on, batch, FewExperts::TILE, plans)?),
             false => None,
         };
         let work = known(&mut work.few, key)?;
@@ -287,7 +273,7 @@ impl Fast {
     /// The batch's plan in tiles of so many rows.
     fn planned<'p>(
         &self,
-        device: &Device,
+        (device, stream): On<'_>,
         batch: &FewBatch<'_>,
         tile: usize,
         plans: &'p mut Plans,
@@ -295,7 +281,7 @@ impl Fast {
         let slots = batch.ids.len();
         let plan = plans.reserve(&device.gpu, slots, self.dims[0], tile)?;
         let top_k = slots / batch.x.rows();
-        device.verbs.plan(&device.stream, batch.ids, top_k, plan).map_err(error)?;
+        device.verbs.plan(stream, batch.ids, top_k, plan).map_err(error)?;
         Ok(plan)
     }
 

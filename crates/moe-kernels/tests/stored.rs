@@ -140,6 +140,75 @@ fn six_bit_and_signed_codes_are_read_by_rows() {
     }
 }
 
+/// Integers of every number of bits with a least value for each group: `code · scale + minimum`, rounded
+/// once whatever the scales' type.
+#[test]
+fn integers_with_minima_are_read_by_rows() {
+    let elements = [
+        (Element::Uint1, 1),
+        (Element::Uint2, 2),
+        (Element::Uint3, 3),
+        (Element::Uint4, 4),
+        (Element::Uint5, 5),
+        (Element::Uint6, 6),
+        (Element::Uint8, 8),
+    ];
+    let groups = COLS / GROUP;
+    // numbers that fill f32, and numbers of eight bits
+    let number = |n: usize, g: usize, short: bool| {
+        let number = (1.0 + (n * groups + g) as f32 / 1000.0) / 3.0;
+        if short { f32::from_bits(number.to_bits() & 0xFFFF_0000) } else { number }
+    };
+    for (element, bits) in elements {
+        for short in [false, true] {
+            let numbers = |of: &dyn Fn(usize, usize) -> f32| {
+                let all = (0..ROWS).flat_map(|n| (0..groups).map(move |g| (n, g)));
+                let bytes: Vec<u8> = all
+                    .flat_map(|(n, g)| match short {
+                        true => of(n, g).to_le_bytes()[2..].to_vec(),
+                        false => of(n, g).to_le_bytes().to_vec(),
+                    })
+                    .collect();
+                let stored = if short { ScaleType::Bf16 } else { ScaleType::F32 };
+                let (granularity, block) = (Granularity::Group, [1, GROUP]);
+                Scales::new(bytes.into(), stored, granularity, block, [ROWS, COLS]).unwrap()
+            };
+            let scales = numbers(&|n, g| number(n, g, short));
+            let minima = numbers(&|n, g| -number(g, n, short));
+            let codes = codes(bits);
+            let packing = (element, Packing::Rows);
+            let bytes: Bytes = pack_rows(&codes, bits).into();
+            let make = |zeros, global| {
+                let scales = scales.clone();
+                Codes::new(packing, bytes.clone(), [ROWS, COLS], scales, zeros, global)
+            };
+            let view = View::new(make(Zeros::Minima(minima.clone()), None).unwrap());
+            assert_eq!(view.format(), WeightFormat::IntMinima(bits as u8));
+            assert_eq!(view.describe(), format!("int{bits} (group of {GROUP}, minima)"));
+            let expected: Vec<f32> = codes
+                .iter()
+                .enumerate()
+                .map(|(i, code)| {
+                    let (n, g) = (i / COLS, i % COLS / GROUP);
+                    f32::from(*code).mul_add(number(n, g, short), -number(g, n, short))
+                })
+                .collect();
+            assert_eq!(decoded(&view), expected, "{element:?}");
+            let window = view.rows_of(1, 2, 7).and_then(|rows| rows.cols_of(5..50)).unwrap();
+            let part: Vec<f32> =
+                (0..7).flat_map(|row| &expected[(1 + row * 2) * COLS..][5..50]).copied().collect();
+            assert_eq!(decoded(&window), part, "{element:?}");
+            // no format has both, and none has minima of other groups
+            let global = Some(Global::Multiply(DecodeScale(1.0)));
+            assert!(make(Zeros::Minima(minima), global).is_err());
+            let wider = Bytes::from(vec![0; ROWS * groups / 2 * 4]);
+            let (granularity, block) = (Granularity::Group, [1, 2 * GROUP]);
+            let wider = Scales::new(wider, ScaleType::F32, granularity, block, [ROWS, COLS]);
+            assert!(make(Zeros::Minima(wider.unwrap()), None).is_err());
+        }
+    }
+}
+
 #[test]
 fn zero_points_lie_in_seven_ways() {
     let groups = COLS / GROUP;

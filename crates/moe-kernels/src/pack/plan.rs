@@ -52,6 +52,10 @@ pub(crate) fn codes(view: &View) -> Codes {
             Element::Int8 | Element::Uint8 => Codes::Int8,
             Element::Uint4 | Element::Int4 | Element::E2m1 => Codes::Table4,
             Element::E2m3 | Element::E3m2 => Codes::Table6,
+            Element::Uint1 | Element::Uint2 => Codes::Table2,
+            Element::Uint3 => Codes::Table3,
+            Element::Uint5 => Codes::Int5,
+            Element::Uint6 => Codes::Int6,
         },
         Stored::Blocks(stored) => blocks::layout(stored.block()).0.codes,
     }
@@ -62,7 +66,7 @@ pub(crate) fn codes(view: &View) -> Codes {
 pub(crate) fn holds(rows: OperandKind, view: &View) -> bool {
     let Stored::Codes(stored) = view.stored() else { return true };
     let range = match (rows, stored.element(), stored.zeros()) {
-        (OperandKind::F32, ..) | (_, _, Zeros::None) => return true,
+        (OperandKind::F32, ..) | (_, _, Zeros::None | Zeros::Minima(_)) => return true,
         (_, Element::Uint4, _) => -16.0..=0.0,
         (_, Element::Int8 | Element::Uint8, _) => -128.0..=128.0,
         (_, Element::Int4, Zeros::Same(_)) => -128.0..=128.0,
@@ -158,7 +162,7 @@ impl Plan {
 fn table(element: Element, zeros: &Zeros) -> [f32; 64] {
     let zero = match zeros {
         Zeros::Same(zero) => f32::from(*zero),
-        Zeros::None | Zeros::Each(_) => 0.0,
+        Zeros::None | Zeros::Each(_) | Zeros::Minima(_) => 0.0,
     };
     match element.bits() {
         8 => [0.0; 64],
@@ -174,10 +178,28 @@ pub(super) fn zero(stored: &stored::Codes, row: usize, group: usize) -> f32 {
     if stored.element() == Element::E4m3 { zero / 256.0 } else { zero }
 }
 
-/// How zero points are stored: in the smallest type that holds all of them.
+/// What is added to every weight of a group. Unsigned bytes are packed as signed ones: what those lack
+/// is in here, rounded once.
+pub(super) fn minimum(stored: &stored::Codes, row: usize, group: usize) -> f32 {
+    let Zeros::Minima(minima) = stored.zeros() else { return 0.0 };
+    let minimum = minima.get(row, group);
+    match stored.element() {
+        Element::Uint8 => stored.scales().get(row, group).mul_add(128.0, minimum),
+        _ => minimum,
+    }
+}
+
+/// How zero points are stored: in the smallest type that holds all of them; minima as they are.
 fn offset(view: &View, stored: &stored::Codes) -> Offset {
     let small = stored.element().bits() < 8;
     match stored.zeros() {
+        Zeros::Minima(minima) => {
+            return Offset::Minimum(match minima.stored() {
+                ScaleType::F16 if small => Number::F16,
+                ScaleType::Bf16 if small => Number::Bf16,
+                _ => Number::F32,
+            });
+        }
         // The table has it.
         Zeros::None | Zeros::Same(_) if small => return Offset::None,
         Zeros::None | Zeros::Same(_) if zero(stored, 0, 0) == 0.0 => return Offset::None,

@@ -5,7 +5,7 @@ use half::{bf16, f16};
 
 use super::layout::{BLOCK, Codes, Group, Number, Offset, STEP};
 use super::order::PADDING;
-use super::plan::{Plan, Recode, is_nan, zero};
+use super::plan::{Plan, Recode, is_nan, minimum, zero};
 use super::unit::{code_bytes, row_codes};
 use crate::numerics::ggml::{Parts, unsigned_e4m3};
 use crate::numerics::{DecodeScale, EncodeScale, e4m3, e5m2};
@@ -117,6 +117,7 @@ fn code_row(view: &View, plan: &Plan, row: usize) -> Row {
                     if matches!(plan.layout.offset, Offset::Zero(_)) {
                         group.zero = zero(stored, row, number);
                     }
+                    group.minimum = minimum(stored, row, number);
                 }
                 let mut columns =
                     (place..place + places).filter_map(|at| plan.columns.order.column(at));

@@ -8,7 +8,7 @@ use super::fast::{self, Fast};
 use super::layout::{BLOCK, Codes, Group, Layout, Number, Offset, PANEL, STEP};
 use super::lines::{self, Items};
 use super::order::{Order, PADDING};
-use super::plan::{Plan, Recode, is_nan, zero};
+use super::plan::{Plan, Recode, is_nan, minimum, zero};
 use crate::isa::Cpu;
 use crate::numerics::e8m0;
 use crate::numerics::ggml::{Parts, unsigned_e4m3};
@@ -138,9 +138,12 @@ impl<'a> Packing<'a> {
         let scale = layout.scale.expect("codes have scales");
         for (i, group) in groups.iter().enumerate() {
             let scales = next(scale.size());
-            let zeros = match layout.offset {
-                Offset::Zero(number) => Some((number, next(number.size()))),
-                _ => None,
+            let offsets = match layout.offset {
+                Offset::Zero(number) => {
+                    Some((number, zero as fn(&_, _, _) -> _, next(number.size())))
+                }
+                Offset::Minimum(number) => Some((number, minimum as _, next(number.size()))),
+                Offset::None => None,
             };
             if *group == PADDING {
                 continue;
@@ -159,9 +162,9 @@ impl<'a> Packing<'a> {
                     false => put(scale, stored.scales().get(row, group), to),
                 }
             }
-            if let Some((number, zeros)) = zeros {
-                for (row, to) in rows.clone().zip(zeros.chunks_exact_mut(number.size())) {
-                    put(number, zero(stored, self.view.stored_row(row), group), to);
+            if let Some((number, of, offsets)) = offsets {
+                for (row, to) in rows.clone().zip(offsets.chunks_exact_mut(number.size())) {
+                    put(number, of(stored, self.view.stored_row(row), group), to);
                 }
             }
         }

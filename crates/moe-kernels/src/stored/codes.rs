@@ -1,5 +1,5 @@
-//! Codes with scales: `w[n, k] = (code[n, k] − zero) · scale[block of (n, k)]`, and for some formats
-//! one more scale for the whole tensor.
+//! Codes with scales: `w[n, k] = (code[n, k] − zero) · scale[block of (n, k)]`, or
+//! `code[n, k] · scale + minimum`, and for some formats one more scale for the whole tensor.
 
 use std::borrow::Cow;
 use std::ops::Range;
@@ -37,8 +37,8 @@ impl Codes {
     /// `bytes` are the codes in the order of `packing`; `scales` were made for the same matrix.
     ///
     /// # Errors
-    /// If the codes are too few or too many, there is not a zero point for each scale, or no format
-    /// has such elements with such scales.
+    /// If the codes are too few or too many, there is not a zero point or minimum for each scale, or no
+    /// format has such elements with such scales.
     pub fn new(
         (element, packing): (Element, Packing),
         bytes: Bytes,
@@ -54,7 +54,13 @@ impl Codes {
             let (zeros, scales) = (zeros.shape(), scales.shape());
             return Err(Misfit::new(format!("zero points {zeros:?} for scales {scales:?}")));
         }
-        let format = format(element, &scales, &zeros).ok_or_else(|| {
+        if let Zeros::Minima(minima) = &zeros
+            && (minima.block(), minima.shape()) != (scales.block(), scales.shape())
+        {
+            let (minima, scales) = (minima.shape(), scales.shape());
+            return Err(Misfit::new(format!("minima {minima:?} for scales {scales:?}")));
+        }
+        let format = format(element, &scales, &zeros, global).ok_or_else(|| {
             let (block, stored) = (scales.block(), scales.stored());
             Misfit::new(format!(
                 "no format has {element:?} codes with {stored} scales of {block:?}"
@@ -157,7 +163,7 @@ impl Codes {
     #[inline]
     pub fn zero(&self, row: usize, group: usize) -> f32 {
         match &self.zeros {
-            Zeros::None => 0.0,
+            Zeros::None | Zeros::Minima(_) => 0.0,
             Zeros::Same(zero) => f32::from(*zero),
             Zeros::Each(zeros) => f32::from(zeros.get(row / self.scales.block()[0], group)),
         }
@@ -227,9 +233,17 @@ impl Codes {
 
     /// Scales `values`, codes of one row and group. One rounding: codes less zero points are exact;
     /// so are E2M1 codes times E4M3 scales, and where two f32 scales meet, float64 holds the product.
+    /// Before a minimum is added, codes times scales of 16 bits are exact, and others are not rounded.
     #[inline]
     fn scale(&self, row: usize, group: usize, values: &mut [f32]) {
         let scale = self.scales.get(row, group);
+        if let Zeros::Minima(minima) = &self.zeros {
+            let minimum = minima.get(row, group);
+            return match self.scales.stored() {
+                ScaleType::F32 => values.iter_mut().for_each(|v| *v = v.mul_add(scale, minimum)),
+                _ => values.iter_mut().for_each(|v| *v = *v * scale + minimum),
+            };
+        }
         let zero = self.zero(row, group);
         match self.global {
             None => values.iter_mut().for_each(|v| *v = (*v - zero) * scale),
@@ -266,6 +280,7 @@ impl Codes {
     pub(super) fn stored_bytes(&self) -> usize {
         let zeros = match &self.zeros {
             Zeros::Each(zeros) => zeros.stored_bytes(),
+            Zeros::Minima(minima) => minima.stored_bytes(),
             Zeros::None | Zeros::Same(_) => 0,
         };
         let order = self.group_of.as_ref().map_or(0, |groups| groups.len() * 4);
@@ -274,13 +289,27 @@ impl Codes {
 }
 
 /// The name of a combination.
-fn format(element: Element, scales: &Scales, zeros: &Zeros) -> Option<WeightFormat> {
+fn format(
+    element: Element,
+    scales: &Scales,
+    zeros: &Zeros,
+    global: Option<Global>,
+) -> Option<WeightFormat> {
     use WeightFormat as F;
     let granularity = scales.granularity();
     let per = |size| granularity == Granularity::Group && scales.block()[1] == size;
     let (powers, eighths) =
         (scales.stored() == ScaleType::E8m0, scales.stored() == ScaleType::E4m3);
     let asymmetric = matches!(zeros, Zeros::Each(_));
+    if let Zeros::Minima(minima) = zeros {
+        use Element::{Uint1, Uint2, Uint3, Uint4, Uint5, Uint6, Uint8};
+        let floats = ![scales.stored(), minima.stored()]
+            .iter()
+            .any(|stored| matches!(stored, ScaleType::E4m3 | ScaleType::E8m0));
+        let unsigned = matches!(element, Uint1 | Uint2 | Uint3 | Uint4 | Uint5 | Uint6 | Uint8);
+        let fits = floats && unsigned && granularity == Granularity::Group && global.is_none();
+        return fits.then_some(F::IntMinima(element.bits() as u8));
+    }
     Some(match element {
         Element::E4m3 if powers && per(32) => F::Mxfp8,
         Element::E4m3 if !eighths => F::Fp8(granularity),

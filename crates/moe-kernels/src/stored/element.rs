@@ -23,11 +23,21 @@ pub enum Element {
     E2m3,
     /// FP6 E3M2, four in three bytes.
     E3m2,
+    /// Unsigned 1-bit integers.
+    Uint1,
+    /// Unsigned 2-bit integers.
+    Uint2,
+    /// Unsigned 3-bit integers, eight in three bytes.
+    Uint3,
+    /// Unsigned 5-bit integers, eight in five bytes.
+    Uint5,
+    /// Unsigned 6-bit integers, four in three bytes.
+    Uint6,
 }
 
 impl Element {
     /// All of them.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 14] = [
         Self::E4m3,
         Self::E5m2,
         Self::Int8,
@@ -37,14 +47,23 @@ impl Element {
         Self::E2m1,
         Self::E2m3,
         Self::E3m2,
+        Self::Uint1,
+        Self::Uint2,
+        Self::Uint3,
+        Self::Uint5,
+        Self::Uint6,
     ];
 
     /// Bits of a code.
     pub fn bits(self) -> usize {
         match self {
             Self::E4m3 | Self::E5m2 | Self::Int8 | Self::Uint8 => 8,
-            Self::E2m3 | Self::E3m2 => 6,
+            Self::E2m3 | Self::E3m2 | Self::Uint6 => 6,
+            Self::Uint5 => 5,
             Self::Uint4 | Self::Int4 | Self::E2m1 => 4,
+            Self::Uint3 => 3,
+            Self::Uint2 => 2,
+            Self::Uint1 => 1,
         }
     }
 
@@ -69,6 +88,9 @@ impl Element {
             Self::E2m1 => e2m1::decode(code & 15),
             Self::E2m3 => e2m3::decode(code & 63),
             Self::E3m2 => e3m2::decode(code & 63),
+            Self::Uint1 | Self::Uint2 | Self::Uint3 | Self::Uint5 | Self::Uint6 => {
+                f32::from(code & ((1 << self.bits()) - 1))
+            }
         }
     }
 
@@ -91,6 +113,21 @@ impl Element {
             Self::E2m1 => e2m1::decode_packed(row, start, out),
             Self::E2m3 => e2m3::decode_packed(row, start, out),
             Self::E3m2 => e3m2::decode_packed(row, start, out),
+            Self::Uint1 | Self::Uint2 | Self::Uint3 | Self::Uint5 | Self::Uint6 => {
+                let codes = (start..end).map(|k| self.code(row, k));
+                out.iter_mut().zip(codes).for_each(|(out, code)| *out = f32::from(code));
+            }
         }
+    }
+
+    /// Code `index` of fewer than 8 bits: they follow one another from the lowest bit of the first byte
+    /// on, some of them over two bytes.
+    #[inline]
+    pub(super) fn code(self, row: &[u8], index: usize) -> u8 {
+        let bits = self.bits();
+        let (byte, shift) = (index * bits / 8, index * bits % 8);
+        let low = row[byte] >> shift;
+        let high = if shift + bits > 8 { row[byte + 1] << (8 - shift) } else { 0 };
+        (low | high) & ((1 << bits) - 1)
     }
 }

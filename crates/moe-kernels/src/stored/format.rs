@@ -27,6 +27,8 @@ pub enum WeightFormat {
     Int4(Granularity),
     /// 4-bit integers with scales and zero points.
     Int4Asymmetric(Granularity),
+    /// Integers of so many bits (1, 2, 3, 4, 5, 6 or 8), a scale and a least value for a group of them.
+    IntMinima(u8),
     /// FP4 E2M1, an E4M3 scale for 16 of them, one more scale for the tensor.
     Nvfp4,
     /// FP4 E2M1, an E8M0 scale for 32 of them.
@@ -109,6 +111,7 @@ impl fmt::Display for WeightFormat {
             Self::Int8Asymmetric(scales) => write!(f, "int8 ({scales}, zero points)"),
             Self::Int4(scales) => write!(f, "int4 ({scales})"),
             Self::Int4Asymmetric(scales) => write!(f, "int4 ({scales}, zero points)"),
+            Self::IntMinima(bits) => write!(f, "int{bits} (group, minima)"),
             Self::Nvfp4 => f.write_str("nvfp4"),
             Self::Mxfp4 => f.write_str("mxfp4"),
             Self::Mxfp6E2m3 => f.write_str("mxfp6 e2m3"),

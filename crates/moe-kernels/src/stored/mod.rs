@@ -7,8 +7,8 @@
 //! of its columns; slices for experts, for interleaved gate and up rows and for tensor parallelism
 //! are windows and copy nothing.
 //!
-//! The value of a code is `(code − zero) · scale`, and for some formats one more scale for the
-//! whole tensor. It is computed exactly and rounded once to f32: [`View::decode_row`] is the truth
+//! The value of a code is `(code − zero) · scale`, or `code · scale + minimum`, and for some formats
+//! one more scale for the whole tensor. It is computed exactly and rounded once to f32: [`View::decode_row`] is the truth
 //! that packed layouts and kernels are tested against.
 //!
 //! A new format of codes is one more [`Element`] or one more type of scale; a new way to pack codes
@@ -109,6 +109,7 @@ impl Stored {
             Self::Codes(codes) => {
                 let zeros = match codes.zeros() {
                     Zeros::Each(zeros) => Some(zeros.bytes()),
+                    Zeros::Minima(minima) => Some(minima.bytes()),
                     Zeros::None | Zeros::Same(_) => None,
                 };
                 [Some(codes.bytes()), Some(codes.scales().bytes()), zeros]

@@ -2,7 +2,7 @@
 //!
 //! | packing | array | code of `[n, k]` |
 //! |---|---|---|
-//! | rows (compressed-tensors, MX, FP8) | `[N, K·b/8]` bytes | code `k` of row `n` |
+//! | rows (compressed-tensors, MX, FP8, MLX) | `[N, K·b/8]` bytes | code `k` of row `n` |
 //! | transposed (Quark, transposed stacks) | `[K, N·b/8]` bytes | code `n` of column `k` |
 //! | transposed pairs (transposed stacks of FP4) | `[K/2, N]` bytes | byte `[k/2, n]`, nibble `k % 2` |
 //! | GPTQ | `[K·b/32, N]` words | word `[k·b/32, n]`, code `k % (32/b)` |
@@ -91,7 +91,7 @@ impl Packing {
                 match element.bits() {
                     8 => out.for_each(|(out, k)| *out = line[k]),
                     4 => out.for_each(|(out, k)| *out = int4::nibble(line, k)),
-                    _ => out.for_each(|(out, k)| *out = sextet(line, k)),
+                    _ => out.for_each(|(out, k)| *out = element.code(line, k)),
                 }
             }
             Self::Transposed if eight => out.for_each(|(out, k)| *out = bytes[k * stride + row]),
@@ -115,12 +115,4 @@ impl Packing {
             }
         }
     }
-}
-
-/// Code `index` of six bits, four in three bytes.
-fn sextet(line: &[u8], index: usize) -> u8 {
-    let (byte, shift) = (index * 6 / 8, index * 6 % 8);
-    let low = line[byte] >> shift;
-    let high = if shift > 2 { line[byte + 1] << (8 - shift) } else { 0 };
-    (low | high) & 63
 }

@@ -1,6 +1,7 @@
-//! Zero points: what is subtracted from codes before they are scaled.
+//! Zero points: what is subtracted from codes before they are scaled. Some formats add a least value
+//! afterwards instead.
 
-use super::{Bytes, Misfit};
+use super::{Bytes, Misfit, Scales};
 use crate::numerics::int4;
 
 /// What is subtracted from codes before they are scaled.
@@ -12,6 +13,8 @@ pub enum Zeros {
     Same(i16),
     /// One for each scale.
     Each(ZeroPoints),
+    /// Nothing; but to the scaled weights of each scale a number of their own is added (MLX's biases).
+    Minima(Scales),
 }
 
 /// How zero points `[down, across]` lie in memory, one for each scale.

@@ -110,6 +110,11 @@ impl Config {
         self.convert(self.value.get(key), key, "an object", |value| self.object(key, value))
     }
 
+    /// The value of the one name `key`, dots included.
+    pub fn named(&self, key: &str) -> Option<&Value> {
+        self.value.get(key)
+    }
+
     /// The list of nested objects at `key`; empty where there is none.
     ///
     /// # Errors

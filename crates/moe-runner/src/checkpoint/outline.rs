@@ -11,7 +11,9 @@ use super::container::Seen;
 use super::file::{Entry, StoredDtype};
 use super::folder::{has_weights, snapshot};
 use super::quantization::InputScheme;
-use super::quantization::{MxElement, Number, Quantization, ScaleShape, Scheme, WeightScheme};
+use super::quantization::{
+    MlxMode, MxElement, Number, Quantization, ScaleShape, Scheme, WeightScheme,
+};
 use super::{Bytes, Checkpoint, Config, Dtype};
 use crate::{Error, Result};
 
@@ -269,6 +271,19 @@ impl Outline {
                 add(self, ".weight_packed", Dtype::U8, shape([rows, cols / 2]));
                 add(self, ".weight_scale", Dtype::F8E4M3, shape([rows, cols / 16]));
                 add(self, ".weight_global_scale", Dtype::F32, vec![1]);
+            }
+            WeightScheme::Mlx(mode) => {
+                let (bits, group, kind) = match mode {
+                    MlxMode::Affine { bits, group } => (bits, group.max(1), self.float),
+                    MlxMode::Mxfp4 => (4, 32, Dtype::U8),
+                    MlxMode::Mxfp8 => (8, 32, Dtype::U8),
+                    MlxMode::Nvfp4 => (4, 16, Dtype::U8),
+                };
+                add(self, ".weight", Dtype::U32, shape([rows, cols / 32 * bits]));
+                add(self, ".scales", kind, shape([rows, cols / group]));
+                if matches!(mode, MlxMode::Affine { .. }) {
+                    add(self, ".biases", kind, shape([rows, cols / group]));
+                }
             }
             WeightScheme::Mx(_) if gpt_oss => {
                 let blocks = [rows, cols / 32];

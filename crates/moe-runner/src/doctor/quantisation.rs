@@ -153,7 +153,7 @@ fn look(
         return seen;
     }
     let readable = !module.loader.checkpoint().is_outline();
-    for endings in [names::SCALES, names::QSCALES].into_iter().filter(|_| readable) {
+    for endings in [names::SCALES, names::QSCALES, names::MINIMA].into_iter().filter(|_| readable) {
         if let Ok(Some(tensor)) = module.find(endings) {
             weight_scales(&tensor, expert, findings);
         }

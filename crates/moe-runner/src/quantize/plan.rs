@@ -222,7 +222,7 @@ impl Branch<'_> {
         let stack = self.stored.form != Form::Each;
         let experts = match (stack, self.by_module) {
             (false, _) => (0..self.stored.count).map(|e| self.modules(e)).collect::<Result<_>>()?,
-            (true, Some(names)) if self.stored.bias.is_none() => {
+            (true, Some(names)) if self.stored.bias.is_none() && !self.is_mixed() => {
                 (0..self.stored.count).map(|e| self.unstacked(names, e)).collect::<Result<_>>()?
             }
             (true, _) if ignored.expert(&self.stack_names())? => Vec::new(),
@@ -241,6 +241,11 @@ impl Branch<'_> {
         Ok(kept)
     }
 
+    /// Whether routed and shared experts stand in one stack.
+    fn is_mixed(&self) -> bool {
+        self.stored.stacked != self.stored.count
+    }
+
     fn stack_names(&self) -> Vec<&str> {
         let Experts { gate, up, down, .. } = self.stored;
         gate.iter().chain([up, down]).map(String::as_str).collect()
@@ -248,6 +253,14 @@ impl Branch<'_> {
 
     fn only_stacks(&self) -> Error {
         let kind = if self.shared { "shared experts" } else { "experts" };
+        if self.is_mixed() {
+            let reason = format!(
+                "holds the routed and the shared experts of layer {} as one stack, which is not taken \
+                 apart: ignore these experts",
+                self.entry.spec.index
+            );
+            return Error::tensor(self.checkpoint.path(), &self.stored.up, reason);
+        }
         if self.stored.bias.is_some() {
             let reason = format!(
                 "holds the {kind} of layer {} as a stack with biases, which is not taken apart into \

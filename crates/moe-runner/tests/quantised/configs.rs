@@ -2,7 +2,7 @@
 
 use moe_runner::checkpoint::Config;
 use moe_runner::checkpoint::quantization::{
-    InputScheme, MxElement, Number, Quantization, ScaleShape, Scheme, WeightScheme,
+    InputScheme, MlxMode, MxElement, Number, Quantization, ScaleShape, Scheme, WeightScheme,
 };
 use serde_json::{Value, json};
 
@@ -119,6 +119,30 @@ fn gptq_overrides_by_expression() {
     }
 }
 
+/// MLX writes one scheme for all, and what modules of other schemes have under their names.
+#[test]
+fn mlx_names_modules_that_are_stored_otherwise() {
+    let config = json!({"group_size": 64, "bits": 4,
+        "model.layers.3.mlp.gate": {"group_size": 32, "bits": 8},
+        "model.layers.3.mlp.experts.17.down_proj": {"group_size": 32, "bits": 4, "mode": "mxfp4"},
+        "language_model.model.layers.3.mlp.shared_expert.up_proj": {"bits": 6},
+        "model.layers.4.mlp.switch_mlp.up_proj": false,
+        "lm_head": true});
+    let affine = |bits, group| WeightScheme::Mlx(MlxMode::Affine { bits, group });
+    let quantization = read(config).unwrap();
+    assert_eq!(quantization.method(), "mlx");
+    for (module, weights) in [
+        ("model.layers.3.mlp.experts.16.down_proj", affine(4, 64)),
+        (EXPERT, WeightScheme::Mlx(MlxMode::Mxfp4)),
+        ("model.layers.3.mlp.gate", affine(8, 32)),
+        ("model.layers.3.mlp.shared_expert.up_proj", affine(6, 64)),
+        ("model.layers.4.mlp.switch_mlp.up_proj", WeightScheme::Float),
+        ("lm_head", affine(4, 64)),
+    ] {
+        assert_eq!(quantization.scheme(module).unwrap(), Scheme::weights_only(weights), "{module}");
+    }
+}
+
 #[test]
 fn modelopt_with_one_algorithm_and_with_many() {
     let nvfp4 = Scheme { weights: WeightScheme::Nvfp4, input: InputScheme::Nvfp4 };
@@ -184,7 +208,10 @@ fn what_is_not_supported_is_refused_by_its_key() {
     let cases = [
         (json!({"quant_method": "bitsandbytes"}), "'quant_method': is 'bitsandbytes'; supported"),
         (json!({}), "'quant_method': is missing"),
-        (json!({"group_size": 64, "bits": 4, "mode": "affine"}), "MLX's own quantisation"),
+        (json!({"group_size": 64, "bits": 7}), "'bits': is 7; supported are [1, 2, 3, 4, 5, 6, 8]"),
+        (json!({"group_size": 0, "bits": 4}), "'group_size': is 0"),
+        (json!({"group_size": 64, "bits": 4, "mode": "af"}), "'mode': is 'af'; supported are"),
+        (json!({"group_size": 64, "bits": 4, "mode": "mxfp4"}), "'mode': is 'mxfp4', which has 4"),
         (
             json!({"quant_method": "fp8", "activation_scheme": "static",
             "weight_block_size": [128, 128]}),

@@ -77,6 +77,22 @@ pub(crate) const FORMATS: &[Format] = &[
     Format { name: "mxfp6 e2m3", config: mxfp6_e2m3_config, store: mxfp6_e2m3, activations: true },
     Format { name: "mxfp6 e3m2", config: mxfp6_e3m2_config, store: mxfp6_e3m2, activations: false },
     Format { name: "mxfp8", config: mxfp8_config, store: mxfp8, activations: true },
+    Format { name: "mlx 1 bit", config: || mlx_affine(1), store: mlx1, activations: false },
+    Format { name: "mlx 2 bit", config: || mlx_affine(2), store: mlx2, activations: false },
+    Format { name: "mlx 3 bit", config: || mlx_affine(3), store: mlx3, activations: false },
+    Format { name: "mlx 4 bit", config: || mlx_affine(4), store: mlx4, activations: false },
+    Format { name: "mlx 5 bit", config: || mlx_affine(5), store: mlx5, activations: false },
+    Format { name: "mlx 6 bit", config: || mlx_affine(6), store: mlx6, activations: false },
+    Format { name: "mlx 8 bit", config: || mlx_affine(8), store: mlx8, activations: false },
+    Format { name: "mlx mxfp4", config: mlx_mxfp4_config, store: mlx_mxfp4, activations: false },
+    Format { name: "mlx mxfp8", config: mlx_mxfp8_config, store: mlx_mxfp8, activations: false },
+    Format { name: "mlx nvfp4", config: mlx_nvfp4_config, store: mlx_nvfp4, activations: false },
+    Format {
+        name: "mlx nvfp4, scaled",
+        config: mlx_nvfp4_config,
+        store: mlx_nvfp4_scaled,
+        activations: false,
+    },
 ];
 
 // ---- configurations ----
@@ -162,6 +178,22 @@ fn w4a8_int8() -> Value {
 
 fn w4a8_fp8() -> Value {
     ct("pack-quantized", args("int", 4, "group", Some(32)), dynamic("float", 8, "token", None))
+}
+
+fn mlx_affine(bits: usize) -> Value {
+    json!({"bits": bits, "group_size": 32, "mode": "affine"})
+}
+
+fn mlx_mxfp4_config() -> Value {
+    json!({"bits": 4, "group_size": 32, "mode": "mxfp4"})
+}
+
+fn mlx_mxfp8_config() -> Value {
+    json!({"bits": 8, "group_size": 32, "mode": "mxfp8"})
+}
+
+fn mlx_nvfp4_config() -> Value {
+    json!({"bits": 4, "group_size": 16, "mode": "nvfp4"})
 }
 
 fn gptq_v1() -> Value {
@@ -691,6 +723,113 @@ fn mxfp8(random: &mut Random, n: usize, k: usize) -> Stored {
         parts: vec![
             (".weight", Dtype::F8E4M3, vec![n, k], c),
             (".weight_scale", Dtype::U8, vec![n, k / 32], s),
+        ],
+    }
+}
+
+// ---- MLX: codes one after the other from the lowest bit of the first word on ----
+
+/// Codes of `bits` as words.
+fn stream(codes: &[u8], bits: usize) -> Vec<u8> {
+    let mut bytes = vec![0; codes.len() * bits / 8];
+    for (at, bit) in codes.iter().flat_map(|code| (0..bits).map(move |b| code >> b & 1)).enumerate()
+    {
+        bytes[at / 8] |= bit << (at % 8);
+    }
+    bytes
+}
+
+fn mlx(random: &mut Random, [n, k]: [usize; 2], bits: usize, dtype: Dtype) -> Stored {
+    let groups = k / 32;
+    let c = codes(random, n * k, 1 << bits, &[]);
+    let s = scales(random, n * groups);
+    // as exact in 16 bits as the scales
+    let b: Vec<f32> = scales(random, n * groups).iter().map(|b| 3.0 * (0.02 - b)).collect();
+    let b: Vec<f32> = b.iter().map(|b| half::bf16::from_f32(*b).to_f32()).collect();
+    let value = |c: u8, n: usize, k: usize| {
+        let at = n * groups + k / 32;
+        f64::from(c) * f64::from(s[at]) + f64::from(b[at])
+    };
+    let floats = match dtype {
+        Dtype::F16 => f16_bytes,
+        Dtype::Bf16 => bf16_bytes,
+        _ => f32_bytes,
+    };
+    Stored {
+        values: values(&c, k, value),
+        parts: vec![
+            (".weight", Dtype::U32, vec![n, k * bits / 32], stream(&c, bits)),
+            (".scales", dtype, vec![n, groups], floats(&s)),
+            (".biases", dtype, vec![n, groups], floats(&b)),
+        ],
+    }
+}
+
+fn mlx1(random: &mut Random, n: usize, k: usize) -> Stored {
+    mlx(random, [n, k], 1, Dtype::F32)
+}
+
+fn mlx2(random: &mut Random, n: usize, k: usize) -> Stored {
+    mlx(random, [n, k], 2, Dtype::Bf16)
+}
+
+fn mlx3(random: &mut Random, n: usize, k: usize) -> Stored {
+    mlx(random, [n, k], 3, Dtype::F16)
+}
+
+fn mlx4(random: &mut Random, n: usize, k: usize) -> Stored {
+    mlx(random, [n, k], 4, Dtype::Bf16)
+}
+
+fn mlx5(random: &mut Random, n: usize, k: usize) -> Stored {
+    mlx(random, [n, k], 5, Dtype::F32)
+}
+
+fn mlx6(random: &mut Random, n: usize, k: usize) -> Stored {
+    mlx(random, [n, k], 6, Dtype::F16)
+}
+
+fn mlx8(random: &mut Random, n: usize, k: usize) -> Stored {
+    mlx(random, [n, k], 8, Dtype::Bf16)
+}
+
+/// The same codes and scales as elsewhere, codes in words and scales of bytes.
+fn as_mlx(stored: Stored, [n, k]: [usize; 2], bits: usize) -> Stored {
+    let [codes, scales] = [0, 1].map(|i| stored.parts[i].3.clone());
+    let shape = vec![n, scales.len() / n];
+    let parts = vec![
+        (".weight", Dtype::U32, vec![n, k * bits / 32], codes),
+        (".scales", Dtype::U8, shape, scales),
+    ];
+    Stored { parts, ..stored }
+}
+
+fn mlx_mxfp4(random: &mut Random, n: usize, k: usize) -> Stored {
+    as_mlx(mxfp4(random, n, k), [n, k], 4)
+}
+
+fn mlx_mxfp8(random: &mut Random, n: usize, k: usize) -> Stored {
+    as_mlx(mxfp8(random, n, k), [n, k], 8)
+}
+
+fn mlx_nvfp4_scaled(random: &mut Random, n: usize, k: usize) -> Stored {
+    let mut stored = mlx_nvfp4(random, n, k);
+    // the largest weight, where the largest product of a code and a scale is 6 · 448
+    let max = 0.5 + random.symmetric(0.25);
+    stored.values.iter_mut().for_each(|v| *v *= f64::from(max / 2688.0));
+    stored.parts.push((".global_scale", Dtype::F32, vec![], f32_bytes(&[max])));
+    stored
+}
+
+fn mlx_nvfp4(random: &mut Random, n: usize, k: usize) -> Stored {
+    let (c, s) = nvfp4_codes(random, n, k);
+    let value =
+        |c: u8, n: usize, col: usize| small_float(c, 2, 1) * e4m3(s[n * (k / 16) + col / 16]);
+    Stored {
+        values: values(&c, k, value),
+        parts: vec![
+            (".weight", Dtype::U32, vec![n, k / 8], two_in_a_byte(&c)),
+            (".scales", Dtype::U8, vec![n, k / 16], s),
         ],
     }
 }

@@ -8,6 +8,7 @@ mod broken;
 mod configs;
 mod formats;
 mod golden;
+mod mlx;
 mod models;
 mod schemes;
 mod stacks;

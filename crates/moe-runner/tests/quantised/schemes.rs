@@ -139,6 +139,7 @@ fn formats_are_described_with_their_sizes() {
         ("fp8 tensor", "fp8 (tensor)"),
         ("fp8 block", "fp8 (block of 32x64)"),
         ("int4 zeros", "int4 (group of 32, zero points)"),
+        ("mlx 3 bit", "int3 (group of 32, minima)"),
         ("int4 act-order", "int4 (group of 32) in act-order"),
         ("nvfp4", "nvfp4"),
     ] {

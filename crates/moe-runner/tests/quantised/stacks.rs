@@ -337,6 +337,7 @@ fn check(layer: &LoadedLayer, values: Vec<Values>, what: &str) {
 fn refused(error: &str) -> Option<&'static str> {
     match error {
         _ if error.contains("codes of 6 bits") => Some("six bits do not fill bytes"),
+        _ if error.contains("MLX's words") => Some("MLX's layout has rows"),
         _ if error.contains("Quark's W4A8") => Some("Quark's layout has rows"),
         _ if error.contains("has shape") => Some("input features come first as it is"),
         _ => None,
@@ -485,7 +486,8 @@ fn endings_of_stacks() {
                     Some(rest) if short => format!("_{rest}"),
                     Some(rest) => format!("_weight_{rest}"),
                     None if ending == ".weight" => String::new(),
-                    None if ending == ".bias" => ending.into(),
+                    // MLX's
+                    None if matches!(ending, ".bias" | ".global_scale") => ending.into(),
                     None => ending.replacen('.', "_", 1),
                 };
                 of_weights.leak()

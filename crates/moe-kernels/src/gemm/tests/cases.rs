@@ -56,9 +56,20 @@ pub(super) fn cases(numbers: &mut Numbers, n: usize, k: usize) -> Vec<(String, V
     codes(numbers, [n, k], &mut every);
     all.extend(every.into_iter().filter(|_| numbers.below(3) == 0));
     blocks(numbers, [n, k], &mut all);
-    // Of each, also a window: every other row, some of the columns.
-    let windows: Vec<_> = all
-        .iter()
+    let windows = windows(numbers, &all);
+    all.extend(windows);
+    // at the end, so that the others stay what they are
+    let mut every = Vec::new();
+    minima(numbers, [n, k], &mut every);
+    let windows = self::windows(numbers, &every);
+    all.extend(every);
+    all.extend(windows);
+    all
+}
+
+/// Of each, a window: every other row, some of the columns.
+fn windows(numbers: &mut Numbers, of: &[(String, View)]) -> Vec<(String, View)> {
+    of.iter()
         .filter_map(|(name, view)| {
             let first = numbers.below(view.rows());
             let rows = view.rows_of(first, 2, (view.rows() - first).div_ceil(2))?;
@@ -66,9 +77,25 @@ pub(super) fn cases(numbers: &mut Numbers, n: usize, k: usize) -> Vec<(String, V
             let end = start + 1 + numbers.below(view.cols() - start);
             Some((format!("{name}, window {start}..{end}"), rows.cols_of(start..end)?))
         })
-        .collect();
-    all.extend(windows);
-    all
+        .collect()
+}
+
+/// Integers with a least value for each group, of every number of bits: groups and types by turns.
+fn minima(numbers: &mut Numbers, shape: [usize; 2], all: &mut Vec<(String, View)>) {
+    use Element::{Uint1, Uint2, Uint3, Uint4, Uint5, Uint6, Uint8};
+    let types =
+        [(32, ScaleType::F16), (64, ScaleType::Bf16), (128, ScaleType::F32), (24, ScaleType::F16)];
+    let first = numbers.below(types.len());
+    for (i, element) in [Uint1, Uint2, Uint3, Uint4, Uint5, Uint6, Uint8].into_iter().enumerate() {
+        let (size, stored) = types[(first + i) % types.len()];
+        let block = (Granularity::Group, [1, size]);
+        let [scales, minima] = [0; 2].map(|_| scales(numbers, stored, block, shape, false));
+        let bytes = numbers.bytes(shape[0] * element.row_bytes(shape[1]).unwrap());
+        let (packing, minima) = ((element, Packing::Rows), Zeros::Minima(minima));
+        let codes = Codes::new(packing, bytes.into(), shape, scales, minima, None).unwrap();
+        let view = View::new(codes);
+        all.push((format!("{} {stored}", view.describe()), view));
+    }
 }
 
 fn floats(numbers: &mut Numbers, shape: [usize; 2], all: &mut Vec<(String, View)>) {
@@ -138,6 +165,10 @@ fn codes(numbers: &mut Numbers, shape: [usize; 2], all: &mut Vec<(String, View)>
             push(numbers, (element, powers), Zeros::None, shape, all);
         }
         if small_float {
+            continue;
+        }
+        // those have minima alone
+        if matches!(element.bits(), 1 | 2 | 3 | 5) || element == Element::Uint6 {
             continue;
         }
         let types = [ScaleType::F32, ScaleType::F16, ScaleType::Bf16, ScaleType::E8m0];

@@ -227,6 +227,10 @@ const FEED_FORWARD: &[&str] = &[
     ".w1",
 ];
 
+/// Endings of tensors that hold a matrix, or its codes.
+const MATRICES: [&str; 6] =
+    [".weight", "", ".weight_packed", "_packed", "_weight_packed", ".qweight"];
+
 /// Finds the tensors of layers.
 pub(super) struct Resolver<'a> {
     pub checkpoint: &'a Checkpoint,
@@ -315,12 +319,31 @@ impl Resolver<'_> {
             });
             steps.collect::<Vec<_>>()
         };
+        let ways: Vec<ExpertNames> = self.routed(names).collect();
+        let routed = |stacked| {
+            self.best_way(scope, &ways, |names| Experts {
+                stacked,
+                ..routed_experts(scope, names, spec)
+            })
+        };
+        let experts = routed(spec.router.experts);
+        let behind = self.shared_behind(scope, names, spec, &experts);
+        // whose first dimension tells how they are stored
+        let experts = behind.as_ref().map_or(experts, |shared| routed(shared.stacked));
+        let behind = behind.map(|shared| Experts {
+            count: shared.count,
+            first: shared.first,
+            ..experts.clone()
+        });
         let shared = spec.shared.as_ref().map(|shared| SharedTensors {
-            experts: self.best_way(scope, &self.shared(scope, names), |names| Experts {
-                count: shared.count,
-                intermediate: shared.intermediate,
-                hidden: spec.dims.hidden,
-                ..experts(scope, names, shared.gated, shared.bias, false)
+            experts: behind.unwrap_or_else(|| {
+                self.best_way(scope, &self.shared(scope, names), |names| Experts {
+                    count: shared.count,
+                    stacked: shared.count,
+                    intermediate: shared.intermediate,
+                    hidden: spec.dims.hidden,
+                    ..self::experts(scope, names, shared.gated, shared.bias, false)
+                })
             }),
             gate: needed(shared.sigmoid_gate, names.shared_gate),
             input_norm: needed(shared.input_norm.is_some(), names.shared_norms[0]),
@@ -341,9 +364,7 @@ impl Resolver<'_> {
             gate_input_scale: needed(spec.gate.scaled_rms_eps.is_some(), names.gate_input_scale),
             global_scale: given(names.global_scale),
             hash_table: needed(hash, names.hash_table),
-            experts: self.best_way(scope, &self.routed(names).collect::<Vec<_>>(), |names| {
-                routed_experts(scope, names, spec)
-            }),
+            experts,
             experts_by_module: self
                 .routed(names)
                 .find(|names| names.form == Form::Each)
@@ -362,6 +383,29 @@ impl Resolver<'_> {
                 scopes => scopes.iter().map(|name| scope.resolve(name)).collect(),
             },
         }
+    }
+
+    /// Shared experts that stand behind the routed ones in the same stacks: where they have no names of
+    /// their own, and are like routed ones.
+    fn shared_behind(
+        &self,
+        scope: &Scope,
+        names: &Names,
+        spec: &LayerSpec,
+        routed: &Experts,
+    ) -> Option<Experts> {
+        let shared = spec.shared.as_ref().filter(|_| self.varies())?;
+        let own = self.shared(scope, names);
+        let (first, stacked) = (routed.count, routed.count + shared.count);
+        let behind = Experts { count: shared.count, first, stacked, ..routed.clone() };
+        let up = behind.get(0).up;
+        let mut found = MATRICES.iter().map(|e| self.checkpoint.info(&format!("{}{e}", up.module)));
+        let stack = found.find_map(|info| info).filter(|_| up.part.stack.is_some());
+        let is_there = stack.is_some_and(|info| info.shape.first() == Some(&stacked));
+        let alike = (shared.intermediate, spec.dims.hidden, shared.gated, shared.bias)
+            == (routed.intermediate, routed.hidden, routed.gate.is_some(), routed.bias.is_some());
+        let apart = own.iter().any(|names| self.index.has_experts(scope, names));
+        (is_there && alike && !apart && routed.form != Form::Flat).then_some(behind)
     }
 
     /// The way in which this checkpoint stores experts: the first of which every projection is there
@@ -388,10 +432,9 @@ impl Resolver<'_> {
         let fits = |way: &&Experts| {
             let expert = way.get(0);
             [&expert.up, &expert.down].iter().all(|projection| {
-                let info =
-                    [".weight", "", ".weight_packed", "_packed", "_weight_packed", ".qweight"]
-                        .iter()
-                        .find_map(|e| self.checkpoint.info(&format!("{}{e}", projection.module)));
+                let info = MATRICES
+                    .iter()
+                    .find_map(|e| self.checkpoint.info(&format!("{}{e}", projection.module)));
                 info.is_none_or(|info| projection.may_be_stored_as(info.shape))
             })
         };
@@ -406,6 +449,7 @@ fn routed_experts(scope: &Scope, names: &ExpertNames, spec: &LayerSpec) -> Exper
     let norm = spec.expert.norm.is_some();
     Experts {
         count: spec.router.experts,
+        stacked: spec.router.experts,
         intermediate: spec.dims.intermediate,
         hidden: spec.dims.routed_hidden,
         ..experts(scope, names, spec.expert.gated, spec.expert.bias, norm)
@@ -416,6 +460,8 @@ fn routed_experts(scope: &Scope, names: &ExpertNames, spec: &LayerSpec) -> Exper
 fn experts(scope: &Scope, names: &ExpertNames, gated: bool, bias: bool, norm: bool) -> Experts {
     Experts {
         count: 0,
+        first: 0,
+        stacked: 0,
         intermediate: 0,
         hidden: 0,
         form: names.form,

@@ -56,6 +56,10 @@ pub enum Form {
 pub struct Experts {
     /// How many.
     pub count: usize,
+    /// Number of the first of them in a stack: shared experts may stand behind the routed ones.
+    pub first: usize,
+    /// How many a stack holds: these, and others where it is shared.
+    pub stacked: usize,
     /// I.
     pub intermediate: usize,
     /// Width of the rows they see.
@@ -83,7 +87,11 @@ impl Experts {
         let fused = self.gate.as_deref() == Some(self.up.as_str());
         let stack = match self.form {
             Form::Each => None,
-            form => Some(Stack { index, count: self.count, flat: form == Form::Flat }),
+            form => Some(Stack {
+                index: self.first + index,
+                count: self.stacked,
+                flat: form == Form::Flat,
+            }),
         };
         let transposed = self.form == Form::StackedTransposed;
         let named = |name: &str| name.replace("{e}", &index.to_string());
@@ -239,10 +247,14 @@ impl Projection {
         let plain = self.stored_shape();
         let mut packed = plain.clone();
         let axis = packed.len() - if self.transposed { 2 } else { 1 };
-        // codes of 4 and 6 bits in bytes, of 4 and 8 bits in words
+        // codes of 4 and 6 bits in bytes, of 2 to 8 bits in words
         shape == plain
             || [2, 4, 8].iter().any(|count| {
                 packed[axis] = plain[axis].div_ceil(*count);
+                shape == packed
+            })
+            || [1, 2, 3, 5, 6].iter().any(|bits| {
+                packed[axis] = plain[axis] / 32 * bits;
                 shape == packed
             })
             || (plain[axis].is_multiple_of(4) && {

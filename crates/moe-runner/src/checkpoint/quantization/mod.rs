@@ -8,13 +8,14 @@
 
 mod compressed_tensors;
 mod gptq;
+mod mlx;
 mod modelopt;
 mod native;
 mod pattern;
 mod quark;
 mod scheme;
 
-pub use scheme::{InputScheme, MxElement, Number, ScaleShape, Scheme, WeightScheme};
+pub use scheme::{InputScheme, MlxMode, MxElement, Number, ScaleShape, Scheme, WeightScheme};
 
 use super::{Checkpoint, Config};
 use crate::{Error, Result};
@@ -26,9 +27,11 @@ const KEYS: [&str; 5] = [
     "text_config.quantization_config",
     "language_config.quantization_config",
     "compression_config",
-    // MLX
-    "quantization",
+    MLX,
 ];
+
+/// Where MLX has its own.
+const MLX: &str = "quantization";
 
 /// ModelOpt's own file, beside `config.json`.
 const MODELOPT_FILE: &str = "hf_quant_config.json";
@@ -86,6 +89,10 @@ impl Quantization {
     /// supported; also what [`Config::open`] says about `hf_quant_config.json`.
     pub fn of(checkpoint: &Checkpoint) -> Result<Option<Self>> {
         let Some(config) = checkpoint.config() else { return Ok(None) };
+        // a copy made by MLX may still say what it was made from
+        if let Some(own) = config.sub(MLX).unwrap_or_default().filter(mlx::is_own) {
+            return Self::read(&own).map(Some);
+        }
         for key in KEYS {
             if let Some(quantization) = config.sub(key)? {
                 let outer = config.str("expert_dtype")?;
@@ -118,7 +125,8 @@ impl Quantization {
         // an error for what is stored so: models may have experts that are left as floats
         let unsupported = |what: &str| {
             let reason = format!(
-                "{what}; supported are fp8, compressed-tensors, modelopt, quark, gptq, awq, auto-round and mxfp4"
+                "{what}; supported are fp8, compressed-tensors, modelopt, quark, gptq, awq, auto-round, \
+                 mxfp4, and MLX's own, which has no quant_method"
             );
             Rules::all(Vec::new(), Err(Unsupported::new("quant_method", reason)))
         };
@@ -137,11 +145,10 @@ impl Quantization {
             "auto-round" | "intel/auto-round" => gptq::auto_round(config)?,
             "quark" => quark::read(config)?,
             name if name.starts_with("modelopt") => modelopt::read(config)?,
-            "" if config.get("bits").is_some() && config.get("group_size").is_some() => {
-                unsupported(
-                    "is missing: bits and group_size alone are MLX's own quantisation, a scale and a bias for \
-                 each group of codes",
-                )
+            // MLX's own has no name
+            "" if mlx::is_own(config) => {
+                let rules = mlx::read(config)?;
+                return Ok(Self::new(config, "mlx", rules));
             }
             "" => return Err(config.missing("quant_method")),
             other => unsupported(&format!("is '{other}'")),

@@ -71,6 +71,42 @@ pub enum WeightScheme {
     },
     /// 4-bit signed integers, a scale for each row and one for the tensor (Quark's W4A8).
     Int4TwoScales,
+    /// MLX's own, in words along K; shapes and dtypes of the tensors decide where they say otherwise.
+    Mlx(MlxMode),
+}
+
+/// MLX's modes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MlxMode {
+    /// Unsigned integers, for each group a scale and what is added to the weights.
+    Affine {
+        /// One of [`BITS`](Self::BITS).
+        bits: usize,
+        /// Weights that share a scale.
+        group: usize,
+    },
+    /// FP4 with powers of two for 32.
+    Mxfp4,
+    /// FP8 with powers of two for 32.
+    Mxfp8,
+    /// FP4 with E4M3 scales of 16; a scale for the tensor may be there.
+    Nvfp4,
+}
+
+impl MlxMode {
+    /// What integers may have.
+    pub const BITS: [usize; 7] = [1, 2, 3, 4, 5, 6, 8];
+}
+
+impl fmt::Display for MlxMode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Affine { bits, group } => write!(f, "int{bits}, scale and minimum per {group}"),
+            Self::Mxfp4 => f.write_str("mxfp4"),
+            Self::Mxfp8 => f.write_str("mxfp8"),
+            Self::Nvfp4 => f.write_str("nvfp4"),
+        }
+    }
 }
 
 /// Numbers of 8 bits, or in 8 bits.
@@ -173,6 +209,7 @@ impl fmt::Display for WeightScheme {
                 write!(f, "int4, scale per {}{} (K first)", group(g), zeros(symmetric))
             }
             Self::Int4TwoScales => f.write_str("int4, scale per channel and tensor"),
+            Self::Mlx(mode) => write!(f, "{mode} (MLX)"),
         }
     }
 }

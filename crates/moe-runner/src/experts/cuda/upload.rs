@@ -311,6 +311,7 @@ impl<'a> Native<'a> {
             Zeros::None => 0.0,
             Zeros::Same(zero) => f32::from(*zero),
             Zeros::Each(_) => return Err("it has zero points".into()),
+            Zeros::Minima(_) => return Err("its groups have least values".into()),
         };
         let shift = match (element, found) {
             (Element::E4m3, StoredElement::E4m3) | (Element::E2m1, StoredElement::E2m1) => 0,

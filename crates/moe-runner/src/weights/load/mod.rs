@@ -148,7 +148,7 @@ impl Loader<'_> {
     fn shared(&mut self, tensors: &SharedTensors, hidden: usize) -> Option<SharedWeights> {
         let experts = self.experts(&tensors.experts);
         let shared = SharedWeights {
-            gate: self.optional(&tensors.gate, hidden),
+            gate: tensors.gate.as_ref().and_then(|name| self.row(name, hidden)),
             input_norm: self.optional(&tensors.input_norm, hidden),
             output_norm: self.optional(&tensors.output_norm, hidden),
             experts: experts?,
@@ -196,6 +196,21 @@ impl Loader<'_> {
         let ending = if projection.part.stack.is_some() { "" } else { ".weight" };
         self.note_missing(format!("{}{ending}", projection.module));
         None
+    }
+
+    /// A vector that is the one row of a module, in whichever format it is stored.
+    fn row(&mut self, name: &str, len: usize) -> Option<Vec<f32>> {
+        let module = name.strip_suffix(".weight");
+        let projection = module.map(|module| Projection::whole(module.to_string(), 1, len));
+        match projection.filter(|projection| quant::is_quantised(self, projection)) {
+            None => self.vector(name, len),
+            Some(projection) => {
+                let matrix = self.matrix(&projection)?;
+                let mut row = vec![0.0; len];
+                matrix.decode_row(0, &mut row);
+                Some(row)
+            }
+        }
     }
 
     /// A vector that the layer may have.

@@ -95,6 +95,11 @@ fn write_codes(codes: &Codes, view: &View, to: &mut Writer) {
             to.tag(1);
             to.bytes(&zero.to_le_bytes());
         }
+        Zeros::Minima(minima) => {
+            to.tag(3);
+            to.choice(&ScaleType::ALL, &minima.stored());
+            to.pieces(each().map(|(row, group)| minima.get_bytes(row, group).into()));
+        }
         Zeros::Each(_) => {
             to.tag(2);
             // zero points are small integers: f32 holds them
@@ -131,6 +136,12 @@ fn read_codes(from: &mut Reader<'_>) -> Result<Codes> {
     let scales = Scales::new(scales.into(), stored, granularity, block, shape).map_err(misfit)?;
     let zeros = match from.tag()? {
         0 => Zeros::None,
+        3 => {
+            let stored = from.choice(&ScaleType::ALL)?;
+            let minima = from.bytes()?.to_vec();
+            let minima = Scales::new(minima.into(), stored, granularity, block, shape);
+            Zeros::Minima(minima.map_err(misfit)?)
+        }
         kind => {
             let zeros: Vec<i16> =
                 from.bytes()?.as_chunks().0.iter().map(|z| i16::from_le_bytes(*z)).collect();

@@ -55,6 +55,11 @@ fn arrays() -> Vec<(&'static str, Stored)> {
         let zeros: Vec<i16> = (0..down * across).map(|z| z as i16 % 16).collect();
         Zeros::Each(ZeroPoints::from_i16(&zeros, [down, across]).unwrap())
     };
+    let minima = |[down, across]: [usize; 2]| {
+        let bytes: Vec<u8> = (0..down * across).flat_map(|i| (i as f32).to_le_bytes()).collect();
+        let minima = Scales::new(bytes.into(), S::F32, G::Group, [1, 32], [ROWS, COLS]);
+        Zeros::Minima(minima.unwrap())
+    };
     let random = &mut Random::new(1);
     let mut floats = |float: FloatType| random_bytes(random, ROWS * COLS * float.size());
     let rows = |bytes: Vec<u8>, float| Floats::row_major(bytes.into(), float, [ROWS, COLS]);
@@ -72,6 +77,7 @@ fn arrays() -> Vec<(&'static str, Stored)> {
         ("fp8, block", scaled(Element::E5m2, (S::F32, G::Block, [8, 128]), none, None).into()),
         ("int8, same zero", scaled(Element::Int8, grouped, |_| Zeros::Same(-3), None).into()),
         ("int4, own zeros", int4.clone().into()),
+        ("int3, minima", scaled(Element::Uint3, grouped, minima, None).into()),
         ("int4, act-order", int4.with_groups(groups).unwrap().into()),
         ("mxfp6", scaled(Element::E2m3, (S::E8m0, G::Group, [1, 32]), none, None).into()),
         (

@@ -5,6 +5,7 @@
 mod codes;
 mod input;
 mod k_first;
+mod mlx;
 pub(crate) mod module;
 pub(crate) mod names;
 mod packed;
@@ -41,6 +42,15 @@ pub(crate) fn matrix(loader: &mut Loader, projection: &Projection) -> Option<Res
     Some(matrix)
 }
 
+/// Whether the configuration gives the projection a scheme, and codes of it are there.
+pub(crate) fn is_quantised(loader: &mut Loader, projection: &Projection) -> bool {
+    let scheme = loader.scheme(&projection.module);
+    let float = matches!(scheme, Ok(Scheme { weights: WeightScheme::Float, .. }));
+    let module = Module { loader, projection };
+    let codes = [names::QWEIGHT, names::PACKED_FLOATS].concat();
+    !float && module.name(&codes).is_some() && !is_float(loader, projection)
+}
+
 /// Whether the module's weights are stored as floats.
 fn is_float(loader: &mut Loader, projection: &Projection) -> bool {
     let module = Module { loader, projection };
@@ -65,6 +75,7 @@ fn quantised(module: &mut Module, scheme: Scheme) -> Result<Matrix> {
             k_first::packed_along_n(module, group, symmetric, interleaved, signed)?
         }
         WeightScheme::Int4TwoScales => packed::two_scales(module)?,
+        WeightScheme::Mlx(mode) => mlx::matrix(module, mode)?,
         WeightScheme::Float => unreachable!("floats have no scheme to be read by"),
     };
     Ok(matrix.with_input(input::quant(module, scheme.input)?))

@@ -14,6 +14,7 @@
 //! | GPTQ | `.qweight` I32 `[K·b/32, N]` | `.scales` `[K/g, N]` | | `.qzeros` I32 `[K/g, N·b/32]`, `.g_idx` I32 `[K]` |
 //! | AWQ | `.qweight` I32 `[K, N/8]` | `.scales` `[K/g, N]` | | `.qzeros` I32 `[K/g, N/8]` |
 //! | Quark INT4 | `.weight` I32 `[K, N/8]` | `.weight_scale` `[K/g, N]` | | `.weight_zero_point` I32 `[K/g, N/8]` |
+//! | MLX | `.weight` U32 `[N, K·b/32]` | `.scales` `[N, K/g]` | `.global_scale` `[]` of NVFP4 | `.biases` `[N, K/g]` of integers |
 //! | Quark W4A8 | `.weight` I32 `[N, K/8]` | `.weight_scale_2` F32 `[N]` | `.weight_scale` F32 `[]` | `.input_scale` `[]` |
 //!
 //! Stacks of experts have one more dimension in front, and `_` in place of the dot or of `.weight_`, or
@@ -30,6 +31,7 @@ pub(crate) const PACKED_FLOATS: &[&str] =
 pub(crate) const SCALES: &[&str] = &[
     ".weight_scale",
     ".weight_scale_inv",
+    ".scales",
     "_scales",
     "_scale_inv",
     "_weight_scale",
@@ -54,6 +56,10 @@ pub(crate) const QWEIGHT: &[&str] = &[".qweight", "_qweight"];
 pub(crate) const QSCALES: &[&str] = &[".scales", "_scales"];
 /// Their zero points.
 pub(crate) const QZEROS: &[&str] = &[".qzeros", "_qzeros"];
+/// What MLX adds to the weights of a group.
+pub(crate) const MINIMA: &[&str] = &[".biases", "_biases"];
+/// The largest weight that MLX's NVFP4 can be.
+pub(crate) const MAX_WEIGHT: &[&str] = &[".global_scale"];
 /// Groups of columns of GPTQ.
 pub(crate) const G_IDX: &[&str] = &[".g_idx", "_g_idx"];
 /// A stored scale of activations that takes codes back to values.
@@ -81,6 +87,8 @@ pub(crate) const ALL: &[&[&str]] = &[
     QWEIGHT,
     QSCALES,
     QZEROS,
+    MINIMA,
+    MAX_WEIGHT,
     G_IDX,
     INPUT_SCALE,
     INPUT_SCALE_2,

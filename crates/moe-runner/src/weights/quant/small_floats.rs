@@ -17,7 +17,12 @@ pub(super) fn nvfp4(module: &mut Module) -> Result<Matrix> {
         true => Global::Multiply(DecodeScale(scale)),
         false => Global::Divide(EncodeScale(scale)),
     };
-    blocks(module, Element::E2m1, ScaleType::E4m3, 16, Some(global))
+    nvfp4_blocks(module, Some(global))
+}
+
+/// NVFP4, whatever scale of the tensor there is.
+pub(super) fn nvfp4_blocks(module: &mut Module, global: Option<Global>) -> Result<Matrix> {
+    blocks(module, Element::E2m1, ScaleType::E4m3, 16, global)
 }
 
 /// An OCP MX format.
@@ -41,9 +46,10 @@ fn blocks(
     let [rows, cols] = module.dims();
     let tensor = module.need(names::PACKED_FLOATS)?;
     let dtypes: &[Dtype] = match element {
-        Element::E4m3 => &[Dtype::F8E4M3, Dtype::U8],
+        // MLX's bytes are in words
+        Element::E4m3 => &[Dtype::F8E4M3, Dtype::U8, Dtype::U32],
         // DeepSeek-V4's FP4 is two codes in a byte of I8
-        _ => &[Dtype::U8, Dtype::I8],
+        _ => &[Dtype::U8, Dtype::I8, Dtype::U32],
     };
     expect_dtype(&tensor, dtypes)?;
     if !cols.is_multiple_of(size) {
@@ -64,10 +70,18 @@ fn blocks(
     };
     match transposed {
         false => expect_packed(&tensor, rows, row_bytes)?,
+        // whose words would be along the rows
+        true if tensor.dtype == Dtype::U32 => {
+            return Err(tensor.error("is stored transposed, which MLX's words are not").into());
+        }
         true => tensor.expect_shape(&[row_bytes, rows])?,
     }
     let stored = module.need(names::SCALES)?;
-    let kind = scale_type(&stored, &[scale])?;
+    let kind = match (scale, stored.dtype) {
+        // MLX has no other name for a byte
+        (ScaleType::E4m3, Dtype::U8) if tensor.dtype == Dtype::U32 => scale,
+        _ => scale_type(&stored, &[scale])?,
+    };
     let groups = cols / size;
     expect_dims(&stored, &if transposed { [groups, rows] } else { [rows, groups] })?;
     let granularity = Granularity::Group;

@@ -108,7 +108,17 @@ fn element_code(element: Element, v: f32) -> (f32, u8) {
         Element::Uint8 => (127.0, (whole(127.0) as i16 + UINT8_ZERO) as u8),
         Element::Uint4 => (7.0, (whole(7.0) as i16 + UINT4_ZERO) as u8),
         Element::Int4 => (7.0, whole(7.0) as i8 as u8 & 15),
+        Element::Uint1 | Element::Uint2 | Element::Uint3 | Element::Uint5 | Element::Uint6 => {
+            let middle = middle(element);
+            let max = (middle - 1.0).max(1.0);
+            (max, (whole(max) + middle).min(2.0 * middle - 1.0) as u8)
+        }
     }
+}
+
+/// What is taken off unsigned codes.
+fn middle(element: Element) -> f32 {
+    (1 << (element.bits() - 1)) as f32
 }
 
 const UINT8_ZERO: i16 = 128;
@@ -150,14 +160,24 @@ impl RandomScaled {
         let mut scales = Vec::with_capacity(count * self.scales.size());
         (0..count).for_each(|_| self.push_scale(random, wanted, &mut scales));
         let shape = [rows, cols];
-        let scales = Scales::new(scales.into(), self.scales, self.granularity, self.block, shape);
+        let (granularity, block) = (self.granularity, self.block);
+        let numbers =
+            |bytes: Vec<u8>| Scales::new(bytes.into(), self.scales, granularity, block, shape).ok();
+        let scales = numbers(scales)?;
         let zeros = match self.element {
+            Element::Uint1 | Element::Uint2 | Element::Uint3 | Element::Uint5 | Element::Uint6 => {
+                let mut minima = Vec::new();
+                // exact: powers of two
+                let least = scales.iter().map(|scale| -middle(self.element) * scale);
+                least.for_each(|least| push(self.scales, least, &mut minima));
+                Zeros::Minima(numbers(minima)?)
+            }
             Element::Uint8 => Zeros::Same(UINT8_ZERO),
             Element::Uint4 => Zeros::Same(UINT4_ZERO),
             _ => Zeros::None,
         };
         let packing = (self.element, Packing::Rows);
-        let codes = Codes::new(packing, codes.into(), shape, scales.ok()?, zeros, global).ok()?;
+        let codes = Codes::new(packing, codes.into(), shape, scales, zeros, global).ok()?;
         let input = self.input.map_or(ActivationQuant::None, ActivationQuant::Quantised);
         Some(Matrix::new(codes).with_input(input))
     }
@@ -167,11 +187,8 @@ impl RandomScaled {
         // (1 + ε)², ε uniform in ±1/4, has the mean 49/48
         let near = wanted * (1.0 + random.symmetric(0.25)) / (49.0_f32 / 48.0).sqrt();
         match self.scales {
-            ScaleType::F32 => to.extend_from_slice(&near.to_le_bytes()),
-            ScaleType::F16 => to.extend_from_slice(&f16::from_f32(near).to_le_bytes()),
-            ScaleType::Bf16 => to.extend_from_slice(&bf16::from_f32(near).to_le_bytes()),
-            ScaleType::E4m3 => to.push(e4m3::encode(near)),
             ScaleType::E8m0 => to.push(power_of_two(random, wanted)),
+            stored => push(stored, near, to),
         }
     }
 }
@@ -183,6 +200,17 @@ fn power_of_two(random: &mut Random, wanted: f32) -> u8 {
     // p · 4 + (1 − p) · 1 = over
     let above = random.unit() < (over - 1.0) / 3.0;
     e8m0::from_exponent(exponent as i32 + i32::from(above))
+}
+
+/// Appends a number; powers of two are another's affair.
+fn push(stored: ScaleType, value: f32, to: &mut Vec<u8>) {
+    match stored {
+        ScaleType::F32 => to.extend_from_slice(&value.to_le_bytes()),
+        ScaleType::F16 => to.extend_from_slice(&f16::from_f32(value).to_le_bytes()),
+        ScaleType::Bf16 => to.extend_from_slice(&bf16::from_f32(value).to_le_bytes()),
+        ScaleType::E4m3 => to.push(e4m3::encode(value)),
+        ScaleType::E8m0 => {}
+    }
 }
 
 /// Appends a row of `row_bytes` bytes: codes of `bits` bits, drawn from `table`, the first in the

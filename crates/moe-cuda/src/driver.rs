@@ -91,10 +91,39 @@ functions! {
     cuLaunchCooperativeKernel(
         Handle, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, Handle, *mut *mut c_void
     );
+    cuLaunchKernelEx(*const LaunchConfig, Handle, *mut *mut c_void, *mut *mut c_void);
     cuTensorMapEncodeTiled(
         *mut c_void, c_int, c_uint, u64, *const u64, *const u64, *const u32, *const u32,
         c_int, c_int, c_int, c_int
     );
+}
+
+/// `CUlaunchConfig`.
+#[repr(C)]
+pub(crate) struct LaunchConfig {
+    pub(crate) grid: [c_uint; 3],
+    pub(crate) block: [c_uint; 3],
+    pub(crate) shared: c_uint,
+    pub(crate) stream: Handle,
+    pub(crate) attributes: *const LaunchAttribute,
+    pub(crate) count: c_uint,
+}
+
+/// `CUlaunchAttribute`: a number, and a union of 64 bytes.
+#[repr(C)]
+pub(crate) struct LaunchAttribute {
+    pub(crate) id: c_uint,
+    pub(crate) padding: c_uint,
+    pub(crate) value: [c_uint; 16],
+}
+
+impl LaunchAttribute {
+    /// `CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION`: the kernel may begin before the one ahead of it has ended.
+    pub(crate) fn early() -> Self {
+        let mut value = [0; 16];
+        value[0] = 1;
+        Self { id: 6, padding: 0, value }
+    }
 }
 
 /// The function of that name; the error is the name.
@@ -150,6 +179,14 @@ fn open() -> std::result::Result<Driver, String> {
 }
 
 impl Driver {
+    /// Whether launches that begin early can be captured: since CUDA 12.3.
+    pub(crate) fn launches_early(&self) -> bool {
+        let mut version = 0;
+        // SAFETY: as in `open`.
+        let code = unsafe { (self.cuDriverGetVersion)(&mut version) };
+        code == 0 && version >= 12_030
+    }
+
     /// An error's name and explanation.
     pub(crate) fn explain(&self, code: c_int) -> (String, String) {
         let say = |ask: unsafe extern "C" fn(c_int, *mut *const c_char) -> c_int| {

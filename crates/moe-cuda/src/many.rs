@@ -6,10 +6,10 @@ use crate::few::{FewBatch, FewExperts, FewFormat, Packed};
 use crate::module::{Argument, Function, Launch, Modules};
 use crate::plan::Plan;
 use crate::rows::Float;
-use crate::sources::{MANY, MANY4, ROWS};
+use crate::sources::{MANY, MANY4, MANY8, ROWS, SORTED};
 use crate::tensor_map::{Matrix, TensorMap};
 use crate::weights::{ExpertWeights, RawActivation, Stored};
-use crate::{Buffer, Error, Result, Rows, RowsMut, SlotOutputs, Stream, View};
+use crate::{Buffer, Error, Result, Rows, RowsMut, SlotOutputs, Source, Stream, View};
 
 /// Routed experts for batches of any size, best where experts have many rows each. Weights are read
 /// where they lie: bf16, or E4M3 with scales of 128 × 128 and rows quantised to E4M3 in groups of 128,
@@ -19,7 +19,8 @@ pub struct ManyExperts {
     weights: ExpertWeights,
     packed: Option<Arc<Packed>>,
     maps: [TensorMap; 3],
-    gather: Function,
+    /// Sorts the rows by expert; quantises those of FP8.
+    sort: Function,
     first: Function,
     second: Function,
     combine: Function,
@@ -29,12 +30,12 @@ pub struct ManyExperts {
 /// Memory that a pass lends to [`ManyExperts`]; one pass at a time uses it.
 pub struct ManyWorkspace {
     slots: usize,
-    /// Sorted rows, bf16 or codes, and the rows between the products; scales of codes.
+    /// Sorted rows, bf16 or codes with scales, and those between the products.
     rows: Buffer<u8>,
     row_scales: Buffer<f32>,
-    inner: Buffer<u16>,
-    inner_codes: Buffer<u8>,
-    /// Rows of the slots before their sum, with their scales: see many.cu. Of 4-bit weights f32.
+    inner: Buffer<u8>,
+    inner_scales: Buffer<f32>,
+    /// Rows of the slots before their sum, with their scales: see many.cuh. Of 4-bit weights f32.
     y: Buffer<u16>,
     y_scales: Buffer<f32>,
     rows_map: TensorMap,
@@ -116,32 +117,29 @@ impl ManyExperts {
         }
         let activation =
             format!("-DACTIVATION={}", RawActivation::new(weights.activation, true).kind);
-        let (source, name, gather) = match format {
-            FewFormat::Bf16 => (&MANY, "many", "gather"),
-            FewFormat::Fp8Block => (&MANY, "many", "gather_fp8"),
-            FewFormat::Int4 | FewFormat::Mxfp4 => (&MANY4, "many4", "gather4"),
-        };
+        let (source, name) = product(format);
         let get = |second: usize, name| {
             modules.function(source, &options(format, second, activation.clone()), name)
         };
-        let (gather, first, second) = (get(0, gather)?, get(0, name)?, get(1, name)?);
-        let combine = match format.packed() {
-            true => modules.function(&ROWS, &[], "combine")?,
-            false => get(1, "combine_slots")?,
+        let (first, second) = (get(0, name)?, get(1, name)?);
+        let (sort, combine) = match format.packed() {
+            true => (get(0, "gather4")?, modules.function(&ROWS, &[], "combine")?),
+            false => {
+                let get = |name| modules.function(&SORTED, &format.options(), name);
+                (get("sort_rows")?, get("combine_slots")?)
+            }
         };
         let shared = shared_bytes(format) as u32;
         first.allow_shared(shared)?;
         second.allow_shared(shared)?;
-        // Whole clusters of two blocks.
-        let blocks = gpu.properties().multiprocessors as u32 / 2 * 2;
+        let blocks = gpu.properties().multiprocessors as u32;
         let launch = Launch { grid: (blocks, 1), block: 384, shared, cooperative: false };
-        let rows = if format == FewFormat::Fp8Block { 64 } else { 128 };
-        let map = |m| crate::few::map(gpu, m, rows);
+        let map = |m| crate::few::map(gpu, m, if format == FewFormat::Bf16 { 128 } else { 64 });
         let maps = match format.packed() {
             true => [TensorMap::unused(); 3],
             false => [map(gate)?, map(&weights.up)?, map(&weights.down)?],
         };
-        Ok(Self { format, weights, packed, maps, gather, first, second, combine, launch })
+        Ok(Self { format, weights, packed, maps, sort, first, second, combine, launch })
     }
 
     /// Memory for batches of up to `slots` slots.
@@ -153,48 +151,42 @@ impl ManyExperts {
         let (hidden, inner) = (self.weights.hidden(), self.weights.intermediate());
         let (fp8, packed) = (self.format == FewFormat::Fp8Block, self.format.packed());
         let bytes = if fp8 { 1 } else { 2 };
-        let purpose = "the sorted rows";
-        let scales = if fp8 { slots * hidden.max(inner) / 128 } else { 0 };
+        let purpose = "the experts' rows";
+        let scales =
+            |cols: usize| Buffer::new(gpu, if fp8 { slots * cols / 128 } else { 0 }, purpose);
         let rows = Buffer::new(gpu, slots * hidden * bytes, purpose)?;
-        // f32 where they are to be quantised
-        let inner_rows = Buffer::new(gpu, slots * inner * if fp8 { 2 } else { 1 }, purpose)?;
-        let inner_codes = Buffer::new(gpu, if fp8 { slots * inner } else { 0 }, purpose)?;
-        let map = |address, cols| {
-            // Of FP8 rows, each block of a cluster of two loads half of a tile; many4.cu as many quarters as
-            // have rows.
-            let tile = match self.format {
-                FewFormat::Bf16 => Self::TILE,
-                FewFormat::Fp8Block => Self::TILE / 2,
-                FewFormat::Int4 | FewFormat::Mxfp4 => Self::TILE / 4,
-            };
+        let inner_rows = Buffer::new(gpu, slots * inner * bytes, purpose)?;
+        // Of a tile many4.cu loads as many quarters as have rows, many8.cu one half or both.
+        let tile = match self.format {
+            FewFormat::Bf16 => Self::TILE,
+            FewFormat::Fp8Block => Self::TILE / 2,
+            FewFormat::Int4 | FewFormat::Mxfp4 => Self::TILE / 4,
+        };
+        let map = |rows: &Buffer<u8>, cols| {
+            let address = rows.view().address();
             TensorMap::new(gpu, &Matrix { address, bytes, rows: slots, cols }, tile)
         };
-        let inner_address =
-            if fp8 { inner_codes.view().address() } else { inner_rows.view().address() };
+        let tiles = if packed { 0 } else { hidden.div_ceil(tile_features(self.format)) };
         Ok(ManyWorkspace {
             slots,
-            rows_map: map(rows.view().address(), hidden)?,
-            inner_map: map(inner_address, inner)?,
+            rows_map: map(&rows, hidden)?,
+            inner_map: map(&inner_rows, inner)?,
             y: Buffer::new(gpu, slots * hidden * if packed { 2 } else { 1 }, purpose)?,
-            y_scales: Buffer::new(
-                gpu,
-                if packed { 0 } else { slots * hidden.div_ceil(tile_features(self.format)) },
-                purpose,
-            )?,
+            y_scales: Buffer::new(gpu, slots * tiles, purpose)?,
             rows,
-            row_scales: Buffer::new(gpu, scales, purpose)?,
+            row_scales: scales(hidden)?,
             inner: inner_rows,
-            inner_codes,
+            inner_scales: scales(inner)?,
         })
     }
 
     /// Bytes of such a workspace, but for scales.
     pub fn work_bytes(format: FewFormat, slots: usize, hidden: usize, inner: usize) -> usize {
-        // sorted rows, the rows between the products (of FP8 their codes, too), and those after
+        // sorted rows, those between the products, and those after
         slots
             * match format {
                 FewFormat::Bf16 => 4 * hidden + 2 * inner,
-                FewFormat::Fp8Block => 3 * hidden + 5 * inner,
+                FewFormat::Fp8Block => 3 * hidden + inner,
                 FewFormat::Int4 | FewFormat::Mxfp4 => 6 * hidden + 2 * inner,
             }
     }
@@ -222,8 +214,7 @@ impl ManyExperts {
         if weights.len() != slots {
             return refuse(format!("{slots} ids, {} weights", weights.len()));
         }
-        let rows = (plan.order().address(), plan.top_k);
-        let y = self.products(stream, x, rows, (slots, plan), work, None)?;
+        let y = self.products(stream, x, None, (slots, plan), work, None)?;
         if slots == 0 {
             return Ok(());
         }
@@ -242,7 +233,7 @@ impl ManyExperts {
         let arguments: [&dyn Argument; 9] =
             [&y.values, &y.scales, &ids, &weights, &experts, &top_k, &factor, &out.raw, &fault];
         // SAFETY: the parameters of `combine_slots`; shapes and sizes were checked.
-        unsafe { self.combine.launch(stream, Launch::plain(blocks, 256), &arguments) }
+        unsafe { self.combine.launch_early(stream, Launch::plain(blocks, 256), &arguments) }
     }
 
     /// The outputs of slots, by slot, before any sum; those of slots without an expert hold anything. `rows` is, for
@@ -265,7 +256,7 @@ impl ManyExperts {
         if rows.len() != slots || x.cols() != self.weights.hidden() {
             return refuse(format!("{slots} slots, rows of {} columns", x.cols()));
         }
-        self.products(stream, x, (rows.address(), 1), (slots, plan), work, None)
+        self.products(stream, x, Some(rows), (slots, plan), work, None)
     }
 
     /// The same for slots of `plan.top_k` to a row of `x`, with outputs that go to `homes`.
@@ -292,22 +283,20 @@ impl ManyExperts {
                 homes.addresses.len()
             ));
         }
-        let rows = (plan.order().address(), plan.top_k);
-        self.products(stream, x, rows, (slots, plan), work, Some(homes)).map(drop)
+        self.products(stream, x, None, (slots, plan), work, Some(homes)).map(drop)
     }
 
-    /// Both products: row `order[p] / top_k` of `x` for the plan's p-th slot.
+    /// Both products, for slots of `plan.top_k` to a row of `x`, or for a row that is named for the plan's p-th slot.
     fn products(
         &self,
         stream: &Stream,
         x: Rows<'_>,
-        order: (u64, usize),
+        named: Option<View<'_, u32>>,
         (slots, plan): (usize, &Plan),
         work: &mut ManyWorkspace,
         homes: Option<SlotHomes<'_>>,
     ) -> Result<SlotOutputs> {
         let w = &self.weights;
-        let (hidden, inner) = (w.hidden(), w.intermediate());
         if x.float() != Float::Bf16 || !aligned(x.raw.data, x.raw.stride) {
             return refuse("rows are bf16, aligned to 16 bytes".into());
         }
@@ -325,9 +314,9 @@ impl ManyExperts {
             return Ok(outputs);
         }
         let gate = w.gate.as_ref().unwrap_or(&w.up);
-        self.gather(stream, (x.raw.data, x.raw.stride), Some(order), hidden, plan, work)?;
+        self.sort(stream, x, named, plan, work)?;
+        let h = work.inner.view_mut().address();
         if let Some(packed) = &self.packed {
-            let h = work.inner.view_mut().address();
             let first = RawMany4::new(plan, &packed.first, [gate, &w.up], h, w);
             let downs = [&w.down, &w.down];
             let second = RawMany4::new(plan, &packed.second, downs, outputs.values, w).to(homes);
@@ -339,20 +328,35 @@ impl ManyExperts {
             return Ok(outputs);
         }
         let [gate_map, up_map, down_map] = &self.maps;
-        let h = (work.inner.view_mut().address(), inner as u64);
-        let raw = self.raw(plan, work, [gate, &w.up], h.0);
-        // SAFETY: the parameters of `many`; shapes and sizes were checked.
-        unsafe {
-            self.first.launch(stream, self.launch, &[&raw, &work.rows_map, gate_map, up_map])?;
+        let scales = [&work.row_scales, &work.inner_scales].map(|scales| scales.view().address());
+        let first = RawMany {
+            row_scales: scales[0],
+            out: h,
+            out_scales: scales[1],
+            ..self.raw(plan, [gate, &w.up])
+        };
+        let second = RawMany {
+            row_scales: scales[1],
+            out: outputs.values,
+            out_scales: outputs.scales,
+            ..self.raw(plan, [&w.down, &w.down])
         }
-        if self.format == FewFormat::Fp8Block {
-            self.gather(stream, h, None, inner, plan, work)?;
-        }
-        let raw = self.raw(plan, work, [&w.down, &w.down], outputs.values).to(homes);
-        // SAFETY: the parameters of `many`; shapes and sizes were checked.
-        unsafe {
-            let maps = [&work.inner_map, down_map, down_map];
-            self.second.launch(stream, self.launch, &[&raw, maps[0], maps[1], maps[2]])?;
+        .to(homes);
+        let first_maps = [&work.rows_map, gate_map, up_map];
+        let second_maps = [&work.inner_map, down_map, down_map];
+        for (function, raw, [rows, a, b]) in
+            [(&self.first, &first, first_maps), (&self.second, &second, second_maps)]
+        {
+            let arguments: [&dyn Argument; 4] = [raw, rows, a, b];
+            // SAFETY: the parameters of `many` and `many8`; shapes and sizes were checked. many8 waits.
+            unsafe {
+                match self.format {
+                    FewFormat::Fp8Block => {
+                        function.launch_early(stream, self.launch, &arguments)?
+                    }
+                    _ => function.launch(stream, self.launch, &arguments)?,
+                }
+            }
         }
         Ok(outputs)
     }
@@ -376,55 +380,44 @@ impl ManyExperts {
         }
     }
 
-    /// Rows by sorted position; codes and scales of them for FP8. Without an order, of the rows
-    /// between the products, which are sorted already.
-    fn gather(
+    /// Rows by sorted position, as the first product reads them.
+    fn sort(
         &self,
         stream: &Stream,
-        (from, stride): (u64, u64),
-        order: Option<(u64, usize)>,
-        cols: usize,
+        x: Rows<'_>,
+        named: Option<View<'_, u32>>,
         plan: &Plan,
         work: &mut ManyWorkspace,
     ) -> Result<()> {
-        let launch = Launch::plain(plan.slots_used.div_ceil(8) as u32, 256);
-        let experts = plan.experts() as u32;
-        let offsets = plan.offsets().address();
-        let sorted = order.is_some();
-        let (order, top_k) = order.unwrap_or((0, 1));
-        let top_k = top_k as u32;
-        // SAFETY: the parameters of `gather_fp8` or `gather`; the workspace holds all slots.
-        unsafe {
-            if self.format == FewFormat::Fp8Block {
-                let codes = if sorted { &mut work.rows } else { &mut work.inner_codes };
-                let (codes, scales) =
-                    (codes.view_mut().address(), work.row_scales.view_mut().address());
-                let cols = cols as u32;
-                self.gather.launch(
-                    stream,
-                    launch,
-                    &[&from, &stride, &order, &offsets, &experts, &top_k, &cols, &codes, &scales],
-                )
-            } else {
-                // In pieces of 16 bytes.
-                let (stride, pieces) = (stride / 8, (cols / 8) as u32);
-                let to = work.rows.view_mut().address();
-                self.gather.launch(
-                    stream,
-                    launch,
-                    &[&from, &stride, &order, &offsets, &experts, &top_k, &pieces, &to],
-                )
-            }
+        let (from, stride, cols) = (x.raw.data, x.raw.stride, x.cols() as u32);
+        let (offsets, experts) = (plan.offsets().address(), plan.experts() as u32);
+        let (to, slots) = (work.rows.view_mut().address(), plan.slots_used);
+        if self.packed.is_some() {
+            // In pieces of 16 bytes.
+            let (stride, pieces) = (stride / 8, cols / 8);
+            let (order, top_k) = match named {
+                None => (plan.order().address(), plan.top_k as u32),
+                Some(rows) => (rows.address(), 1),
+            };
+            let arguments: [&dyn Argument; 8] =
+                [&from, &stride, &order, &offsets, &experts, &top_k, &pieces, &to];
+            let launch = Launch::plain(slots.div_ceil(8) as u32, 256);
+            // SAFETY: the parameters of `gather4`; the workspace holds all slots.
+            return unsafe { self.sort.launch(stream, launch, &arguments) };
         }
+        let (blocks, rows, places, top_k) = match named {
+            None => (slots / plan.top_k, 0, plan.place().address(), plan.top_k as u32),
+            Some(rows) => (slots, rows.address(), 0, 1),
+        };
+        let scales = work.row_scales.view_mut().address();
+        let arguments: [&dyn Argument; 10] =
+            [&from, &stride, &rows, &places, &offsets, &experts, &top_k, &cols, &to, &scales];
+        // SAFETY: the parameters of `sort_rows`; the workspace holds all slots.
+        unsafe { self.sort.launch_early(stream, Launch::plain(blocks as u32, 256), &arguments) }
     }
 
-    fn raw(
-        &self,
-        plan: &Plan,
-        work: &mut ManyWorkspace,
-        matrices: [&Stored; 2],
-        out: u64,
-    ) -> RawMany {
+    /// What both products have in common; `matrices` are gate and up, or down twice.
+    fn raw(&self, plan: &Plan, matrices: [&Stored; 2]) -> RawMany {
         let scales = |m: &Stored| match (&m.scales, self.format) {
             (Some(scales), FewFormat::Fp8Block) => scales.bytes.pointer(),
             _ => 0,
@@ -436,11 +429,11 @@ impl ManyExperts {
             order: plan.order().address(),
             tiles: plan.tiles().address(),
             tile_count: plan.tile_count().address(),
-            row_scales: work.row_scales.view_mut().address(),
+            row_scales: 0,
             scales: matrices.map(scales),
             biases: matrices.map(|m| m.bias.as_ref().map_or(0, |b| b.view().address())),
-            out,
-            out_scales: work.y_scales.view_mut().address(),
+            out: 0,
+            out_scales: 0,
             homes: 0,
             home_scales: 0,
             home_slots: 1,
@@ -460,6 +453,15 @@ fn refuse<T>(reason: String) -> Result<T> {
 /// As the copy engine and loads of 16 bytes want rows of 16-bit numbers.
 fn aligned(address: u64, stride: u64) -> bool {
     address.is_multiple_of(16) && stride.is_multiple_of(8)
+}
+
+/// The source of the products, and the kernel's name.
+pub(crate) fn product(format: FewFormat) -> (&'static Source, &'static str) {
+    match format {
+        FewFormat::Bf16 => (&MANY, "many"),
+        FewFormat::Fp8Block => (&MANY8, "many8"),
+        FewFormat::Int4 | FewFormat::Mxfp4 => (&MANY4, "many4"),
+    }
 }
 
 /// How a product is compiled.
@@ -509,16 +511,16 @@ impl RawMany {
     }
 }
 
-/// Features of a tile of the second product: BN of many.cu.
+/// Features of an output that share a scale: SCALED of many.cuh.
 fn tile_features(format: FewFormat) -> usize {
     if format == FewFormat::Fp8Block { 128 } else { 256 }
 }
 
-/// Stages of a ring and its barriers, as many.cu lays them out.
+/// Stages of a ring, its barriers and what is announced of pieces, as many.cu and many8.cu lay them out.
 fn shared_bytes(format: FewFormat) -> usize {
     match format {
-        FewFormat::Bf16 => 4 * (128 + 256) * 128 + 16 * 4,
-        FewFormat::Fp8Block => 6 * (128 + 128) * 128 + 16 * 6,
+        FewFormat::Bf16 => 4 * ((128 + 256) * 128 + 16),
+        FewFormat::Fp8Block => 4 * ((128 + 256) * 128 + 16) + 8 * 20,
         // many4.cu: rows and groups of weights of a record
         FewFormat::Int4 => 5 * (2 * 128 * 128 + 4 * 2 * format.tile_bytes() + 16),
         FewFormat::Mxfp4 => 8 * (128 * 128 + 8 * 2 * format.tile_bytes() + 16),
@@ -546,7 +548,7 @@ struct RawMany {
     activation: RawActivation,
 }
 
-// SAFETY: `struct Many` of many.cu.
+// SAFETY: `struct Many` of many.cuh.
 unsafe impl Argument for RawMany {}
 
 #[repr(C)]

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::{fs, io};
 
-use crate::driver::{Handle, call};
+use crate::driver::{Handle, LaunchAttribute, LaunchConfig, call};
 use crate::memory::Pod;
 use crate::nvrtc::{Compiler, Source};
 use crate::{Error, Gpu, Result, Stream};
@@ -17,6 +17,7 @@ pub struct Modules {
     arch: String,
     compiler: Compiler,
     cache: Option<PathBuf>,
+    early: bool,
     loaded: Mutex<HashMap<Key, Arc<Module>>>,
 }
 
@@ -43,6 +44,7 @@ pub struct Function {
     module: Arc<Module>,
     handle: Handle,
     name: &'static str,
+    early: bool,
 }
 
 impl Modules {
@@ -50,7 +52,8 @@ impl Modules {
     /// without one, every process compiles anew.
     pub fn new(gpu: &Gpu, compiler: Compiler, cache: Option<PathBuf>) -> Self {
         let arch = gpu.properties().arch();
-        Self { gpu: gpu.clone(), arch, compiler, cache, loaded: Mutex::default() }
+        let early = gpu.bind().is_ok_and(|driver| driver.launches_early());
+        Self { gpu: gpu.clone(), arch, compiler, cache, early, loaded: Mutex::default() }
     }
 
     /// The folder of compiled kernels of this user: `moe-runner/cuda` in `$XDG_CACHE_HOME` or
@@ -97,7 +100,7 @@ impl Modules {
         let mut handle = 0;
         // SAFETY: the pointer is good for one handle, the name ends with a zero.
         call!(driver.cuModuleGetFunction(&mut handle, module.handle, c_name.as_ptr()))?;
-        Ok(Function { module, handle, name })
+        Ok(Function { module, handle, name, early: self.early })
     }
 
     /// Machine code, from the cache where it is.
@@ -265,6 +268,35 @@ impl Function {
         launch: Launch,
         arguments: &[&dyn Argument],
     ) -> Result<()> {
+        // SAFETY: the caller's.
+        unsafe { self.put(stream, launch, arguments, false) }
+    }
+
+    /// The same for a kernel that may begin while the step before it on the stream ends: it waits for that by itself,
+    /// by `wait_for_step_before` of ptx.cuh. With a driver that cannot capture that, as any other.
+    ///
+    /// # Safety
+    /// As [`Self::launch`], and the kernel waits so before it touches what earlier steps write or read.
+    ///
+    /// # Errors
+    /// As [`Self::launch`].
+    pub unsafe fn launch_early(
+        &self,
+        stream: &Stream,
+        launch: Launch,
+        arguments: &[&dyn Argument],
+    ) -> Result<()> {
+        // SAFETY: the caller's.
+        unsafe { self.put(stream, launch, arguments, self.early) }
+    }
+
+    unsafe fn put(
+        &self,
+        stream: &Stream,
+        launch: Launch,
+        arguments: &[&dyn Argument],
+        early: bool,
+    ) -> Result<()> {
         const MOST: usize = 24;
         if arguments.len() > MOST {
             return Err(Error::input(self.name, format!("{} arguments", arguments.len())));
@@ -279,7 +311,18 @@ impl Function {
             (self.handle, launch.block, launch.shared, stream.handle());
         // SAFETY: the driver copies the arguments before it returns; the rest is the caller's.
         let code = unsafe {
-            if launch.cooperative {
+            if early {
+                let attribute = LaunchAttribute::early();
+                let config = LaunchConfig {
+                    grid: [x, y, 1],
+                    block: [block, 1, 1],
+                    shared,
+                    stream: queue,
+                    attributes: &attribute,
+                    count: 1,
+                };
+                (driver.cuLaunchKernelEx)(&config, handle, at, std::ptr::null_mut())
+            } else if launch.cooperative {
                 (driver.cuLaunchCooperativeKernel)(handle, x, y, 1, block, 1, 1, shared, queue, at)
             } else {
                 let extra = std::ptr::null_mut();

@@ -5,9 +5,14 @@ use crate::module::{Argument, Function, Launch, Modules};
 use crate::sources::PLAN;
 use crate::{Buffer, Error, Gpu, Result, Stream, View};
 
-/// Slots that one block sorts: `SLOTS` of plan.cu.
-const SLOTS: usize = 1024;
-const WARPS: usize = 8;
+/// Warps of a block, as many as its shared memory has counts for; and how often each takes 32 slots, at most:
+/// as in plan.cu.
+const WARPS: [usize; 2] = [32, 8];
+const ROUNDS: usize = 4;
+/// Blocks that are as many as one block likes to add up the counts of.
+const BLOCKS: usize = 64;
+/// Slots that one block sorts at least where there are several.
+const SLOTS: usize = 32 * WARPS[1];
 
 /// The order of work of one batch: its T·k slots, sorted by expert, stably, so that an expert meets
 /// its rows in row order; and tiles of at most `tile` rows of one expert. Slot `t·k + j` is the j-th
@@ -117,7 +122,7 @@ struct RawPlan {
     slots: u32,
     experts: u32,
     tile: u32,
-    padding: u32,
+    rounds: u32,
     counts: u64,
     offsets: u64,
     order: u64,
@@ -160,12 +165,20 @@ impl Planner {
             return Err(Error::input("plan", sizes));
         }
         (plan.top_k, plan.slots_used) = (top_k, ids.len());
+        // u16 for each warp and expert; behind them u32 for each expert.
+        let shared =
+            |warps: usize| (2 * warps * plan.experts).next_multiple_of(4) + 4 * plan.experts;
+        let Some(warps) = WARPS.into_iter().find(|&w| shared(w) + 1024 <= self.shared_bytes) else {
+            return Err(Error::input("plan", format!("{} experts are too many", plan.experts)));
+        };
+        let rounds = ids.len().div_ceil(32 * warps * BLOCKS).clamp(1, ROUNDS);
+        let blocks = ids.len().div_ceil(32 * warps * rounds).max(1) as u32;
         let raw = RawPlan {
             ids: ids.pointer,
             slots: ids.len() as u32,
             experts: plan.experts as u32,
             tile: plan.tile as u32,
-            padding: 0,
+            rounds: rounds as u32,
             counts: plan.counts.view_mut().pointer,
             offsets: plan.offsets.view_mut().pointer,
             order: plan.order.view_mut().pointer,
@@ -173,17 +186,10 @@ impl Planner {
             tiles: plan.tiles.view_mut().pointer,
             tile_count: plan.tile_count.view_mut().pointer,
         };
-        let blocks = ids.len().div_ceil(SLOTS).max(1) as u32;
-        // u16 for each warp and expert; behind them u32 for each expert.
-        let counts = (2 * WARPS * plan.experts).next_multiple_of(4);
-        let shared = counts + 4 * plan.experts;
-        if shared + 1024 > self.shared_bytes {
-            return Err(Error::input("plan", format!("{} experts are too many", plan.experts)));
-        }
         let launch = Launch {
             grid: (blocks, 1),
-            block: 32 * WARPS as u32,
-            shared: shared as u32,
+            block: 32 * warps as u32,
+            shared: shared(warps) as u32,
             cooperative: false,
         };
         // SAFETY: the one parameter is `struct Plan`; its buffers have the sizes that it states.

@@ -23,6 +23,7 @@ const HEADERS: &[(&str, &str)] = &[
     ("stored.cuh", include_str!("kernels/stored.cuh")),
     ("wgmma.cuh", include_str!("kernels/wgmma.cuh")),
     ("ptx.cuh", include_str!("kernels/ptx.cuh")),
+    ("many.cuh", include_str!("kernels/many.cuh")),
 ];
 
 /// Conversion, norms, quantisation, gate product, sums.
@@ -41,8 +42,12 @@ pub(crate) static GROUPED: Source = source!("grouped");
 pub(crate) static PACK: Source = source!("pack");
 /// Experts for few tokens.
 pub(crate) static FEW: Source = source!("few");
-/// Experts for many tokens.
+/// Experts for many tokens, bf16.
 pub(crate) static MANY: Source = source!("many");
+/// Experts for many tokens, FP8.
+pub(crate) static MANY8: Source = source!("many8");
+/// Before and after those two.
+pub(crate) static SORTED: Source = source!("sorted");
 /// Experts for many tokens, of 4-bit weights.
 pub(crate) static MANY4: Source = source!("many4");
 
@@ -87,7 +92,10 @@ pub fn builds() -> Vec<Build> {
         builds.push(build(&TENSOR, limits::options(format), &["sm_90a"]));
     }
     for format in [FewFormat::Bf16, FewFormat::Fp8Block, FewFormat::Int4, FewFormat::Mxfp4] {
-        let source = if format.packed() { &MANY4 } else { &MANY };
+        let source = many::product(format).0;
+        if !format.packed() {
+            builds.push(build(&SORTED, format.options(), &["sm_90a"]));
+        }
         for second in [0, 1] {
             let options = many::options(
                 format,

@@ -107,7 +107,7 @@ extern "C" __global__ void rows_in_order(const u32* rows, const u32* order, cons
 }
 
 // Outputs of slots: of this rank's experts for its own rows, and those that have come back. With scales, 16-bit
-// integers with one for `tile` columns (many.cu); else f32.
+// integers with one for `tile` columns (many.cuh); else f32.
 struct Returned {
   const void *own, *far;
   const float *own_scales, *far_scales;
@@ -150,7 +150,7 @@ __device__ __forceinline__ void store_sum(float (&sum)[8], float factor, const R
 }
 
 // out[t] = factor * sum over j of w[t, j] * the output of slot (t, j), in slot order and f32, as without ranks: the
-// arithmetic of combine (rows.cu) and combine_slots (many.cu). Eight columns a thread.
+// arithmetic of combine (rows.cu) and combine_slots (sorted.cu). Eight columns a thread.
 extern "C" __global__ void combine_returned(Returned r, const float* weights, u32 top_k, float factor, Rows out, u32* fault) {
   u32 pieces = out.cols / 8, tiles = r.tile ? (out.cols + r.tile - 1) / r.tile : 0;
   u64 n = (u64)out.rows * pieces;

@@ -20,19 +20,15 @@ __device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
 __device__ __forceinline__ void barrier_arrive(u32 barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-// At the barrier of that address in another block of the cluster.
-__device__ __forceinline__ void barrier_arrive_at(u32 barrier, u32 block) {
-  asm volatile("{ .reg .b32 r; mapa.shared::cluster.u32 r, %0, %1; mbarrier.arrive.shared::cluster.b64 _, [r]; }" ::"r"(barrier), "r"(block) : "memory");
-}
-__device__ __forceinline__ u32 cluster_rank() {
-  u32 r;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
-  return r;
-}
-__device__ __forceinline__ void cluster_sync() { asm volatile("barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;" ::: "memory"); }
 __device__ __forceinline__ void barrier_wait(u32 barrier, u32 phase) {
   asm volatile("{ .reg .pred p; L0: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; @p bra L1; bra L0; L1: }" ::"r"(barrier), "r"(phase) : "memory");
 }
+
+// ---- kernels that begin while the one before them ends (Function::launch_early) ------------------------
+// Until everything before is done, and seen. Its own end must not come sooner: whoever waits for it relies on that.
+__device__ __forceinline__ void wait_for_step_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+// The next one may begin when all blocks have come here.
+__device__ __forceinline__ void let_next_step_begin() { asm volatile("griddepcontrol.launch_dependents;"); }
 
 // ---- the copy engine ----------------------------------------------------------------------------
 __device__ __forceinline__ void copy_bytes(u32 to, const void* from, u32 bytes, u32 barrier) {
@@ -52,10 +48,6 @@ __device__ __forceinline__ void copy_bytes(u32 to, const void* from, u32 bytes, 
 }
 __device__ __forceinline__ void copy_tile(u32 to, const TensorMap* map, u32 barrier, u32 column, u32 row, u64 policy) {
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to), "l"(map), "r"(barrier), "r"(column), "r"(row), "l"(policy) : "memory");
-}
-// To the same place in the blocks of a cluster that `mask` names.
-__device__ __forceinline__ void copy_tile_to(u32 to, const TensorMap* map, u32 barrier, u32 column, u32 row, u16 mask) {
-  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to), "l"(map), "r"(barrier), "r"(column), "r"(row), "h"(mask) : "memory");
 }
 __device__ __forceinline__ void prefetch_map(const TensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
 

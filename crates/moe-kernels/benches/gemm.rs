@@ -11,6 +11,7 @@ use moe_kernels::gemm::{Gemm, gemm};
 use moe_kernels::isa::{Cpu, Features, physical_cores};
 use moe_kernels::kernel::Kernel;
 use moe_kernels::numerics::ggml::BlockType;
+use moe_kernels::numerics::quantise::Qdq;
 use moe_kernels::operand::OperandKind;
 use moe_kernels::pack::{Packed, pack};
 use moe_kernels::pool::Pool;
@@ -63,13 +64,17 @@ const FORMATS: &[(&str, Make)] = &[
 ];
 
 /// Sets of features, with the rows that are multiplied with them.
-const SETS: [(&str, OperandKind, Features); 5] = [
+const SETS: [(&str, OperandKind, Features); 6] = [
     ("amx_bf16", OperandKind::TileBf16, Features::V4_AMX),
     ("avx512_bf16", OperandKind::Bf16, Features::V4_BF16),
+    ("avx512_vnni", OperandKind::Int8, Features::V4_VNNI),
     ("avx512", OperandKind::F32, Features::V4),
     ("avx2", OperandKind::F32, Features::V3),
     ("portable", OperandKind::F32, Features::NONE),
 ];
+
+/// How rows of integers were quantised: they are whole numbers.
+const ROWS: Qdq = Qdq::Int8Static { scale: 1.0 };
 
 /// Bytes without a pattern (splitmix64).
 fn bytes(len: usize) -> Vec<u8> {
@@ -308,7 +313,12 @@ fn main() {
                 let count = LEAST.div_ceil(stored).next_multiple_of(ACTIVE);
                 let start = Instant::now();
                 let of: Vec<[Packed; 3]> = (0..count)
-                    .map(|_| [0, 1, 2].map(|i| pack(&views[i], entry).unwrap()))
+                    .map(|_| {
+                        [0, 1, 2].map(|i| {
+                            let packed = pack(&views[i], entry).unwrap();
+                            if rows == OperandKind::Int8 { packed.coded(ROWS) } else { packed }
+                        })
+                    })
                     .collect();
                 let packing = stored as f64 * count as f64 / start.elapsed().as_secs_f64() / 1e9;
                 let bytes = of.iter().flatten().map(Packed::bytes).sum();

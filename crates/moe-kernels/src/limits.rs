@@ -20,6 +20,8 @@ pub struct Limits {
     pub f32_gflops: f64,
     /// bf16 dot products, likewise, where the CPU has them.
     pub bf16_gflops: Option<f64>,
+    /// Dot products of 8-bit integers, likewise.
+    pub int8_gflops: Option<f64>,
     /// bf16 tile products, likewise.
     pub tile_gflops: Option<f64>,
     /// Threads that took part.
@@ -39,6 +41,11 @@ impl Limits {
             f32_gflops: gflops(pool, budget / 4, |rounds| kernel.probe_multiply_add(rounds)),
             bf16_gflops: kernel.probe_dots(1).map(|_| {
                 gflops(pool, budget / 4, |rounds| kernel.probe_dots(rounds).unwrap_or_default())
+            }),
+            int8_gflops: kernel.probe_int8_dots(1).map(|_| {
+                gflops(pool, budget / 4, |rounds| {
+                    kernel.probe_int8_dots(rounds).unwrap_or_default()
+                })
             }),
             tile_gflops: kernel.probe_tiles(1).map(|_| {
                 gflops(pool, budget / 4, |rounds| {
@@ -141,6 +148,9 @@ mod tests {
         }
         if let Some(one) = Kernel::detect().probe_dots(1) {
             assert_eq!(Kernel::detect().probe_dots(100), Some(100 * one));
+        }
+        if let Some(one) = Kernel::detect().probe_int8_dots(1) {
+            assert_eq!(Kernel::detect().probe_int8_dots(100), Some(100 * one));
         }
     }
 

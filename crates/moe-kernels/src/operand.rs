@@ -4,12 +4,18 @@
 //! permuted where the weights' groups are not runs of columns (act-order). Weights with minima also
 //! need the sum of a row over each of their groups. All of that is done once for all products of the
 //! rows, by [`Gemm::operand`](crate::gemm::Gemm::operand), in memory of the caller.
+//!
+//! Rows that were quantised to codes of a byte can be multiplied as these codes
+//! ([`Packed::coded`]): then they have a scale for each group of the weights.
 
+use std::cell::Cell;
 use std::ops::Range;
 
 use half::bf16;
 
+use crate::isa::Cpu;
 use crate::numerics::float16::{bf16_to_f32, f32_to_bf16};
+use crate::numerics::quantise::{coded_bf16, coded_int8, sum_of_codes};
 use crate::pack::{BLOCK, LINE, Packed};
 use crate::rows::Rows;
 
@@ -23,6 +29,8 @@ pub enum OperandKind {
     Bf16,
     /// The same, for products on tile registers, whose sums have an order of their own.
     TileBf16,
+    /// Signed bytes: the codes of rows that were quantised to integers.
+    Int8,
 }
 
 impl OperandKind {
@@ -31,6 +39,7 @@ impl OperandKind {
         match self {
             OperandKind::F32 => 1,
             OperandKind::Bf16 | OperandKind::TileBf16 => 2,
+            OperandKind::Int8 => 4,
         }
     }
 }
@@ -39,7 +48,7 @@ impl OperandKind {
 /// [order of columns](Packed::takes).
 #[derive(Clone, Copy, Debug)]
 pub struct Operand<'a> {
-    /// `rows` rows, `stride` apart: words of elements, then sums of groups.
+    /// `rows` rows, `stride` apart: words of elements, then sums of groups, then scales of groups.
     data: &'a [f32],
     rows: usize,
     shape: RowShape,
@@ -52,18 +61,20 @@ struct RowShape {
     kind: OperandKind,
     elements: usize,
     sums: usize,
+    scales: usize,
 }
 
 impl RowShape {
     fn of(w: &Packed) -> RowShape {
         let kind = w.gemm().rows();
-        RowShape { kind, elements: w.order().padded() / kind.per_word(), sums: w.sums() }
+        let elements = w.order().padded() / kind.per_word();
+        RowShape { kind, elements, sums: w.sums(), scales: w.row_scales() }
     }
 
     /// Words from one row to the next: an odd number of cache lines, so that the same columns of
     /// the rows of a tile do not meet in one set of a cache.
     fn stride(self) -> usize {
-        let lines = (self.elements + self.sums).div_ceil(LINE / 4);
+        let lines = (self.elements + self.sums + self.scales).div_ceil(LINE / 4);
         (lines | 1) * (LINE / 4)
     }
 }
@@ -73,31 +84,90 @@ pub(crate) fn bytes(w: &Packed, rows: usize) -> usize {
     RowShape::of(w).stride().saturating_mul(rows).saturating_mul(4)
 }
 
-/// Writes `rows` for `w`.
-pub(crate) fn write<'a>(w: &Packed, rows: Rows<'_>, into: &'a mut [u8]) -> Operand<'a> {
+/// Writes `rows` for `w`. `max` is the largest magnitude, before they were quantised, of the row that
+/// they are a slice of, where they are one.
+pub(crate) fn write<'a>(
+    w: &Packed,
+    rows: Rows<'_>,
+    max: Option<f32>,
+    into: &'a mut [u8],
+) -> Operand<'a> {
     let shape = RowShape::of(w);
     let len = shape.stride() * rows.rows();
     let data = floats(into);
     assert!(data.len() >= len, "{} bytes for {} rows", data.len() * 4, rows.rows());
     let data = &mut data[..len];
     for (i, to) in data.chunks_exact_mut(shape.stride()).enumerate() {
-        let (elements, sums) = to.split_at_mut(shape.elements);
+        let (elements, rest) = to.split_at_mut(shape.elements);
+        let (sums, rest) = rest.split_at_mut(shape.sums);
         // what follows them is padding
-        let sums = &mut sums[..shape.sums];
+        let scales = &mut rest[..shape.scales];
+        let (row, order) = (rows.row(i), w.order());
+        let groups = || w.group_ranges();
         match shape.kind {
             OperandKind::F32 => {
-                w.order().apply(rows.row(i), elements);
-                w.group_ranges().zip(sums).for_each(|(group, to)| *to = sum(&elements[group]));
+                order.apply(row, elements);
+                groups().zip(sums).for_each(|(group, to)| *to = sum(&elements[group]));
+            }
+            OperandKind::Bf16 | OperandKind::TileBf16 if shape.scales > 0 => {
+                write_codes(w, row, max, coded_bf16, parts(elements), scales);
             }
             OperandKind::Bf16 | OperandKind::TileBf16 => {
-                let elements = halves(elements);
-                w.order().place(rows.row(i), elements, f32_to_bf16, bf16::from_f32);
-                let groups = w.group_ranges().zip(sums);
-                groups.for_each(|(group, to)| *to = sum_of_halves(&elements[group]));
+                let elements = parts(elements);
+                order.place(row, elements, f32_to_bf16, bf16::from_f32);
+                groups().zip(sums).for_each(|(group, to)| *to = sum_of_halves(&elements[group]));
+            }
+            OperandKind::Int8 => {
+                let codes = parts(elements);
+                write_codes(w, row, max, coded_int8, codes, scales);
+                for (group, to) in groups().zip(sums) {
+                    let mut sum = 0;
+                    sum_of_codes(Cpu::detect(), &codes[group], &mut sum);
+                    *to = f32::from_bits(sum as u32);
+                }
             }
         }
     }
     Operand { data, rows: rows.rows(), shape, stride: shape.stride() }
+}
+
+/// Writes the codes of a quantised row to their places, and the scale of each group of `w`.
+fn write_codes<T: Part>(
+    w: &Packed,
+    row: &[f32],
+    max: Option<f32>,
+    codes_of: fn(Cpu, &[f32], f32, &mut [T]),
+    codes: &mut [T],
+    scales: &mut [f32],
+) {
+    let cpu = Cpu::detect();
+    let rows = w.row_codes().expect("rows that are multiplied as codes were quantised");
+    let size = rows.coded_group(row.len()).expect("codes of a byte");
+    let last = Cell::new((usize::MAX, 0.0));
+    let scale_of = |group: usize| {
+        if last.get().0 != group {
+            let values = &row[group * size..];
+            let scale = rows.coded_scale(cpu, &values[..size.min(values.len())], max);
+            last.set((group, scale));
+        }
+        last.get().1
+    };
+    for (mut places, to) in w.group_ranges().zip(scales) {
+        // the columns of a group of weights share a scale; padding may have any
+        *to = scale_of(places.find_map(|place| w.order().column(place)).unwrap_or(0) / size);
+    }
+    let in_order = |row: &[f32], codes: &mut [T]| {
+        for (group, codes) in codes.chunks_mut(size).enumerate() {
+            codes_of(cpu, &row[group * size..][..codes.len()], scale_of(group), codes);
+        }
+    };
+    let one = |value: f32| {
+        let mut code = [T::default()];
+        // columns in another order share one scale, all of them
+        codes_of(cpu, &[value], scale_of(0), &mut code);
+        code[0]
+    };
+    w.order().place(row, codes, in_order, one);
 }
 
 /// Rows that [`write`] made for `w`, one at a time, `stride` bytes apart.
@@ -123,12 +193,22 @@ fn floats(bytes: &mut [u8]) -> &mut [f32] {
     floats
 }
 
-/// The same memory as 16-bit numbers.
-fn halves(words: &mut [f32]) -> &mut [bf16] {
-    // SAFETY: any two bytes are a bf16, and an f32 is aligned as one.
-    let (head, halves, tail) = unsafe { words.align_to_mut::<bf16>() };
-    assert!(head.is_empty() && tail.is_empty(), "a word is two halves");
-    halves
+/// A number that a word of 32 bits holds several of.
+///
+/// # Safety
+/// Any bits are one, and it needs no stricter alignment than a word.
+unsafe trait Part: Copy + Default {}
+// SAFETY: two bytes, whatever they are.
+unsafe impl Part for bf16 {}
+// SAFETY: a byte, whatever it is.
+unsafe impl Part for i8 {}
+
+/// The same memory as smaller numbers.
+fn parts<T: Part>(words: &mut [f32]) -> &mut [T] {
+    // SAFETY: any bits are a number, by the contract of `Part`, and an f32 is aligned as one.
+    let (head, parts, tail) = unsafe { words.align_to_mut::<T>() };
+    assert!(head.is_empty() && tail.is_empty(), "a word is several numbers");
+    parts
 }
 
 /// The sum of numbers that were rounded.
@@ -176,6 +256,11 @@ impl<'a> Operand<'a> {
     /// From a row to its sums.
     pub(crate) fn sums_at(&self) -> usize {
         self.shape.elements
+    }
+
+    /// From a group's sum to its scale, where rows have scales.
+    pub(crate) fn scales_at(&self) -> Option<usize> {
+        (self.shape.scales > 0).then_some(self.shape.sums)
     }
 }
 

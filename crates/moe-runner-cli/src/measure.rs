@@ -30,6 +30,9 @@ pub(crate) struct MachineLimits {
     /// The same of bf16 dot products, where the processor has them.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) bf16_gflops: Option<f64>,
+    /// The same of dot products of 8-bit integers.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) int8_gflops: Option<f64>,
     /// The same of bf16 tile products.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) tile_gflops: Option<f64>,
@@ -41,10 +44,12 @@ pub(crate) struct MachineLimits {
 impl MachineLimits {
     pub(crate) fn measure(pool: &Pool) -> Self {
         let kernel = Kernel::detect();
-        let Limits { read_gbps, f32_gflops, bf16_gflops, tile_gflops, threads } =
-            Limits::measure(kernel, pool, LIMITS_BUDGET);
+        let limits = Limits::measure(kernel, pool, LIMITS_BUDGET);
+        let Limits { read_gbps, f32_gflops, bf16_gflops, int8_gflops, tile_gflops, threads } =
+            limits;
         let isa = kernel.name();
-        Self { threads, isa, read_gbps, f32_gflops, bf16_gflops, tile_gflops, gpu: None }
+        let gpu = None;
+        Self { threads, isa, read_gbps, f32_gflops, bf16_gflops, int8_gflops, tile_gflops, gpu }
     }
 
     /// The same, with GPU `index`.
@@ -60,14 +65,17 @@ impl MachineLimits {
     /// 10⁹ operations/s of the device in use, by arithmetic.
     pub(crate) fn gflops(&self) -> BTreeMap<String, f64> {
         let all = match &self.gpu {
-            None => [
+            None => vec![
                 ("f32", Some(self.f32_gflops)),
                 ("bf16", self.bf16_gflops),
+                ("int8", self.int8_gflops),
                 ("bf16_tiles", self.tile_gflops),
             ],
-            Some(gpu) => {
-                [("f32", Some(gpu.f32_gflops)), ("bf16", gpu.bf16_gflops), ("fp8", gpu.fp8_gflops)]
-            }
+            Some(gpu) => vec![
+                ("f32", Some(gpu.f32_gflops)),
+                ("bf16", gpu.bf16_gflops),
+                ("fp8", gpu.fp8_gflops),
+            ],
         };
         all.into_iter().filter_map(|(name, rate)| Some((name.to_owned(), rate?))).collect()
     }
@@ -79,9 +87,13 @@ impl MachineLimits {
             (Some(gpu), Target::Cuda(archs)) => (gpu.read_gbps, gpu.gflops(kernel, archs)),
             _ => {
                 let tiles = kernel.target.features().contains(Features::AMX_BF16);
-                let bf16 = if tiles { self.tile_gflops } else { self.bf16_gflops };
-                let bf16 = bf16.filter(|_| kernel.arithmetic == Arithmetic::Bf16);
-                (self.read_gbps, bf16.unwrap_or(self.f32_gflops))
+                let dots = match kernel.arithmetic {
+                    Arithmetic::Bf16 if tiles => self.tile_gflops,
+                    Arithmetic::Bf16 => self.bf16_gflops,
+                    Arithmetic::Int8 => self.int8_gflops,
+                    _ => None,
+                };
+                (self.read_gbps, dots.unwrap_or(self.f32_gflops))
             }
         };
         (bytes / read_gbps).max(flops / gflops) / 1e9
@@ -127,7 +139,11 @@ impl fmt::Display for MachineLimits {
             self.read_gbps,
             self.f32_gflops
         )?;
-        for (what, rate) in [("bf16", self.bf16_gflops), ("bf16 tiles", self.tile_gflops)] {
+        for (what, rate) in [
+            ("bf16", self.bf16_gflops),
+            ("int8", self.int8_gflops),
+            ("bf16 tiles", self.tile_gflops),
+        ] {
             if let Some(gflops) = rate {
                 write!(f, ", {gflops:.0} in {what}")?;
             }
@@ -148,6 +164,7 @@ mod tests {
             read_gbps: 10.0,
             f32_gflops: 100.0,
             bf16_gflops: Some(200.0),
+            int8_gflops: Some(400.0),
             tile_gflops: Some(1000.0),
             gpu: None,
         };
@@ -156,6 +173,8 @@ mod tests {
         assert!((limits.least_seconds(kernel, 1e9, 50e9) - 0.5).abs() < 1e-9);
         let kernel = &moe_runner::experts::cpu::CPU_AVX512_BF16;
         assert!((limits.least_seconds(kernel, 1e9, 50e9) - 0.25).abs() < 1e-9);
+        let kernel = &moe_runner::experts::cpu::CPU_AVX512_VNNI;
+        assert!((limits.least_seconds(kernel, 1e9, 100e9) - 0.25).abs() < 1e-9);
         let kernel = &moe_runner::experts::cpu::CPU_AMX_BF16;
         assert!((limits.least_seconds(kernel, 1e9, 500e9) - 0.5).abs() < 1e-9);
     }
@@ -178,6 +197,7 @@ mod tests {
             read_gbps: 10.0,
             f32_gflops: 100.0,
             bf16_gflops: Some(200.0),
+            int8_gflops: Some(400.0),
             tile_gflops: Some(1000.0),
             gpu: Some(gpu),
         };

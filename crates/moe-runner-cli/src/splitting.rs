@@ -567,18 +567,20 @@ impl Ranks {
                 mine.read_gbps.to_bits(),
                 mine.f32_gflops.to_bits(),
                 mine.bf16_gflops.unwrap_or_default().to_bits(),
+                mine.int8_gflops.unwrap_or_default().to_bits(),
                 mine.tile_gflops.unwrap_or_default().to_bits(),
                 mine.threads as u64,
             ],
         )?;
-        let ranks = all.chunks_exact(5);
+        let ranks = all.chunks_exact(6);
         let sum = |i: usize| ranks.clone().map(|rank| f64::from_bits(rank[i])).sum();
         Ok(MachineLimits {
             read_gbps: sum(0),
             f32_gflops: sum(1),
             bf16_gflops: mine.bf16_gflops.map(|_| sum(2)),
-            tile_gflops: mine.tile_gflops.map(|_| sum(3)),
-            threads: ranks.clone().map(|rank| rank[4] as usize).sum(),
+            int8_gflops: mine.int8_gflops.map(|_| sum(3)),
+            tile_gflops: mine.tile_gflops.map(|_| sum(4)),
+            threads: ranks.clone().map(|rank| rank[5] as usize).sum(),
             ..mine
         })
     }

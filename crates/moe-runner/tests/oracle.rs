@@ -294,6 +294,7 @@ fn reasons_and_fixes_in_words() {
     let machine = Machine::named("avx2").unwrap();
     for (kernel, needs, and) in [
         ("cpu_avx512", "avx512", ""),
+        ("cpu_avx512_vnni", "avx512_vnni", ""),
         ("cpu_avx512_bf16", "avx512_bf16", ""),
         ("cpu_amx_bf16", "amx_bf16", " and a system that lets this process use its tiles"),
     ] {
@@ -327,6 +328,22 @@ fn what_is_slow_on_a_machine_is_not_its_default() {
     let int4 = Request::of(&layer("quant_qwen3_moe_w4a16_g128"), Bf16);
     assert_eq!(choice(&int4, &machine, None), "cpu_avx512");
     assert_eq!(choice(&int4, &machine, Some("cpu_amx_bf16")), "cpu_amx_bf16");
+    // quantised rows are no different, but that integers have dot products of their own on all machines
+    for (case, on_bf16, on_amx) in [
+        ("quant_qwen3_moe_fp8_channel", "cpu_avx512_bf16", "cpu_avx512"),
+        ("quant_qwen3_moe_fp8_block", "cpu_avx512_bf16", "cpu_avx512"),
+        ("quant_qwen3_moe_int8_channel", "cpu_avx512_vnni", "cpu_avx512_vnni"),
+        ("quant_qwen3_moe_nvfp4", "cpu_avx512", "cpu_avx512"),
+    ] {
+        let request = Request::of(&layer(case), Bf16);
+        let bf16 = Machine::named("avx512_bf16").unwrap();
+        assert_eq!(choice(&request, &bf16, None), on_bf16, "{case}");
+        assert_eq!(choice(&request, &machine, None), on_amx, "{case}");
+    }
+    // rows of any dtype become integers
+    let int8 = Request::of(&layer("quant_qwen3_moe_int8_channel"), F32);
+    let vnni = Machine::named("avx512_vnni").unwrap();
+    assert_eq!(choice(&int8, &vnni, None), "cpu_avx512_vnni");
 }
 
 /// Code for sm_90a runs on that architecture alone, not on newer ones; and a kernel takes formats
@@ -378,7 +395,7 @@ fn machines_by_name() {
     for unknown in ["", "sm", "sm91", "smx", "avx", "sm-90", "sm4294967386"] {
         let text = Machine::named(unknown).unwrap_err().to_string();
         assert!(
-            text.contains("portable, avx2, avx512, avx512_bf16, amx_bf16, sm70"),
+            text.contains("portable, avx2, avx512, avx512_vnni, avx512_bf16, amx_bf16, sm70"),
             "{unknown}: {text}"
         );
     }

@@ -3,7 +3,7 @@
 mod layers;
 
 use layers::{forward, nmse, options, rows, runner, sizes, split, splits, truth, variants};
-use moe_kernels::numerics::quantise::Qdq;
+use moe_kernels::numerics::quantise::{GroupScale, Qdq};
 use moe_kernels::pool::Inline;
 use moe_runner::Error;
 use moe_runner::comm::{Kind, Sizes};
@@ -157,30 +157,36 @@ fn slices_are_quantised_by_the_whole_rows_largest_value() {
 fn rows_are_quantised_before_they_travel() {
     let mut spec = layers::plain();
     spec.dims = Dims { hidden: 256, routed_hidden: 256, intermediate: 128 };
-    let options = options(None, F32);
     let parallel = Parallel { sizes: sizes(1, 2, 1, true), ..Parallel::default() };
-    let hidden = rows(F32, 600, 256, 8);
-    let run = |layer: &LoadedLayer| split(layer, &options, &parallel, &hidden).unwrap();
-    let sent = |layer: &LoadedLayer| run(layer).traffic.of(Kind::AllToAllV).sent;
     // the same seed draws the same gate: both layers send the same rows
-    for (element, input) in [(Element::E4m3, Qdq::Fp8Token), (Element::Int8, Qdq::Int8Token)] {
+    for (dtype, element, input) in [
+        (F32, Element::E4m3, Qdq::Fp8Token),
+        (F32, Element::Int8, Qdq::Int8Token),
+        (Bf16, Element::E4m3, Qdq::Fp8Token),
+        (Bf16, Element::E4m3, Qdq::Fp8Group { size: 64, scale: GroupScale::PowerOfTwo }),
+        (Bf16, Element::Int8, Qdq::Int8Group { size: 64 }),
+    ] {
+        let options = options(None, dtype);
+        let hidden = rows(dtype, 600, 256, 8);
+        let run = |layer: &LoadedLayer| split(layer, &options, &parallel, &hidden).unwrap();
+        let sent = |layer: &LoadedLayer| run(layer).traffic.of(Kind::AllToAllV).sent;
+        let (granularity, block) = match input {
+            Qdq::Fp8Group { size, .. } | Qdq::Int8Group { size } => (Granularity::Group, [1, size]),
+            _ => (Granularity::Channel, [0, 0]),
+        };
         let format = |input| {
-            let (scales, granularity) = (ScaleType::F32, Granularity::Channel);
-            RandomFormat::Scaled(RandomScaled {
-                element,
-                scales,
-                granularity,
-                block: [0, 0],
-                input,
-            })
+            let scales = ScaleType::F32;
+            RandomFormat::Scaled(RandomScaled { element, scales, granularity, block, input })
         };
         let layer = random_layer(&spec, format(Some(input)), 5).unwrap();
-        let one = forward(&mut runner(&layer, None, F32), &hidden);
+        let one = forward(&mut runner(&layer, None, dtype), &hidden);
         assert_eq!(run(&layer).output, one, "{input:?}");
         let plain = random_layer(&spec, format(None), 5).unwrap();
-        let rows_sent = (sent(&plain) - sent(&layer)) / (256 * 4 - 256 - 4);
-        // 256 values of four bytes became one byte each and a scale, for every row that travelled
-        assert_eq!((sent(&plain) - sent(&layer)) % (256 * 4 - 256 - 4), 0);
+        // 256 values became one byte each and scales, for every row that travelled
+        let scales = 256usize.checked_div(block[1]).unwrap_or(1);
+        let spared = (256 * dtype.size() - 256 - 4 * scales) as u64;
+        let rows_sent = (sent(&plain) - sent(&layer)) / spared;
+        assert_eq!((sent(&plain) - sent(&layer)) % spared, 0);
         assert!((1..=600).contains(&rows_sent), "{input:?}: {rows_sent} rows");
     }
 }

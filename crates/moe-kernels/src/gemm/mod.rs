@@ -23,6 +23,16 @@
 //! s = x[k] · code[k] + (x[k + 1] · code[k + 1] + s)
 //! ```
 //!
+//! Rows that were quantised to codes of a byte can be multiplied as these codes
+//! ([`Packed::coded`]); a row's scale comes in with the weights':
+//!
+//! ```text
+//! acc = (scale · row scale) · s + acc           (without a scale: acc = row scale · s + acc)
+//! ```
+//!
+//! Products of integers with integers are added without any rounding, in whatever order: `s` is the
+//! exact sum, whatever kind of dot product made it.
+//!
 //! On tile registers a group's products are added in an order that is the processor's, the same for
 //! any rows and weights beside; groups of formats without scales are one sum.
 //!
@@ -38,6 +48,8 @@ mod avx2;
 mod avx512;
 #[cfg(target_arch = "x86_64")]
 mod avx512_bf16;
+#[cfg(target_arch = "x86_64")]
+mod avx512_vnni;
 #[cfg(target_arch = "x86_64")]
 mod pairs;
 mod panel;
@@ -116,6 +128,9 @@ static AMX_BF16: [Gemm; 10] = pair_entries!(amx, TileBf16, "amx_bf16", Features:
 #[cfg(target_arch = "x86_64")]
 static AVX512_BF16: [Gemm; 10] = pair_entries!(avx512_bf16, Bf16, "avx512_bf16", Features::V4_BF16);
 #[cfg(target_arch = "x86_64")]
+static AVX512_VNNI: [Gemm; 1] = entries!(
+    avx512_vnni, avx512_vnni, Int8 "int8", "avx512_vnni", Features::V4_VNNI; Int8 "int8");
+#[cfg(target_arch = "x86_64")]
 static AVX512: [Gemm; 12] = f32_entries!(avx512, "avx512", Features::V4);
 #[cfg(target_arch = "x86_64")]
 static AVX2: [Gemm; 12] = f32_entries!(avx2, "avx2", Features::V3);
@@ -123,7 +138,7 @@ static PORTABLE: [Gemm; 12] = f32_entries!(portable, "portable", Features::NONE)
 
 /// Every entry; of those for the same rows the preferred ones first.
 #[cfg(target_arch = "x86_64")]
-pub static ALL: [&[Gemm]; 5] = [&AMX_BF16, &AVX512_BF16, &AVX512, &AVX2, &PORTABLE];
+pub static ALL: [&[Gemm]; 6] = [&AMX_BF16, &AVX512_BF16, &AVX512_VNNI, &AVX512, &AVX2, &PORTABLE];
 /// Every entry; of those for the same rows the preferred ones first.
 #[cfg(not(target_arch = "x86_64"))]
 pub static ALL: [&[Gemm]; 1] = [&PORTABLE];
@@ -175,11 +190,27 @@ impl Gemm {
     /// other weights that [take](Packed::takes) the same rows.
     ///
     /// # Panics
-    /// If `rows` has other columns than `w`, or `into` is too short.
+    /// If `rows` has other columns than `w`, or `into` is too short; if the entry multiplies integers,
+    /// and `w` is not for rows of them ([`Packed::coded`]).
     pub fn operand<'a>(&self, w: &Packed, rows: Rows<'_>, into: &'a mut [u8]) -> Operand<'a> {
+        self.operand_of(w, rows, None, into)
+    }
+
+    /// The same for rows that are slices: `max` is the largest magnitude of the whole row, before it was
+    /// quantised. (It matters to rows that are multiplied as [codes](Packed::coded) with one scale.)
+    ///
+    /// # Panics
+    /// As [`operand`](Self::operand).
+    pub fn operand_of<'a>(
+        &self,
+        w: &Packed,
+        rows: Rows<'_>,
+        max: Option<f32>,
+        into: &'a mut [u8],
+    ) -> Operand<'a> {
         self.owns(w);
         assert_eq!(rows.cols(), w.cols(), "columns of the rows and the weights");
-        operand::write(w, rows, into)
+        operand::write(w, rows, max, into)
     }
 
     /// `rows` rows that [`operand`](Self::operand) wrote for `w`, one at a time, `stride` bytes from
@@ -247,6 +278,7 @@ impl Gemm {
                     x: x_rows[rows.start * x.stride()..].as_ptr(),
                     x_stride: x.stride(),
                     sums: x.sums_at(),
+                    scales: x.scales_at(),
                     out: out.at(rows.start, column + panel * PANEL),
                     out_stride: out.stride(),
                     columns: columns.len() - column - panel * PANEL,

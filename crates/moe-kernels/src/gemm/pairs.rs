@@ -27,6 +27,7 @@ macro_rules! pairs {
             const CODES: Codes = Codes::$name;
             const ITEM: usize = 64;
             const K: usize = 2;
+            const CODED: bool = true;
             type Constants = $Constants;
             type Octet = $Octet;
             type Zero = $Zero;

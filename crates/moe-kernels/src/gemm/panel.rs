@@ -16,6 +16,10 @@ pub(super) trait Panel<S: Simd> {
     const ITEM: usize;
     /// k that are multiplied at a time: those of a word of a token row.
     const K: usize;
+    /// Whether token rows may be codes with scales.
+    const CODED: bool = false;
+    /// Whether sums are integers, which begin and end as the panel says.
+    const INTEGERS: bool = false;
     /// What stays in registers.
     type Constants: Copy;
     /// What is loaded once for an octet.
@@ -43,6 +47,19 @@ pub(super) trait Panel<S: Simd> {
 
     /// `value · x + sum`, for a word of a token row in all lanes.
     unsafe fn product(value: Self::Value, x: S::V, sum: S::V) -> S::V;
+
+    /// What a group's sum begins with; `x` is the token row's number of the group, if it has any.
+    #[inline(always)]
+    unsafe fn begin(_zero: Option<&Self::Zero>, _x: *const f32) -> S::V {
+        // SAFETY: the caller's.
+        unsafe { S::splat(0.0) }
+    }
+
+    /// A group's sum as a number.
+    #[inline(always)]
+    unsafe fn end(sum: S::V) -> S::V {
+        sum
+    }
 }
 
 /// What all panels of f32 have in common.

@@ -1,6 +1,7 @@
 //! Every entry of the table against a scalar twin, bit by bit, and the twin against float64.
 
 mod cases;
+mod coded;
 mod parts;
 #[cfg(target_arch = "x86_64")]
 mod tiles;
@@ -18,20 +19,31 @@ fn product(
     view: &View,
     x: &[f32],
     rows: usize,
+    cut: (usize, usize),
+) -> Vec<f32> {
+    product_of(&pack(view, gemm).unwrap(), view, x, rows, cut)
+}
+
+/// The same with packed weights.
+fn product_of(
+    w: &Packed,
+    view: &View,
+    x: &[f32],
+    rows: usize,
     (unit_cut, row_cut): (usize, usize),
 ) -> Vec<f32> {
-    let w = pack(view, gemm).unwrap();
+    let gemm = w.gemm();
     let (cols, n) = (view.cols(), view.rows());
-    let mut memory = vec![0u8; gemm.operand_bytes(&w, rows) + 64];
+    let mut memory = vec![0u8; gemm.operand_bytes(w, rows) + 64];
     let start = memory.as_ptr().align_offset(64);
-    let operand = gemm.operand(&w, Rows::new(x, rows, cols, cols), &mut memory[start..]);
+    let operand = gemm.operand(w, Rows::new(x, rows, cols, cols), &mut memory[start..]);
     let mut out = vec![f32::NAN; rows * n];
     let mut all = RowsMut::new(&mut out, rows, n, n);
     let cuts = |len: usize, cut: usize| [0..cut.min(len), cut.min(len)..len];
     for units in cuts(w.units(), unit_cut) {
         for rows in cuts(rows, row_cut) {
             let out = &mut all.window(rows.clone(), w.columns(units.clone()));
-            gemm.run(&w, operand, rows, units.clone(), out);
+            gemm.run(w, operand, rows, units.clone(), out);
         }
     }
     out
@@ -45,7 +57,7 @@ fn entries(view: &View, rows: OperandKind) -> Vec<&'static Gemm> {
     all.filter(|gemm| holds && reads(gemm) && gemm.runs_here()).collect()
 }
 
-/// Entries for `view` and any rows that this CPU can run.
+/// Entries for `view` and any rows of floats that this CPU can run.
 fn all_entries(view: &View) -> Vec<&'static Gemm> {
     let kinds = [OperandKind::F32, OperandKind::Bf16, OperandKind::TileBf16];
     kinds.into_iter().flat_map(|rows| entries(view, rows)).collect()
@@ -74,7 +86,7 @@ proptest! {
             let x = numbers.normal(m * view.cols());
             let rounded: Vec<f32> = x.iter().map(|x| bf16::from_f32(*x).to_f32()).collect();
             for (kind, x_of_kind) in [(OperandKind::F32, &x), (OperandKind::Bf16, &rounded)] {
-                let twin = twin::product(&view, &x, kind);
+                let twin = twin::product(&view, &x, kind, None);
                 check_against_float64(&name, &view, x_of_kind, &twin)?;
                 let found = entries(&view, kind);
                 prop_assert!(!found.is_empty() || kind != OperandKind::F32, "{}", name);
@@ -267,7 +279,7 @@ fn small_numbers() {
     let floats = crate::stored::Floats::row_major(weights.into(), float, [20, 64]).unwrap();
     let (view, x) = (View::new(floats), numbers(3).collect::<Vec<f32>>());
     for kind in [OperandKind::F32, OperandKind::Bf16] {
-        let twin = twin::product(&view, &x, kind);
+        let twin = twin::product(&view, &x, kind, None);
         for gemm in entries(&view, kind) {
             assert_eq!(bits(&product(gemm, &view, &x, 1, (0, 0))), bits(&twin), "{gemm:?}");
         }

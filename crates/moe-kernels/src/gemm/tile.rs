@@ -6,7 +6,7 @@
 //!     for each octet of the group, for each k of it
 //!         w = sixteen weights of each panel, decoded in registers, less their zero points
 //!         sum[token][panel] = x[token][k] · w + sum[token][panel]
-//!     acc[token][panel] = scale · sum + acc + minimum · Σx
+//!     acc[token][panel] = scale · sum + acc + minimum · Σx      the scale times the token row's, if it has any
 //! out = acc, times or divided by the scale of the whole matrix
 //! ```
 //!
@@ -42,6 +42,8 @@ pub(super) struct Args<'a> {
     pub(super) x_stride: usize,
     /// From a token row to its sums of groups, in words.
     pub(super) sums: usize,
+    /// From there to its scales of groups, if it has some.
+    pub(super) scales: Option<usize>,
     /// For the first token row and the first panel.
     pub(super) out: *mut f32,
     /// In elements.
@@ -113,7 +115,7 @@ pub(super) unsafe fn tile<S: Simd, P: Panel<S>, const M: usize, const N: usize, 
             let mut octet = 0;
             for group in 0..groups {
                 let mut sum = [[S::splat(0.0); N]; M];
-                let of = octet..octet + octets;
+                let (of, row) = (octet..octet + octets, (x, sums));
                 match layout.offset {
                     Offset::Zero(number) if P::CODES.have_zeros() => {
                         let (_, zeros) = numbers::<W>(&layout, header, group);
@@ -123,13 +125,20 @@ pub(super) unsafe fn tile<S: Simd, P: Panel<S>, const M: usize, const N: usize, 
                             zero[q] = P::zero(zeros[q]);
                         }
                         let zero = Some(&zero);
-                        group_sum::<S, P, M, N, W>(args, &constants, codes, of, x, zero, &mut sum);
+                        group_sum::<S, P, M, N, W>(
+                            args, &constants, codes, of, row, zero, &mut sum,
+                        );
                     }
-                    _ => group_sum::<S, P, M, N, W>(args, &constants, codes, of, x, None, &mut sum),
+                    _ => {
+                        group_sum::<S, P, M, N, W>(
+                            args, &constants, codes, of, row, None, &mut sum,
+                        );
+                    }
                 }
                 octet += octets;
                 x = x.add(octets * OCTET / P::K);
-                finish_group::<S, M, N, W>(args, header, group, sums, &sum, &mut acc);
+                let scales = if P::CODED { args.scales } else { None };
+                finish_group::<S, M, N, W>(args, header, group, (sums, scales), &sum, &mut acc);
                 sums = sums.add(1);
             }
         }
@@ -137,7 +146,8 @@ pub(super) unsafe fn tile<S: Simd, P: Panel<S>, const M: usize, const N: usize, 
     }
 }
 
-/// Adds the products of a group: the octets `of` of a block whose codes are at `codes`.
+/// The sums of a group: the octets `of` of a block whose codes are at `codes`, with the first token
+/// row's words and its number of the group.
 ///
 /// # Safety
 /// As [`tile`].
@@ -147,13 +157,21 @@ unsafe fn group_sum<S: Simd, P: Panel<S>, const M: usize, const N: usize, const 
     constants: &P::Constants,
     codes: *const u8,
     of: Range<usize>,
-    mut x: *const f32,
+    (mut x, number): (*const f32, *const f32),
     zero: Option<&[P::Zero; N]>,
     sum: &mut [[S::V; N]; M],
 ) {
     let octet_bytes = P::CODES.panel_bytes() / 4;
     // SAFETY: the caller's; a prefetch takes any address.
     unsafe {
+        if P::INTEGERS {
+            for m in 0..M {
+                let number = number.add(m * args.x_stride);
+                for q in 0..N {
+                    sum[m][q] = P::begin(zero.map(|z| &z[q]), number);
+                }
+            }
+        }
         for octet in of {
             let step = codes.add(octet / 4 * W * P::CODES.panel_bytes());
             let ahead = step.wrapping_add(octet % 4 * W * octet_bytes + AHEAD);
@@ -162,6 +180,13 @@ unsafe fn group_sum<S: Simd, P: Panel<S>, const M: usize, const N: usize, const 
             }
             products::<S, P, M, N, W>(constants, step, octet % 4, x, args.x_stride, zero, sum);
             x = x.add(OCTET / P::K);
+        }
+        if P::INTEGERS {
+            for m in 0..M {
+                for q in 0..N {
+                    sum[m][q] = P::end(sum[m][q]);
+                }
+            }
         }
     }
 }
@@ -206,7 +231,8 @@ unsafe fn products<S: Simd, P: Panel<S>, const M: usize, const N: usize, const W
     }
 }
 
-/// Scales the sums of a group and adds them.
+/// Scales the sums of a group and adds them. `sums` is the first token row's number of the group, and
+/// `scales` how far its scale is from there, where rows have scales.
 ///
 /// Loops over rows and panels are small, one for each case: only so do they unroll, and only so
 /// stay the sums in registers.
@@ -218,13 +244,24 @@ pub(super) unsafe fn finish_group<S: Simd, const M: usize, const N: usize, const
     args: &Args<'_>,
     header: *const u8,
     group: usize,
-    sums: *const f32,
+    (sums, scales): (*const f32, Option<usize>),
     sum: &[[S::V; N]; M],
     acc: &mut [[S::V; N]; M],
 ) {
     let layout = args.layout;
     let (rows, first) = (W * PANEL, args.first * PANEL);
     let Some(number) = layout.scale else {
+        if let Some(at) = scales {
+            for m in 0..M {
+                // SAFETY: the caller's.
+                let scale = unsafe { S::splat(*sums.add(m * args.x_stride + at)) };
+                for q in 0..N {
+                    // SAFETY: the caller's.
+                    acc[m][q] = unsafe { S::fma(scale, sum[m][q], acc[m][q]) };
+                }
+            }
+            return;
+        }
         for m in 0..M {
             for q in 0..N {
                 // SAFETY: the caller's.
@@ -240,15 +277,24 @@ pub(super) unsafe fn finish_group<S: Simd, const M: usize, const N: usize, const
         if layout.outer_scale {
             times::<S, N>(&mut scale, header.add(first * 2));
         }
-        match layout.offset {
-            Offset::None | Offset::Zero(_) => {
+        match (layout.offset, scales) {
+            (Offset::None | Offset::Zero(_), Some(at)) => {
+                for m in 0..M {
+                    let of_row = S::splat(*sums.add(m * args.x_stride + at));
+                    for q in 0..N {
+                        acc[m][q] = S::fma(S::mul(scale[q], of_row), sum[m][q], acc[m][q]);
+                    }
+                }
+            }
+            (Offset::None | Offset::Zero(_), None) => {
                 for m in 0..M {
                     for q in 0..N {
                         acc[m][q] = S::fma(scale[q], sum[m][q], acc[m][q]);
                     }
                 }
             }
-            Offset::Minimum(number) => {
+            // rows that have scales meet no minima
+            (Offset::Minimum(number), _) => {
                 let at = if number == Number::High4 { numbers } else { offsets };
                 let mut minimum = read::<S, N>(number, at, first);
                 if layout.outer_minimum {

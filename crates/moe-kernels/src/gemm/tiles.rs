@@ -93,7 +93,7 @@ unsafe fn blocks<T, P, const W: usize, const N: usize>(
     // Half a tile's k, where a scale is for no more.
     let k = if layout.group == Group::Sixteen { STEP / 2 } else { STEP };
     // Without scales tiles go on with the sums of the block before.
-    let adds = layout.scale.is_none();
+    let adds = layout.scale.is_none() && args.scales.is_none();
     let strips = args.rows.div_ceil(STRIP);
     let mut sum = MaybeUninit::<Aligned<{ STRIP * UNIT }>>::uninit();
     let mut decoded = MaybeUninit::<Aligned<{ BLOCK / 2 * UNIT }>>::uninit();
@@ -218,6 +218,7 @@ unsafe fn finish<const M: usize, const N: usize, const W: usize>(
         for m in 1..M {
             (new[m], parts[m]) = (panels(total.add(m * UNIT)), panels(part.add(m * UNIT)));
         }
+        let sums = (sums, args.scales);
         finish_group::<Avx512, M, N, W>(args, header, group, sums, &parts, &mut new);
         for m in 0..M {
             for q in 0..N {

@@ -63,10 +63,14 @@ impl Features {
     /// AVX-512 on top of [`V3`](Self::V3): the vectors of x86-64-v4.
     pub const V4: Features = Features::V3.with(Features::AVX512);
 
-    /// Dot products of bf16 and byte permutations on top of [`V4`](Self::V4): Zen 4, Sapphire Rapids
-    /// and what came after them.
+    /// Dot products of 8-bit integers on top of [`V4`](Self::V4): Cascade Lake, Zen 4 and what came
+    /// after them.
+    pub const V4_VNNI: Features = Features::V4.with(Features::AVX512_VNNI);
+
+    /// Dot products of bf16 and byte permutations on top of [`V4_VNNI`](Self::V4_VNNI): Zen 4, Sapphire
+    /// Rapids and what came after them.
     pub const V4_BF16: Features =
-        Features::V4.with(Features::AVX512_BF16).with(Features::AVX512_VBMI);
+        Features::V4_VNNI.with(Features::AVX512_BF16).with(Features::AVX512_VBMI);
 
     /// Tile products of bf16 on top of [`V4_BF16`](Self::V4_BF16): Sapphire Rapids and what came after it.
     pub const V4_AMX: Features =

@@ -48,6 +48,22 @@ pub(super) unsafe fn dots(rounds: usize) -> u64 {
     (rounds * CHAINS * 16 * 4) as u64
 }
 
+/// Dot products of 8-bit integers, likewise. To be entered only where the CPU has
+/// [`Features::V4_VNNI`](crate::isa::Features::V4_VNNI).
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+pub(super) unsafe fn int8_dots(rounds: usize) -> u64 {
+    const CHAINS: usize = 16;
+    let quads = _mm512_set1_epi32(black_box(0x0101_0101));
+    let mut sums = [_mm512_set1_epi32(1); CHAINS];
+    for _ in 0..rounds {
+        for sum in &mut sums {
+            *sum = _mm512_dpbusd_epi32(*sum, quads, quads);
+        }
+    }
+    black_box(sums);
+    (rounds * CHAINS * 16 * 8) as u64
+}
+
 struct Avx512;
 
 // SAFETY of all blocks below: the CPU has AVX-512 F, BW, DQ and VL, and the pointers are readable for

@@ -28,6 +28,8 @@ pub struct Kernel {
     probes: Probes,
     /// Dot products of bf16, where the CPU has them.
     dots: Option<Rounds>,
+    /// Dot products of 8-bit integers, likewise.
+    int8_dots: Option<Rounds>,
     /// Tile products of bf16, likewise.
     tiles: Option<Rounds>,
 }
@@ -53,10 +55,12 @@ impl Kernel {
         #[cfg(target_arch = "x86_64")]
         let dots = cpu.has(Features::V4_BF16).then_some(avx512::dots as Rounds);
         #[cfg(target_arch = "x86_64")]
+        let int8_dots = cpu.has(Features::V4_VNNI).then_some(avx512::int8_dots as Rounds);
+        #[cfg(target_arch = "x86_64")]
         let tiles = cpu.has(Features::V4_AMX).then_some(crate::gemm::probe_tiles as Rounds);
         #[cfg(not(target_arch = "x86_64"))]
-        let (dots, tiles) = (None, None);
-        Kernel { name, cpu: cpu.only(needs), activate, probes, dots, tiles }
+        let (dots, int8_dots, tiles) = (None, None, None);
+        Kernel { name, cpu: cpu.only(needs), activate, probes, dots, int8_dots, tiles }
     }
 
     /// The name in reports: `avx512`, `avx2`, `portable`.
@@ -97,6 +101,12 @@ impl Kernel {
     pub(crate) fn probe_dots(&self, rounds: usize) -> Option<u64> {
         // SAFETY: the CPU has the features, as above.
         self.dots.map(|dots| unsafe { dots(rounds) })
+    }
+
+    /// The same of dot products of 8-bit integers.
+    pub(crate) fn probe_int8_dots(&self, rounds: usize) -> Option<u64> {
+        // SAFETY: the CPU has the features, as above.
+        self.int8_dots.map(|dots| unsafe { dots(rounds) })
     }
 
     /// The same of tile products of bf16.

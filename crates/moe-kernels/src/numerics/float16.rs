@@ -83,7 +83,7 @@ for_each_isa! {
 /// added, less one where that is even: ties go to even. NaN keeps its upper bits and is made quiet,
 /// so that it cannot carry into infinity.
 #[inline(always)]
-fn nearest_bf16(value: f32) -> u16 {
+pub(super) fn nearest_bf16(value: f32) -> u16 {
     let bits = value.to_bits();
     let rounded = bits.wrapping_add(0x7FFF + (bits >> 16 & 1));
     let kept = if value.is_nan() { bits | 0x40_0000 } else { rounded };

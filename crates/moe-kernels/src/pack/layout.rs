@@ -189,6 +189,18 @@ pub(crate) enum Group {
     Block,
 }
 
+impl Group {
+    /// How many there are in a block of `steps` steps.
+    #[inline(always)]
+    pub(crate) const fn count(self, steps: usize) -> usize {
+        match self {
+            Group::Sixteen => 2 * steps,
+            Group::ThirtyTwo => steps,
+            Group::Block => 1,
+        }
+    }
+}
+
 /// How a matrix is packed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
@@ -228,11 +240,7 @@ impl Layout {
     /// Groups of a block of `steps` steps.
     #[inline(always)]
     pub(crate) const fn groups(&self, steps: usize) -> usize {
-        match self.group {
-            Group::Sixteen => 2 * steps,
-            Group::ThirtyTwo => steps,
-            Group::Block => 1,
-        }
+        self.group.count(steps)
     }
 
     /// Most k of a group.

@@ -31,6 +31,7 @@ pub use parts::Parts;
 pub(crate) use plan::{Finish, codes, holds};
 
 use crate::gemm::Gemm;
+use crate::numerics::quantise::Qdq;
 use crate::operand::OperandKind;
 use crate::stored::{Bytes, View};
 use order::Columns;
@@ -45,6 +46,8 @@ pub struct Packed {
     finish: Finish,
     rows: usize,
     cols: usize,
+    /// How the rows that they multiply were quantised, where those are multiplied as codes.
+    row_codes: Option<Qdq>,
     bytes: Bytes,
 }
 
@@ -128,6 +131,7 @@ pub fn pack(view: &View, gemm: &'static Gemm) -> Result<Packed, Refusal> {
         finish: plan.finish,
         rows: view.rows(),
         cols: view.cols(),
+        row_codes: None,
         bytes: Vec::new().into(),
     };
     let cpu = crate::isa::Cpu::detect().only(gemm.needs());
@@ -149,6 +153,18 @@ pub fn pack(view: &View, gemm: &'static Gemm) -> Result<Packed, Refusal> {
     }
     packed.bytes = Bytes::new(Arc::new(memory));
     Ok(packed)
+}
+
+/// Whether rows that are quantised as `qdq` says lose nothing as a kernel's rows of that kind, for
+/// `weights`: as f32 they never do. As codes of a byte they do not, if all columns of a packed group of
+/// weights share a scale of the row, and the weights have no minima; and values that bf16 holds are bf16.
+pub fn quantised_rows(kind: OperandKind, weights: &View, qdq: &Qdq) -> bool {
+    match kind {
+        OperandKind::F32 => true,
+        OperandKind::Bf16 | OperandKind::TileBf16 if qdq.fits_bf16() => true,
+        OperandKind::Int8 if !qdq.has_integers() => false,
+        _ => qdq.coded_group(weights.cols()).is_some_and(|size| plan::one_scale(weights, size)),
+    }
 }
 
 /// Whether codes of 8 bits lie in quads for `gemm`.
@@ -202,12 +218,33 @@ impl Packed {
         self.gemm
     }
 
+    /// These weights for rows that are quantised as `qdq` says, where
+    /// [those](quantised_rows) lose nothing so: rows that were quantised and dequantised. They are
+    /// multiplied as codes, where the entry multiplies no f32.
+    pub fn coded(mut self, qdq: Qdq) -> Packed {
+        let multiplies_codes = self.gemm.rows() != OperandKind::F32 && !qdq.fits_bf16();
+        self.row_codes = multiplies_codes.then_some(qdq);
+        self
+    }
+
     /// Whether an [`Operand`](crate::operand::Operand) made for `other` serves these weights too.
     pub fn takes(&self, other: &Packed) -> bool {
+        let numbers = self.sums() + self.row_scales();
         self.gemm.rows() == other.gemm.rows()
+            && self.row_codes == other.row_codes
             && self.columns.order == other.columns.order
-            && self.sums() == other.sums()
-            && (self.sums() == 0 || self.group_ranges().eq(other.group_ranges()))
+            && numbers == other.sums() + other.row_scales()
+            && (numbers == 0 || self.group_ranges().eq(other.group_ranges()))
+    }
+
+    /// How rows that are multiplied as codes were quantised.
+    pub(crate) fn row_codes(&self) -> Option<&Qdq> {
+        self.row_codes.as_ref()
+    }
+
+    /// Scales that an operand needs: none, or one for each group.
+    pub(crate) fn row_scales(&self) -> usize {
+        if self.row_codes.is_some() { self.columns.groups.len() } else { 0 }
     }
 
     /// The order of the columns.
@@ -217,23 +254,15 @@ impl Packed {
 
     /// Sums of groups that an operand needs: none, or one of each.
     pub(crate) fn sums(&self) -> usize {
-        match self.layout.offset {
-            Offset::None | Offset::Zero(_) => 0,
-            Offset::Minimum(_) => self.columns.groups.len(),
+        match (self.gemm.rows(), self.layout.offset) {
+            (OperandKind::Int8, _) | (_, Offset::Minimum(_)) => self.columns.groups.len(),
+            (_, Offset::None | Offset::Zero(_)) => 0,
         }
     }
 
     /// The places of each group.
     pub(crate) fn group_ranges(&self) -> impl Iterator<Item = Range<usize>> {
-        let mut start = 0;
-        self.columns.blocks.iter().flat_map(move |steps| {
-            let steps = usize::from(*steps);
-            let groups = self.layout.groups(steps);
-            let len = steps * STEP / groups;
-            let first = start;
-            start += steps * STEP;
-            (0..groups).map(move |group| first + group * len..first + (group + 1) * len)
-        })
+        self.columns.ranges(self.layout.group)
     }
 
     /// Steps of each block.

@@ -148,6 +148,19 @@ impl Columns {
         Columns { order: Order::Permuted(places), blocks, groups }
     }
 
+    /// The places of each group.
+    pub(crate) fn ranges(&self, group: Group) -> impl Iterator<Item = Range<usize>> {
+        let mut start = 0;
+        self.blocks.iter().flat_map(move |steps| {
+            let steps = usize::from(*steps);
+            let groups = group.count(steps);
+            let len = steps * STEP / groups;
+            let first = start;
+            start += steps * STEP;
+            (0..groups).map(move |group| first + group * len..first + (group + 1) * len)
+        })
+    }
+
     fn straight(lead: usize, cols: usize) -> Columns {
         let padded = if cols == 0 { 0 } else { (lead + cols).next_multiple_of(STEP) };
         let order = Order::Straight { lead: if cols == 0 { 0 } else { lead }, cols, padded };

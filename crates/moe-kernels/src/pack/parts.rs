@@ -95,6 +95,7 @@ impl Packed {
             finish: Finish { power: number(parts.power), global: divide.or(multiply) },
             rows: parts.rows,
             cols: parts.cols,
+            row_codes: None,
             bytes,
         })
     }

@@ -2,7 +2,7 @@
 
 use super::blocks;
 use super::layout::{BLOCK, Codes, Group, Layout, Number, Offset, STEP};
-use super::order::Columns;
+use super::order::{Columns, Order};
 use crate::numerics::e8m0;
 use crate::operand::OperandKind;
 use crate::stored::{self, Element, FloatType, Global, ScaleType, Stored, View, Zeros};
@@ -77,6 +77,37 @@ pub(crate) fn holds(rows: OperandKind, view: &View) -> bool {
     rows.all(|row| (0..groups).all(|group| range.contains(&zero(stored, row, group))))
 }
 
+/// Whether all columns of each packed group of `view` lie in one run of `size` columns.
+pub(super) fn one_scale(view: &View, size: usize) -> bool {
+    let (group, columns) = match view.stored() {
+        Stored::Floats(_) => (Group::Block, Columns::ungrouped(view.cols())),
+        Stored::Codes(stored) => code_columns(view, stored),
+        // no checkpoint of blocks quantises rows
+        Stored::Blocks(_) => return false,
+    };
+    let run = |place: usize| columns.order.column(place).map(|k| k / size);
+    size >= view.cols()
+        || columns.ranges(group).all(|places| {
+            let mut runs = places.filter_map(run);
+            let first = runs.next();
+            runs.all(|run| Some(run) == first)
+        }) && matches!(columns.order, Order::Straight { .. })
+}
+
+/// The groups of codes, and their columns.
+fn code_columns(view: &View, stored: &stored::Codes) -> (Group, Columns) {
+    let (group, cols) = (stored.scales().block()[1], view.stored_cols());
+    let sixteen = group == 16 && stored.group_of().is_none();
+    let columns = match stored.group_of() {
+        Some(groups) => Columns::gathered(cols, |k| groups[k]),
+        None if sixteen => Columns::blocks(cols, Group::Sixteen, BLOCK),
+        None if group >= stored.cols() => Columns::ungrouped(cols.len()),
+        None if group.is_multiple_of(STEP) => Columns::runs(cols, group),
+        None => Columns::gathered(cols, |k| (k / group) as u32),
+    };
+    (if sixteen { Group::Sixteen } else { Group::Block }, columns)
+}
+
 impl Plan {
     pub(super) fn of(view: &View) -> Plan {
         match view.stored() {
@@ -97,23 +128,9 @@ impl Plan {
         let codes = codes(view);
         let nan = element == Element::E4m3 && has_nan(view, stored);
         let scale = scale(view, stored, nan);
-        let group = stored.scales().block()[1];
-        let sixteen = group == 16 && stored.group_of().is_none();
         let offset = offset(view, stored);
-        let layout = Layout {
-            group: if sixteen { Group::Sixteen } else { Group::Block },
-            scale: Some(scale),
-            offset,
-            ..Layout::plain(codes)
-        };
-        let cols = view.stored_cols();
-        let columns = match stored.group_of() {
-            Some(groups) => Columns::gathered(cols, |k| groups[k]),
-            None if sixteen => Columns::blocks(cols, Group::Sixteen, BLOCK),
-            None if group >= stored.cols() => Columns::ungrouped(cols.len()),
-            None if group.is_multiple_of(STEP) => Columns::runs(cols, group),
-            None => Columns::gathered(cols, |k| (k / group) as u32),
-        };
+        let (group, columns) = code_columns(view, stored);
+        let layout = Layout { group, scale: Some(scale), offset, ..Layout::plain(codes) };
         let small = |is: bool| if is { 256.0 } else { 1.0 };
         let power = small(codes == Codes::E4m3) * small(scale == Number::E4m3);
         let recode = match element {

@@ -8,6 +8,7 @@ use super::order::PADDING;
 use super::plan::{Plan, Recode, is_nan, minimum, zero};
 use super::unit::{code_bytes, row_codes};
 use crate::numerics::ggml::{Parts, unsigned_e4m3};
+use crate::numerics::quantise::{GroupScale, Qdq};
 use crate::numerics::{DecodeScale, EncodeScale, e4m3, e5m2};
 use crate::operand::OperandKind;
 use crate::stored::{Global, Stored, View};
@@ -28,13 +29,28 @@ struct Numbers {
     minimum: f32,
 }
 
-/// `out[i][j] = Σ_k x[i][k] · w[j][k]` for rows `x`, one after the other, multiplied as `kind`.
-pub(crate) fn product(view: &View, x: &[f32], kind: OperandKind) -> Vec<f32> {
+/// `out[i][j] = Σ_k x[i][k] · w[j][k]` for rows `x`, one after the other, multiplied as `kind`; as codes
+/// where they were `quantised` so.
+pub(crate) fn product(
+    view: &View,
+    x: &[f32],
+    kind: OperandKind,
+    quantised: Option<&Qdq>,
+) -> Vec<f32> {
     let plan = Plan::of(view);
     let order = &plan.columns.order;
     let rows = x.len() / view.cols();
     let mut places = vec![0.0; rows * order.padded()];
-    for (x, places) in x.chunks(view.cols()).zip(places.chunks_mut(order.padded())) {
+    // for each place the scale of its column
+    let mut scales = quantised.map(|_| vec![0.0; places.len()]);
+    for (i, (x, places)) in x.chunks(view.cols()).zip(places.chunks_mut(order.padded())).enumerate()
+    {
+        if let (Some(qdq), Some(scales)) = (quantised, &mut scales) {
+            let (codes, of_columns) = coded(qdq, x);
+            order.apply(&codes, places);
+            order.apply(&of_columns, &mut scales[i * order.padded()..][..order.padded()]);
+            continue;
+        }
         order.apply(x, places);
         if kind == OperandKind::Bf16 {
             places.iter_mut().for_each(|x| *x = bf16::from_f32(*x).to_f32());
@@ -47,23 +63,77 @@ pub(crate) fn product(view: &View, x: &[f32], kind: OperandKind) -> Vec<f32> {
             _ => code_row(view, &plan, row),
         };
         for (i, places) in places.chunks(order.padded()).enumerate() {
-            out[i * view.rows() + row] = element(&plan, places, &numbers, kind);
+            let scales = scales.as_ref().map(|scales| &scales[i * order.padded()..]);
+            out[i * view.rows() + row] = element(&plan, places, scales, &numbers, kind);
         }
     }
     out
 }
 
-/// One sum.
-fn element(plan: &Plan, places: &[f32], row: &Row, kind: OperandKind) -> f32 {
+/// What makes the scale of a group's values.
+type Rule = Box<dyn Fn(&[f32]) -> f32>;
+
+/// The codes of a quantised row as numbers, and each one's scale.
+fn coded(qdq: &Qdq, x: &[f32]) -> (Vec<f32>, Vec<f32>) {
+    let largest = |x: &[f32]| x.iter().fold(0.0f32, |largest, x| largest.max(x.abs()));
+    let (size, fp8, scale): (usize, bool, Rule) = match *qdq {
+        Qdq::Fp8Token => {
+            (x.len(), true, Box::new(move |x| (largest(x) / 448.0).max(1.0 / (448.0 * 512.0))))
+        }
+        Qdq::Fp8Static { scale } => (x.len(), true, Box::new(move |_| scale)),
+        Qdq::Fp8Group { size, scale: GroupScale::F32 } => {
+            (size, true, Box::new(move |x| largest(x).max(1e-10) / 448.0))
+        }
+        Qdq::Fp8Group { size, scale: GroupScale::PowerOfTwo } => {
+            let up = |x: f32| 2f32.powi(x.log2().ceil() as i32);
+            (size, true, Box::new(move |x| up(largest(x).max(1e-10) / 448.0)))
+        }
+        Qdq::Int8Token => (x.len(), false, Box::new(move |x| largest(x).max(1e-10) / 127.0)),
+        Qdq::Int8Static { scale } => (x.len(), false, Box::new(move |_| scale)),
+        Qdq::Int8Group { size } => (size, false, Box::new(move |x| largest(x).max(1e-10) / 127.0)),
+        _ => unreachable!("{qdq:?}"),
+    };
+    let (mut codes, mut scales) = (Vec::new(), Vec::new());
+    for group in x.chunks(size.max(1)) {
+        let nan = group.iter().any(|x| x.is_nan());
+        let scale = if nan { f32::NAN } else { scale(group) };
+        codes.extend(group.iter().map(|x| match fp8 {
+            true => e4m3::round(x / scale),
+            false => (x / scale).round_ties_even(),
+        }));
+        scales.resize(codes.len(), scale);
+    }
+    (codes, scales)
+}
+
+/// One sum; `scales`: of the columns at the places, where they have some.
+fn element(
+    plan: &Plan,
+    places: &[f32],
+    scales: Option<&[f32]>,
+    row: &Row,
+    kind: OperandKind,
+) -> f32 {
     let mut products = places.iter().zip(&row.codes);
     let mut acc = 0.0f32;
+    let mut place = 0;
     for group in &row.groups {
+        // padding has none
+        let scale_of_row = scales.map(|scales| {
+            let of_group = &scales[place..place + group.places];
+            of_group.iter().copied().find(|scale| *scale != 0.0).unwrap_or(0.0)
+        });
+        place += group.places;
         let (mut sum, mut sum_x) = (0.0f32, 0.0f64);
         let of_group: Vec<(f32, f32)> =
             products.by_ref().take(group.places).map(|(x, code)| (*x, code + group.zero)).collect();
         of_group.iter().for_each(|(x, _)| sum_x += f64::from(*x));
         match kind {
             OperandKind::F32 => of_group.iter().for_each(|(x, w)| sum = w.mul_add(*x, sum)),
+            OperandKind::Int8 => {
+                let exact: f64 = of_group.iter().map(|(x, w)| f64::from(*x) * f64::from(*w)).sum();
+                sum = exact as f32;
+            }
             OperandKind::Bf16 | OperandKind::TileBf16 => {
                 for (x, w) in of_group.as_chunks::<2>().0.iter().flat_map(|[a, b]| [b, a]) {
                     sum = normal(normal(*w).mul_add(normal(*x), sum));
@@ -71,9 +141,13 @@ fn element(plan: &Plan, places: &[f32], row: &Row, kind: OperandKind) -> f32 {
             }
         }
         let sum_x = sum_x as f32;
-        let Some(scale) = group.scale else {
-            acc += sum;
-            continue;
+        let scale = match (group.scale, scale_of_row) {
+            (None, None) => {
+                acc += sum;
+                continue;
+            }
+            (None, Some(scale)) | (Some(scale), None) => scale,
+            (Some(scale), Some(of_row)) => scale * of_row,
         };
         acc = scale.mul_add(sum, acc);
         if matches!(plan.layout.offset, Offset::Minimum(_)) {

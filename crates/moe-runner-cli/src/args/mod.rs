@@ -177,8 +177,8 @@ pub(crate) struct InspectArgs {
 pub(crate) struct ExplainArgs {
     #[command(flatten)]
     pub(crate) of: LayersOf,
-    /// Choose for another machine: portable, avx2, avx512, avx512_bf16, amx_bf16, or smNN, such as
-    /// sm90, for a host with an NVIDIA GPU.
+    /// Choose for another machine: portable, avx2, avx512, avx512_vnni, avx512_bf16, amx_bf16, or smNN,
+    /// such as sm90, for a host with an NVIDIA GPU.
     #[arg(long, value_name = "NAME")]
     pub(crate) machine: Option<String>,
     #[command(flatten)]

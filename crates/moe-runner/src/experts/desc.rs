@@ -288,8 +288,12 @@ pub enum Arithmetic {
     F64,
     /// Products and sums in f32; nothing is rounded to 16 bits between the layer's ends.
     F32,
-    /// The row between the products is rounded to bf16; products and sums in f32.
+    /// The row between the products is rounded to bf16, where it is not quantised; products and sums in
+    /// f32.
     Bf16,
+    /// Integers are multiplied and added exactly, a group of columns at a time; those sums are scaled and
+    /// added in f32.
+    Int8,
     /// In f32, every intermediate result stored in the activations' dtype: that rounding is part of
     /// what the kernel computes, and of its distance to the reference.
     Rounded,

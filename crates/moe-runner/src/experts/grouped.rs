@@ -53,9 +53,16 @@ pub(super) trait Products: Sync {
     /// row that this one is a slice of; `scratch` is longer than the row.
     fn between(&self, expert: usize, row: &mut [f32], whole: Option<f32>, scratch: &mut [f32]);
 
-    /// Writes a row as a product of `expert` reads it. Rows of one expert stand one after another,
-    /// [`operand_len`](Self::operand_len) apart.
-    fn operand(&self, product: Product, expert: usize, row: &[f32], into: &mut [f32]);
+    /// Writes a row as a product of `expert` reads it; `whole` as in [`between`](Self::between). Rows of
+    /// one expert stand one after another, [`operand_len`](Self::operand_len) apart.
+    fn operand(
+        &self,
+        product: Product,
+        expert: usize,
+        row: &[f32],
+        whole: Option<f32>,
+        into: &mut [f32],
+    );
 
     /// Floats of a row as a product of `expert` reads it: at most [`row_len`](Self::row_len).
     fn operand_len(&self, product: Product, expert: usize) -> usize;
@@ -150,7 +157,7 @@ pub(super) fn forward(products: &impl Products, call: ExpertCall<'_>) -> Result<
             let slot = planned[place];
             row.copy_from_slice(&rows[plan.row(slot) * hidden..][..hidden]);
             products.enter(expert, row, weights[slot as usize], quantised);
-            products.operand(Product::First, expert, row, into);
+            products.operand(Product::First, expert, row, None, into);
         }
     });
 
@@ -180,8 +187,9 @@ pub(super) fn forward(products: &impl Products, call: ExpertCall<'_>) -> Result<
         let ((row, scratch), expert) = (scratch.split_at_mut(intermediate), part.expert);
         for (place, into) in part.rows() {
             row.copy_from_slice(&h[place * intermediate..][..intermediate]);
-            products.between(expert, row, sliced.then(|| max[place]), scratch);
-            products.operand(Product::Second, expert, row, into);
+            let whole = sliced.then(|| max[place]);
+            products.between(expert, row, whole, scratch);
+            products.operand(Product::Second, expert, row, whole, into);
         }
     });
 

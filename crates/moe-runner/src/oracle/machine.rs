@@ -19,10 +19,11 @@ pub struct Machine {
 }
 
 /// Processors by name, and their features.
-const PROCESSORS: [(&str, Features); 5] = [
+const PROCESSORS: [(&str, Features); 6] = [
     ("portable", Features::NONE),
     ("avx2", Features::V3),
     ("avx512", Features::V4),
+    ("avx512_vnni", Features::V4_VNNI),
     ("avx512_bf16", Features::V4_BF16),
     ("amx_bf16", Features::V4_AMX),
 ];

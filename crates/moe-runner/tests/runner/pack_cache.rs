@@ -5,6 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use moe_kernels::numerics::ggml::BlockType;
+use moe_kernels::numerics::quantise::Qdq;
 use moe_runner::checkpoint::{Checkpoint, architecture};
 use moe_runner::experts::{PackCache, PackCacheUse, Progress};
 use moe_runner::hidden::ActivationDtype::{self, Bf16, F32};
@@ -57,9 +58,18 @@ fn wide() -> LayerSpec {
 }
 
 fn scaled(element: Element, scales: ScaleType, group: usize) -> RandomFormat {
+    with_rows(element, scales, group, None)
+}
+
+fn with_rows(
+    element: Element,
+    scales: ScaleType,
+    group: usize,
+    input: Option<Qdq>,
+) -> RandomFormat {
     let block = [1, group];
     let granularity = Granularity::Group;
-    RandomFormat::Scaled(RandomScaled { element, scales, granularity, block, input: None })
+    RandomFormat::Scaled(RandomScaled { element, scales, granularity, block, input })
 }
 
 #[test]
@@ -70,6 +80,8 @@ fn the_second_start_maps_and_has_the_same_bits() {
         scaled(Element::Uint4, ScaleType::Bf16, 128),
         scaled(Element::E2m1, ScaleType::E8m0, 32),
         scaled(Element::E2m1, ScaleType::E4m3, 16),
+        with_rows(Element::Int8, ScaleType::F32, 128, Some(Qdq::Int8Token)),
+        with_rows(Element::E4m3, ScaleType::F32, 128, Some(Qdq::Fp8Token)),
         RandomFormat::Ggml(BlockType::Q4K),
         RandomFormat::Ggml(BlockType::Iq4Nl),
     ] {

@@ -116,7 +116,7 @@ static MODEL: [Gemm; 10] =
     pair_entries!(model, TileBf16, "model", Features::V4.with(Features::AVX512_VBMI));
 
 /// The processor's tiles, where it has them, and the model.
-fn entries(view: &View) -> Vec<&'static Gemm> {
+pub(super) fn entries(view: &View) -> Vec<&'static Gemm> {
     let all = AMX_BF16.iter().chain(&MODEL);
     let holds = crate::pack::holds(OperandKind::TileBf16, view);
     let reads = |gemm: &&Gemm| gemm.codes() == crate::pack::codes(view);

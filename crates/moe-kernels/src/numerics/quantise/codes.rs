@@ -3,7 +3,13 @@
 //! ```text
 //! the scale of each group (f32, little-endian; none where it is given), then one code for each value
 //! ```
+//!
+//! And the other way: codes and scales of rows that were quantised and dequantised, for products of
+//! codes with codes.
 
+use half::bf16;
+
+use super::super::float16::nearest_bf16;
 use super::super::vectorised::for_each_isa;
 use super::super::{e4m3, int8};
 use super::activation::{
@@ -22,7 +28,8 @@ impl Qdq {
     /// Bytes of a row of `cols` values as [`encode_row`](Self::encode_row) writes it; `None` for
     /// formats whose codes are not bytes, or that bytes would not give back bit by bit.
     pub fn row_bytes(&self, cols: usize) -> Option<usize> {
-        let (_, group) = self.layout(cols)?;
+        // a given scale leaves NaN what it is, which no int8 code says
+        let (_, group) = self.layout(cols).filter(|layout| *layout != (Code::Int8, None))?;
         Some(cols + 4 * group.map_or(0, |size| cols.div_ceil(size)))
     }
 
@@ -35,8 +42,7 @@ impl Qdq {
             Self::Fp8Group { size, .. } => Some((Code::Fp8, Some(size))),
             Self::Int8Tensor | Self::Int8Token => Some((Code::Int8, row)),
             Self::Int8Group { size } => Some((Code::Int8, Some(size))),
-            // a given scale leaves NaN what it is, which no int8 code says
-            Self::Int8Static { .. } => None,
+            Self::Int8Static { .. } => Some((Code::Int8, None)),
             Self::Mxfp8(_) | Self::Mxfp6(_) | Self::Mxfp4 => None,
             Self::Nvfp4 { .. } | Self::Nvfp4Token { .. } => None,
         }
@@ -45,8 +51,13 @@ impl Qdq {
     /// The scale of `group`; NaN if one of its values is NaN or infinite.
     fn scale_of(&self, group: &[f32]) -> f32 {
         let amax = amax(group);
+        self.scale_by(amax)
+    }
+
+    /// The scale of a group whose largest magnitude is `amax`; NaN if that is not finite.
+    fn scale_by(&self, amax: f32) -> f32 {
         match *self {
-            Self::Fp8Static { scale } => scale,
+            Self::Fp8Static { scale } | Self::Int8Static { scale } => scale,
             _ if !amax.is_finite() => f32::NAN,
             Self::Fp8Tensor => fp8_scale(amax, f32::MIN_POSITIVE),
             Self::Fp8Group { scale: rounding, .. } => fp8_group_scale(amax, rounding),
@@ -103,6 +114,81 @@ impl Qdq {
             Some((code, group)) => (code, group.unwrap_or(cols.max(1)), bytes - cols),
             None => unreachable!("such a format has no number of bytes"),
         }
+    }
+}
+
+/// What the values of a quantised row are beside floats: a code of a byte each, and scales.
+///
+/// They are told from the values that [`Qdq::apply`] left, so that a row that came as codes from
+/// elsewhere gives the same. The largest of a group is the largest code, or the scale is at its least:
+/// so the rule that made the scale finds it again, but for the last bit (or half of it, where scales are
+/// powers of two: codes come out twice as large then). And a value divided by that is nearer to its code
+/// than to any other.
+impl Qdq {
+    /// How many of `cols` values share a scale, where values are codes of a byte times scales; `None`
+    /// for other formats, and where a given scale is so small that values may have lost bits.
+    pub(crate) fn coded_group(&self, cols: usize) -> Option<usize> {
+        if let Self::Fp8Static { scale } | Self::Int8Static { scale } = *self
+            && !(1e-30..1e30).contains(&scale)
+        {
+            return None;
+        }
+        let (_, group) = self.layout(cols)?;
+        Some(group.unwrap_or(cols.max(1)))
+    }
+
+    /// Whether codes are integers.
+    pub(crate) fn has_integers(&self) -> bool {
+        matches!(self.layout(1), Some((Code::Int8, _)))
+    }
+
+    /// Whether values are exact in bf16: elements of few bits times powers of two.
+    pub(crate) fn fits_bf16(&self) -> bool {
+        matches!(self, Self::Mxfp8(_) | Self::Mxfp6(_) | Self::Mxfp4)
+    }
+
+    /// The scale of a quantised group; NaN if one of its values is NaN or infinite. `max` is the largest
+    /// magnitude before quantisation of the row that the group is a slice of, where it is one.
+    pub(crate) fn coded_scale(&self, cpu: Cpu, group: &[f32], max: Option<f32>) -> f32 {
+        let mut largest = 0.0;
+        amax_on(cpu, group, &mut largest);
+        match (largest, max) {
+            (amax, _) if !amax.is_finite() => f32::NAN,
+            (_, Some(max)) => self.scale_by(max),
+            (amax, None) => self.scale_by(amax),
+        }
+    }
+}
+
+for_each_isa! {
+    fn amax_on(cpu: Cpu, values: &[f32], largest: &mut f32) {
+        *largest = amax(values);
+    }
+}
+
+for_each_isa! {
+    /// The codes of quantised values with that scale, as the numbers that they stand for.
+    pub(crate) fn coded_bf16(cpu: Cpu, values: &[f32], scale: f32, codes: &mut [bf16]) {
+        let inverse = 1.0 / scale;
+        for (code, &x) in codes.iter_mut().zip(values) {
+            *code = bf16::from_bits(nearest_bf16(x * inverse));
+        }
+    }
+}
+
+for_each_isa! {
+    /// Likewise of integers; anything where the scale is NaN.
+    pub(crate) fn coded_int8(cpu: Cpu, values: &[f32], scale: f32, codes: &mut [i8]) {
+        let inverse = 1.0 / scale;
+        for (code, &x) in codes.iter_mut().zip(values) {
+            *code = int8_anchored(x * inverse).to_bits() as i8;
+        }
+    }
+}
+
+for_each_isa! {
+    pub(crate) fn sum_of_codes(cpu: Cpu, codes: &[i8], sum: &mut i32) {
+        *sum = codes.iter().map(|code| i32::from(*code)).sum();
     }
 }
 

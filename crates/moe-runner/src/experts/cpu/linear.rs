@@ -92,7 +92,7 @@ impl Linear {
                 row.copy_from_slice(from);
                 self.input.apply(self.cpu, row);
                 // all parts have the columns in one order
-                self.parts[0].write(row, to);
+                self.parts[0].write(row, None, to);
             }
         });
         let mut out = RowsMut::new(out, tokens, rows, rows);

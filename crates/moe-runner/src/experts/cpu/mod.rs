@@ -1,6 +1,7 @@
 //! The float kernels for processors: products with packed weights, for every format. Most multiply in
 //! f32; `cpu_avx512_bf16` and `cpu_amx_bf16` multiply rows of bf16, and round the row between the
-//! products to it.
+//! products to it; rows that the checkpoint quantises to bytes they multiply as codes, as does
+//! `cpu_avx512_vnni`, in integers.
 //!
 //! Weights stay what they are in the checkpoint, codes with scales or floats; the products decode
 //! them in registers. The order of every sum is the kernel crate's, so a row's result does not depend
@@ -23,7 +24,8 @@ use crate::experts::{
 };
 use crate::hidden::ActivationDtype;
 use crate::plan::Plan;
-use crate::spec::{ActivationFormat, ExpertSpec, WeightFormat, WeightOn};
+use crate::spec::{ActivationFormat, ExpertSpec, Granularity, WeightFormat, WeightOn};
+use crate::weights::ActivationQuant;
 use crate::{Error, Result};
 use packed::PackedExpert;
 
@@ -45,11 +47,43 @@ const fn desc(name: &'static str, summary: &'static str, features: Features) -> 
     }
 }
 
-/// With AVX-512's dot products of bf16: hidden states of bf16, and weights whose codes bf16 holds.
+/// With AVX-512's dot products of 8-bit integers: weights and rows that the checkpoint quantises to them.
+pub const CPU_AVX512_VNNI: KernelDesc = KernelDesc {
+    schemes: &[Scheme {
+        weights: Formats::Only(&[
+            WeightFormat::Int8(Granularity::Channel),
+            WeightFormat::Int8(Granularity::Group),
+            WeightFormat::Int8(Granularity::Block),
+            WeightFormat::Int8(Granularity::Tensor),
+            WeightFormat::Int8Asymmetric(Granularity::Channel),
+            WeightFormat::Int8Asymmetric(Granularity::Group),
+            WeightFormat::Int8Asymmetric(Granularity::Block),
+            WeightFormat::Int8Asymmetric(Granularity::Tensor),
+        ]),
+        rows: Formats::Only(&[
+            ActivationFormat::Int8Token,
+            ActivationFormat::Int8Group,
+            ActivationFormat::Int8Static,
+        ]),
+        ..Scheme::ANY
+    }],
+    arithmetic: Arithmetic::Int8,
+    ..desc(
+        "cpu_avx512_vnni",
+        "int8 dot products with exact sums on all threads (AVX-512 VNNI)",
+        Features::V4_VNNI,
+    )
+};
+
+/// With AVX-512's dot products of bf16: hidden states of bf16, weights whose codes bf16 holds, and rows
+/// that are not quantised, or to codes or values that bf16 holds.
 pub const CPU_AVX512_BF16: KernelDesc = KernelDesc {
     schemes: &[Scheme {
         weights: Formats::Except(&[WeightFormat::F32, WeightFormat::F16], WeightFormat::Bf16),
-        rows: Formats::Only(&[ActivationFormat::Unquantised]),
+        rows: Formats::Except(
+            &[ActivationFormat::Nvfp4, ActivationFormat::Nvfp4Token],
+            ActivationFormat::Unquantised,
+        ),
         ..Scheme::ANY
     }],
     dtypes: &[ActivationDtype::Bf16],
@@ -120,9 +154,11 @@ impl CpuExperts {
     }
 
     /// Weights on the input multiply the first product's sums instead: rows that are rounded to bf16
-    /// are bf16 already, and stay what they are.
-    fn weighs_sums(&self) -> bool {
-        self.desc.arithmetic == Arithmetic::Bf16
+    /// are bf16 already, and stay what they are. (Quantisation comes after the weight.)
+    fn weighs_sums(&self, expert: usize) -> bool {
+        self.weight_on == WeightOn::Input
+            && self.desc.arithmetic == Arithmetic::Bf16
+            && self.experts[expert].up_input == ActivationQuant::None
     }
 
     /// Output features that are multiplied together, at most: products on tile registers are fast
@@ -189,7 +225,7 @@ impl Products for CpuExperts {
     }
 
     fn enter(&self, expert: usize, row: &mut [f32], weight: f32, quantised: bool) {
-        if self.weight_on == WeightOn::Input && !self.weighs_sums() {
+        if self.weight_on == WeightOn::Input && !self.weighs_sums(expert) {
             row.iter_mut().for_each(|v| *v *= weight);
         }
         if !quantised {
@@ -205,15 +241,22 @@ impl Products for CpuExperts {
         }
     }
 
-    fn operand(&self, product: Product, expert: usize, row: &[f32], into: &mut [f32]) {
+    fn operand(
+        &self,
+        product: Product,
+        expert: usize,
+        row: &[f32],
+        whole: Option<f32>,
+        into: &mut [f32],
+    ) {
         let expert = &self.experts[expert];
         match product {
-            Product::Second => expert.down.write(row, into),
+            Product::Second => expert.down.write(row, whole, into),
             Product::First => {
                 let (up, gate) = into.split_at_mut(expert.up.row_len());
-                expert.up.write(row, up);
+                expert.up.write(row, whole, up);
                 if let Some(own) = expert.gate_rows() {
-                    own.write(row, gate);
+                    own.write(row, whole, gate);
                 }
             }
         }
@@ -231,7 +274,7 @@ impl Products for CpuExperts {
         let expert = &self.experts[block.expert];
         let activation = self.spec.activation;
         let (rows, stride) = (block.slots.len(), expert.first_len());
-        let weighs = self.weight_on == WeightOn::Input && self.weighs_sums();
+        let weighs = self.weighs_sums(block.expert);
         let weights = weighs.then_some((block.slots, block.weights));
         let Tile { cols, out, .. } = tile;
         let Some(gate) = &expert.gate else {

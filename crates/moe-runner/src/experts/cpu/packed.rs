@@ -7,14 +7,13 @@ use moe_kernels::arena::{bytes, bytes_mut};
 use moe_kernels::gemm::gemm;
 use moe_kernels::isa::Features;
 use moe_kernels::operand::OperandKind;
-use moe_kernels::pack::{Packed, UNIT, pack};
+use moe_kernels::pack::{Packed, UNIT, pack, quantised_rows};
 use moe_kernels::region::for_each;
 use moe_kernels::rows::{Rows, RowsMut};
 
 use crate::experts::reference::stored_bytes;
 use crate::experts::{Arithmetic, BuildCall, KernelDesc, Progress};
 use crate::hidden::ActivationDtype;
-use crate::spec::ActivationFormat;
 use crate::weights::{ActivationQuant, Expert, Matrix};
 use crate::{Error, Result};
 
@@ -25,19 +24,28 @@ pub(super) struct Projection {
 }
 
 impl Projection {
-    /// Packs `matrix` for the best product that `features` allow. Its rows are `rows` where that loses
-    /// nothing of what the checkpoint says, and f32 elsewhere.
+    /// Packs `matrix` for the best product that `features` allow of `rows`, or of f32 where its zero
+    /// points do not go with them.
     pub(super) fn new(
         matrix: &Matrix,
         bias: Option<Vec<f32>>,
         features: Features,
         rows: OperandKind,
     ) -> Result<Self, String> {
-        let entry = gemm(matrix.view(), rows_of(matrix, rows), features);
+        let entry = gemm(matrix.view(), rows, features);
         let entry = entry.or_else(|| gemm(matrix.view(), OperandKind::F32, features));
         let entry = entry.ok_or_else(|| format!("no product reads {}", matrix.describe()))?;
         let packed = pack(matrix.view(), entry).map_err(|refusal| refusal.to_string())?;
-        Ok(Self { packed, bias })
+        Ok(Self::of(packed, matrix.input, bias))
+    }
+
+    /// Of packed weights, for rows that `input` quantises.
+    fn of(packed: Packed, input: ActivationQuant, bias: Option<Vec<f32>>) -> Self {
+        let packed = match input {
+            ActivationQuant::None => packed,
+            ActivationQuant::Quantised(qdq) => packed.coded(qdq),
+        };
+        Self { packed, bias }
     }
 
     /// Output features.
@@ -55,10 +63,11 @@ impl Projection {
         self.packed.gemm().operand_bytes(&self.packed, 1) / size_of::<f32>()
     }
 
-    /// Writes a row as the product reads it.
-    pub(super) fn write(&self, row: &[f32], into: &mut [f32]) {
+    /// Writes a row as the product reads it. `whole` is the largest magnitude of the row that this one is
+    /// a slice of, before it was quantised.
+    pub(super) fn write(&self, row: &[f32], whole: Option<f32>, into: &mut [f32]) {
         let row = Rows::new(row, 1, row.len(), row.len());
-        self.packed.gemm().operand(&self.packed, row, bytes_mut(into));
+        self.packed.gemm().operand_of(&self.packed, row, whole, bytes_mut(into));
     }
 
     /// The features `cols`, from a multiple of [`UNIT`] on, of the rows in `memory`, `stride` floats
@@ -94,11 +103,27 @@ impl std::fmt::Debug for Projection {
     }
 }
 
-/// The rows that `matrix` may multiply, if `rows` are at hand: what the checkpoint quantises is f32.
-fn rows_of(matrix: &Matrix, rows: OperandKind) -> OperandKind {
-    match matrix.input.format() {
-        ActivationFormat::Unquantised => rows,
-        _ => OperandKind::F32,
+/// What rows a kernel multiplies.
+#[derive(Clone, Copy)]
+struct Kinds {
+    /// Those that are not quantised.
+    plain: OperandKind,
+    /// Those that are, if they lose nothing so; else they are f32.
+    quantised: OperandKind,
+}
+
+impl Kinds {
+    /// For the rows of `matrix`.
+    fn of(self, matrix: &Matrix) -> OperandKind {
+        match matrix.input {
+            ActivationQuant::None => self.plain,
+            ActivationQuant::Quantised(qdq) => {
+                match quantised_rows(self.quantised, matrix.view(), &qdq) {
+                    true => self.quantised,
+                    false => OperandKind::F32,
+                }
+            }
+        }
     }
 }
 
@@ -137,36 +162,47 @@ type Rest = (bool, ActivationQuant, ActivationQuant, Option<Vec<f32>>, usize);
 pub(super) fn pack_all(desc: &KernelDesc, call: BuildCall<'_>) -> Result<Vec<PackedExpert>> {
     let BuildCall { experts, rows, pack_cache, pool, progress, .. } = call;
     let features = desc.target.features();
-    // rows that a transform has made are not bf16, and the bound has no room for two roundings
     let tiles = features.contains(Features::AMX_BF16);
     let bf16 = if tiles { OperandKind::TileBf16 } else { OperandKind::Bf16 };
-    let (first, second) = match (desc.arithmetic, rows) {
-        (Arithmetic::Bf16, ActivationDtype::Bf16) => (bf16, bf16),
-        (Arithmetic::Bf16, _) => (OperandKind::F32, bf16),
+    let (plain, quantised) = match desc.arithmetic {
+        Arithmetic::Bf16 => (bf16, bf16),
+        Arithmetic::Int8 => (OperandKind::F32, OperandKind::Int8),
         _ => (OperandKind::F32, OperandKind::F32),
+    };
+    let second = Kinds { plain, quantised };
+    // rows that a transform has made are not bf16, and the bound has no room for two roundings
+    let first = match rows {
+        ActivationDtype::Bf16 => second,
+        _ => Kinds { plain: OperandKind::F32, quantised },
     };
     let (mut rest, mut jobs) = (Vec::new(), Vec::new());
     for expert in experts {
         let bytes = stored_bytes(&expert);
         let Expert { gate, up, down, gate_bias, up_bias, down_bias, norm } = expert;
         rest.push((gate.is_some(), up.input, down.input, norm, bytes));
-        jobs.extend(gate.map(|gate| (gate, gate_bias, first)));
-        jobs.extend([(up, up_bias, first), (down, down_bias, second)]);
+        // gate and up share their rows, which are quantised for up
+        let mut job = |matrix: Matrix, bias, kinds: Kinds| {
+            let rows = kinds.of(&matrix);
+            jobs.push((matrix, bias, rows));
+        };
+        if let Some(mut gate) = gate {
+            gate.input = up.input;
+            job(gate, gate_bias, first);
+        }
+        job(up, up_bias, first);
+        job(down, down_bias, second);
     }
     let total = jobs.len();
-    let wanted: Vec<_> =
-        jobs.iter().map(|(matrix, _, rows)| (matrix.view(), rows_of(matrix, *rows))).collect();
+    let wanted: Vec<_> = jobs.iter().map(|(matrix, _, rows)| (matrix.view(), *rows)).collect();
     let place = pack_cache.map(|cache| cache.place(desc, &wanted, pool));
     let kept = place.as_ref().and_then(|place| place.map(&wanted));
     drop(wanted);
     let mut packed: Vec<Option<Result<Projection, String>>> = Vec::new();
     if let Some(kept) = kept {
-        let biases = jobs.into_iter().map(|(_, bias, _)| bias);
-        packed.extend(
-            kept.into_iter()
-                .zip(biases)
-                .map(|(packed, bias)| Some(Ok(Projection { packed, bias }))),
-        );
+        let kept = kept.into_iter().zip(jobs);
+        packed.extend(kept.map(|(packed, (matrix, bias, _))| {
+            Some(Ok(Projection::of(packed, matrix.input, bias)))
+        }));
         progress(Progress { done: total, total });
         return whole(desc, packed, rest);
     }

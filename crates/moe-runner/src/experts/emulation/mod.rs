@@ -220,7 +220,14 @@ impl Products for Emulation {
         self.experts[expert].down.quantise_input(row, whole, scratch);
     }
 
-    fn operand(&self, _product: Product, _expert: usize, row: &[f32], into: &mut [f32]) {
+    fn operand(
+        &self,
+        _product: Product,
+        _expert: usize,
+        row: &[f32],
+        _whole: Option<f32>,
+        into: &mut [f32],
+    ) {
         into.copy_from_slice(row);
     }
 

@@ -51,6 +51,11 @@ pub(crate) fn time_together(
 }
 
 #[cfg(not(feature = "cuda"))]
+pub(crate) fn memory(_: usize) -> Option<u64> {
+    None
+}
+
+#[cfg(not(feature = "cuda"))]
 pub(crate) fn count() -> usize {
     0
 }
@@ -67,6 +72,12 @@ pub(crate) fn connect(
 #[cfg(feature = "cuda")]
 pub(crate) fn count() -> usize {
     moe_cuda::Gpu::count().unwrap_or(0)
+}
+
+/// Bytes of memory of GPU `index`, where there is one.
+#[cfg(feature = "cuda")]
+pub(crate) fn memory(index: usize) -> Option<u64> {
+    Some(moe_cuda::Gpu::new(index).ok()?.memory().ok()?.1)
 }
 
 /// The same ranks, each with a GPU.

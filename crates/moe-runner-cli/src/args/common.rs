@@ -132,13 +132,23 @@ pub(crate) struct KernelArgs {
 
 /// A device as the user names it, and which GPU.
 #[derive(Clone, Copy, Debug)]
-struct DeviceChoice(Option<Device>, usize);
+pub(crate) struct DeviceChoice(Option<Device>, usize);
+
+impl DeviceChoice {
+    /// Nothing is said.
+    pub(crate) const AUTO: Self = Self(None, 0);
+
+    /// The number of a GPU, where one is meant.
+    pub(crate) fn gpu(self) -> Option<usize> {
+        self.0.filter(|device| *device == Device::Cuda).map(|_| self.1)
+    }
+}
 
 /// A dtype as the user names it; `None` is auto.
 #[derive(Clone, Copy, Debug)]
 struct DtypeChoice(Option<ActivationDtype>);
 
-fn device(text: &str) -> Result<DeviceChoice, String> {
+pub(super) fn device(text: &str) -> Result<DeviceChoice, String> {
     let known = match text.split_once(':') {
         None => match text {
             "auto" => Some(DeviceChoice(None, 0)),

@@ -113,7 +113,8 @@ Where the experts go when their load is balanced over the ranks, with copies of
 the busiest ones; balance before (experts in order, copies of the first ones)
 and after, as mean load of the ranks over the largest; bytes of weights on a
 rank; bytes that collectives send for a token, for each way of splitting.
-Nothing is run, and weights are not read.
+Nothing is run, and weights are not read. With --device cuda, weights are as the
+kernels of a GPU hold them, and splits that do not fit its memory are marked.
 
 The load is that of a recorded routing, all of it: a routing trace (docs/
 routing-traces.md; `run --save-routing` writes one), or the topk_ids that `run`
@@ -122,6 +123,7 @@ writes. Without --trace it is random, as uneven as measured ones.
 Examples:
   moe-runner plan ./DeepSeek-V3 --ranks 32 --redundant 32 --nodes 4
   moe-runner plan ./Qwen3-30B-A3B --ranks 8 --layers 3
+  moe-runner plan ./gpt-oss-120b --ranks 2 --device cuda --machine sm90
   moe-runner plan model.gguf --ranks 4 --trace routing.safetensors --json";
 
 pub(super) const REPORT: &str = "\

@@ -3,7 +3,9 @@
 pub(crate) mod common;
 mod help;
 
-pub(crate) use common::{Common, DtypeArg, HostArgs, KernelArgs, SeedArg, ThreadArgs};
+pub(crate) use common::{
+    Common, DeviceChoice, DtypeArg, HostArgs, KernelArgs, SeedArg, ThreadArgs,
+};
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -249,6 +251,13 @@ pub(crate) struct PlanArgs {
     /// Tokens to count [default: all of a trace; 1024 random ones].
     #[arg(long, value_name = "N")]
     pub(crate) tokens: Option<usize>,
+    /// What a rank computes on: auto, cpu, or cuda: an NVIDIA GPU like this machine's, or like cuda:N. auto is the
+    /// processor.
+    #[arg(long, value_name = "DEVICE", default_value = "auto", value_parser = common::device)]
+    pub(crate) device: DeviceChoice,
+    /// With --device cuda: the GPUs' architecture, where there is none here, such as sm90.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) machine: Option<String>,
     #[command(flatten)]
     pub(crate) dtype: DtypeArg,
     #[command(flatten)]
@@ -338,6 +347,8 @@ impl ReportArgs {
             nodes: 1,
             trace: self.trace.clone(),
             tokens: None,
+            device: DeviceChoice::AUTO,
+            machine: None,
             dtype: self.kernel.dtype.clone(),
             seed: self.seed,
         }

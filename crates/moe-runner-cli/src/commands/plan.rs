@@ -8,23 +8,26 @@ use moe_runner::Error;
 use moe_runner::checkpoint::architecture::LayerEntry;
 use moe_runner::comm::{Communicator, Kind, Sizes, Traffic};
 use moe_runner::exchange::ExpertMap;
+use moe_runner::experts::{Device, KERNELS, KernelDesc, cuda};
 use moe_runner::hidden::ActivationDtype;
+use moe_runner::oracle::{Machine, Request, select};
 use moe_runner::parallel::balance::{
     Rebalanced, Topology, copies_beside, initial, rebalance_worth,
 };
-use moe_runner::parallel::cost::{Pass, bytes_of, weight_bytes};
+use moe_runner::parallel::cost::{Pass, bytes_of, weight_bytes_by};
 use moe_runner::parallel::links::LinkSpeed;
 use moe_runner::parallel::rebalance::transfers;
 use moe_runner::parallel::{ExchangeKind, Parallel};
 use moe_runner::random::Random;
 use moe_runner::router::{LogicalId, Trace};
 use moe_runner::spec::{LayerSpec, RouterSpec};
-use moe_runner::weights::LoadedLayer;
+use moe_runner::weights::{Expert, LoadedLayer};
 use serde::Serialize;
 
 use crate::args::PlanArgs;
 use crate::checkpoints::{Opened, ranges};
 use crate::failure::{one_line, unusable};
+use crate::gpu;
 use crate::report::table::{Columns, Facts, Tone, toned};
 use crate::report::{Report, units};
 use crate::routing::load_trace;
@@ -49,10 +52,22 @@ pub(super) struct PlanJson {
     /// "trace" or "synthetic".
     pub(super) load: &'static str,
     pub(super) layers: Vec<LayerJson>,
+    /// What the ranks compute on, if not on processors.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    gpus: Option<GpusJson>,
     /// How fast the ranks reach each other, where that is known.
     #[serde(skip_serializing_if = "Option::is_none")]
     link: Option<LinkJson>,
     splits: Vec<SplitJson>,
+}
+
+/// The ranks' GPUs.
+#[derive(Clone, Serialize)]
+struct GpusJson {
+    machine: String,
+    /// Of each, where there is one to ask.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    memory_bytes: Option<u64>,
 }
 
 /// A link, and where it is known from.
@@ -76,6 +91,9 @@ pub(super) struct LayerJson {
     experts_per_rank: usize,
     /// Copies on a rank that holds another one of the same expert.
     copies_beside: usize,
+    /// What computes it on a GPU.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    kernel: Option<&'static str>,
     pub(super) balance_before: f64,
     pub(super) balance_after: f64,
     moved_experts: usize,
@@ -100,6 +118,9 @@ struct SplitJson {
 struct CostJson {
     weight_bytes_min: usize,
     weight_bytes_max: usize,
+    /// The weights are less than a GPU's memory, where that is known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    fits: Option<bool>,
     /// Bytes that all ranks together send, for one token through all the layers.
     sent_bytes_per_token: f64,
     /// Of that, by kind of collective.
@@ -116,6 +137,8 @@ struct CostJson {
 struct Planned {
     layer: LoadedLayer,
     dtype: ActivationDtype,
+    /// Of a GPU.
+    kernel: Option<&'static KernelDesc>,
     /// `[tokens, k]`: the batch whose traffic is counted.
     ids: Vec<LogicalId>,
     balanced: Rebalanced,
@@ -182,6 +205,7 @@ fn check_sizes(args: &PlanArgs) -> Result<()> {
 fn plan_over(args: &PlanArgs, link: Option<LinkJson>) -> Result<PlanJson> {
     check_sizes(args)?;
     let (ranks, nodes) = (args.ranks, args.nodes);
+    let on = gpus(args)?;
     let opened = Opened::open_outline(&args.of.checkpoint)?;
     let entries = opened.select(&args.of.layers)?;
     let trace = match args.trace.as_deref() {
@@ -190,8 +214,9 @@ fn plan_over(args: &PlanArgs, link: Option<LinkJson>) -> Result<PlanJson> {
     };
     let mut planned = Vec::new();
     let mut layers = Vec::new();
+    let machine = on.as_ref().map(|(machine, _)| machine);
     for entry in entries {
-        let (layer, json) = plan_layer(&opened, entry, args, trace.as_ref())?;
+        let (layer, json) = plan_layer(&opened, entry, (args, machine), trace.as_ref())?;
         planned.push(layer);
         layers.push(json);
     }
@@ -206,22 +231,51 @@ fn plan_over(args: &PlanArgs, link: Option<LinkJson>) -> Result<PlanJson> {
             .into_iter()
             .map(|split| {
                 let speed = link.as_ref().map(|link| link.speed);
-                price(split, &planned, (speed, args.meeting.has_gpus()))
+                let memory = on.as_ref().and_then(|(_, memory)| *memory);
+                price(split, &planned, (speed, args.meeting.has_gpus()), memory)
             })
             .collect(),
+        gpus: on.map(|(machine, memory_bytes)| GpusJson { machine: machine.name, memory_bytes }),
         link,
         layers,
     })
 }
 
+/// What the ranks' GPUs are, and the memory of one, where there is one.
+fn gpus(args: &PlanArgs) -> Result<Option<(Machine, Option<u64>)>> {
+    match (args.device.gpu(), &args.machine) {
+        (None, None) => Ok(None),
+        (None, Some(name)) => Err(unusable(format!("--machine {name}: needs --device cuda"))),
+        (Some(_), Some(name)) => {
+            let machine = Machine::named(name).map_err(|error| unusable(error.to_string()))?;
+            Ok(Some((machine, None)))
+        }
+        (Some(index), None) => {
+            let machine = Machine::detect().with_gpu(index).map_err(|error| match error {
+                Error::Device(why) => Error::Device(format!("{why}; --machine sm90 plans for one")),
+                other => other,
+            })?;
+            Ok(Some((machine, gpu::memory(index))))
+        }
+    }
+}
+
 fn plan_layer(
     opened: &Opened,
     entry: &LayerEntry,
-    args: &PlanArgs,
+    (args, machine): (&PlanArgs, Option<&Machine>),
     trace: Option<&(&Path, Trace)>,
 ) -> Result<(Planned, LayerJson)> {
     let layer = opened.load(entry)?;
     let (spec, router) = (&layer.spec, &layer.spec.router);
+    let dtype = opened.dtype(args.dtype.named(), &layer);
+    let kernel = match machine {
+        None => None,
+        Some(machine) => {
+            let request = Request { device: Some(Device::Cuda), ..Request::of(&layer, dtype) };
+            Some(select(KERNELS, &request, machine)?.kernel)
+        }
+    };
     let topology = topology(spec, args)?;
     let mut ids = match trace {
         Some((path, trace)) => recorded(spec, trace).map_err(|reason| Error::file(path, reason))?,
@@ -247,6 +301,7 @@ fn plan_layer(
         redundant: topology.physical() - router.experts,
         experts_per_rank: topology.slots,
         copies_beside: copies_beside(&balanced.map),
+        kernel: kernel.map(|kernel| kernel.name),
         balance_before: balanced.before,
         balance_after: balanced.after,
         moved_experts: moved.len(),
@@ -256,8 +311,7 @@ fn plan_layer(
             .map(|rank| balanced.map.held_by(rank).iter().map(|id| id.0).collect())
             .collect(),
     };
-    let dtype = opened.dtype(args.dtype.named(), &layer);
-    Ok((Planned { layer, dtype, ids, balanced }, json))
+    Ok((Planned { layer, dtype, kernel, ids, balanced }, json))
 }
 
 /// The physical experts: as many redundant ones as were asked for, or as few as divide.
@@ -344,8 +398,9 @@ fn price(
     (name, flags, parallel): (&'static str, String, Parallel),
     layers: &[Planned],
     link: (Option<LinkSpeed>, bool),
+    memory: Option<u64>,
 ) -> SplitJson {
-    match cost(&parallel, layers, link) {
+    match cost(&parallel, layers, link, memory) {
         Ok(cost) => SplitJson { name, flags, cost: Some(cost), refused: None },
         Err(error) => SplitJson { name, flags, cost: None, refused: Some(error.to_string()) },
     }
@@ -355,15 +410,20 @@ fn cost(
     parallel: &Parallel,
     layers: &[Planned],
     (link, gpus): (Option<LinkSpeed>, bool),
+    memory: Option<u64>,
 ) -> moe_runner::Result<CostJson> {
     let ranks = parallel.sizes.ranks();
     let mut weights = vec![0; ranks];
     let mut traffic = vec![Traffic::default(); ranks];
     let mut cost = CostJson::default();
-    for Planned { layer, dtype, ids, balanced } in layers {
+    for Planned { layer, dtype, kernel, ids, balanced } in layers {
         let one = ExpertMap::one_rank(layer.experts.len());
         let map = if parallel.sizes.use_ep() { &balanced.map } else { &one };
-        let bytes = weight_bytes(layer, parallel, map)?;
+        let held = |experts: &[Expert]| match kernel {
+            None => bytes_of(experts),
+            Some(kernel) => cuda::held_bytes(kernel, experts),
+        };
+        let bytes = weight_bytes_by(held, layer, parallel, map)?;
         weights.iter_mut().zip(bytes).for_each(|(sum, bytes)| *sum += bytes.routed + bytes.shared);
         let mut pass = Pass::new(layer, *dtype, parallel, map)?;
         // rows of their own stay on the ranks' GPUs
@@ -388,6 +448,7 @@ fn cost(
     cost.collectives = totals.map(|total| total.calls).max().unwrap_or(0);
     cost.weight_bytes_min = weights.iter().copied().min().unwrap_or(0);
     cost.weight_bytes_max = weights.iter().copied().max().unwrap_or(0);
+    cost.fits = memory.map(|memory| (cost.weight_bytes_max as u64) < memory);
     Ok(cost)
 }
 
@@ -405,6 +466,19 @@ fn groups(layers: &[LayerJson]) -> Vec<Vec<&LayerJson>> {
     groups
 }
 
+/// "3.1 GB to 3.4 GB", and whether that is too much.
+fn weights(cost: &CostJson) -> String {
+    let bytes = [cost.weight_bytes_min, cost.weight_bytes_max].map(units::bytes);
+    let mut cell = match bytes {
+        [least, most] if least == most => most,
+        [least, most] => format!("{least} to {most}"),
+    };
+    if cost.fits == Some(false) {
+        cell += ", too much";
+    }
+    cell
+}
+
 fn text(json: &PlanJson) -> String {
     let mut out = format!("{}\n\n", toned(Tone::Title, &one_line(&json.path)));
     let mut facts = Facts::new();
@@ -418,6 +492,17 @@ fn text(json: &PlanJson) -> String {
         },
     );
     facts.add("counted for", units::plural(json.tokens, "token"));
+    if let Some(GpusJson { machine, memory_bytes }) = &json.gpus {
+        let mut kernels: BTreeMap<&str, usize> = BTreeMap::new();
+        for kernel in json.layers.iter().filter_map(|layer| layer.kernel) {
+            *kernels.entry(kernel).or_default() += 1;
+        }
+        let memory = memory_bytes.map(|bytes| format!(", {} each", units::bytes(bytes as usize)));
+        facts.add("GPUs", format!("of {machine}{}", memory.unwrap_or_default()));
+        for (kernel, layers) in kernels {
+            facts.add("kernel", format!("{kernel} for {}", units::plural(layers, "layer")));
+        }
+    }
     if let Some(LinkJson { speed, measured, between }) = &json.link {
         let known = match (measured, between) {
             (Some(ranks), Some(between)) => format!("measured now, {ranks} ranks over {between}"),
@@ -500,11 +585,7 @@ fn text(json: &PlanJson) -> String {
                 let cells = [
                     split.name.to_owned(),
                     split.flags.clone(),
-                    match (units::bytes(cost.weight_bytes_min), units::bytes(cost.weight_bytes_max))
-                    {
-                        (least, most) if least == most => most,
-                        (least, most) => format!("{least} to {most}"),
-                    },
+                    weights(cost),
                     units::bytes(cost.sent_bytes_per_token.round() as usize),
                     units::bytes(cost.busiest_rank_bytes as usize),
                     cost.collectives.to_string(),

@@ -89,11 +89,36 @@ fn every_recorded_checkpoint_can_be_planned_for() {
     }
 }
 
+/// Floats stay what they are; what only `cuda_f32` takes is decoded, four bytes a weight.
+#[test]
+fn a_plan_for_gpus_counts_weights_as_they_hold_them() {
+    let weights = |plan: &serde_json::Value, split: usize| {
+        plan["splits"][split]["cost"]["weight_bytes_max"].as_f64().unwrap()
+    };
+    let on_sm90 = ["--ranks", "2", "--device", "cuda", "--machine", "sm90"];
+    for (name, times) in [("deepseek_v3_bf16", 1.0), ("quant_qwen3_moe_int8_channel", 4.0)] {
+        let case = case(name);
+        let (host, gpus) = (plan(&case, &["--ranks", "2"]), plan(&case, &on_sm90));
+        assert_eq!(gpus["gpus"], serde_json::json!({"machine": "sm90"}), "{name}");
+        assert!(host.get("gpus").is_none() && host["layers"][0].get("kernel").is_none());
+        for layer in gpus["layers"].as_array().unwrap() {
+            assert!(layer["kernel"].as_str().unwrap().starts_with("cuda_"), "{layer}");
+        }
+        for split in 0..6 {
+            let ratio = weights(&gpus, split) / weights(&host, split);
+            // scales are no longer there
+            assert!(ratio <= times && ratio > 0.5 * times, "{name}, split {split}: {ratio}");
+        }
+    }
+}
+
 #[test]
 fn plans_that_cannot_be_are_refused() {
     let case = case("deepseek_v3_bf16");
     for (flags, what) in [
-        (&["--ranks", "0"][..], "must be 1 to"),
+        (&["--ranks", "2", "--machine", "sm90"][..], "needs --device cuda"),
+        (&["--ranks", "2", "--device", "cuda", "--machine", "sm91"], "sm90"),
+        (&["--ranks", "0"], "must be 1 to"),
         (&["--ranks", "4", "--nodes", "3"], "must divide"),
         (&["--ranks", "4", "--redundant", "1"], "4 redundant ones would"),
         (&["--ranks", "4", "--redundant", "4000"], "hold all 16 experts"),

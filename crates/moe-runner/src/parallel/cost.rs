@@ -32,10 +32,23 @@ pub fn weight_bytes(
     parallel: &Parallel,
     map: &ExpertMap,
 ) -> Result<Vec<WeightBytes>> {
+    weight_bytes_by(bytes_of, layer, parallel, map)
+}
+
+/// The same, where experts take as many bytes as `of` says: as a kernel holds them.
+///
+/// # Errors
+/// As [`weight_bytes`].
+pub fn weight_bytes_by(
+    of: impl Fn(&[Expert]) -> usize,
+    layer: &LoadedLayer,
+    parallel: &Parallel,
+    map: &ExpertMap,
+) -> Result<Vec<WeightBytes>> {
     let on = |rank| {
         let held = shard(layer, parallel.sizes, rank, map)?;
         let shared = held.shared.as_ref().map_or(&[][..], |shared| &shared.experts);
-        Ok(WeightBytes { routed: bytes_of(&held.experts), shared: bytes_of(shared) })
+        Ok(WeightBytes { routed: of(&held.experts), shared: of(shared) })
     };
     (0..parallel.sizes.ranks()).map(on).collect()
 }

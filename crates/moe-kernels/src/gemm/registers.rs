@@ -8,13 +8,6 @@ use crate::pack::{PANEL, STEP, UNIT};
 /// Rows of a tile register; so many bytes of each row are 16 f32 or 32 bf16.
 pub(super) const ROWS: usize = 16;
 
-/// Token rows that are multiplied at a time.
-pub(super) const STRIP: usize = 2 * ROWS;
-
-/// Turns ahead for which token rows are asked for: 64 products' cycles each, more than a trip to the
-/// last level of the caches takes.
-const NEAR: usize = 4;
-
 /// What tile registers do: 0 to 3 hold sums, 4 and 5 token rows, 6 and 7 weights.
 ///
 /// # Safety
@@ -46,9 +39,8 @@ pub(super) struct Config {
 }
 
 impl Config {
-    /// `rows` token rows, up to two tiles of them, and `k` k at a time.
+    /// `rows` token rows, up to a tile of them, and `k` k at a time.
     pub(super) fn new(rows: usize, k: usize) -> Config {
-        let (first, second) = (rows.min(ROWS), rows.saturating_sub(ROWS));
         let mut config = Config {
             palette: 1,
             start_row: 0,
@@ -56,46 +48,41 @@ impl Config {
             row_bytes: [0; 16],
             rows: [0; 16],
         };
-        let mut set = |tile: usize, rows: usize, bytes: usize| {
-            if rows > 0 {
-                (config.rows[tile], config.row_bytes[tile]) = (rows as u8, bytes as u16);
-            }
-        };
-        // With one tile of token rows all sums are its own.
-        let of_second = if second > 0 { second } else { first };
-        for (tile, rows) in [first, first, of_second, of_second].into_iter().enumerate() {
-            set(tile, rows, 64);
+        let tiles = [(rows, 64), (rows, 64), (rows, 64), (rows, 64)];
+        let tiles =
+            tiles.into_iter().chain([(rows, 2 * k), (rows, 2 * k), (k / 2, 64), (k / 2, 64)]);
+        for (tile, (rows, bytes)) in tiles.enumerate() {
+            (config.rows[tile], config.row_bytes[tile]) = (rows as u8, bytes as u16);
         }
-        set(4, first, 2 * k);
-        set(5, second, 2 * k);
-        set(6, k / 2, 64);
-        set(7, k / 2, 64);
         config
     }
 }
 
-/// Products of whole tiles, `rounds` times each of four sums; returns the number of operations.
+/// Products of whole tiles, `rounds` times two for each of two sums; returns the number of operations.
+///
+/// The registers hold numbers: where the core is shared, products of registers that were set to zero
+/// are faster than any that a kernel has.
 ///
 /// # Safety
 /// As [`Tiles`].
 #[inline(always)]
 pub(super) unsafe fn probe<T: Tiles>(rounds: usize, tiles: &mut T) -> u64 {
-    // SAFETY: the caller's.
+    let ones = [[0x3F80u16; STEP]; ROWS];
+    let ones = ones.as_ptr().cast();
+    // SAFETY: the caller's; there are as many ones as a tile holds.
     unsafe {
-        tiles.configure(&Config::new(STRIP, STEP));
+        tiles.configure(&Config::new(ROWS, STEP));
         tiles.zero::<0>();
         tiles.zero::<1>();
-        tiles.zero::<2>();
-        tiles.zero::<3>();
-        tiles.zero::<4>();
-        tiles.zero::<5>();
-        tiles.zero::<6>();
-        tiles.zero::<7>();
+        tiles.load::<4>(ones, 2 * STEP);
+        tiles.load::<5>(ones, 2 * STEP);
+        tiles.load::<6>(ones, 2 * STEP);
+        tiles.load::<7>(ones, 2 * STEP);
         for _ in 0..rounds {
             tiles.dot::<0, 4, 6>();
             tiles.dot::<1, 4, 7>();
-            tiles.dot::<2, 5, 6>();
-            tiles.dot::<3, 5, 7>();
+            tiles.dot::<0, 5, 6>();
+            tiles.dot::<1, 5, 7>();
         }
     }
     (rounds * 4 * ROWS * PANEL * STEP * 2) as u64
@@ -121,7 +108,7 @@ pub(super) struct Coming {
     pub(super) bytes: usize,
 }
 
-/// Up to two tiles of token rows, and what they are multiplied by.
+/// A tile of token rows, and what it is multiplied by.
 #[derive(Clone, Copy)]
 pub(super) struct Strip {
     pub(super) x: *const u8,
@@ -132,35 +119,36 @@ pub(super) struct Strip {
     pub(super) turns: usize,
     pub(super) weights: Weights,
     pub(super) coming: Coming,
-    /// `[STRIP, UNIT]`
+    /// `[rows, UNIT]`
     pub(super) sum: *mut f32,
     /// What stands in `sum` is added to.
     pub(super) adds: bool,
 }
 
 impl Strip {
-    /// Writes the sums of `N` panels: one, two, or with one tile of rows four.
+    /// Writes the sums of `N` panels: one, two or four.
+    ///
+    /// Two at a time are fastest where there are many rows: one load serves two products, and the unit
+    /// of tile products is slow with more sums than two while another thread shares its core.
     ///
     /// # Safety
-    /// As [`Tiles`], for a configuration of `rows`.
+    /// As [`Tiles`].
     #[inline(always)]
-    pub(super) unsafe fn multiply<T: Tiles, const N: usize>(&self, rows: usize, tiles: &mut T) {
+    pub(super) unsafe fn multiply<T: Tiles, const N: usize>(&self, tiles: &mut T) {
         // SAFETY: the caller's.
         unsafe {
-            match (N, rows > ROWS) {
-                (4, _) => self.one_by_four(tiles),
-                (2, true) => self.two_by_two(tiles),
-                (2, false) => self.one_by_two(tiles),
-                (_, true) => self.two_by_one(tiles),
-                (_, false) => self.one_by_one(tiles),
+            match N {
+                4 => self.one_by_four(tiles),
+                2 => self.one_by_two(tiles),
+                _ => self.one_by_one(tiles),
             }
         }
     }
 
-    /// Token rows of tile `row`.
+    /// Token rows.
     #[inline(always)]
-    fn rows(&self, row: usize, turn: usize) -> *const u8 {
-        self.x.wrapping_add(row * ROWS * self.stride + turn * self.step)
+    fn rows(&self, turn: usize) -> *const u8 {
+        self.x.wrapping_add(turn * self.step)
     }
 
     /// Weights of panel `q`.
@@ -169,72 +157,37 @@ impl Strip {
         self.weights.at.wrapping_add(q * self.weights.panel + turn * self.weights.step)
     }
 
-    /// Sums of tile `row` and panel `q`.
+    /// Sums of panel `q`.
     #[inline(always)]
-    fn to(&self, row: usize, q: usize) -> *mut f32 {
-        self.sum.wrapping_add(row * ROWS * UNIT + q * PANEL)
+    fn to(&self, q: usize) -> *mut f32 {
+        self.sum.wrapping_add(q * PANEL)
     }
 
     /// The register `C` before the first product.
     #[inline(always)]
-    unsafe fn begin<T: Tiles, const C: usize>(&self, row: usize, q: usize, tiles: &mut T) {
+    unsafe fn begin<T: Tiles, const C: usize>(&self, q: usize, tiles: &mut T) {
         // SAFETY: the caller's.
         unsafe {
             match self.adds {
-                true => tiles.load::<C>(self.to(row, q).cast(), UNIT * 4),
+                true => tiles.load::<C>(self.to(q).cast(), UNIT * 4),
                 false => tiles.zero::<C>(),
             }
         }
     }
 
-    /// Asks for the token rows some turns on, of this strip or the next one, and for what comes later.
+    /// Asks for what comes later. (Rows of the next turns are near, and asking for them again costs
+    /// more than it gives.)
     #[inline(always)]
     fn ask(&self, turn: usize) {
-        let on = turn + NEAR.min(self.turns);
-        let mut at = match on.checked_sub(self.turns) {
-            None => self.rows(0, on),
-            Some(on) => self.rows(2, on),
-        };
-        for _ in 0..STRIP {
-            // SAFETY: a prefetch takes any address.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) };
-            at = at.wrapping_add(self.stride);
-        }
         let Coming { lines, each, rows: (first, end), bytes } = self.coming;
         for line in turn * each..(turn + 1) * each {
-            // SAFETY: as above.
+            // SAFETY: a prefetch takes any address.
             unsafe { _mm_prefetch::<_MM_HINT_T1>(lines.wrapping_add(line * 64).cast()) };
         }
         for row in first..end {
-            let at = self.rows(0, turn).wrapping_add(row * self.stride + bytes);
+            let at = self.rows(turn).wrapping_add(row * self.stride + bytes);
             // SAFETY: as above.
             unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) };
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn two_by_two<T: Tiles>(&self, tiles: &mut T) {
-        // SAFETY: the caller's.
-        unsafe {
-            self.begin::<T, 0>(0, 0, tiles);
-            self.begin::<T, 1>(0, 1, tiles);
-            self.begin::<T, 2>(1, 0, tiles);
-            self.begin::<T, 3>(1, 1, tiles);
-            for turn in 0..self.turns {
-                self.ask(turn);
-                tiles.load::<6>(self.panel(0, turn), self.weights.item);
-                tiles.load::<4>(self.rows(0, turn), self.stride);
-                tiles.dot::<0, 4, 6>();
-                tiles.load::<7>(self.panel(1, turn), self.weights.item);
-                tiles.dot::<1, 4, 7>();
-                tiles.load::<5>(self.rows(1, turn), self.stride);
-                tiles.dot::<2, 5, 6>();
-                tiles.dot::<3, 5, 7>();
-            }
-            tiles.store::<0>(self.to(0, 0), UNIT * 4);
-            tiles.store::<1>(self.to(0, 1), UNIT * 4);
-            tiles.store::<2>(self.to(1, 0), UNIT * 4);
-            tiles.store::<3>(self.to(1, 1), UNIT * 4);
         }
     }
 
@@ -242,17 +195,18 @@ impl Strip {
     unsafe fn one_by_two<T: Tiles>(&self, tiles: &mut T) {
         // SAFETY: the caller's.
         unsafe {
-            self.begin::<T, 0>(0, 0, tiles);
-            self.begin::<T, 1>(0, 1, tiles);
+            self.begin::<T, 0>(0, tiles);
+            self.begin::<T, 1>(1, tiles);
             for turn in 0..self.turns {
+                self.ask(turn);
+                tiles.load::<4>(self.rows(turn), self.stride);
                 tiles.load::<6>(self.panel(0, turn), self.weights.item);
-                tiles.load::<4>(self.rows(0, turn), self.stride);
-                tiles.dot::<0, 4, 6>();
                 tiles.load::<7>(self.panel(1, turn), self.weights.item);
+                tiles.dot::<0, 4, 6>();
                 tiles.dot::<1, 4, 7>();
             }
-            tiles.store::<0>(self.to(0, 0), UNIT * 4);
-            tiles.store::<1>(self.to(0, 1), UNIT * 4);
+            tiles.store::<0>(self.to(0), UNIT * 4);
+            tiles.store::<1>(self.to(1), UNIT * 4);
         }
     }
 
@@ -260,12 +214,12 @@ impl Strip {
     unsafe fn one_by_four<T: Tiles>(&self, tiles: &mut T) {
         // SAFETY: the caller's; a prefetch takes any address.
         unsafe {
-            self.begin::<T, 0>(0, 0, tiles);
-            self.begin::<T, 1>(0, 1, tiles);
-            self.begin::<T, 2>(0, 2, tiles);
-            self.begin::<T, 3>(0, 3, tiles);
+            self.begin::<T, 0>(0, tiles);
+            self.begin::<T, 1>(1, tiles);
+            self.begin::<T, 2>(2, tiles);
+            self.begin::<T, 3>(3, tiles);
             for turn in 0..self.turns {
-                tiles.load::<4>(self.rows(0, turn), self.stride);
+                tiles.load::<4>(self.rows(turn), self.stride);
                 // One stream of four panels, where it is not a buffer.
                 for line in 0..self.weights.step / 64 {
                     let at = self.panel(0, turn).wrapping_add(AHEAD + 64 * line);
@@ -280,28 +234,10 @@ impl Strip {
                 tiles.load::<7>(self.panel(3, turn), self.weights.item);
                 tiles.dot::<3, 4, 7>();
             }
-            tiles.store::<0>(self.to(0, 0), UNIT * 4);
-            tiles.store::<1>(self.to(0, 1), UNIT * 4);
-            tiles.store::<2>(self.to(0, 2), UNIT * 4);
-            tiles.store::<3>(self.to(0, 3), UNIT * 4);
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn two_by_one<T: Tiles>(&self, tiles: &mut T) {
-        // SAFETY: the caller's.
-        unsafe {
-            self.begin::<T, 0>(0, 0, tiles);
-            self.begin::<T, 2>(1, 0, tiles);
-            for turn in 0..self.turns {
-                tiles.load::<6>(self.panel(0, turn), self.weights.item);
-                tiles.load::<4>(self.rows(0, turn), self.stride);
-                tiles.dot::<0, 4, 6>();
-                tiles.load::<5>(self.rows(1, turn), self.stride);
-                tiles.dot::<2, 5, 6>();
-            }
-            tiles.store::<0>(self.to(0, 0), UNIT * 4);
-            tiles.store::<2>(self.to(1, 0), UNIT * 4);
+            tiles.store::<0>(self.to(0), UNIT * 4);
+            tiles.store::<1>(self.to(1), UNIT * 4);
+            tiles.store::<2>(self.to(2), UNIT * 4);
+            tiles.store::<3>(self.to(3), UNIT * 4);
         }
     }
 
@@ -309,13 +245,13 @@ impl Strip {
     unsafe fn one_by_one<T: Tiles>(&self, tiles: &mut T) {
         // SAFETY: the caller's.
         unsafe {
-            self.begin::<T, 0>(0, 0, tiles);
+            self.begin::<T, 0>(0, tiles);
             for turn in 0..self.turns {
                 tiles.load::<6>(self.panel(0, turn), self.weights.item);
-                tiles.load::<4>(self.rows(0, turn), self.stride);
+                tiles.load::<4>(self.rows(turn), self.stride);
                 tiles.dot::<0, 4, 6>();
             }
-            tiles.store::<0>(self.to(0, 0), UNIT * 4);
+            tiles.store::<0>(self.to(0), UNIT * 4);
         }
     }
 }

@@ -4,15 +4,16 @@
 //! for each block, for each unit, for each group (formats without scales: c begins as acc, and is acc)
 //!     for each two panels (all four, where there are no more rows than a tile has)
 //!         b = the group's weights as pairs of bf16: where they lie, or decoded into a buffer
-//!         for each 32 token rows
+//!         for each 16 token rows
 //!             c = a · b, on tile registers
 //!             acc = scale · c + acc + minimum · Σx
 //! out = acc, times or divided by the scale of the whole matrix
 //! ```
 //!
-//! The weights of two panels of a block stay in the first level of the caches while all rows pass, and
-//! the rows' part of a block stays in the second while the units pass: what is read from further away
-//! is used 256 times. What comes next from there is asked for meanwhile.
+//! Weights of bf16 have no headers, so that two of their blocks are one: sums stay in registers
+//! longer. The weights of two panels of a block stay in the first level of the caches while all rows
+//! pass, and the rows' part of a block in the second while the units pass. What comes next from
+//! further away is asked for into that level.
 //!
 //! A tile of sixteen token rows is read where the rows lie; one of sixteen pairs of k of a panel is
 //! what the panel's items are. What the registers add up in what order is theirs, the same for any
@@ -24,7 +25,7 @@ use std::ops::Range;
 
 use super::avx512::Avx512;
 use super::panel::Panel;
-use super::registers::{Coming, Config, ROWS, STRIP, Strip, Tiles, Weights};
+use super::registers::{Coming, Config, ROWS, Strip, Tiles, Weights};
 use super::simd::Simd;
 use super::tile::{AHEAD, Args, finish_group, numbers, read, write};
 use crate::pack::{BLOCK, Codes, Group, OCTET, Offset, PANEL, STEP, UNIT};
@@ -34,6 +35,10 @@ const MOST: usize = 256;
 
 /// Units whose sums are kept.
 pub(super) const UNITS: usize = 4;
+
+/// Steps that are multiplied without a look at the sums, at most, where weights lie as tiles read them:
+/// those of two blocks.
+const TOGETHER: usize = 2 * BLOCK / STEP;
 
 #[repr(align(64))]
 struct Aligned<const N: usize>([f32; N]);
@@ -94,20 +99,30 @@ unsafe fn blocks<T, P, const W: usize, const N: usize>(
     let k = if layout.group == Group::Sixteen { STEP / 2 } else { STEP };
     // Without scales tiles go on with the sums of the block before.
     let adds = layout.scale.is_none() && args.scales.is_none();
-    let strips = args.rows.div_ceil(STRIP);
-    let mut sum = MaybeUninit::<Aligned<{ STRIP * UNIT }>>::uninit();
+    let strips = args.rows.div_ceil(ROWS);
+    let mut sum = MaybeUninit::<Aligned<{ ROWS * UNIT }>>::uninit();
     let mut decoded = MaybeUninit::<Aligned<{ BLOCK / 2 * UNIT }>>::uninit();
     let mut configured = 0;
+    // Weights that lie where tiles read them have no headers between their blocks.
+    let whole = P::CODES == Codes::Bf16;
     // SAFETY: each unit holds all blocks with their headers and steps; the token rows hold the words
     // of each step, and a sum for each group where there are minima. The buffers hold the sums of a
     // strip, and the pairs of a block of all panels. Of `acc` the sums that there are are set first.
     unsafe {
-        acc.write_bytes(0, args.units * args.rows * UNIT);
+        if !adds || args.blocks.is_empty() {
+            acc.write_bytes(0, args.units * args.rows * UNIT);
+        }
         let constants = P::constants(args.table);
         let (sum, decoded) = (sum.as_mut_ptr().cast::<f32>(), decoded.as_mut_ptr().cast::<u8>());
         let (mut at, mut x, mut sums) = (args.unit, args.x, args.x.add(args.sums));
-        for (number, &steps) in args.blocks.iter().enumerate() {
-            let steps = usize::from(steps);
+        let (mut blocks, mut begun) =
+            (args.blocks.iter().map(|&steps| usize::from(steps)).peekable(), false);
+        while let Some(mut steps) = blocks.next() {
+            while let Some(more) = blocks.next_if(|more| whole && adds && steps + more <= TOGETHER)
+            {
+                steps += more;
+            }
+            let more = blocks.peek().is_some();
             let (groups, header_bytes) =
                 (layout.groups(steps), W * PANEL * layout.header_bytes(steps));
             let bytes = header_bytes + steps * W * P::CODES.panel_bytes();
@@ -118,15 +133,15 @@ unsafe fn blocks<T, P, const W: usize, const N: usize>(
                     (at.add(unit * args.unit_bytes), acc.add(unit * args.rows * UNIT));
                 let codes = header.add(header_bytes);
                 // The same block of the next unit, or the next block of the first.
-                let next = match (unit + 1 < args.units, number + 1 < args.blocks.len()) {
-                    (true, _) => Some(codes.wrapping_add(args.unit_bytes)),
-                    (false, more) => more.then(|| at.wrapping_add(bytes + header_bytes)),
+                let next = match unit + 1 < args.units {
+                    true => Some(codes.wrapping_add(args.unit_bytes)),
+                    false => more.then(|| at.wrapping_add(bytes + header_bytes)),
                 };
                 for group in 0..groups {
                     let x = x.add(group * octets * OCTET / P::K);
                     for first in (0..W).step_by(N) {
                         let args = Args { first, ..*args };
-                        let weights = if P::CODES == Codes::Bf16 {
+                        let weights = if whole {
                             let at = codes.add(first * P::ITEM);
                             Weights { at, item: W * 64, panel: 64, step: k / 2 * W * 64 }
                         } else {
@@ -137,19 +152,20 @@ unsafe fn blocks<T, P, const W: usize, const N: usize>(
                             Weights { at: decoded, item: 64, panel, step: k / 2 * 64 }
                         };
                         for strip in 0..strips {
-                            let row = strip * STRIP;
-                            let rows = (args.rows - row).min(STRIP);
+                            let row = strip * ROWS;
+                            let rows = (args.rows - row).min(ROWS);
                             if rows != configured {
                                 tiles.configure(&Config::new(rows, k));
                                 configured = rows;
                             }
                             // Lines of weights a turn, and rows of the strip a pass, so that all
                             // passes over a block ask for the next one.
-                            let whole = P::CODES == Codes::Bf16 && next.is_some();
                             let slots = W / N * strips * turns;
-                            let each = if whole { (steps * W * 16).div_ceil(slots) } else { 0 };
+                            let asks = whole && next.is_some();
+                            let each = if asks { (steps * W * 16).div_ceil(slots) } else { 0 };
                             let done = (first / N * strips + strip) * turns * each * 64;
                             let (pass, passes) = (unit * (W / N) + first / N, args.units * (W / N));
+                            let asked = if more { ROWS } else { 0 };
                             let strip = Strip {
                                 x: x.add(row * args.x_stride).cast(),
                                 stride: args.x_stride * 4,
@@ -159,13 +175,13 @@ unsafe fn blocks<T, P, const W: usize, const N: usize>(
                                 coming: Coming {
                                     lines: next.unwrap_or(codes).wrapping_add(done),
                                     each,
-                                    rows: (pass * STRIP / passes, (pass + 1) * STRIP / passes),
+                                    rows: (pass * asked / passes, (pass + 1) * asked / passes),
                                     bytes: steps * STEP * 2,
                                 },
                                 sum: if adds { acc.add(row * UNIT + first * PANEL) } else { sum },
-                                adds,
+                                adds: adds && begun,
                             };
-                            strip.multiply::<T, N>(rows, tiles);
+                            strip.multiply::<T, N>(tiles);
                             if adds {
                                 continue;
                             }
@@ -184,6 +200,7 @@ unsafe fn blocks<T, P, const W: usize, const N: usize>(
                     }
                 }
             }
+            begun = true;
             at = at.add(bytes);
             x = x.add(steps * STEP / P::K);
             sums = sums.add(groups);

@@ -140,6 +140,23 @@ fn many_rows_of_several_units() {
     }
 }
 
+/// Sums go on where there are more columns than are multiplied without a look at them.
+#[test]
+fn many_columns() {
+    let mut numbers = Numbers(9);
+    let (n, m) = (UNIT + 6, 20);
+    for (name, view) in cases(&mut numbers, n, 1100) {
+        let x = numbers.normal(m * view.cols());
+        let rounded: Vec<f32> = x.iter().map(|x| bf16::from_f32(*x).to_f32()).collect();
+        for gemm in entries(&view) {
+            let whole = product(gemm, &view, &x, m, (0, 0));
+            check_against_float64(&name, &view, &rounded, &whole).unwrap();
+            let cut = product(gemm, &view, &x, m, (1, 4));
+            assert!(bits(&cut) == bits(&whole), "{name} by {gemm:?}");
+        }
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 8, ..ProptestConfig::default() })]
 

@@ -75,13 +75,13 @@ pub fn failing_conditions(
         );
     }
     let sizes = [
-        ("hidden", request.hidden, kernel.multiples.0, Change::Hidden as fn(usize) -> Change),
-        ("intermediate", request.intermediate, kernel.multiples.1, Change::Intermediate),
+        ("a hidden", request.hidden, kernel.multiples.0, Change::Hidden as fn(usize) -> Change),
+        ("an intermediate", request.intermediate, kernel.multiples.1, Change::Intermediate),
     ];
     for (what, size, multiple, change) in sizes {
         if multiple > 1 && !size.is_multiple_of(multiple) {
             fail(
-                format!("needs a {what} size in multiples of {multiple}; it is {size}"),
+                format!("needs {what} size in multiples of {multiple}; it is {size}"),
                 change(size.next_multiple_of(multiple)),
             );
         }

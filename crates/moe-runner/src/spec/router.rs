@@ -297,7 +297,7 @@ impl RouterSpec {
             Selection::HashTable { vocabulary } => {
                 if vocabulary == 0 || vocabulary > MAX_SIZE {
                     return Err(format!(
-                        "the hash table has {vocabulary} rows; there must be 1 to {MAX_EXPERTS}"
+                        "the hash table has {vocabulary} rows; there must be 1 to {MAX_SIZE}"
                     ));
                 }
                 if self.correction != Correction::None || self.groups.is_some() {

@@ -141,6 +141,35 @@ fn what_stays_on_a_rank_keeps_its_slot() {
     assert_eq!(rank_loads(&[10., 9., 1., 2.], &rebalanced.map), [11., 11.]);
 }
 
+/// Dealing leaves expert 3 twice on the rank that has room last; the second copy changes places with what leaves the
+/// heavier rank lightest.
+#[test]
+fn copies_are_parted_where_it_costs_least() {
+    // copies of 4, 3, 5, 3, 3, 3: the ranks have 5 + 3 + 3 and 4 + 3 + 3; for expert 0 it would be 12 and 9
+    let load = [4., 3., 5., 6., 3.];
+    let apart = place(&load, topology(2, 3, 1, 1), Copies::Apart).unwrap();
+    assert_eq!(by_rank(&apart), [[2, 3, 1], [0, 3, 4]]);
+    assert_eq!(rank_loads(&load, &apart), [11., 10.]);
+}
+
+/// Copies that stand beside others already cost no more memory than they did.
+#[test]
+fn as_many_copies_beside_others_as_before_need_no_gain() {
+    let start = map(3, &[&[0, 1], &[2, 2]]);
+    // 15 and 9 become 12 and 12, with a copy of expert 1 beside another in place of one of expert 2
+    let rebalanced = rebalance_worth(&[3., 12., 9.], &start, 1, 1, 1.0).unwrap();
+    assert_eq!(by_rank(&rebalanced.map), [[0, 2], [1, 1]]);
+    assert_eq!((rebalanced.before, rebalanced.after), (0.8, 1.0));
+}
+
+/// Weights move for a gain alone.
+#[test]
+fn what_is_as_good_stays() {
+    let start = map(4, &[&[0, 3], &[1, 2]]);
+    let rebalanced = rebalance(&[5.; 4], &start, 1, 1).unwrap();
+    assert_eq!((rebalanced.map, rebalanced.before, rebalanced.after), (start, 1.0, 1.0));
+}
+
 #[test]
 fn the_first_placement_repeats_the_first_experts() {
     let start = initial(5, topology(4, 2, 1, 1)).unwrap();

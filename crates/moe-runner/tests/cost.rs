@@ -3,6 +3,7 @@
 mod layers;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use layers::{options, plain, rows, shared, splits, variants};
 use moe_kernels::numerics::quantise::Qdq;
@@ -18,6 +19,7 @@ use moe_runner::parallel::links::LinkSpeed;
 use moe_runner::parallel::{ExchangeKind, Parallel, deal_rows};
 use moe_runner::router::LogicalId;
 use moe_runner::runner::{ForwardInput, MoeRunner, MoeRunnerInterface, Report};
+use moe_runner::spec::{IdleExperts, RmsNorm, TransformStep};
 use moe_runner::weights::{ActivationQuant, FloatType, LoadedLayer, random_layer};
 
 const WIDTH: usize = 48;
@@ -110,6 +112,16 @@ fn every_collective_of_every_split_is_predicted() {
     }
 }
 
+/// Kimi-K3's experts stand between projections to a narrower width, with a norm before the second: what is
+/// reduced before the norm is as wide as the experts' rows, not as the layer's.
+#[test]
+fn with_a_norm_between_experts_and_a_wider_layer() {
+    let (_, mut spec) = variants().into_iter().find(|(name, _)| *name == "latent").unwrap();
+    let norm = RmsNorm { eps: 1e-6, unit_offset: false, scale_first: false };
+    spec.output_transform.steps.insert(0, TransformStep::RmsNorm(norm));
+    check(&random_layer(&spec, FloatType::F32, 11).unwrap(), F32, None, false);
+}
+
 #[test]
 fn with_copies_of_experts_and_16_bit_rows() {
     let layer = random_layer(&plain(), FloatType::Bf16, 11).unwrap();
@@ -118,14 +130,18 @@ fn with_copies_of_experts_and_16_bit_rows() {
 
 #[test]
 fn with_scales_of_whole_rows_that_slices_agree_on() {
-    let mut spec = plain();
-    spec.shared = Some(shared());
-    let mut layer = random_layer(&spec, FloatType::F32, 11).unwrap();
-    let shared = layer.shared.as_mut().unwrap();
-    for expert in layer.experts.iter_mut().chain(&mut shared.experts) {
-        expert.down.input = ActivationQuant::Quantised(Qdq::Int8Token);
+    // slots of idle experts have no row
+    for idle in [None, Some(IdleExperts::Skip { count: 3 })] {
+        let mut spec = plain();
+        spec.shared = Some(shared());
+        spec.router.idle = idle;
+        let mut layer = random_layer(&spec, FloatType::F32, 11).unwrap();
+        let shared = layer.shared.as_mut().unwrap();
+        for expert in layer.experts.iter_mut().chain(&mut shared.experts) {
+            expert.down.input = ActivationQuant::Quantised(Qdq::Int8Token);
+        }
+        check(&layer, F32, Some("reference"), false);
     }
-    check(&layer, F32, Some("reference"), false);
 }
 
 #[test]
@@ -167,6 +183,33 @@ fn bytes_of_weights_add_up() {
         let bytes = weight_bytes(&layer, &parallel, map).unwrap();
         assert!(bytes.iter().zip(routed).all(|(b, r)| b.routed == r && b.shared == shared));
     }
+    // eight experts on three ranks
+    let parallel = Parallel { sizes: layers::sizes(1, 3, 1, true), ..Parallel::default() };
+    let map = parallel.placement.map(8, 3).unwrap();
+    let bytes = weight_bytes(&layer, &parallel, &map).unwrap();
+    let routed: Vec<usize> = bytes.iter().map(|bytes| bytes.routed).collect();
+    assert_eq!(routed, [3 * expert, 3 * expert, 2 * expert]);
+}
+
+/// Exchanges that take a latency, and their bytes at a rate: both are found, as the slowest rank sees them.
+#[test]
+fn a_link_of_known_speed_is_found_to_have_it() {
+    for (ranks, slower) in [(2, 1.0), (2, 3.0), (5, 1.0), (5, 3.0)] {
+        let speeds = run_ranks(ranks, |world| {
+            let slower = if world.rank() == ranks - 1 { slower } else { 1.0 };
+            // of exchanges that take their time, half of it and twice as long, the median counts
+            let mut times = [slower, slower / 2.0, slower * 2.0].into_iter().cycle();
+            LinkSpeed::measure_with(&**world, |bytes| {
+                let sent = (bytes * (ranks - 1)) as f64;
+                let time = times.next().unwrap() * (100e-6 + sent / 4e9);
+                Ok(Duration::from_secs_f64(time))
+            })
+        });
+        for LinkSpeed { latency_us, gbps } in speeds.unwrap() {
+            assert!((latency_us / (slower * 100.0) - 1.0).abs() < 1e-3, "{ranks}: {latency_us}");
+            assert!((gbps * slower / 4.0 - 1.0).abs() < 1e-3, "{ranks}: {gbps}");
+        }
+    }
 }
 
 /// A link is measured over whatever connects the ranks, the same on each; and takes a latency for every collective
@@ -199,11 +242,18 @@ fn links_are_measured_and_predict_a_time() {
     let map = parallel.placement.map(8, 4).unwrap();
     let pass = Pass::new(&layer, F32, &parallel, &map).unwrap();
     let link = LinkSpeed { latency_us: 10.0, gbps: 2.0 };
-    for traffic in pass.traffic(&ids) {
-        let total = traffic.total();
-        let want = 2.0 * 10e-6 + total.sent.max(total.received) as f64 / 2e9;
-        assert!((link.seconds(&traffic) - want).abs() < 1e-12, "{traffic:?}");
+    let mut uneven = [0; 2];
+    // and where all rows go to one rank, which gets more than it sends
+    for ids in [&ids, &vec![LogicalId(0); 64]] {
+        for traffic in pass.traffic(ids) {
+            let total = traffic.total();
+            let want = 2.0 * 10e-6 + total.sent.max(total.received) as f64 / 2e9;
+            assert!((link.seconds(&traffic) - want).abs() < 1e-12, "{traffic:?}");
+            uneven[0] += usize::from(total.sent < total.received);
+            uneven[1] += usize::from(total.sent > total.received);
+        }
     }
+    assert!(uneven.iter().all(|ranks| *ranks > 0), "{uneven:?}");
     // what stays on GPUs: every row once to each other rank, its slots, and an output for each
     let wire = ResidentWire { row: 100, output: 1000 };
     let between = pass.on_gpus(wire).traffic(&ids);

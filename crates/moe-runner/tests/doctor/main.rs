@@ -114,6 +114,11 @@ fn a_hole_in_a_tensor() {
     let up = expert(1, UP);
     let text = expect(&model, FindingKind::ZeroRows, Severity::Warning, &[1], &up);
     assert!(text.contains("8 rows of zeros among 32, the first is row 8"), "{text}");
+    // an eighth is too many to be padding, less is not
+    model.rows(&up, 12..16, |_| 0.01);
+    expect(&model, FindingKind::ZeroRows, Severity::Warning, &[1], &up);
+    model.rows(&up, 11..12, |_| 0.01);
+    assert_eq!(examine(&model), []);
 }
 
 #[test]
@@ -137,6 +142,32 @@ fn copies_of_experts() {
     let gate = expert(4, GATE);
     let text = expect(&model, FindingKind::Copies, Severity::Warning, &[4], &gate);
     assert!(text.contains("gate and up of expert 4"), "{text}");
+}
+
+/// The same in the dense branch, which is no routed expert's.
+#[test]
+fn copies_in_the_shared_expert() {
+    let shared = |name: &str| format!("model.layers.0.mlp.shared_experts.{name}.weight");
+    let mut model = Model::new();
+    model.copy(&shared(GATE), &shared(UP));
+    expect(&model, FindingKind::Copies, Severity::Warning, &[], &shared(GATE));
+    // how large its weights are is not the routed experts' to say
+    let mut model = Model::new();
+    model.map(&shared(UP), |value| value * 1000.0);
+    assert_eq!(examine(&model), []);
+}
+
+/// A single weight that differs, in whatever column, makes another expert.
+#[test]
+fn a_weight_of_difference_is_no_copy() {
+    for column in 0..HIDDEN {
+        let mut model = Model::new();
+        for name in [GATE, UP, DOWN] {
+            model.copy(&expert(1, name), &expert(6, name));
+            model.values(&expert(6, name))[column] *= 1.5;
+        }
+        assert_eq!(examine(&model), [], "column {column}");
+    }
 }
 
 /// Two rows that trade places make another matrix.
@@ -169,6 +200,22 @@ fn scales_far_off_their_neighbours() {
     let mut model = Model::new();
     model.rows(ROUTER, 4..5, |value| value * 300.0);
     expect(&model, FindingKind::OffScale, Severity::Warning, &[4], ROUTER);
+    // of two experts the large one is called out
+    let mut model = Model::sized(2, 1);
+    model.map(&expert(1, UP), |value| value * 1000.0);
+    expect(&model, FindingKind::OffScale, Severity::Warning, &[1], &expert(1, UP));
+}
+
+/// What is zero or no number says nothing of how large the rest is, and is told for what it is alone.
+#[test]
+fn zeros_and_numbers_that_are_none_are_told_once() {
+    let up = expert(1, UP);
+    let mut model = Model::new();
+    model.rows(&up, 4..28, |_| 0.0);
+    expect(&model, FindingKind::ZeroRows, Severity::Warning, &[1], &up);
+    let mut model = Model::new();
+    model.fill(&up, f32::NAN);
+    expect(&model, FindingKind::NonFinite, Severity::Error, &[1], &up);
 }
 
 #[test]
@@ -185,6 +232,12 @@ fn routers_that_do_not_route() {
     model.values(CORRECTION)[3] = 5.0;
     model.values(CORRECTION)[5] = 5.0;
     expect(&model, FindingKind::CollapsedRouting, Severity::Error, &[3, 5], ROUTER);
+    // one that only scores of small rows do not outweigh: hardly meant, and may be
+    model.values(CORRECTION)[3] = 0.9;
+    model.values(CORRECTION)[5] = 0.9;
+    expect(&model, FindingKind::CollapsedRouting, Severity::Warning, &[3, 5], ROUTER);
+    // where every token takes every expert, nothing has collapsed
+    assert_eq!(examine(&Model::sized(EXPERTS, EXPERTS)), []);
 }
 
 #[test]
@@ -224,6 +277,7 @@ fn tails_of_zeros() {
         (1000, Severity::Error, vec![last]),
         (4 * 256, Severity::Warning, vec![last]),
         (20 * 256, Severity::Error, vec![last]),
+        (32 * 256, Severity::Error, vec![last]),
         (32 * 256 + 4, Severity::Error, vec![last, before]),
         (whole.len() / 2, Severity::Error, vec![last, before]),
     ] {
@@ -232,6 +286,8 @@ fn tails_of_zeros() {
         let first = &found[0];
         assert_eq!((first.kind, first.severity), (FindingKind::ZeroTail, severity), "{zeros}");
         assert_eq!(first.names[..names.len()], names, "{zeros}");
+        // what does not end in zeros is not named
+        assert!(first.names.len() == names.len() || zeros == whole.len() / 2, "{zeros}: {first:?}");
         assert_eq!(first.layer, None);
         assert!(first.to_string().contains("model.safetensors"), "{first}");
     }

@@ -33,21 +33,26 @@ pub(crate) struct Model {
 impl Model {
     /// Random weights, nothing wrong with them.
     pub(crate) fn new() -> Self {
+        Self::sized(EXPERTS, 2)
+    }
+
+    /// The same with so many experts, and so many of a token.
+    pub(crate) fn sized(experts: usize, top_k: usize) -> Self {
         let config = json!({"model_type": "deepseek_v3", "hidden_size": HIDDEN,
             "hidden_act": "silu", "intermediate_size": 96, "moe_intermediate_size": INTERMEDIATE,
-            "num_hidden_layers": 1, "n_routed_experts": EXPERTS, "n_shared_experts": 1,
-            "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 0,
+            "num_hidden_layers": 1, "n_routed_experts": experts, "n_shared_experts": 1,
+            "num_experts_per_tok": top_k, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 0,
             "routed_scaling_factor": 2.5, "norm_topk_prob": true, "scoring_func": "sigmoid"});
         let mut model = Self { config, tensors: BTreeMap::new() };
         let mut random = Random::new(11);
         let mut add = |name: &str, shape: &[usize]| {
             model.add(name, shape, |_| 0.05 * random.normal() as f32);
         };
-        add(ROUTER, &[EXPERTS, HIDDEN]);
-        add(CORRECTION, &[EXPERTS]);
+        add(ROUTER, &[experts, HIDDEN]);
+        add(CORRECTION, &[experts]);
         let shared = ["gate_proj", "up_proj", "down_proj"]
             .map(|name| format!("model.layers.0.mlp.shared_experts.{name}.weight"));
-        let experts = (0..EXPERTS).map(|index| [GATE, UP, DOWN].map(|name| expert(index, name)));
+        let experts = (0..experts).map(|index| [GATE, UP, DOWN].map(|name| expert(index, name)));
         for [gate, up, down] in experts.chain([shared]) {
             add(&gate, &[INTERMEDIATE, HIDDEN]);
             add(&up, &[INTERMEDIATE, HIDDEN]);

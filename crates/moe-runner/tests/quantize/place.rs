@@ -116,7 +116,13 @@ fn an_old_checkpoint_comes_back_when_the_new_one_cannot_follow() {
     assert_eq!(listing(&out), ["config.json", &shard, "model.safetensors"]);
     fs::remove_file(out.join(&shard)).unwrap();
 
-    // somebody works on the old one
+    // somebody works on the old one; its size may stay the same
+    let blank = vec![b' '; old.0.len()];
+    let error =
+        said(while_it_runs(&out, &many, || fs::write(out.join("config.json"), &blank).unwrap()));
+    assert!(error.contains("'config.json' was changed"), "{error}");
+    assert_eq!((before("config.json"), before("model.safetensors")), (blank, old.1.clone()));
+    fs::write(out.join("config.json"), &old.0).unwrap();
     let error =
         said(while_it_runs(&out, &many, || fs::write(out.join("config.json"), "{ }").unwrap()));
     assert!(error.contains("'config.json' was changed"), "{error}");

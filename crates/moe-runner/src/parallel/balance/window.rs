@@ -181,6 +181,21 @@ mod tests {
         assert!(LoadWindow::new(usize::MAX, 2, 2).is_err());
     }
 
+    /// A step's place in the ring is used again and again: what it held is taken off once.
+    #[test]
+    fn a_window_holds_its_last_steps_however_long_it_moves() {
+        let chosen = |step: u32| [step % 3, step * step % 3];
+        let mut window = LoadWindow::new(1, 3, 4).unwrap();
+        for step in 0..20 {
+            window.record(0, &routing(&chosen(step))).unwrap();
+            let mut counts = vec![0; 3];
+            let last = (step.saturating_sub(3)..=step).flat_map(chosen);
+            last.for_each(|id| counts[id as usize] += 1);
+            assert_eq!(window.loads(), Loads::new(3, counts).unwrap(), "step {step}");
+            window.advance();
+        }
+    }
+
     #[test]
     fn ranks_add_up_their_loads() {
         let loads = crate::comm::run_ranks(3, |comm| {

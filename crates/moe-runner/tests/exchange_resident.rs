@@ -359,4 +359,12 @@ fn ways_of_two_ranks_meet() {
     assert_eq!(first.all[0].rows.come.len(), second.all[0].rows.go.len());
     let even = Room::for_share(128, 8, 4, 1.5);
     assert_eq!(even, Room { slots: 384, rows: 128 });
+    // a share that is no whole number has a place for what is over
+    for (tokens, ranks) in [(3, 2), (7, 3), (1, 8)] {
+        let room = Room::for_share(tokens, 1, ranks, 1.0);
+        assert!(
+            room.slots * ranks >= tokens && room.slots <= tokens,
+            "{tokens}, {ranks}: {room:?}"
+        );
+    }
 }

@@ -10,7 +10,7 @@ use moe_runner::experts::{
     RowFormat, Scheme, Target,
 };
 use moe_runner::hidden::ActivationDtype::{self, Bf16, F16, F32};
-use moe_runner::oracle::{Machine, Request, failing_conditions, select};
+use moe_runner::oracle::{Change, Machine, Request, failing_conditions, select};
 use moe_runner::runner::Options;
 use moe_runner::spec::{Activation, ActivationFormat, Granularity, WeightFormat, WeightOn};
 use moe_runner::weights::{
@@ -230,6 +230,14 @@ proptest! {
                 reason.fix.apply(&mut all_request, &mut all_machine);
             }
             prop_assert_eq!(failing_conditions(kernel, &all_request, &all_machine), vec![]);
+            // an entry takes a projection as a whole, or what it does not take is one of the reasons
+            let formats = reasons.iter().any(|reason| {
+                use Change::{Activations, Extras, Groups, Weights};
+                let fix = &reason.fix;
+                matches!(fix, Weights { .. } | Activations { .. } | Groups { .. } | Extras { .. })
+            });
+            let taken = request.products.iter().all(|product| kernel.scheme(product).is_some());
+            prop_assert_eq!(taken, !formats, "{}", kernel.name);
         }
     }
 }
@@ -438,6 +446,20 @@ fn w8a8_of_compressed_tensors_is_chosen_and_refused_like_all_formats() {
             assert_eq!(named.kernel.name, kernel.name, "{case}");
         }
     }
+}
+
+/// What one projection of one expert is stored as counts as what all others are.
+#[test]
+fn one_projection_of_another_format_is_seen() {
+    let mut layer = layer("quant_qwen3_moe_nvfp4");
+    let choose = |layer: &LoadedLayer| layer.choose(&options(Some("emulation_nvfp4"), Bf16));
+    choose(&layer).unwrap();
+    let last = layer.experts.last_mut().unwrap();
+    let shape = [last.down.rows(), last.down.cols()];
+    let floats = Matrix::from_f32(&vec![0.5; shape[0] * shape[1]], shape).unwrap();
+    last.down = floats.with_input(last.down.input);
+    let error = choose(&layer).unwrap_err().to_string();
+    assert!(error.contains("cannot read f32 weights"), "{error}");
 }
 
 #[test]

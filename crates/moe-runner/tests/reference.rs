@@ -3,8 +3,9 @@
 mod layers;
 
 use layers::{forward, kernels_for, nmse, options, rows, runner, truth, variants};
+use moe_kernels::numerics::quantise::Qdq;
 use moe_runner::hidden::ActivationDtype::{Bf16, F16, F32};
-use moe_runner::weights::{FloatType, random_layer};
+use moe_runner::weights::{ActivationQuant, FloatType, StepWeights, random_layer};
 
 #[test]
 fn every_kernel_equals_the_reference_on_every_option() {
@@ -33,6 +34,28 @@ fn every_stored_float_type_is_read_exactly() {
             );
             assert!(error <= 1e-11, "{float:?}, {kernel}: NMSE {error:e}");
         }
+    }
+}
+
+/// Projections around the experts quantise the rows that they multiply, where their weights ask for it.
+#[test]
+fn projections_around_the_experts_quantise_their_rows() {
+    let (_, spec) = variants().into_iter().find(|(name, _)| *name == "latent").unwrap();
+    let plain = random_layer(&spec, FloatType::F32, 7).unwrap();
+    let quantised = |steps: &mut Vec<StepWeights>| {
+        let [StepWeights::Linear(matrix)] = &mut steps[..] else { panic!("one projection") };
+        matrix.input = ActivationQuant::Quantised(Qdq::Int8Token);
+    };
+    let [mut before, mut after] = [plain.clone(), plain.clone()];
+    quantised(&mut before.input_transform);
+    quantised(&mut after.output_transform);
+    let hidden = rows(F32, 9, 48, 1);
+    let without = truth(&plain, &hidden);
+    // what arrives at the second one differs by roundings, of which some decide a code
+    for (layer, bound) in [(before, 1e-11), (after, 1e-6)] {
+        let y = forward(&mut runner(&layer, None, F32), &hidden);
+        assert!(nmse(&y, &truth(&layer, &hidden)) <= bound);
+        assert!(nmse(&y, &without) > 1e-5, "quantised rows are other rows");
     }
 }
 

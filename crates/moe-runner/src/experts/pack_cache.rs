@@ -403,7 +403,49 @@ impl Digest {
 
 #[cfg(test)]
 mod tests {
+    use moe_kernels::pool::Inline;
+    use moe_kernels::stored::{
+        Codes, Element, Granularity, Packing, ScaleType, Scales, ZeroPoints, Zeros,
+    };
+
     use super::*;
+    use crate::experts::KERNELS;
+
+    /// Two rows of codes that are all 5, with a scale and a zero point for each 32.
+    fn codes(scales: &[f32], zeros: [i16; 4]) -> View {
+        let scales: Vec<u8> = scales.iter().flat_map(|scale| scale.to_le_bytes()).collect();
+        let group = (ScaleType::F32, Granularity::Group, [1, 32]);
+        let scales = Scales::new(scales.into(), group.0, group.1, group.2, [2, 64]).unwrap();
+        let zeros = Zeros::Each(ZeroPoints::from_i16(&zeros, [2, 2]).unwrap());
+        let packing = (Element::Uint4, Packing::Rows);
+        let codes = Codes::new(packing, vec![0x55; 64].into(), [2, 64], scales, zeros, None);
+        View::new(codes.unwrap())
+    }
+
+    /// Each part of what is packed, and of what it is packed for, is in the name of the file; the same has the same.
+    #[test]
+    fn everything_that_matters_has_a_name_of_its_own() {
+        let name = |view: &View, rows, stamp, desc| {
+            let cache = PackCache::with("folder".into(), stamp);
+            cache.place(desc, &[(view, rows)], &Inline).path
+        };
+        let (one, other) = ([1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 3.0, 4.5]);
+        let plain = codes(&one, [1, 2, 3, 4]);
+        let f32 = OperandKind::F32;
+        for stamp in [None, Some([1, 2])] {
+            let same = name(&plain, f32, stamp, KERNELS[0]);
+            assert_eq!(name(&codes(&one, [1, 2, 3, 4]), f32, stamp, KERNELS[0]), same);
+            let scales = codes(&other, [1, 2, 3, 4]);
+            assert_ne!(name(&scales, f32, stamp, KERNELS[0]), same, "a scale");
+            let zeros = codes(&one, [1, 2, 3, 5]);
+            assert_ne!(name(&zeros, f32, stamp, KERNELS[0]), same, "a zero point");
+            let row = plain.rows_of(0, 1, 1).unwrap();
+            assert_ne!(name(&row, f32, stamp, KERNELS[0]), same, "a row");
+            assert_ne!(name(&plain, OperandKind::Bf16, stamp, KERNELS[0]), same, "rows of bf16");
+            assert_ne!(name(&plain, f32, stamp, KERNELS[1]), same, "a kernel");
+            assert_ne!(name(&plain, f32, Some([1, 3]), KERNELS[0]), same, "a checkpoint");
+        }
+    }
 
     /// Sampled or whole, at any length: what changes at an end, or in length, changes the digest; all of
     /// a small array, and a change of every byte of a large one, do.
@@ -427,6 +469,13 @@ mod tests {
                 let other: Vec<u8> = bytes.iter().map(|byte| byte ^ 0x80).collect();
                 assert_ne!(samples(&other), samples(&bytes));
             }
+        }
+        // a change as long as a MiB, wherever it lies, meets a sample
+        let long: Vec<u8> = (0..5 << 20).map(|i| (i * 7 % 251) as u8).collect();
+        for start in (0..4 << 20).step_by(300_000) {
+            let mut other = long.clone();
+            other[start..start + (1 << 20) + LINE].iter_mut().for_each(|byte| *byte ^= 1);
+            assert_ne!(samples(&other), samples(&long), "from {start} on");
         }
         let (mut a, mut b) = (Digest::new(), Digest::new());
         a.update(b"ab");

@@ -297,3 +297,33 @@ fn traffic(groups: &Groups) -> Traffic {
     let all = [&groups.world, &groups.ep, &groups.rows, &groups.tp];
     all.iter().fold(Traffic::default(), |sum, group| sum.plus(&group.traffic().read()))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::comm::{Count, Kind, Sizes, TrafficCounter, run_ranks};
+
+    /// The slowest rank's time, and the sum of all else: the same on every rank.
+    #[test]
+    fn ranks_tell_what_they_did_together() {
+        let sizes = Sizes { dp: 3, ..Sizes::default() };
+        let passes = run_ranks(3, |world| {
+            let groups = Groups::new(world.clone(), sizes)?;
+            let rank = world.rank();
+            let counter = TrafficCounter::default();
+            let sent = [1, 20, 300][rank];
+            counter.add(Kind::AllToAllV, Count { calls: 1, sent, received: 7 });
+            let own = Own {
+                time: Duration::from_micros([30, 50, 20][rank]),
+                weight_bytes: [4, 50, 600][rank],
+                flops: [0.5, 7.0, 80.0][rank],
+                traffic: counter.read(),
+            };
+            own.over_all_ranks(&groups, At::new("layer", Step::Finish))
+        });
+        for Pass { time, weight_bytes, flops, moved } in passes.unwrap() {
+            assert_eq!(time, Duration::from_micros(50));
+            assert_eq!((weight_bytes, moved, flops), (654, 321, 87.5));
+        }
+    }
+}

@@ -226,3 +226,70 @@ pub(super) fn flops(spec: &LayerSpec, tokens: usize, gated: bool, routing: &Rout
         + linear(&spec.output_transform, dims.routed_hidden);
     routed + tokens as f64 * (shared + gate + transforms)
 }
+
+#[cfg(test)]
+mod tests {
+    use moe_kernels::numerics::quantise::Qdq;
+
+    use super::*;
+    use crate::comm::{Groups, Sizes, run_ranks};
+    use crate::hidden::ActivationDtype;
+    use crate::parallel::Parallel;
+    use crate::runner::Options;
+    use crate::spec::{
+        Activation, Dims, ExpertSpec, GateSpec, OutputSpec, RoutedScale, RouterSpec, ScaleOn,
+        SharedSpec,
+    };
+    use crate::weights::{ActivationQuant, FloatType, random_layer};
+
+    /// Slices of shared experts whose rows have one scale agree on it with the other ranks of the group that the
+    /// routed branch's sum is shared in: that is one thread's work.
+    #[test]
+    fn two_threads_take_no_part_in_the_collectives_of_one_group() {
+        let shared = SharedSpec {
+            count: 1,
+            intermediate: 32,
+            gated: true,
+            activation: Activation::Silu,
+            bias: false,
+            sigmoid_gate: false,
+            combine: SharedCombine::Add,
+            input_norm: None,
+            output_norm: None,
+        };
+        let spec = LayerSpec {
+            name: "layer".into(),
+            index: 0,
+            dims: Dims { hidden: 32, routed_hidden: 32, intermediate: 32 },
+            gate: GateSpec::default(),
+            router: RouterSpec::softmax(4, 2, true),
+            expert: ExpertSpec {
+                gated: true,
+                activation: Activation::Silu,
+                bias: false,
+                norm: None,
+            },
+            input_transform: Transform::default(),
+            output_transform: Transform::default(),
+            routed_scale: RoutedScale { factor: 1.0, on: ScaleOn::Weights },
+            shared: Some(shared),
+            output: OutputSpec::default(),
+        };
+        let plain = random_layer(&spec, FloatType::F32, 1).unwrap();
+        let mut row_wide = plain.clone();
+        for expert in &mut row_wide.shared.as_mut().unwrap().experts {
+            expert.down.input = ActivationQuant::Quantised(Qdq::Int8Token);
+        }
+        let options = Options::new(ActivationDtype::F32, 1).unwrap();
+        let (order, expert_parallel) = (SharedOrder::SecondThread, true);
+        for (tp, layer, uses) in [(2, &plain, true), (1, &row_wide, true), (2, &row_wide, false)] {
+            let sizes = Sizes { tp, dp: 2, expert_parallel, ..Sizes::default() };
+            let parallel = Parallel { sizes, order, ..Parallel::default() };
+            let threads = run_ranks(sizes.ranks(), |world| {
+                let groups = Groups::new(world.clone(), sizes)?;
+                Ok(MoeRunner::on_rank(layer, &options, &groups, &parallel)?.uses_second_thread())
+            });
+            assert_eq!(threads.unwrap(), vec![uses; sizes.ranks()], "tensor parallel {tp}");
+        }
+    }
+}

@@ -2,7 +2,7 @@
 //! on with the next.
 
 use half::{bf16, f16};
-use moe_runner::hidden::ActivationDtype::{Bf16, F32};
+use moe_runner::hidden::ActivationDtype::{Bf16, F16, F32};
 use moe_runner::hidden::{DeviceRows, Rows, RowsMut};
 use moe_runner::router::LogicalId;
 use moe_runner::runner::{ForwardInput, MoeRunner, MoeRunnerInterface, reference};
@@ -45,6 +45,22 @@ fn hidden_states_that_are_no_numbers() {
         }
         assert_eq!(forward(&mut runner, &good), want, "{kernel}");
     }
+}
+
+/// A number is looked at as the layer's dtype has it: f32 rows may hold what is too large for that.
+#[test]
+fn hidden_states_beyond_the_layers_dtype() {
+    let layer = layer(|_| {});
+    let mut hidden = rows(F32, 3, 48, 1);
+    for (dtype, beyond) in [(F16, 65_520.0), (Bf16, f32::MAX)] {
+        hidden[48 + 5] = beyond;
+        let mut runner = runner(&layer, None, dtype);
+        let error = refusal(&mut runner, &ForwardInput::new(Rows::F32(&hidden)), 144);
+        assert_eq!(error, "hidden_states: row 1, column 5: inf is not a finite number");
+    }
+    // the last that f16 does not round to infinity
+    hidden[48 + 5] = 65_519.0;
+    forward(&mut runner(&layer, None, F16), &hidden);
 }
 
 #[test]

@@ -6,14 +6,17 @@ use moe_kernels::pool::Inline;
 use moe_runner::experts::{BuiltKernel, Caps, ExpertCall, build, reference};
 use moe_runner::hidden::ActivationDtype::F32;
 use moe_runner::hidden::{Rows, RowsMut};
+use moe_runner::parallel::Parallel;
 use moe_runner::plan::{NO_EXPERT, NO_PLACE, Plan};
 use moe_runner::router::{LocalId, LogicalId};
 use moe_runner::runner::{ForwardInput, MoeRunnerInterface};
-use moe_runner::spec::{Dims, LayerSpec, RouterSpec, WeightOn};
-use moe_runner::weights::{FloatType, LoadedLayer, random_layer};
+use moe_runner::spec::{Dims, Granularity, LayerSpec, RouterSpec, WeightOn};
+use moe_runner::weights::{
+    Element, FloatType, LoadedLayer, RandomFormat, RandomScaled, ScaleType, random_layer,
+};
 
 use super::doubles::desc;
-use super::layers::{kernels, nmse, plain, rows, runner, shared};
+use super::layers::{kernels, nmse, options, plain, rows, runner, shared, sizes, split};
 
 const NONE: u32 = NO_EXPERT.0;
 
@@ -127,4 +130,30 @@ fn given_ids_may_repeat_and_leave_experts_idle() {
         outputs.push(out.iter().map(|v| f64::from(*v)).collect::<Vec<_>>());
         assert!(nmse(&out, &outputs[0]) <= 1e-11, "{kernel}");
     }
+}
+
+/// A kernel that takes a width between the products in multiples alone is asked with what a rank has of it.
+#[test]
+fn a_ranks_slice_must_be_a_width_that_the_kernel_takes() {
+    let mut spec = plain();
+    spec.dims = Dims { hidden: 64, routed_hidden: 64, intermediate: 96 };
+    let block = (Granularity::Group, [1, 32]);
+    let mxfp4 = RandomScaled {
+        element: Element::E2m1,
+        scales: ScaleType::E8m0,
+        granularity: block.0,
+        block: block.1,
+        input: None,
+    };
+    let layer = random_layer(&spec, RandomFormat::Scaled(mxfp4), 9).unwrap();
+    let options = options(Some("emulation_ocp_mx"), F32);
+    let hidden = rows(F32, 3, 64, 5);
+    let over = |ranks| {
+        let parallel = Parallel { sizes: sizes(ranks, 1, 1, false), ..Parallel::default() };
+        split(&layer, &options, &parallel, &hidden)
+    };
+    over(1).unwrap();
+    over(3).unwrap();
+    let error = over(2).unwrap_err().to_string();
+    assert!(error.contains("needs an intermediate size in multiples of 32; it is 48"), "{error}");
 }

@@ -5,6 +5,7 @@
 mod layers;
 
 mod ablation;
+mod counted;
 mod defects;
 mod doubles;
 mod handmade;

@@ -3,6 +3,7 @@
 use half::{bf16, f16};
 use moe_runner::hidden::ActivationDtype::{self, Bf16, F16, F32};
 use moe_runner::hidden::{Rows, RowsMut};
+use moe_runner::parallel::Parallel;
 use moe_runner::runner::{ForwardInput, MoeRunnerInterface, reference};
 use moe_runner::spec::{
     Activation, Correction, GroupFill, GroupScore, Groups, Renormalise, RoutedScale, RouterSpec,
@@ -10,7 +11,7 @@ use moe_runner::spec::{
 };
 use moe_runner::weights::{FloatType, LoadedLayer, random_layer};
 
-use super::layers::{nmse, plain, rows, runner, shared};
+use super::layers::{nmse, options, plain, rows, runner, shared, sizes, split};
 
 /// The written output and what the true one is times it, rows in and out in `dtype`.
 fn run(layer: &LoadedLayer, dtype: ActivationDtype, input: Input<'_>) -> (Vec<f32>, f32) {
@@ -89,6 +90,26 @@ fn f16_applies_the_factor_with_and_without_shared_experts() {
                 let error = nmse(&y, &truth);
                 assert!(error <= bound(dtype), "{what}: NMSE {error:e}");
             }
+        }
+    }
+}
+
+/// A batch over ranks tells the true output, in f32, whatever its ranks wrote; and by what they had divided it.
+#[test]
+fn a_batch_over_ranks_has_the_factor_back() {
+    let mut spec = plain();
+    spec.routed_scale = RoutedScale { factor: 16.0, on: ScaleOn::Output };
+    spec.shared = Some(shared());
+    let layer = random_layer(&spec, FloatType::F32, 3).unwrap();
+    for (dtype, written) in [(F32, 1.0), (Bf16, 1.0), (F16, 16.0)] {
+        let hidden = rows(dtype, 9, 48, 6);
+        let truth = reference::layer(&layer, &hidden, None, None).unwrap().output;
+        for sizes in [sizes(1, 1, 1, false), sizes(2, 1, 1, false), sizes(1, 2, 1, true)] {
+            let parallel = Parallel { sizes, ..Parallel::default() };
+            let batch = split(&layer, &options(None, dtype), &parallel, &hidden).unwrap();
+            assert_eq!(batch.output_scale, written, "{dtype:?} {sizes:?}");
+            let error = nmse(&batch.output, &truth);
+            assert!(error <= bound(dtype), "{dtype:?} {sizes:?}: NMSE {error:e}");
         }
     }
 }

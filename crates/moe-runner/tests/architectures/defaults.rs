@@ -209,6 +209,38 @@ fn nulls() {
     assert_eq!(qwen.len(), layers("qwen3_moe", &[]).unwrap().len());
 }
 
+/// DeepSeek-V2 chooses among all experts, unless its method is the one that is limited to groups.
+#[test]
+fn methods_of_deepseek_v2() {
+    let groups = |method: Option<&str>| {
+        let mut keys = vec![
+            ("num_experts_per_tok", json!(6)),
+            ("n_group", json!(8)),
+            ("topk_group", json!(3)),
+        ];
+        keys.extend(method.map(|method| ("topk_method", json!(method))));
+        let groups = layers("deepseek_v2", &keys).unwrap()[0].spec.router.groups;
+        groups.map(|groups| (groups.count, groups.keep))
+    };
+    assert_eq!(groups(Some("greedy")), None);
+    assert_eq!(groups(None), None);
+    assert_eq!(groups(Some("group_limited_greedy")), Some((8, 3)));
+}
+
+/// DBRX divides by the sum of the weights where it does not name another norm; `null` is none at all.
+#[test]
+fn norms_of_dbrx() {
+    use moe_runner::spec::Renormalise;
+    let norm = |p: Option<Value>| {
+        let mut ffn = json!({"moe_num_experts": 4, "moe_top_k": 2, "ffn_hidden_size": 64});
+        ffn.as_object_mut().unwrap().extend(p.map(|p| ("moe_normalize_expert_weights".into(), p)));
+        layers("dbrx", &[("ffn_config", ffn)]).unwrap()[0].spec.router.renormalise
+    };
+    assert_eq!(norm(None), Renormalise::PNorm { p: 1.0 });
+    assert_eq!(norm(Some(json!(2.0))), Renormalise::PNorm { p: 2.0 });
+    assert_eq!(norm(Some(Value::Null)), Renormalise::None);
+}
+
 /// Kimi's activation has a bound for the gate, and one for the up projection where that is bounded.
 #[test]
 fn bounds_of_kimi() {

@@ -7,7 +7,7 @@ use std::path::Path;
 use moe_runner::checkpoint::Checkpoint;
 use moe_runner::checkpoint::architecture;
 use moe_runner::doctor;
-use moe_runner::weights::survey;
+use moe_runner::weights::{LoadedLayer, Matrix, survey};
 
 /// Where the first page begins that holds nothing but tensors, in a safetensors or a GGUF file.
 fn end_of_header(file: &Path) -> u64 {
@@ -64,4 +64,43 @@ fn an_outline_reads_no_tensor() {
         assert_eq!(doctor::files(&checkpoint), [], "{name}");
     }
     assert!(bytes_left > 1 << 20, "{bytes_left} bytes were there to read");
+}
+
+/// Before a checkpoint is fetched its configuration tells what experts will be stored as: the files turn out to
+/// hold these formats and shapes, and about as many bytes (a scale's type is no part of every configuration).
+#[test]
+fn a_configuration_tells_what_the_files_turn_out_to_hold() {
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
+    let mut compared = 0;
+    for entry in std::fs::read_dir(golden).unwrap() {
+        let path = entry.unwrap().path();
+        let config = path.join("config.json");
+        if !config.exists() {
+            continue;
+        }
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::copy(config, folder.path().join("config.json")).unwrap();
+        let outline = Checkpoint::open_outline(folder.path()).unwrap();
+        let checkpoint = Checkpoint::open(&path).unwrap();
+        let promised = architecture::layers(&outline).unwrap();
+        for (index, entry) in architecture::layers(&checkpoint).unwrap().iter().enumerate() {
+            let place = format!("{}, layer {index}", path.display());
+            let layer = LoadedLayer::load(&checkpoint, entry).unwrap();
+            let (promised, accounting) = survey(&outline, &promised[index]);
+            assert!(accounting.is_complete(), "{place}: {accounting:?}");
+            let promised = promised.unwrap_or_else(|| panic!("{place}"));
+            for (real, promised) in layer.experts.iter().zip(&promised.experts) {
+                let real = real.gate.iter().chain([&real.up, &real.down]);
+                let promised = promised.gate.iter().chain([&promised.up, &promised.down]);
+                for (real, promised) in real.zip(promised) {
+                    let told = |matrix: &Matrix| (matrix.format(), matrix.rows(), matrix.cols());
+                    assert_eq!(told(promised), told(real), "{place}");
+                    let [real, promised] = [real, promised].map(Matrix::stored_bytes);
+                    assert!(promised.abs_diff(real) <= real / 8, "{place}: {promised} of {real}");
+                    compared += 1;
+                }
+            }
+        }
+    }
+    assert!(compared > 100, "{compared}");
 }

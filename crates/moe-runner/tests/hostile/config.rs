@@ -63,6 +63,15 @@ fn values_that_are_right() {
     assert!(config.sub("absent").unwrap().is_none());
 }
 
+/// Python's words for numbers that are not finite are looked for outside of texts, whatever those hold.
+#[test]
+fn quotes_in_texts_do_not_end_them() {
+    let config = open(r#"{"text": "say \"NaN\", or \\", "x": NaN, "\\\"-Infinity": 3}"#).unwrap();
+    assert_eq!(config.str("text").unwrap(), Some(r#"say "NaN", or \"#));
+    assert_eq!(config.usize(r#"\"-Infinity"#).unwrap(), Some(3));
+    assert_eq!(config.str("x").unwrap(), Some("NaN"));
+}
+
 #[test]
 fn values_that_cannot_be_meant() {
     let config = open(VALUES).unwrap();

@@ -79,6 +79,24 @@ fn shards_that_are_not_there() {
     refused(folder.path(), "model-00002-of-00002.safetensors", "is empty");
 }
 
+/// Those that follow one that is not there hold what the index says that they hold.
+#[test]
+fn shards_behind_one_that_is_not_there() {
+    let folder = folder();
+    write(folder.path(), "model-00003-of-00003.safetensors", shard("c"));
+    let all = format!(r#"{},"c":"model-00003-of-00003.safetensors"}}"#, &RIGHT[..RIGHT.len() - 1]);
+    index(folder.path(), &all);
+    std::fs::remove_file(folder.path().join("model-00001-of-00002.safetensors")).unwrap();
+    let opened = Checkpoint::open(folder.path()).unwrap();
+    assert_eq!(opened.names().collect::<Vec<_>>(), ["b", "c"]);
+    for (tensor, shard) in [("b", "model-00002-of-00002"), ("c", "model-00003-of-00003")] {
+        let file = opened.require(tensor).unwrap().file;
+        assert_eq!(file, folder.path().join(format!("{shard}.safetensors")));
+    }
+    let message = one_line(opened.require("a").unwrap_err(), "");
+    assert!(message.contains("'a': is in 'model-00001-of-00002.safetensors', which"), "{message}");
+}
+
 #[test]
 fn shards_of_any_stem() {
     let folder = folder();

@@ -39,10 +39,10 @@ pub(crate) const SHARED_GATE: f64 = -1.0;
 /// Tensor scale of up over that of gate, in formats that have one.
 pub(crate) const UP_SCALE: f64 = 4.0;
 
-/// Coordinates of the hidden state: the ruler, what makes its length right, one, `big`, then the
-/// router's.
+/// Coordinates of the hidden state: the ruler, one, `big`, then the router's. What makes its length
+/// right is the last one, so that the last group of columns meets a number too: a scale or a zero point
+/// taken from the first group shows there, where all weights are zero.
 const RULER_AT: usize = 0;
-const BALANCE_AT: usize = 1;
 const ONE_AT: usize = 2;
 const BIG_AT: usize = 3;
 const ROUTER_AT: usize = 4;
@@ -227,7 +227,7 @@ impl Block {
             x[ROUTER_AT..ROUTER_AT + router.len()].copy_from_slice(&router);
             let rest = self.family.hidden as f64 - x.iter().map(|v| v * v).sum::<f64>();
             assert!(rest > 0.0, "probe {probe} of {} is too long", self.family.name);
-            x[BALANCE_AT] = rest.sqrt();
+            x[self.family.hidden - 1] = rest.sqrt();
             x
         };
         (0..self.probes.len()).map(embedding).collect()

@@ -6,7 +6,7 @@ use moe_acid::{Block, Decoder, FAMILIES, Family, Readings};
 use moe_runner::checkpoint::{Checkpoint, architecture};
 use moe_runner::hidden::{ActivationDtype, Rows, RowsMut};
 use moe_runner::runner::{ForwardInput, MoeRunner, MoeRunnerInterface, Options};
-use moe_runner::weights::{LoadedLayer, Matrix};
+use moe_runner::weights::{Codes, Expert, Global, LoadedLayer, Matrix, ZeroPoints, Zeros};
 
 fn decoded(matrix: &Matrix) -> Vec<f64> {
     let mut row = vec![0.0; matrix.cols()];
@@ -44,6 +44,76 @@ fn swapped_matrices_of_a_file_are_named() {
         let right = Block::new(block.family);
         let verdict = Decoder::new(&right).verdict(&readings(&right, &layer));
         assert_eq!(verdict.to_string(), "gate and up swapped", "{}", form.name());
+    }
+}
+
+/// A quantised layer whose experts' codes were read with other zero points, or other tensor scales.
+fn misread(
+    layer: &LoadedLayer,
+    zero: impl Fn(&Codes, usize, usize) -> f32,
+    global: impl Fn(&Expert, &Codes) -> Option<Global>,
+) -> LoadedLayer {
+    let mut layer = layer.clone();
+    for expert in &mut layer.experts {
+        let old = expert.clone();
+        for matrix in expert.gate.iter_mut().chain([&mut expert.up, &mut expert.down]) {
+            let codes = matrix.codes().unwrap();
+            let (shape, scales) = ([codes.rows(), codes.cols()], codes.scales().clone());
+            let [down, across] = scales.shape();
+            let zeros: Vec<i16> = (0..down)
+                .flat_map(|row| (0..across).map(move |group| (row, group)))
+                .map(|(row, group)| zero(codes, row, group) as i16)
+                .collect();
+            let zeros = match codes.zeros() {
+                Zeros::Each(_) => {
+                    Zeros::Each(ZeroPoints::from_i16(&zeros, [down, across]).unwrap())
+                }
+                other => other.clone(),
+            };
+            let (packing, bytes) = ((codes.element(), codes.packing()), codes.bytes().to_vec());
+            let global = global(&old, codes);
+            let read = Codes::new(packing, bytes.into(), shape, scales, zeros, global);
+            *matrix = Matrix::new(read.unwrap());
+        }
+    }
+    layer
+}
+
+/// What a form has in more than one value shows where an engine takes one for all: zero points of groups and of
+/// rows, tensor scales of gate and up.
+#[test]
+fn what_is_read_for_all_alike_shows() {
+    let folder = tempfile::tempdir().unwrap();
+    for name in ["mixtral", "deepseek_v3"] {
+        let block = Block::new(Family::named(name).unwrap());
+        let decoder = Decoder::new(&block);
+        let load = |form: Form| {
+            let path = folder.path().join(format!("{name} {}", form.name()));
+            write::checkpoint(&block, form, &path).unwrap();
+            let checkpoint = Checkpoint::open(&path).unwrap();
+            let entry = architecture::layers(&checkpoint).unwrap().remove(0);
+            LoadedLayer::load(&checkpoint, &entry).unwrap()
+        };
+        let verdict = |layer: &LoadedLayer| decoder.verdict(&readings(&block, layer)).to_string();
+        let own = |_: &Expert, codes: &Codes| codes.global();
+        let int4 = load(Form::Int4);
+        let right = misread(&int4, |codes, row, group| codes.zero(row, group), own);
+        assert_eq!(verdict(&right), "right", "{name}");
+        for (what, layer) in [
+            ("of the first group", misread(&int4, |codes, row, _| codes.zero(row, 0), own)),
+            ("of the first row", misread(&int4, |codes, _, group| codes.zero(0, group), own)),
+            ("one less", misread(&int4, |codes, row, group| codes.zero(row, group) - 1.0, own)),
+            ("the middle", misread(&int4, |_, _, _| 8.0, own)),
+        ] {
+            assert_ne!(verdict(&layer), "right", "{name}: zero points {what}");
+        }
+        let of_gate = |expert: &Expert, codes: &Codes| match codes.rows() < codes.cols() {
+            true => expert.gate.as_ref().unwrap().codes().unwrap().global(),
+            false => codes.global(),
+        };
+        let merged = misread(&load(Form::Nvfp4), |_, _, _| 0.0, of_gate);
+        let words = "gate's tensor scale is used for up (x4.000)";
+        assert!(verdict(&merged).contains(words), "{name}: {}", verdict(&merged));
     }
 }
 

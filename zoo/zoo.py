@@ -36,12 +36,13 @@ MATRIX = ROOT / "zoo/matrix.json"
 PAGE = ROOT / "docs/zoo.md"
 COPY = ROOT / "target/zoo"
 # The suites that are built and run. The others test what no slip is put into: the command, MPI,
-# hostile files, memory.
+# memory.
 SUITES = {
     "moe-kernels": ["unit", "packing", "stored", "quantise", "minifloats", "ggml_blocks"],
     "moe-runner": [
         "unit", "router", "runner", "golden", "reference", "architectures", "quantised", "exchange",
-        "ranks", "sixteen_bits", "balance_moves", "comm_threads", "emulation", "large",
+        "ranks", "sixteen_bits", "balance_moves", "comm_threads", "emulation", "large", "doctor", "cost",
+        "balance", "oracle", "quantize", "hostile",
     ],
     "moe-acid": ["write"],
 }

@@ -66,7 +66,9 @@ pub(crate) fn codes(view: &View) -> Codes {
 pub(crate) fn holds(rows: OperandKind, view: &View) -> bool {
     let Stored::Codes(stored) = view.stored() else { return true };
     let range = match (rows, stored.element(), stored.zeros()) {
-        (OperandKind::F32, ..) | (_, _, Zeros::None | Zeros::Minima(_)) => return true,
+        (OperandKind::F32, ..) | (_, _, Zeros::None) => return true,
+        // least values multiply sums of the rows themselves
+        (kind, _, Zeros::Minima(_)) => return kind != OperandKind::Int8,
         (_, Element::Uint4, _) => -16.0..=0.0,
         (_, Element::Int8 | Element::Uint8, _) => -128.0..=128.0,
         (_, Element::Int4, Zeros::Same(_)) => -128.0..=128.0,
@@ -81,6 +83,7 @@ pub(crate) fn holds(rows: OperandKind, view: &View) -> bool {
 pub(super) fn one_scale(view: &View, size: usize) -> bool {
     let (group, columns) = match view.stored() {
         Stored::Floats(_) => (Group::Block, Columns::ungrouped(view.cols())),
+        Stored::Codes(stored) if matches!(stored.zeros(), Zeros::Minima(_)) => return false,
         Stored::Codes(stored) => code_columns(view, stored),
         // no checkpoint of blocks quantises rows
         Stored::Blocks(_) => return false,

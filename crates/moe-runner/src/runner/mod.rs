@@ -297,7 +297,7 @@ impl MoeRunner {
     /// `stream` is a `CUstream` of the GPU that the runner is on.
     ///
     /// # Errors
-    /// [`Error::Device`](crate::Error::Device): what the driver refuses.
+    /// [`Error::Device`]: what the driver refuses.
     pub unsafe fn order(&self, stream: usize, order: StreamOrder) -> Result<()> {
         match &self.layer.method.kernel {
             // SAFETY: as the caller promises.

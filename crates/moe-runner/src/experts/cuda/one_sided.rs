@@ -4,15 +4,13 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use moe_cuda::{
-    Buffer, FaultWord, Meeting, OneSidedVerbs, Rows, RowsMut, SlotOutputs, View, Windows,
-};
+use moe_cuda::{Buffer, Meeting, OneSidedVerbs, Rows, SlotOutputs, View, Windows};
 
-use super::device::{Device, Plans, error};
+use super::device::{Device, error};
 use super::layer::Experts;
 use super::pass::f32_rows;
 use super::products::{FastWork, Products};
-use super::ranks::{Grown, Ranks, RanksBatch, no_memory};
+use super::ranks::{Grown, RanksPass, no_memory};
 use crate::comm::nccl::{Peers, Shared};
 use crate::comm::{At, Step};
 use crate::exchange::one_sided::{self, Places, Side};
@@ -78,47 +76,36 @@ impl OneSidedWork {
 }
 
 /// One pass.
-pub(super) struct Gpus<'p, 'a, 'o> {
-    pub(super) ranks: &'p Ranks,
-    pub(super) put: &'p OneSided,
-    pub(super) device: &'p Device,
-    pub(super) experts: &'p Experts,
-    pub(super) of: RanksBatch<'a>,
-    pub(super) plans: &'p mut Plans,
-    pub(super) fast: &'p mut FastWork,
-    pub(super) memory: &'p mut OneSidedWork,
-    pub(super) out: &'p mut RowsMut<'o>,
-    /// Of the data, and what is nobody's fault.
-    pub(super) faults: (&'p FaultWord, &'p FaultWord),
+pub(super) struct Gpus<'g, 'p, 'a, 'o> {
+    pub(super) pass: &'g mut RanksPass<'p, 'a, 'o>,
+    pub(super) put: &'g OneSided,
+    pub(super) memory: &'g mut OneSidedWork,
     /// Of the pass, once agreed.
     pub(super) places: Places,
 }
 
-impl Gpus<'_, '_, '_> {
-    fn row_bytes(&self) -> usize {
-        self.of.x.cols() * self.of.x.float().bytes()
-    }
-
+impl Gpus<'_, '_, '_, '_> {
     fn at(&self, step: Step) -> At<'_> {
-        self.ranks.at(step)
+        self.pass.ranks.at(step)
     }
 
     fn windows<'g>(&self, table: View<'g, u64>) -> Windows<'g> {
         let Places { ranks, most, top_k } = self.places;
-        Windows { table, ranks, most, top_k, row_bytes: self.row_bytes() }
+        Windows { table, ranks, most, top_k, row_bytes: self.pass.row_bytes() }
     }
 
     /// All ranks make sure of their memory together, while none of their GPUs has anything to do.
     fn prepare(&mut self) -> Result<()> {
-        let (slots, gpu) = (self.places.slots(), &self.device.gpu);
-        self.ranks.idle(self.device)?;
-        self.ranks.barrier()?;
-        let tile = self.experts.products.many_tile();
-        self.plans.reserve(gpu, slots, self.experts.count(), tile)?;
-        match &self.experts.products {
-            Products::Sm90(fast) => fast.reserve_many(self.device, slots, self.fast)?,
+        let (slots, gpu) = (self.places.slots(), &self.pass.device.gpu);
+        self.pass.ranks.idle(self.pass.device)?;
+        self.pass.ranks.barrier()?;
+        let tile = self.pass.experts.products.many_tile();
+        self.pass.plans.reserve(gpu, slots, self.pass.experts.count(), tile)?;
+        match &self.pass.experts.products {
+            Products::Sm90(fast) => fast.reserve_many(self.pass.device, slots, self.pass.fast)?,
             Products::F32(_) => {
-                let (hidden, inner) = (self.experts.hidden(), self.experts.intermediate());
+                let (hidden, inner) =
+                    (self.pass.experts.hidden(), self.pass.experts.intermediate());
                 for (wide, width) in self.memory.wide.iter_mut().zip([hidden, inner, hidden]) {
                     wide.reserve(gpu, slots * width)?;
                 }
@@ -127,17 +114,18 @@ impl Gpus<'_, '_, '_> {
         // SAFETY: nothing is there, and nothing is read.
         let windows = self.windows(unsafe { View::from_raw(0, 0) });
         let signals = Windows::signals(self.places.ranks);
-        let sizes = [windows.arrivals(), windows.outputs(self.experts.output_of_slot()), signals];
+        let sizes =
+            [windows.arrivals(), windows.outputs(self.pass.experts.output_of_slot()), signals];
         self.share(sizes)?;
         // nobody writes before all have their windows
-        self.ranks.barrier()?;
+        self.pass.ranks.barrier()?;
         self.put.ready.store(slots, Ordering::Relaxed);
         Ok(())
     }
 
     /// Windows of at least these sizes, the same on all ranks.
     fn share(&mut self, sizes: [usize; 3]) -> Result<()> {
-        let (ranks, device) = (self.ranks, self.device);
+        let (ranks, device) = (self.pass.ranks, self.pass.device);
         let (peers, at) = (ranks.peers(), ranks.at(Step::Setup));
         // windows of a world that is no more
         self.memory
@@ -183,7 +171,7 @@ impl Gpus<'_, '_, '_> {
 
     /// The outputs of this rank's slots.
     fn outputs(&self, group: &Group) -> SlotOutputs {
-        let of = self.experts.output_of_slot();
+        let of = self.pass.experts.output_of_slot();
         let values = group.own[1].view().address();
         let scales = values + self.windows(group.table.view()).scales_at(of) as u64;
         SlotOutputs { values, scales, ..of }
@@ -191,21 +179,21 @@ impl Gpus<'_, '_, '_> {
 
     /// Copies `of` every slot that has arrived, an output each.
     fn put_outputs(&self, of: SlotOutputs) -> Result<()> {
-        let group = group(&self.memory.groups, self.ranks.peers())?;
+        let group = group(&self.memory.groups, self.pass.ranks.peers())?;
         let windows = self.windows(group.table.view());
-        let experts = self.experts.count();
+        let experts = self.pass.experts.count();
         // SAFETY: there is an output for each slot; the windows have room for them.
-        unsafe { self.put.verbs.put_outputs(&self.device.stream, of, experts, &windows) }
+        unsafe { self.put.verbs.put_outputs(&self.pass.device.stream, of, experts, &windows) }
             .map_err(error)
     }
 }
 
-impl Side for Gpus<'_, '_, '_> {
+impl Side for Gpus<'_, '_, '_, '_> {
     fn agree(&mut self) -> Result<Places> {
-        let (tokens, top_k) = (self.of.x.rows(), self.of.top_k);
+        let (tokens, top_k) = (self.pass.of.x.rows(), self.pass.of.top_k);
         // who has no rows does not know
         let mine = [tokens, if tokens > 0 { top_k } else { 0 }];
-        let [most, agreed] = self.ranks.peers().most(self.at(Step::Dispatch), mine)?;
+        let [most, agreed] = self.pass.ranks.peers().most(self.at(Step::Dispatch), mine)?;
         if tokens > 0 && top_k != agreed {
             let reason = format!("{top_k} slots a row here, {agreed} on another rank");
             return Err(Error::input("exchange", reason));
@@ -223,30 +211,35 @@ impl Side for Gpus<'_, '_, '_> {
     }
 
     fn put_rows(&mut self, _: Places) -> Result<()> {
-        let group = group(&self.memory.groups, self.ranks.peers())?;
-        let (windows, rows) = (self.windows(group.table.view()), (self.of.x, self.of.ids));
-        let homes = self.ranks.homes();
+        let group = group(&self.memory.groups, self.pass.ranks.peers())?;
+        let (windows, rows) =
+            (self.windows(group.table.view()), (self.pass.of.x, self.pass.of.ids));
+        let homes = self.pass.ranks.homes();
         // SAFETY: the windows have been made for this; the ranks met over the outputs of the pass before.
-        unsafe { self.put.verbs.put_rows(&self.device.stream, rows, homes, &windows) }
+        unsafe { self.put.verbs.put_rows(&self.pass.device.stream, rows, homes, &windows) }
             .map_err(error)
     }
 
     fn meet(&mut self, meeting: one_sided::Meeting) -> Result<()> {
-        let group = group(&self.memory.groups, self.ranks.peers())?;
+        let group = group(&self.memory.groups, self.pass.ranks.peers())?;
         let windows = self.windows(group.table.view());
         let meeting = match meeting {
             one_sided::Meeting::Rows => Meeting::Rows,
             one_sided::Meeting::Outputs => Meeting::Outputs,
         };
-        let (verbs, patience) = (&self.put.verbs, self.ranks.peers().patience());
+        let (verbs, patience) = (&self.put.verbs, self.pass.ranks.peers().patience());
         // SAFETY: as above; all ranks take the same steps.
-        unsafe { verbs.meet(&self.device.stream, &windows, meeting, patience, self.faults.0) }
-            .map_err(error)
+        unsafe {
+            verbs.meet(&self.pass.device.stream, &windows, meeting, patience, self.pass.faults.0)
+        }
+        .map_err(error)
     }
 
     fn experts(&mut self, places: Places) -> Result<()> {
-        let row = self.row_bytes();
-        let Self { ranks, device, experts, of, plans, fast, memory, .. } = self;
+        let row = self.pass.row_bytes();
+        let Self {
+            pass: RanksPass { ranks, device, experts, of, plans, fast, .. }, memory, ..
+        } = self;
         let OneSidedWork { groups, wide } = &mut **memory;
         let group = group(groups, ranks.peers())?;
         let (stream, width) = (&device.stream, of.x.cols());
@@ -272,17 +265,17 @@ impl Side for Gpus<'_, '_, '_> {
         let mut out = f32_rows(y.part_mut(0..slots * width), slots, width)?;
         experts.sorted_in_f32(device, rows, h, (ids, plan), &mut out)?;
         let values = y.address();
-        self.put_outputs(SlotOutputs { values, ..self.experts.output_of_slot() })
+        self.put_outputs(SlotOutputs { values, ..self.pass.experts.output_of_slot() })
     }
 
     fn combine(&mut self, _: Places) -> Result<()> {
-        let group = group(&self.memory.groups, self.ranks.peers())?;
-        let (outputs, experts) = (self.outputs(group), self.ranks.homes().experts());
-        let (ids, weights, factor) = (self.of.ids, self.of.weights, self.of.factor);
-        let (stream, fault) = (&self.device.stream, self.faults.1);
+        let group = group(&self.memory.groups, self.pass.ranks.peers())?;
+        let (outputs, experts) = (self.outputs(group), self.pass.ranks.homes().experts());
+        let (ids, weights, factor) = (self.pass.of.ids, self.pass.of.weights, self.pass.of.factor);
+        let (stream, fault) = (&self.pass.device.stream, self.pass.faults.1);
         let verbs = &self.put.verbs;
         verbs
-            .combine(stream, outputs, (ids, weights), (experts, factor), self.out, fault)
+            .combine(stream, outputs, (ids, weights), (experts, factor), self.pass.out, fault)
             .map_err(error)
     }
 }
@@ -302,9 +295,9 @@ pub(super) fn no_outputs(
 }
 
 /// The same steps with outputs that nobody has computed: what the exchange alone takes.
-pub(super) struct WithoutExperts<'s, 'p, 'a, 'o>(pub(super) &'s mut Gpus<'p, 'a, 'o>);
+pub(super) struct WithoutExperts<'s, 'g, 'p, 'a, 'o>(pub(super) &'s mut Gpus<'g, 'p, 'a, 'o>);
 
-impl Side for WithoutExperts<'_, '_, '_, '_> {
+impl Side for WithoutExperts<'_, '_, '_, '_, '_> {
     fn agree(&mut self) -> Result<Places> {
         self.0.agree()
     }
@@ -322,7 +315,7 @@ impl Side for WithoutExperts<'_, '_, '_, '_> {
     }
 
     fn experts(&mut self, _: Places) -> Result<()> {
-        let Gpus { experts, fast, memory, .. } = &mut *self.0;
+        let Gpus { pass: RanksPass { experts, fast, .. }, memory, .. } = &mut *self.0;
         let of = no_outputs(experts, fast, memory)?;
         self.0.put_outputs(of)
     }

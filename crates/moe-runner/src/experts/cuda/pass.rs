@@ -16,7 +16,7 @@ use memory::{Parts, RoutingParts, SharedParts};
 use super::device::{Forked, On, Plans, Work, error};
 use super::layer::{CudaLayer, Experts, Gate, Shared, Step};
 use super::products::{Fast, FastWork, Products};
-use super::ranks::{RanksBatch, RanksWork};
+use super::ranks::{RanksBatch, RanksPass, RanksWork};
 use super::upload::cuda_float;
 use crate::experts::{ExchangeTime, LayerCall, RoutingSource};
 use crate::hidden::{self, ActivationDtype, DevicePlace};
@@ -144,9 +144,10 @@ impl CudaLayer {
         let (ids, weights) = (parts.routing.ids.as_view(), parts.routing.weights.as_view());
         let of = RanksBatch { x, ids, weights, top_k, factor: 1.0 };
         let mut out = f32_rows(parts.routed.reborrow(), tokens, width)?;
-        let work = (plans, fast, memory);
-        let how = ((&*fault, &*ignored), runs);
-        ranks.exchange_time(&self.device, &self.experts, of, work, &mut out, how)
+        let (device, experts, out) = (&*self.device, &self.experts, &mut out);
+        let faults = (&*fault, &*ignored);
+        RanksPass { ranks, device, experts, of, plans, fast, out, faults }
+            .exchange_time(memory, runs)
     }
 }
 
@@ -254,7 +255,9 @@ impl Pass<'_> {
                 let (top_k, factor) = (self.top_k, call.routed_factor);
                 let of = RanksBatch { x, ids, weights, top_k, factor };
                 let faults = (self.fault, self.ignored);
-                all.run(device, experts, of, (plans, fast, ranks), routed, faults)?;
+                let out = routed;
+                RanksPass { ranks: all, device, experts, of, plans, fast, out, faults }
+                    .run(ranks)?;
             }
         }
         if last {
@@ -313,9 +316,9 @@ impl Pass<'_> {
         let x = Rows::of_bytes(bytes.as_view(), float, 0, width).map_err(error)?;
         let (ids, weights) = (parts.routing.ids.as_view(), parts.routing.weights.as_view());
         let of = RanksBatch { x, ids, weights, top_k, factor: 1.0 };
-        let mut out = f32_rows(parts.routed.reborrow(), 0, width)?;
-        let work = (plans, fast, work);
-        ranks.run(device, experts, of, work, &mut out, (self.fault, self.ignored))
+        let out = &mut f32_rows(parts.routed.reborrow(), 0, width)?;
+        let faults = (self.fault, self.ignored);
+        RanksPass { ranks, device, experts, of, plans, fast, out, faults }.run(work)
     }
 
     /// Rows of the GPU in the layer's dtype.

@@ -266,135 +266,6 @@ impl Ranks {
         self.peers.wait(self.at(Step::Combine), event)
     }
 
-    /// `out[t] = factor · Σ_j weights[t, j] · expert(ids[t, j])(x[t])`, wherever the experts are.
-    pub(super) fn run(
-        &self,
-        device: &Device,
-        experts: &Experts,
-        of: RanksBatch<'_>,
-        work: (&mut Plans, &mut FastWork, &mut RanksWork),
-        out: &mut RowsMut<'_>,
-        faults: (&FaultWord, &FaultWord),
-    ) -> Result<()> {
-        let (me, all) = (self.homes.me(), self.homes.ranks());
-        let room = self.spread.room;
-        let (plans, fast, memory) = work;
-        let outputs = experts.output_of_slot();
-        if let Some(put) = &self.one_sided {
-            let (row, output) =
-                (of.x.cols() * of.x.float().bytes(), outputs.value_bytes + outputs.scale_bytes);
-            let places = Places { ranks: all, most: 0, top_k: of.top_k };
-            let memory = &mut memory.one_sided;
-            let mut side = put::Gpus {
-                ranks: self,
-                put,
-                device,
-                experts,
-                of,
-                plans,
-                fast,
-                memory,
-                out,
-                faults,
-                places,
-            };
-            let places = one_sided::run(&mut side)?;
-            *self.last() = Some(Last::Put { places, wire: ResidentWire { row, output } });
-            return Ok(());
-        }
-        let mut side = two_sided::Gpus {
-            ranks: self,
-            device,
-            experts,
-            of,
-            plans,
-            fast,
-            memory: &mut memory.two_sided,
-            out,
-            faults,
-            outputs,
-        };
-        let ways = resident::run(&mut side, (me, all), room)?;
-        self.count(&ways, side.wire());
-        let outputs = side.outputs;
-        *self.last() = Some(Last::Sent { ways, outputs });
-        Ok(())
-    }
-
-    /// See [`LayerKernel::exchange_time`](crate::experts::LayerKernel::exchange_time).
-    pub(super) fn exchange_time(
-        &self,
-        device: &Device,
-        experts: &Experts,
-        of: RanksBatch<'_>,
-        work: (&mut Plans, &mut FastWork, &mut RanksWork),
-        out: &mut RowsMut<'_>,
-        (faults, runs): ((&FaultWord, &FaultWord), usize),
-    ) -> Result<Option<ExchangeTime>> {
-        let Some(last) = self.last().clone() else { return Ok(None) };
-        let (of_all, room) = ((self.homes.me(), self.homes.ranks()), self.spread.room);
-        let (plans, fast, memory) = work;
-        let outputs = match &last {
-            Last::Sent { outputs, .. } => *outputs,
-            Last::Put { .. } => put::no_outputs(experts, fast, &memory.one_sided)?,
-        };
-        // the same rows and outputs as NCCL takes them
-        let mut sent = two_sided::Gpus {
-            ranks: self,
-            device,
-            experts,
-            of,
-            plans,
-            fast,
-            memory: &mut memory.two_sided,
-            out,
-            faults,
-            outputs,
-        };
-        let ways = match &last {
-            Last::Sent { ways, .. } => ways.clone(),
-            Last::Put { .. } => {
-                resident::run(&mut two_sided::WithoutExperts(&mut sent), of_all, None)?
-            }
-        };
-        let bare_seconds = self.median(device, runs, &mut || {
-            sent.send(&ways)?;
-            sent.send_back(&ways)
-        })?;
-        let (seconds, ways) = match (last, &self.one_sided) {
-            (Last::Put { places, wire }, Some(put)) if places.most > 0 => {
-                let memory = &mut memory.one_sided;
-                let mut side = put::Gpus {
-                    ranks: self,
-                    put,
-                    device,
-                    experts,
-                    of,
-                    plans,
-                    fast,
-                    memory,
-                    out,
-                    faults,
-                    places,
-                };
-                let seconds = self.median(device, runs, &mut || {
-                    one_sided::exchange(&mut put::WithoutExperts(&mut side), places)
-                })?;
-                (seconds, places.traffic(&ways, wire).map(Some))
-            }
-            _ => {
-                let seconds = self.median(device, runs, &mut || {
-                    let side = &mut two_sided::WithoutExperts(&mut sent);
-                    resident::run(side, of_all, room).map(drop)
-                })?;
-                let [_, there, back] = ways.traffic(sent.wire(), of_all.1);
-                (seconds, [there, back])
-            }
-        };
-        let sent = ways.into_iter().flatten().map(|(sent, _)| sent).sum();
-        Ok(Some(ExchangeTime { seconds, bare_seconds, sent }))
-    }
-
     /// The time of one of what `timed` puts on the stream, in seconds.
     fn median(
         &self,
@@ -443,6 +314,100 @@ impl Ranks {
             let Some((sent, received)) = bytes else { continue };
             traffic.add(kind, Count { calls: 1, sent: sent as u64, received: received as u64 });
         }
+    }
+}
+
+/// One rank's part of a pass over ranks, or of an exchange alone.
+pub(super) struct RanksPass<'p, 'a, 'o> {
+    pub(super) ranks: &'p Ranks,
+    pub(super) device: &'p Device,
+    pub(super) experts: &'p Experts,
+    pub(super) of: RanksBatch<'a>,
+    pub(super) plans: &'p mut Plans,
+    pub(super) fast: &'p mut FastWork,
+    pub(super) out: &'p mut RowsMut<'o>,
+    /// Of the data, and what is nobody's fault.
+    pub(super) faults: (&'p FaultWord, &'p FaultWord),
+}
+
+impl RanksPass<'_, '_, '_> {
+    /// Bytes of a row as it travels.
+    pub(super) fn row_bytes(&self) -> usize {
+        self.of.x.cols() * self.of.x.float().bytes()
+    }
+
+    /// `out[t] = factor · Σ_j weights[t, j] · expert(ids[t, j])(x[t])`, wherever the experts are.
+    pub(super) fn run(&mut self, memory: &mut RanksWork) -> Result<()> {
+        let ranks = self.ranks;
+        let (me, all) = (ranks.homes.me(), ranks.homes.ranks());
+        let outputs = self.experts.output_of_slot();
+        let last = match &ranks.one_sided {
+            Some(put) => {
+                let wire = two_sided::wire(self, outputs);
+                let places = Places { ranks: all, most: 0, top_k: self.of.top_k };
+                let memory = &mut memory.one_sided;
+                let mut side = put::Gpus { pass: self, put, memory, places };
+                Last::Put { places: one_sided::run(&mut side)?, wire }
+            }
+            None => {
+                let memory = &mut memory.two_sided;
+                let mut side = two_sided::Gpus { pass: self, memory, outputs };
+                let ways = resident::run(&mut side, (me, all), ranks.spread.room)?;
+                let outputs = side.outputs;
+                ranks.count(&ways, two_sided::wire(self, outputs));
+                Last::Sent { ways, outputs }
+            }
+        };
+        *ranks.last() = Some(last);
+        Ok(())
+    }
+
+    /// See [`LayerKernel::exchange_time`](crate::experts::LayerKernel::exchange_time).
+    pub(super) fn exchange_time(
+        &mut self,
+        memory: &mut RanksWork,
+        runs: usize,
+    ) -> Result<Option<ExchangeTime>> {
+        let (ranks, device) = (self.ranks, self.device);
+        let Some(last) = ranks.last().clone() else { return Ok(None) };
+        let (of_all, room) = ((ranks.homes.me(), ranks.homes.ranks()), ranks.spread.room);
+        let outputs = match &last {
+            Last::Sent { outputs, .. } => *outputs,
+            Last::Put { .. } => put::no_outputs(self.experts, self.fast, &memory.one_sided)?,
+        };
+        // the same rows and outputs as NCCL takes them
+        let mut sent = two_sided::Gpus { pass: &mut *self, memory: &mut memory.two_sided, outputs };
+        let ways = match &last {
+            Last::Sent { ways, .. } => ways.clone(),
+            Last::Put { .. } => {
+                resident::run(&mut two_sided::WithoutExperts(&mut sent), of_all, None)?
+            }
+        };
+        let bare_seconds = ranks.median(device, runs, &mut || {
+            sent.send(&ways)?;
+            sent.send_back(&ways)
+        })?;
+        let (seconds, ways) = match (last, &ranks.one_sided) {
+            (Last::Put { places, wire }, Some(put)) if places.most > 0 => {
+                let memory = &mut memory.one_sided;
+                let mut side = put::Gpus { pass: self, put, memory, places };
+                let seconds = ranks.median(device, runs, &mut || {
+                    one_sided::exchange(&mut put::WithoutExperts(&mut side), places)
+                })?;
+                (seconds, places.traffic(&ways, wire).map(Some))
+            }
+            _ => {
+                let seconds = ranks.median(device, runs, &mut || {
+                    let side = &mut two_sided::WithoutExperts(&mut sent);
+                    resident::run(side, of_all, room).map(drop)
+                })?;
+                let wire = two_sided::wire(sent.pass, sent.outputs);
+                let [_, there, back] = ways.traffic(wire, of_all.1);
+                (seconds, [there, back])
+            }
+        };
+        let sent = ways.into_iter().flatten().map(|(sent, _)| sent).sum();
+        Ok(Some(ExchangeTime { seconds, bare_seconds, sent }))
     }
 }
 

@@ -1,15 +1,12 @@
 //! A GPU's side of an exchange by sends and receives of NCCL: rows and slots are packed by rank. The order of the steps,
 //! and what goes where, is [`resident`]'s.
 
-use moe_cuda::{
-    Event, FaultWord, Gpu, Leg, Packed, Parts, Pinned, Rows, RowsMut, SlotOutputs, View,
-};
+use moe_cuda::{Event, Gpu, Leg, Packed, Parts, Pinned, Rows, SlotOutputs, View};
 
-use super::device::{Device, Plans, error};
-use super::layer::Experts;
+use super::device::{Device, error};
 use super::pass::f32_rows;
-use super::products::{FastWork, Products};
-use super::ranks::{Grown, Ranks, RanksBatch, no_memory};
+use super::products::Products;
+use super::ranks::{Grown, Ranks, RanksPass, no_memory};
 use crate::Result;
 use crate::comm::Step;
 use crate::exchange::resident::{self, ResidentWire, Side, Ways};
@@ -56,35 +53,24 @@ impl TwoSidedWork {
     }
 }
 
+/// What crosses between ranks, where outputs are such.
+pub(super) fn wire(pass: &RanksPass<'_, '_, '_>, outputs: SlotOutputs) -> ResidentWire {
+    let SlotOutputs { value_bytes, scale_bytes, .. } = outputs;
+    ResidentWire { row: pass.row_bytes(), output: value_bytes + scale_bytes }
+}
+
 /// A GPU's side of one pass's exchange.
-pub(super) struct Gpus<'p, 'a, 'o> {
-    pub(super) ranks: &'p Ranks,
-    pub(super) device: &'p Device,
-    pub(super) experts: &'p Experts,
-    pub(super) of: RanksBatch<'a>,
-    pub(super) plans: &'p mut Plans,
-    pub(super) fast: &'p mut FastWork,
-    pub(super) memory: &'p mut TwoSidedWork,
-    pub(super) out: &'p mut RowsMut<'o>,
-    pub(super) faults: (&'p FaultWord, &'p FaultWord),
+pub(super) struct Gpus<'g, 'p, 'a, 'o> {
+    pub(super) pass: &'g mut RanksPass<'p, 'a, 'o>,
+    pub(super) memory: &'g mut TwoSidedWork,
     /// Of the slots that have arrived.
     pub(super) outputs: SlotOutputs,
 }
 
-impl Gpus<'_, '_, '_> {
-    fn row_bytes(&self) -> usize {
-        self.of.x.cols() * self.of.x.float().bytes()
-    }
-
-    /// What crosses between ranks.
-    pub(super) fn wire(&self) -> ResidentWire {
-        let SlotOutputs { value_bytes, scale_bytes, .. } = self.outputs;
-        ResidentWire { row: self.row_bytes(), output: value_bytes + scale_bytes }
-    }
-
+impl Gpus<'_, '_, '_, '_> {
     /// Ids and rows of the slots that have arrived.
     fn unpack(&mut self, ways: &Ways) -> Result<()> {
-        let Self { ranks, device, memory, .. } = self;
+        let Self { pass: RanksPass { ranks, device, .. }, memory, .. } = self;
         let places = ways.slots[1];
         let TwoSidedWork { parts, here, slots: [ids, row_of, _], .. } = &mut **memory;
         let parts = parts.as_ref().ok_or_else(no_memory)?;
@@ -95,9 +81,9 @@ impl Gpus<'_, '_, '_> {
     }
 }
 
-impl Side for Gpus<'_, '_, '_> {
+impl Side for Gpus<'_, '_, '_, '_> {
     fn sort(&mut self) -> Result<()> {
-        let Self { ranks, device, of, memory, .. } = self;
+        let Self { pass: RanksPass { ranks, device, of, .. }, memory, .. } = self;
         let (gpu, all) = (&device.gpu, ranks.homes().ranks());
         let (tokens, k) = (of.x.rows(), of.top_k);
         if !memory.parts.as_ref().is_some_and(|parts| parts.takes(tokens, k, all)) {
@@ -110,7 +96,7 @@ impl Side for Gpus<'_, '_, '_> {
     }
 
     fn share_counts(&mut self) -> Result<()> {
-        let Self { ranks, device, memory, .. } = self;
+        let Self { pass: RanksPass { ranks, device, .. }, memory, .. } = self;
         let (me, all) = (ranks.homes().me(), ranks.homes().ranks());
         let base = memory.parts()?.counts().address();
         let bytes = 2 * all * ResidentWire::COUNT;
@@ -128,8 +114,8 @@ impl Side for Gpus<'_, '_, '_> {
     }
 
     fn pack(&mut self) -> Result<()> {
-        let row = self.row_bytes();
-        let Self { ranks, device, of, memory, faults, .. } = self;
+        let row = self.pass.row_bytes();
+        let Self { pass: RanksPass { ranks, device, of, faults, .. }, memory, .. } = self;
         let (gpu, all) = (&device.gpu, ranks.homes().ranks());
         if ranks.is_counted() {
             // as much as this batch can need
@@ -150,7 +136,7 @@ impl Side for Gpus<'_, '_, '_> {
     }
 
     fn counts(&mut self) -> Result<Vec<u32>> {
-        let Self { ranks, device, memory, .. } = self;
+        let Self { pass: RanksPass { ranks, device, .. }, memory, .. } = self;
         let (gpu, all) = (&device.gpu, ranks.homes().ranks());
         if memory.counts.as_ref().is_none_or(|counts| counts.as_slice().len() != 2 * all * all) {
             memory.counts = Some(Pinned::new(gpu, 2 * all * all).map_err(error)?);
@@ -167,8 +153,8 @@ impl Side for Gpus<'_, '_, '_> {
     }
 
     fn make_room(&mut self, ways: &Ways) -> Result<()> {
-        let row = self.row_bytes();
-        let gpu = &self.device.gpu;
+        let row = self.pass.row_bytes();
+        let gpu = &self.pass.device.gpu;
         let ([go, here], [go_rows, here_rows]) = (ways.slots, ways.rows);
         let memory = &mut *self.memory;
         let lost = [
@@ -182,15 +168,15 @@ impl Side for Gpus<'_, '_, '_> {
         }
         memory.back[0].reserve(gpu, go * self.outputs.value_bytes)?;
         memory.back[1].reserve(gpu, go * self.outputs.scale_bytes)?;
-        match self.ranks.is_counted() && lost.contains(&true) {
+        match self.pass.ranks.is_counted() && lost.contains(&true) {
             true => self.pack(),
             false => Ok(()),
         }
     }
 
     fn send(&mut self, ways: &Ways) -> Result<()> {
-        let (row, slot) = (self.row_bytes(), ResidentWire::SLOT);
-        let Self { ranks, device, memory, .. } = self;
+        let (row, slot) = (self.pass.row_bytes(), ResidentWire::SLOT);
+        let Self { pass: RanksPass { ranks, device, .. }, memory, .. } = self;
         let [here, go] = &memory.here;
         let (rows, go_rows) = (memory.here_rows.address(), memory.go_rows.address());
         let mut sends = ways.all.iter().flat_map(|way| {
@@ -212,7 +198,7 @@ impl Side for Gpus<'_, '_, '_> {
 
     fn experts(&mut self, ways: &Ways) -> Result<()> {
         self.unpack(ways)?;
-        let Self { ranks, device, experts, of, memory, .. } = self;
+        let Self { pass: RanksPass { ranks, device, experts, of, .. }, memory, .. } = self;
         let (places, rows) = (ways.slots[1], ways.rows[1]);
         let stream = &device.stream;
         let TwoSidedWork { here_rows, slots: [ids, row_of, sorted], wide, .. } = &mut **memory;
@@ -223,7 +209,7 @@ impl Side for Gpus<'_, '_, '_> {
         let bytes = here_rows.part(0..rows * width * float.bytes());
         let x = Rows::of_bytes(bytes, float, rows, width).map_err(error)?;
         let tile = experts.products.many_tile();
-        let plan = self.plans.reserve(&device.gpu, places, experts.count(), tile)?;
+        let plan = self.pass.plans.reserve(&device.gpu, places, experts.count(), tile)?;
         let ids = ids.part(0..places);
         device.verbs.plan(stream, ids, 1, plan).map_err(error)?;
         let (row_of, to) = (row_of.part(0..places), sorted.part_mut(0..places));
@@ -231,7 +217,7 @@ impl Side for Gpus<'_, '_, '_> {
         let row_of = sorted.part(0..places);
         self.outputs = match &experts.products {
             // SAFETY: every record names a row of its own part.
-            Products::Sm90(fast) => unsafe { fast.slots(device, x, row_of, plan, self.fast)? },
+            Products::Sm90(fast) => unsafe { fast.slots(device, x, row_of, plan, self.pass.fast)? },
             Products::F32(_) => {
                 let [rows, h, y] = wide;
                 rows.reserve(&device.gpu, places * width)?;
@@ -255,14 +241,16 @@ impl Side for Gpus<'_, '_, '_> {
     }
 
     fn send_back(&mut self, ways: &Ways) -> Result<()> {
-        let Self { ranks, device, memory, outputs, .. } = self;
+        let Self { pass: RanksPass { ranks, device, .. }, memory, outputs, .. } = self;
         let back = memory.back(*outputs);
         // SAFETY: the outputs are the workspace's, with one for every slot; there is room for what comes back.
         unsafe { return_legs(ranks, device, ways, *outputs, back) }
     }
 
     fn combine(&mut self) -> Result<()> {
-        let Self { ranks, device, of, memory, out, faults, outputs, .. } = self;
+        let Self {
+            pass: RanksPass { ranks, device, of, out, faults, .. }, memory, outputs, ..
+        } = self;
         let by = (memory.parts()?, ranks.room());
         let (own, far) = (*outputs, memory.back(*outputs));
         let weights = (of.weights, of.factor);
@@ -271,9 +259,9 @@ impl Side for Gpus<'_, '_, '_> {
 }
 
 /// The same steps, where the outputs are those of the pass before: what the exchange alone takes.
-pub(super) struct WithoutExperts<'s, 'p, 'a, 'o>(pub(super) &'s mut Gpus<'p, 'a, 'o>);
+pub(super) struct WithoutExperts<'s, 'g, 'p, 'a, 'o>(pub(super) &'s mut Gpus<'g, 'p, 'a, 'o>);
 
-impl Side for WithoutExperts<'_, '_, '_, '_> {
+impl Side for WithoutExperts<'_, '_, '_, '_, '_> {
     fn sort(&mut self) -> Result<()> {
         self.0.sort()
     }

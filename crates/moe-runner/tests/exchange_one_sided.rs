@@ -1,6 +1,8 @@
 //! Ranks that write into each other's memory, over plain memory and threads: the order of the steps, where rows, slots
 //! and outputs lie, that two meetings a pass are enough, and the same bits as on one rank.
 
+mod small_layer;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -9,19 +11,10 @@ use moe_runner::comm::{At, Communicator, Step, run_ranks};
 use moe_runner::exchange::ExpertMap;
 use moe_runner::exchange::one_sided::{Meeting, Places, Side, run};
 use moe_runner::exchange::resident::{ResidentWire, Ways};
-use moe_runner::random::Random;
 use moe_runner::router::LogicalId;
+use small_layer::{H, K, NOWHERE, batch, expert, on_one_rank, placements};
 
-const H: usize = 8;
-const K: usize = 3;
-const EXPERTS: usize = 7;
 const MOST: usize = 9;
-const NOWHERE: u32 = u32::MAX;
-
-/// An expert that is no sum: its output says which expert saw which row.
-fn expert(id: u32, row: &[f32]) -> Vec<f32> {
-    row.iter().map(|v| (v * (id + 2) as f32).sin() + id as f32).collect()
-}
 
 /// What others write on one rank. Words are atomic so that a rank that comes too early is seen by its numbers, and is no
 /// undefined behaviour; only the signals order anything.
@@ -167,45 +160,6 @@ impl Side for Host<'_> {
         }
         Ok(())
     }
-}
-
-/// Rows of one rank in one pass: their slots name every expert, one that there is not, and one expert twice.
-fn batch(seed: usize, tokens: usize) -> (Vec<f32>, Vec<u32>, Vec<f32>) {
-    let random = &mut Random::new(seed as u64 + 1);
-    let x = random.values(tokens * H, 1.0);
-    let ids = (0..tokens * K).map(|_| (random.unit() * (EXPERTS + 1) as f64) as u32);
-    let ids = ids.map(|id| if id as usize == EXPERTS { NOWHERE } else { id }).collect();
-    (x, ids, random.values(tokens * K, 1.0))
-}
-
-fn on_one_rank((x, ids, weights): &(Vec<f32>, Vec<u32>, Vec<f32>)) -> Vec<f32> {
-    let mut out = vec![0.0; x.len()];
-    for (slot, id) in ids.iter().enumerate().filter(|(_, id)| **id != NOWHERE) {
-        let t = slot / K;
-        let y = expert(*id, &x[t * H..][..H]);
-        for (out, y) in out[t * H..][..H].iter_mut().zip(y) {
-            *out += weights[slot] * y;
-        }
-    }
-    out
-}
-
-fn placements(ranks: usize) -> Vec<ExpertMap> {
-    let ids = |ids: &mut dyn Iterator<Item = usize>| -> Vec<LogicalId> {
-        ids.map(|id| LogicalId(id as u32)).collect()
-    };
-    let dealt: Vec<Vec<LogicalId>> =
-        (0..ranks).map(|r| ids(&mut (0..EXPERTS).filter(|e| e % ranks == r))).collect();
-    // every rank has experts 0 and 1, too
-    let mut copied = dealt.clone();
-    for held in &mut copied {
-        for id in [LogicalId(0), LogicalId(1)] {
-            if !held.contains(&id) {
-                held.push(id);
-            }
-        }
-    }
-    [dealt, copied].iter().map(|held| ExpertMap::new(EXPERTS, held).unwrap()).collect()
 }
 
 /// Passes one after another, of any sizes, with nothing between them but the meetings: a rank that is early must not

@@ -1,27 +1,19 @@
 //! Rows that stay where they are computed with, over plain memory and threads: the order of the steps, what goes
 //! where, and the same bits as on one rank.
 
+mod small_layer;
+
 use std::sync::Arc;
 
 use moe_runner::comm::{At, Communicator, Kind, Step, run_ranks};
 use moe_runner::exchange::ExpertMap;
 use moe_runner::exchange::resident::{ResidentWire, Room, Side, Ways, run};
-use moe_runner::random::Random;
 use moe_runner::router::LogicalId;
 use moe_runner::{Error, Result};
-
-const H: usize = 8;
-const K: usize = 3;
-const EXPERTS: usize = 7;
-const NOWHERE: u32 = u32::MAX;
+use small_layer::{H, K, NOWHERE, batch, expert, on_one_rank, placements};
 
 fn at(step: Step) -> At<'static> {
     At::new("layer", step)
-}
-
-/// An expert that is no sum: its output says which expert saw which row.
-fn expert(id: u32, row: &[f32]) -> Vec<f32> {
-    row.iter().map(|v| (v * (id + 2) as f32).sin() + id as f32).collect()
 }
 
 /// The steps as the kernels of a GPU take them, with loops over slices.
@@ -237,47 +229,6 @@ impl Side for Host {
         }
         Ok(())
     }
-}
-
-/// Rows of one rank: their slots name every expert, one that there is not, and one expert twice.
-fn batch(rank: usize, tokens: usize) -> (Vec<f32>, Vec<u32>, Vec<f32>) {
-    let random = &mut Random::new(rank as u64 + 1);
-    let x = random.values(tokens * H, 1.0);
-    let ids = (0..tokens * K).map(|_| (random.unit() * (EXPERTS + 1) as f64) as u32);
-    let ids = ids.map(|id| if id as usize == EXPERTS { NOWHERE } else { id }).collect();
-    (x, ids, random.values(tokens * K, 1.0))
-}
-
-fn on_one_rank((x, ids, weights): &(Vec<f32>, Vec<u32>, Vec<f32>)) -> Vec<f32> {
-    let mut out = vec![0.0; x.len()];
-    for (slot, id) in ids.iter().enumerate().filter(|(_, id)| **id != NOWHERE) {
-        let t = slot / K;
-        let y = expert(*id, &x[t * H..][..H]);
-        for (out, y) in out[t * H..][..H].iter_mut().zip(y) {
-            *out += weights[slot] * y;
-        }
-    }
-    out
-}
-
-fn placements(ranks: usize) -> Vec<ExpertMap> {
-    let ids = |ids: &mut dyn Iterator<Item = usize>| -> Vec<LogicalId> {
-        ids.map(|id| LogicalId(id as u32)).collect()
-    };
-    let dealt: Vec<Vec<LogicalId>> =
-        (0..ranks).map(|r| ids(&mut (0..EXPERTS).filter(|e| e % ranks == r))).collect();
-    // copies: every rank has experts 0 and 1, too; and a rank that has all, another none but those
-    let mut copied = dealt.clone();
-    for held in &mut copied {
-        for id in [LogicalId(0), LogicalId(1)] {
-            if !held.contains(&id) {
-                held.push(id);
-            }
-        }
-    }
-    let mut one = vec![Vec::new(); ranks];
-    one[ranks - 1] = ids(&mut (0..EXPERTS).rev());
-    [dealt, copied, one].iter().map(|held| ExpertMap::new(EXPERTS, held).unwrap()).collect()
 }
 
 fn forward(

@@ -28,6 +28,7 @@
 #![warn(missing_docs)]
 
 mod arena;
+mod builds;
 mod driver;
 mod error;
 mod exchange;
@@ -54,6 +55,7 @@ pub mod weights;
 mod window;
 
 pub use arena::{Arena, Cut, room};
+pub use builds::{Build, builds};
 pub use error::{Error, Result};
 pub use exchange::{ExchangeVerbs, Homes, Packed, Parts, Room, SlotOutputs};
 pub use fault::{Fault, FaultWord};
@@ -71,7 +73,6 @@ pub use plan::Plan;
 pub use router::{Router, RouterOptions, RouterTensors};
 pub use rows::{Float, Rows, RowsMut};
 pub use slots::{Finish, Identity, SlotVerbs};
-pub use sources::{Build, builds};
 pub use stream::{Event, Graph, Stream};
 pub use verbs::{Norm, RowQuantiser, Verbs};
 pub use weights::ExpertWeights;

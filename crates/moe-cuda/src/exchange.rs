@@ -23,6 +23,7 @@ pub struct Homes {
     offsets: Buffer<u32>,
     ranks: Buffer<u32>,
     locals: Buffer<u32>,
+    load: Option<Buffer<u64>>,
     all: usize,
     me: usize,
 }
@@ -48,9 +49,32 @@ impl Homes {
             offsets: buffer(&offsets)?,
             ranks: buffer(&ranks)?,
             locals: buffer(&locals)?,
+            load: None,
             all,
             me,
         })
+    }
+
+    /// From here on, every slot that is sorted or put counts for its expert in `load`, `[experts]`; `None`: none does.
+    ///
+    /// # Errors
+    /// If its length does not fit.
+    pub fn count(&mut self, load: Option<Buffer<u64>>) -> Result<()> {
+        if load.as_ref().is_some_and(|load| load.len() != self.experts()) {
+            return Err(Error::input("load of experts", "not a count for each"));
+        }
+        self.load = load;
+        Ok(())
+    }
+
+    /// The counts, where there are some.
+    pub fn load(&mut self) -> Option<&mut Buffer<u64>> {
+        self.load.as_mut()
+    }
+
+    /// The counts, for others to go on with.
+    pub fn take_load(&mut self) -> Option<Buffer<u64>> {
+        self.load.take()
     }
 
     /// Number of ranks.
@@ -73,6 +97,7 @@ impl Homes {
             offsets: self.offsets.view().pointer,
             ranks: self.ranks.view().pointer,
             locals: self.locals.view().pointer,
+            load: self.load.as_ref().map_or(0, |load| load.view().pointer),
             experts: self.experts() as u32,
             all: self.all as u32,
             me: self.me as u32,
@@ -167,6 +192,7 @@ pub(crate) struct RawHomes {
     offsets: u64,
     ranks: u64,
     locals: u64,
+    load: u64,
     experts: u32,
     all: u32,
     me: u32,

@@ -10,7 +10,9 @@ use crate::router::{RawRouter, Router, RoutingMut, Selection};
 use crate::rows::{Float, RawRows};
 use crate::sources::{FEW, PACK};
 use crate::tensor_map::{Matrix, TensorMap};
-use crate::weights::{Activation, Element, ExpertWeights, RawActivation, ScaleType, Stored};
+use crate::weights::{
+    Activation, Element, ExpertArray, ExpertWeights, RawActivation, ScaleType, Stored,
+};
 use crate::{Buffer, Error, Gpu, Result, Rows, RowsMut, Stream, View, ViewMut};
 
 /// Weight formats that have such a kernel; rows come in bf16.
@@ -333,11 +335,44 @@ impl FewExperts {
             // there is one copy of the weights
             (weights.packed(gpu)?, Some(Arc::new(packed)), [TensorMap::unused(); 3])
         } else {
-            let maps =
-                [map(gpu, gate, 16)?, map(gpu, &weights.up, 16)?, map(gpu, &weights.down, 32)?];
+            let maps = maps(gpu, gate, &weights)?;
             (weights, None, maps)
         };
         Ok(Self { format, shape, weights, packed, maps, kernel, gated: None })
+    }
+
+    /// The same for so many experts, whose weights are anything yet: to be copied into [`Self::arrays`]. Without a gate.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn with_room(&self, modules: &Modules, experts: usize) -> Result<Self> {
+        let (gpu, format, shape) = (modules.gpu(), self.format, self.shape);
+        let weights = self.weights.with_room(gpu, experts)?;
+        let kernel = Self::kernel(modules, format, shape, &weights, None)?;
+        let room = |packed: &Buffer<u8>| {
+            let each = packed.len() / self.weights.up.experts;
+            Buffer::new(gpu, each * experts, "moved weights")
+        };
+        let packed = match &self.packed {
+            Some(packed) => {
+                let (first, second) = (room(&packed.first)?, room(&packed.second)?);
+                Some(Arc::new(Packed { first, second }))
+            }
+            None => None,
+        };
+        let maps = match (&packed, &weights.gate) {
+            (None, Some(gate)) => maps(gpu, gate, &weights)?,
+            _ => [TensorMap::unused(); 3],
+        };
+        Ok(Self { format, shape, weights, packed, maps, kernel, gated: None })
+    }
+
+    /// All arrays that hold the experts.
+    pub fn arrays(&self) -> Vec<ExpertArray> {
+        let mut arrays = self.weights.arrays();
+        let packed = self.packed.iter().flat_map(|packed| [&packed.first, &packed.second]);
+        arrays.extend(packed.map(|packed| ExpertArray::of(packed, self.weights.up.experts)));
+        arrays
     }
 
     /// Makes ready for [`Self::forward_gated`] with routers of the same rules as this one.
@@ -666,6 +701,11 @@ pub(crate) fn map(gpu: &Gpu, stored: &Stored, tile_rows: usize) -> Result<Tensor
         &Matrix { address: stored.codes.pointer(), bytes, rows, cols: stored.cols },
         tile_rows,
     )
+}
+
+/// Of all three projections.
+fn maps(gpu: &Gpu, gate: &Stored, weights: &ExpertWeights) -> Result<[TensorMap; 3]> {
+    Ok([map(gpu, gate, 16)?, map(gpu, &weights.up, 16)?, map(gpu, &weights.down, 32)?])
 }
 
 /// Packs one product's weights of all experts.

@@ -3,7 +3,7 @@
 use crate::module::{Argument, Function, Launch, Modules};
 use crate::plan::Plan;
 use crate::sources::GROUPED;
-use crate::weights::{ExpertWeights, RawActivation};
+use crate::weights::{ExpertArray, ExpertWeights, RawActivation};
 use crate::{Error, Result, Rows, RowsMut, Stream, View};
 
 /// Experts of any stored format: every value is decoded to f32 and multiplied in f32, one sum an
@@ -41,6 +41,19 @@ impl GroupedExperts {
         let second =
             modules.function(&GROUPED, &weights.down.element.options(), "grouped_second")?;
         Ok(Self { weights, first, second })
+    }
+
+    /// The same for so many experts, whose weights are anything yet: to be copied into [`Self::arrays`].
+    ///
+    /// # Errors
+    /// As [`Self::new`]; or if there is not enough memory.
+    pub fn with_room(&self, modules: &Modules, experts: usize) -> Result<Self> {
+        Self::new(modules, self.weights.with_room(modules.gpu(), experts)?)
+    }
+
+    /// All arrays that hold the experts.
+    pub fn arrays(&self) -> Vec<ExpertArray> {
+        self.weights.arrays()
     }
 
     /// The weights.

@@ -75,5 +75,5 @@ pub use rows::{Float, Rows, RowsMut};
 pub use slots::{Finish, Identity, SlotVerbs};
 pub use stream::{Event, Graph, Stream};
 pub use verbs::{Norm, RowQuantiser, Verbs};
-pub use weights::ExpertWeights;
+pub use weights::{ExpertArray, ExpertWeights};
 pub use window::{Offer, Opened, StopWord};

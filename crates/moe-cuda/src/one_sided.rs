@@ -73,9 +73,10 @@ impl Windows<'_> {
         self.scales_at(of) + self.most * self.top_k * of.scale_bytes
     }
 
-    /// Bytes of the window of signals.
+    /// Bytes of the window of signals: how often each rank, this one first, has come to either meeting `[2, R]`, and in
+    /// which layer `[2, R]`, in words of 32 bits.
     pub fn signals(ranks: usize) -> usize {
-        4 * (2 + 2 * ranks)
+        4 * (4 * ranks)
     }
 
     fn raw(&self) -> RawWindows {
@@ -178,8 +179,8 @@ impl OneSidedVerbs {
         }
     }
 
-    /// Tells every rank that all that this stream has put before is there, and waits on the stream for the same from
-    /// all. Gives up on `stop`, or after `seconds`, which is a fault.
+    /// Tells every rank that all that this stream has put before is there, in a layer of this number, and waits on the
+    /// stream for the same from all. Gives up on `stop`, or after `seconds`, which is a fault.
     ///
     /// # Safety
     /// As [`Self::put_rows`]; and all ranks come to the same meetings.
@@ -190,7 +191,7 @@ impl OneSidedVerbs {
         &self,
         stream: &Stream,
         windows: &Windows<'_>,
-        meeting: Meeting,
+        (meeting, layer): (Meeting, u32),
         (stop, seconds): (&StopWord, f64),
         fault: &FaultWord,
     ) -> Result<()> {
@@ -198,9 +199,10 @@ impl OneSidedVerbs {
             Meeting::Rows => 0u32,
             Meeting::Outputs => 1,
         };
-        let arguments: [&dyn Argument; 5] = [
+        let arguments: [&dyn Argument; 6] = [
             &windows.raw(),
             &meeting,
+            &layer,
             &stop.address(),
             &((seconds * 1e9) as u64),
             &fault.view().pointer,

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 pub use moe_kernels::activation::Activation;
 
+use crate::memory::Pod;
 use crate::module::Argument;
 use crate::{Buffer, Error, Gpu, Result};
 
@@ -321,6 +322,88 @@ impl RawActivation {
     }
 }
 
+/// An array with a part for every expert: where the first one's is, how far apart they are, and how long.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ExpertArray {
+    /// Device pointer of the first expert's part.
+    pub address: u64,
+    /// Bytes from one expert's part to the next one's.
+    pub step: usize,
+    /// Bytes of a part.
+    pub bytes: usize,
+}
+
+impl ExpertArray {
+    /// Of a buffer with the parts of so many experts, one after another.
+    pub fn of<T: Pod>(buffer: &Buffer<T>, experts: usize) -> Self {
+        let bytes = buffer.len() * size_of::<T>() / experts.max(1);
+        Self { address: buffer.view().pointer, step: bytes, bytes }
+    }
+}
+
+impl Stored {
+    /// Bytes of an expert's codes, and of its scales.
+    fn bytes_of_one(&self) -> (usize, usize) {
+        let scales = self.scales.as_ref().map_or(0, |scales| {
+            let count = self.rows.div_ceil(scales.rows) * self.cols.div_ceil(scales.cols);
+            count * scales.scale.bytes()
+        });
+        (self.rows * self.row_bytes(), scales)
+    }
+
+    /// Its arrays; none of codes and scales that somebody has packed.
+    fn arrays(&self) -> Vec<ExpertArray> {
+        let (codes, of_scales) = self.bytes_of_one();
+        let mut arrays = Vec::new();
+        let mut add = |bytes: &Bytes, step: usize, of_one: usize| {
+            if !bytes.is_empty() {
+                arrays.push(ExpertArray { address: bytes.pointer(), step, bytes: of_one });
+            }
+        };
+        add(&self.codes, self.expert_bytes, codes);
+        if let Some(scales) = &self.scales {
+            add(&scales.bytes, scales.expert_bytes, of_scales);
+            let width = scales.scale.bytes();
+            if let Some(zeros) = &self.zeros {
+                add(zeros, scales.expert_bytes / width, of_scales / width);
+            }
+        }
+        let floats = [&self.global, &self.bias].into_iter().flatten();
+        arrays.extend(floats.map(|floats| ExpertArray::of(floats, self.experts)));
+        arrays
+    }
+
+    /// The same arrays for so many experts, holding anything.
+    fn with_room(&self, gpu: &Gpu, experts: usize) -> Result<Self> {
+        let (codes, of_scales) = self.bytes_of_one();
+        let room = |bytes: &Bytes, of_one: usize| {
+            let len = if bytes.is_empty() { 0 } else { experts * of_one };
+            Ok::<_, Error>(Bytes::new(Buffer::new(gpu, len, "moved weights")?))
+        };
+        let floats = |floats: &Option<Arc<Buffer<f32>>>| {
+            let len = |floats: &Arc<Buffer<f32>>| floats.len() / self.experts * experts;
+            let room = |floats| Buffer::new(gpu, len(floats), "moved weights").map(Arc::new);
+            floats.as_ref().map(room).transpose()
+        };
+        let scales = self.scales.as_ref().map(|scales| {
+            let bytes = room(&scales.bytes, of_scales)?;
+            Ok::<_, Error>(Scales { bytes, expert_bytes: of_scales, ..scales.clone() })
+        });
+        let width = self.scales.as_ref().map_or(1, |scales| scales.scale.bytes());
+        let zeros = self.zeros.as_ref().map(|zeros| room(zeros, of_scales / width));
+        Ok(Self {
+            experts,
+            codes: room(&self.codes, codes)?,
+            expert_bytes: codes,
+            scales: scales.transpose()?,
+            zeros: zeros.transpose()?,
+            global: floats(&self.global)?,
+            bias: floats(&self.bias)?,
+            ..self.clone()
+        })
+    }
+}
+
 /// The three projections of all experts.
 #[derive(Clone, Debug)]
 pub struct ExpertWeights {
@@ -367,6 +450,23 @@ impl ExpertWeights {
             }
         }
         Ok(self)
+    }
+
+    /// Their arrays.
+    pub(crate) fn arrays(&self) -> Vec<ExpertArray> {
+        let projections = self.gate.iter().chain([&self.up, &self.down]);
+        projections.flat_map(Stored::arrays).collect()
+    }
+
+    /// The same arrays for so many experts, holding anything.
+    pub(crate) fn with_room(&self, gpu: &Gpu, experts: usize) -> Result<Self> {
+        let gate = self.gate.as_ref().map(|gate| gate.with_room(gpu, experts));
+        Ok(Self {
+            gate: gate.transpose()?,
+            up: self.up.with_room(gpu, experts)?,
+            down: self.down.with_room(gpu, experts)?,
+            activation: self.activation,
+        })
     }
 
     /// H: width of the rows.

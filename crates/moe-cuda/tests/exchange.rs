@@ -288,9 +288,12 @@ fn rows_and_outputs_that_ranks_put_are_summed() {
         for tokens in [[17, 5, 40, 1, 0], [0, 3, 0, 33, 2], [40; 5], [1, 0, 0, 0, 0]] {
             let place = format!("{:?}", &tokens[..all]);
             let most = tokens[..all].iter().copied().max().unwrap().max(1);
-            let ranks: Vec<Rank> = (0..all)
+            let mut ranks: Vec<Rank> = (0..all)
                 .map(|me| rank(&s, &two_sided, (me, all), tokens[me], Room::default()).0)
                 .collect();
+            for rank in &mut ranks {
+                rank.homes.count(Some(s.upload(&[0_u64; EXPERTS]))).unwrap();
+            }
             let at = |me: usize| Windows { table: tables[me].view(), most, ..largest };
             let mut faults: Vec<FaultWord> =
                 (0..all).map(|me| FaultWord::new(s.gpu(), &streams[me]).unwrap()).collect();
@@ -310,7 +313,7 @@ fn rows_and_outputs_that_ranks_put_are_summed() {
                     let patience = (&stop, 20.0);
                     let windows = at(me);
                     verbs
-                        .meet(&streams[me], &windows, Meeting::Rows, patience, &faults[me])
+                        .meet(&streams[me], &windows, (Meeting::Rows, 7), patience, &faults[me])
                         .unwrap();
                 }
             }
@@ -340,7 +343,7 @@ fn rows_and_outputs_that_ranks_put_are_summed() {
             }
             for me in 0..all {
                 let windows = at(me);
-                let meeting = Meeting::Outputs;
+                let meeting = (Meeting::Outputs, 7);
                 // SAFETY: as above.
                 unsafe { verbs.meet(&streams[me], &windows, meeting, (&stop, 20.0), &faults[me]) }
                     .unwrap();
@@ -359,8 +362,19 @@ fn rows_and_outputs_that_ranks_put_are_summed() {
                 faults[me].check(&streams[me]).unwrap();
                 sums.push(s.download(out.view()));
             }
-            for (me, rank) in ranks.iter().enumerate() {
+            for (me, rank) in ranks.iter_mut().enumerate() {
                 assert_eq!(sums[me], wanted(rank, all), "{place}, rank {me}");
+                let mut load = vec![0; EXPERTS];
+                let real = rank.ids.iter().filter(|id| (**id as usize) < EXPERTS);
+                real.for_each(|id| load[*id as usize] += 1);
+                let counted = s.download(rank.homes.load().unwrap().view());
+                assert_eq!(counted, load, "{place}, rank {me}");
+                // who has come to both meetings how often, and where
+                let signals = s.download(windows[me][2].view());
+                let words: Vec<u32> =
+                    signals.as_chunks().0.iter().map(|v| u32::from_le_bytes(*v)).collect();
+                assert!(words[1..2 * all].iter().all(|count| *count == words[0]), "{words:?}");
+                assert!(words[2 * all..4 * all].iter().all(|layer| *layer == 7), "{words:?}");
             }
         }
     }
@@ -379,11 +393,11 @@ fn who_waits_for_a_rank_in_vain_ends() {
     let (stop, mut fault) =
         (StopWord::new(s.gpu()).unwrap(), FaultWord::new(s.gpu(), &s.stream).unwrap());
     // SAFETY: the signals are there; nobody else comes.
-    unsafe { verbs.meet(&s.stream, &windows, Meeting::Rows, (&stop, 0.1), &fault) }.unwrap();
+    unsafe { verbs.meet(&s.stream, &windows, (Meeting::Rows, 7), (&stop, 0.1), &fault) }.unwrap();
     let error = fault.check(&s.stream).unwrap_err().to_string();
     assert!(error.contains("waited in vain for the 1. next rank"), "{error}");
     // SAFETY: as above.
-    unsafe { verbs.meet(&s.stream, &windows, Meeting::Rows, (&stop, 1e6), &fault) }.unwrap();
+    unsafe { verbs.meet(&s.stream, &windows, (Meeting::Rows, 7), (&stop, 1e6), &fault) }.unwrap();
     stop.stop();
     fault.check(&s.stream).unwrap();
 }

@@ -9,8 +9,8 @@ use layers::{options, plain, rows, shared, splits, variants};
 use moe_kernels::numerics::quantise::Qdq;
 use moe_runner::comm::tcp::{self, Rendezvous};
 use moe_runner::comm::{self, Groups, Traffic, run_ranks};
-use moe_runner::exchange::ExpertMap;
 use moe_runner::exchange::resident::ResidentWire;
+use moe_runner::exchange::{BetweenGpus, ExpertMap};
 use moe_runner::hidden::ActivationDtype::{self, Bf16, F32};
 use moe_runner::hidden::{Rows, RowsMut};
 use moe_runner::parallel::balance::{Topology, initial};
@@ -256,7 +256,7 @@ fn links_are_measured_and_predict_a_time() {
     assert!(uneven.iter().all(|ranks| *ranks > 0), "{uneven:?}");
     // what stays on GPUs: every row once to each other rank, its slots, and an output for each
     let wire = ResidentWire { row: 100, output: 1000 };
-    let between = pass.on_gpus(wire).traffic(&ids);
+    let between = pass.on_gpus(wire, BetweenGpus::Counted).traffic(&ids);
     let sums = between.iter().fold(Traffic::default(), |sum, traffic| sum.plus(traffic)).total();
     assert_eq!((sums.calls, sums.sent), (4 * 3, sums.received));
     let rows: usize = pass

@@ -8,8 +8,12 @@
 
 struct Homes {
   const u32 *offsets, *ranks, *locals;  // copies of each expert: the rank that holds one, and its place there
+  u64* load;                            // [experts]: slots that each was chosen for, where they are counted
   u32 experts, all, me;                 // all: R
 };
+__device__ __forceinline__ void count_load(const Homes& homes, u32 id) {
+  if (homes.load) asm volatile("red.relaxed.gpu.global.add.u64 [%0], 1;" ::"l"(homes.load + id) : "memory");
+}
 
 // The rank and the place there of expert `id`'s copy for row t.
 struct Home {
@@ -35,6 +39,7 @@ extern "C" __global__ void slot_homes(const u32* ids, u32 tokens, u32 top_k, Hom
       Home home = home_of(homes, id, t);
       to = home.number, local[slot] = home.local;
       rows[t * homes.all + to] = to;
+      count_load(homes, id);
     }
     dest[slot] = to;
   }
@@ -179,7 +184,7 @@ extern "C" __global__ void combine_returned(Returned r, const float* weights, u3
 //
 //   arrivals   rows [R, most] of `pieces` times 16 bytes, then ids [R, most, top_k] from byte `ids_at` on
 //   outputs    values [most, top_k], then scales from a byte on
-//   signals    how often this rank has come to either meeting [2], and each other one [2, R]
+//   signals    how often each rank, this one first, has come to either meeting [2, R], and in which layer [2, R]
 struct Windows {
   const u64* windows;
   u32 all, most, top_k, pieces;
@@ -200,6 +205,7 @@ extern "C" __global__ void __launch_bounds__(128) put_rows(const uint4* x, u64 s
       Home home = home_of(homes, id, t);
       to = home.number, local = home.local;
       atomicOr(&wanted, 1u << to);
+      count_load(homes, id);
     }
     for (u32 d = 0; d < w.all; d++) {
       u64 from_me = (w.all - d) % w.all;  // this rank's number there
@@ -218,20 +224,25 @@ extern "C" __global__ void __launch_bounds__(128) put_rows(const uint4* x, u64 s
 
 // One thread a rank: tells it that all that was put before is there, and waits for the same from it. Gives up where the
 // host says so in `stop`, or after `limit` nanoseconds, which is a fault.
-extern "C" __global__ void meet_ranks(Windows w, u32 meeting, const u32* stop, u64 limit, u32* fault) {
+extern "C" __global__ void meet_ranks(Windows w, u32 meeting, u32 layer, const u32* stop, u64 limit, u32* fault) {
   __shared__ u32 now;
-  u32* mine = (u32*)window(w, 2, 0);
-  if (threadIdx.x == 0) now = mine[meeting] += 1;
+  u32 *mine = (u32*)window(w, 2, 0) + meeting * w.all, layers = 2 * w.all;
+  if (threadIdx.x == 0) {
+    // for who asks for whom it waits
+    mine[layers] = layer;
+    now = mine[0] += 1;
+  }
   __syncthreads();
   for (u32 d = threadIdx.x; d < w.all; d += blockDim.x) {
     if (d == 0) continue;
-    u32* there = (u32*)window(w, 2, d) + 2 + meeting * w.all + (w.all - d);
+    u32* there = (u32*)window(w, 2, d) + meeting * w.all + (w.all - d);
+    *(volatile u32*)(there + layers) = layer;
     __threadfence_system();
     asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(there), "r"(now) : "memory");
   }
   for (u32 d = threadIdx.x; d < w.all; d += blockDim.x) {
     if (d == 0) continue;
-    const u32* here = mine + 2 + meeting * w.all + d;
+    const u32* here = mine + d;
     u64 begin = 0, at = 0;
     for (u32 turn = 1;; turn++) {
       u32 seen;

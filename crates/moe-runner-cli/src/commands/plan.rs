@@ -7,7 +7,7 @@ use anyhow::Result;
 use moe_runner::Error;
 use moe_runner::checkpoint::architecture::LayerEntry;
 use moe_runner::comm::{Communicator, Kind, Sizes, Traffic};
-use moe_runner::exchange::ExpertMap;
+use moe_runner::exchange::{BetweenGpus, ExpertMap};
 use moe_runner::experts::{Device, KERNELS, KernelDesc, cuda};
 use moe_runner::hidden::ActivationDtype;
 use moe_runner::oracle::{Machine, Request, select};
@@ -121,6 +121,9 @@ struct CostJson {
     /// The weights are less than a GPU's memory, where that is known.
     #[serde(skip_serializing_if = "Option::is_none")]
     fits: Option<bool>,
+    /// How rows go from GPU to GPU, where they stay on those.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    between_gpus: Option<&'static str>,
     /// Bytes that all ranks together send, for one token through all the layers.
     sent_bytes_per_token: f64,
     /// Of that, by kind of collective.
@@ -146,46 +149,61 @@ struct Planned {
 
 /// Runs the command.
 pub(crate) fn run(args: &PlanArgs) -> Result<Report> {
-    let (link, reports) = link(args)?;
+    let (links, reports) = links(args)?;
     if !reports {
         return Ok(Report::silent(true));
     }
-    let json = plan_over(args, link)?;
+    let json = plan_over(args, links)?;
     Report::new(true, text(&json), &json)
 }
 
+/// What is known of the way between the ranks.
+#[derive(Clone, Default)]
+struct Links {
+    link: Option<LinkJson>,
+    /// Rows stay on the ranks' GPUs; true: these write into each other's memory.
+    gpus: Option<bool>,
+}
+
 /// The link between the ranks, given or measured; and whether this process reports.
-fn link(args: &PlanArgs) -> Result<(Option<LinkJson>, bool)> {
+fn links(args: &PlanArgs) -> Result<(Links, bool)> {
+    let on_gpus = args.meeting.has_gpus() && args.device.gpu().is_some();
+    // of one machine they are taken to, until they are asked
+    let gpus = on_gpus.then_some(args.nodes == 1);
     if let Some(speed) = args.link {
-        return Ok((Some(LinkJson { speed, measured: None, between: None }), true));
+        let link = Some(LinkJson { speed, measured: None, between: None });
+        return Ok((Links { link, gpus }, true));
     }
     if !args.measure {
-        return Ok((None, true));
+        return Ok((Links { link: None, gpus }, true));
     }
     check_sizes(args)?;
     let meeting = args.meeting.clone();
-    let (gpus, between) = (meeting.has_gpus(), Some(meeting.name()));
-    let ranks = Splitting::of_ranks(args.ranks, meeting).ranks(0)?;
-    let speed = ranks.run(|groups| match gpus {
+    let name = meeting.name();
+    let ranks = Splitting::of_ranks(args.ranks, meeting).ranks(args.device.gpu().unwrap_or(0))?;
+    // the way that rows would go
+    let (speed, reach) = ranks.run(|groups| match on_gpus {
         true => measure_gpus(&*groups.world),
-        false => LinkSpeed::measure(&*groups.world),
+        false => Ok((LinkSpeed::measure(&*groups.world)?, false)),
     })?;
-    Ok((Some(LinkJson { speed, measured: Some(args.ranks), between }), ranks.reports()))
+    let between = Some(if reach { "GPUs that write into each other's memory" } else { name });
+    let link = Some(LinkJson { speed, measured: Some(args.ranks), between });
+    Ok((Links { link, gpus: gpus.map(|_| reach) }, ranks.reports()))
 }
 
 #[cfg(feature = "cuda")]
-fn measure_gpus(world: &dyn Communicator) -> moe_runner::Result<LinkSpeed> {
+fn measure_gpus(world: &dyn Communicator) -> moe_runner::Result<(LinkSpeed, bool)> {
     LinkSpeed::measure_gpus(world)
 }
 
 #[cfg(not(feature = "cuda"))]
-fn measure_gpus(_: &dyn Communicator) -> moe_runner::Result<LinkSpeed> {
+fn measure_gpus(_: &dyn Communicator) -> moe_runner::Result<(LinkSpeed, bool)> {
     Err(Error::Device("this build was made without the feature 'cuda'".into()))
 }
 
 /// Plans the layers.
 pub(super) fn plan(args: &PlanArgs) -> Result<PlanJson> {
-    plan_over(args, None)
+    plan_over(args, Links::default())
 }
 
 fn check_sizes(args: &PlanArgs) -> Result<()> {
@@ -202,7 +220,7 @@ fn check_sizes(args: &PlanArgs) -> Result<()> {
     Ok(())
 }
 
-fn plan_over(args: &PlanArgs, link: Option<LinkJson>) -> Result<PlanJson> {
+fn plan_over(args: &PlanArgs, Links { link, gpus: reach }: Links) -> Result<PlanJson> {
     check_sizes(args)?;
     let (ranks, nodes) = (args.ranks, args.nodes);
     let on = gpus(args)?;
@@ -232,7 +250,7 @@ fn plan_over(args: &PlanArgs, link: Option<LinkJson>) -> Result<PlanJson> {
             .map(|split| {
                 let speed = link.as_ref().map(|link| link.speed);
                 let memory = on.as_ref().and_then(|(_, memory)| *memory);
-                price(split, &planned, (speed, args.meeting.has_gpus()), memory)
+                price(split, &planned, (speed, reach), memory)
             })
             .collect(),
         gpus: on.map(|(machine, memory_bytes)| GpusJson { machine: machine.name, memory_bytes }),
@@ -397,7 +415,7 @@ fn splits(ranks: usize) -> Vec<(&'static str, String, Parallel)> {
 fn price(
     (name, flags, parallel): (&'static str, String, Parallel),
     layers: &[Planned],
-    link: (Option<LinkSpeed>, bool),
+    link: (Option<LinkSpeed>, Option<bool>),
     memory: Option<u64>,
 ) -> SplitJson {
     match cost(&parallel, layers, link, memory) {
@@ -409,7 +427,7 @@ fn price(
 fn cost(
     parallel: &Parallel,
     layers: &[Planned],
-    (link, gpus): (Option<LinkSpeed>, bool),
+    (link, reach): (Option<LinkSpeed>, Option<bool>),
     memory: Option<u64>,
 ) -> moe_runner::Result<CostJson> {
     let ranks = parallel.sizes.ranks();
@@ -426,9 +444,11 @@ fn cost(
         let bytes = weight_bytes_by(held, layer, parallel, map)?;
         weights.iter_mut().zip(bytes).for_each(|(sum, bytes)| *sum += bytes.routed + bytes.shared);
         let mut pass = Pass::new(layer, *dtype, parallel, map)?;
-        // rows of their own stay on the ranks' GPUs
-        if gpus && parallel.sizes.tp == 1 {
-            pass = pass.on_gpus(Pass::gpu_wire(layer, *dtype));
+        if let (Some(kernel), Some(reach)) = (kernel, reach)
+            && let Some(way) = parallel.between_gpus(&layer.spec, reach)?
+        {
+            pass = pass.on_gpus(Pass::gpu_wire(layer, *dtype, kernel), way);
+            cost.between_gpus = Some(way.name());
         }
         let tokens = (ids.len() / layer.spec.router.top_k).max(1) as f64;
         for (rank, counts) in pass.traffic(ids).into_iter().enumerate() {
@@ -510,6 +530,18 @@ fn text(json: &PlanJson) -> String {
         };
         let LinkSpeed { latency_us, gbps } = speed;
         facts.add("links", format!("{gbps:.1} GB/s a rank, {latency_us:.1} us ({known})"));
+    }
+    let costs = json.splits.iter().filter_map(|split| split.cost.as_ref());
+    if let Some(way) = costs.filter_map(|cost| cost.between_gpus).next() {
+        let measured = json.link.as_ref().is_some_and(|link| link.measured.is_some());
+        let known = match (way == BetweenGpus::OneSided.name(), measured) {
+            (true, true) => "one-sided: they write into each other's memory",
+            (true, false) => {
+                "one-sided, if they reach each other's memory, as of one machine they mostly do"
+            }
+            (false, _) => "by NCCL, counts first",
+        };
+        facts.add("between GPUs", known);
     }
     let beside: usize = json.layers.iter().map(|layer| layer.copies_beside).sum();
     if beside > 0 {

@@ -302,3 +302,42 @@ fn a_link_says_how_long_collectives_take() {
     let message = refused(2, args);
     assert!(message.contains("no rate and latency"), "{message}");
 }
+
+/// Where rows stay on GPUs, what is counted is the way that they would go: written into each other's memory on one machine,
+/// sent between several; without GPUs to compute on, they pass through the processor.
+#[test]
+fn a_plan_for_gpus_counts_the_way_that_rows_would_go() {
+    let case = case("qwen2_moe_f16");
+    let flags = ["--ranks", "4", "--comm", "nccl", "--tokens", "40"];
+    let gpus = ["--device", "cuda", "--machine", "sm90"];
+    let of = |more: &[&str]| {
+        let all = plan(&case, &[&flags[..], more].concat());
+        let splits = all["splits"].as_array().unwrap();
+        let split = |name: &str| splits.iter().find(|split| split["name"] == name).unwrap();
+        (split("DP + EP")["cost"].clone(), split("EP")["cost"].clone())
+    };
+    let layers = json(["inspect".as_ref(), case.as_os_str(), "--json".as_ref()]);
+    let layers = layers["layers"].as_array().unwrap().len() as u64;
+    let (one, same_rows) = of(&gpus);
+    assert_eq!(
+        (&one["between_gpus"], &same_rows["between_gpus"]),
+        (&"one-sided".into(), &().into())
+    );
+    // there and back
+    assert_eq!(one["collectives"], 2 * layers);
+    let (two, _) = of(&[&gpus[..], &["--nodes", "2"]].concat());
+    // and the counts before
+    assert_eq!(
+        (&two["between_gpus"], &two["collectives"]),
+        (&"counts first".into(), &(3 * layers).into())
+    );
+    let (host, _) = of(&[]);
+    assert_eq!((&host["between_gpus"], &host["collectives"]), (&().into(), &(2 * layers).into()));
+    // a row's ids and weights travel along with it through the host; what it is to others is told to all, one-sided
+    let sent = [&one, &two, &host].map(|cost| cost["sent_by_collective"]["all-to-all-v"].as_f64());
+    assert!(sent.iter().all(|sent| *sent > Some(0.0)) && sent[0] != sent[1], "{sent:?}");
+    let mut args = vec!["plan".as_ref(), case.as_os_str()];
+    args.extend(flags.iter().chain(&gpus).map(std::ffi::OsStr::new));
+    let text = String::from_utf8(moe_runner(&args).stdout).unwrap();
+    assert!(text.contains("one-sided, if they reach each other's memory"), "{text}");
+}

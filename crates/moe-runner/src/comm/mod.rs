@@ -45,11 +45,14 @@ mod message;
 pub mod mpi;
 #[cfg(feature = "cuda")]
 pub mod nccl;
+#[cfg(feature = "cuda")]
+pub(crate) mod shared;
 mod single;
 mod sync;
 pub mod tcp;
 mod threads;
 mod traffic;
+pub mod watch;
 
 pub use buffers::Buffers;
 pub use collectives::{Pending, all_reduce_sent};

@@ -22,6 +22,7 @@ use moe_cuda::{
 };
 
 use super::link::{self, Link};
+use super::watch::{Awaited, Watch};
 use super::{At, Communicator, Options, Step, failure};
 use crate::{Error, Result};
 
@@ -215,6 +216,11 @@ impl Peers {
         self.direct.number
     }
 
+    /// This rank, in the group.
+    pub fn rank(&self) -> usize {
+        self.control.rank()
+    }
+
     /// The ranks in the world.
     pub fn members(&self) -> &[usize] {
         &self.members
@@ -301,7 +307,7 @@ impl Peers {
         // SAFETY: as the caller promises.
         let started = unsafe { peers.start(stream, &sends, &receives) };
         started.map_err(|cause| self.fail(&mut peers, at, &cause.to_string()))?;
-        self.until(&mut peers, at, |peers| peers.is_ready())
+        self.until(&mut peers, at, |peers| peers.is_ready(), || None)
     }
 
     /// Waits until `event` is reached.
@@ -309,10 +315,24 @@ impl Peers {
     /// # Errors
     /// As [`Self::start`].
     pub fn wait(&self, at: At<'_>, event: &Event) -> Result<()> {
-        self.until(&mut self.lock(), at, |peers| {
+        self.wait_or(at, event, || None)
+    }
+
+    /// The same; `late` is asked for whom when time is up.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub fn wait_or(
+        &self,
+        at: At<'_>,
+        event: &Event,
+        late: impl FnOnce() -> Option<Awaited>,
+    ) -> Result<()> {
+        let done = |peers: &NcclPeers| {
             // what the library has to say is an error of the wait
             peers.is_ready().and_then(|_| event.is_reached())
-        })
+        };
+        self.until(&mut self.lock(), at, done, late)
     }
 
     /// Waits for `done`, polled; ends what hangs where a rank has failed or time is up.
@@ -321,40 +341,25 @@ impl Peers {
         peers: &mut NcclPeers,
         at: At<'_>,
         done: impl Fn(&NcclPeers) -> moe_cuda::Result<bool>,
+        late: impl FnOnce() -> Option<Awaited>,
     ) -> Result<()> {
-        let since = Instant::now();
-        let mut looked = since;
-        loop {
-            match done(peers) {
-                Ok(true) => return Ok(()),
-                Ok(false) => {}
-                Err(cause) => return Err(self.fail(peers, at, &cause.to_string())),
-            }
-            if looked.elapsed() >= Duration::from_millis(1) {
-                looked = Instant::now();
-                if let Err(error) = self.control.check() {
-                    self.direct.stop.stop();
-                    peers.abort();
-                    return Err(error);
-                }
-                if since.elapsed() >= self.direct.timeout {
-                    let waited = self.direct.timeout.as_secs_f32();
-                    return Err(self.fail(peers, at, &format!("waited {waited} s for the others")));
-                }
-            }
-            match since.elapsed() < Duration::from_millis(5) {
-                true => std::hint::spin_loop(),
-                false => thread::sleep(Duration::from_micros(50)),
-            }
-        }
+        let waited = self.watch(at).until(|| done(peers), late);
+        waited.inspect_err(|_| self.end(peers))
     }
 
-    fn fail(&self, peers: &mut NcclPeers, At { layer, step }: At<'_>, cause: &str) -> Error {
+    fn fail(&self, peers: &mut NcclPeers, at: At<'_>, cause: &str) -> Error {
+        self.end(peers);
+        self.watch(at).fail(cause)
+    }
+
+    fn watch<'a>(&'a self, at: At<'a>) -> Watch<'a> {
+        Watch { group: &*self.control, timeout: self.direct.timeout, at }
+    }
+
+    /// Ends what hangs.
+    fn end(&self, peers: &mut NcclPeers) {
         self.direct.stop.stop();
         peers.abort();
-        let cause = format!("{cause}, in layer '{layer}', step {step}");
-        self.control.abort(&cause);
-        self.control.check().err().unwrap_or_else(|| failure(self.control.rank(), &cause))
     }
 
     fn lock(&self) -> MutexGuard<'_, NcclPeers> {

@@ -85,7 +85,8 @@ impl TrafficCounter {
         traffic
     }
 
-    pub(crate) fn add(&self, kind: Kind, count: Count) {
+    /// Adds collectives of a kind: what moves other than through the group's own, such as between devices.
+    pub fn add(&self, kind: Kind, count: Count) {
         let to = &self.counts[kind as usize];
         for (to, n) in to.iter().zip([count.calls, count.sent, count.received]) {
             to.fetch_add(n, Ordering::Relaxed);

@@ -8,6 +8,7 @@
 //!
 //! * [`BatchedExchange`]: one of these, with each expert's rows together.
 //! * [`resident`]: all-to-all of rows that stay in a device's memory; [`one_sided`]: where ranks write into each other's.
+//! * [`moves`]: experts that go from one placement to another.
 //!
 //! Dispatch takes *all* inputs of a row together, so that rows before and after it cannot be mixed
 //! up. Experts' outputs are weighted and added in one function, `weighted_sum`: in slot order, in
@@ -21,6 +22,7 @@ mod batched;
 mod gather;
 mod local;
 mod map;
+pub mod moves;
 pub mod one_sided;
 pub mod resident;
 mod sum;
@@ -62,6 +64,28 @@ impl RowFormat {
         match self {
             Self::Standard => "standard",
             Self::Batched => "batched",
+        }
+    }
+}
+
+/// How rows that stay on the ranks' GPUs go from one to the other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BetweenGpus {
+    /// Ranks write into each other's memory ([`one_sided`]).
+    OneSided,
+    /// Sends and receives of as much as ranks have for each other, which they tell each other first.
+    Counted,
+    /// Sends and receives of as much as there is room for.
+    WithRoom(resident::Room),
+}
+
+impl BetweenGpus {
+    /// "one-sided", "counts first", "with room".
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::OneSided => "one-sided",
+            Self::Counted => "counts first",
+            Self::WithRoom(_) => "with room",
         }
     }
 }

@@ -23,6 +23,7 @@ pub use desc::{
 pub use pack_cache::{PackCache, PackCacheUse};
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use moe_kernels::arena::Arena;
 use moe_kernels::pool::{Inline, ThreadPool};
@@ -31,12 +32,11 @@ use crate::hidden::{ActivationDtype, DeviceRouting, Rows, RowsMut};
 pub(crate) use rows::{dot_f64, rms_norm};
 
 use crate::comm::Communicator;
-use crate::exchange::ExpertMap;
-use crate::exchange::resident::Room;
+use crate::exchange::{BetweenGpus, ExpertMap};
 use crate::plan::Plan;
 use crate::router::{LogicalId, Router, Routing};
 use crate::weights::{Expert, LoadedLayer};
-use crate::{Result, spec};
+use crate::{Error, Result, spec};
 use cpu::{CPU_AMX_BF16, CPU_AVX2, CPU_AVX512, CPU_AVX512_BF16, CPU_AVX512_VNNI, CPU_PORTABLE};
 use cuda::{CUDA_F32, CUDA_SM90_BF16, CUDA_SM90_FP8, CUDA_SM90_INT4, CUDA_SM90_MXFP4};
 use emulation::{EMULATION_MXFP8, EMULATION_NVFP4, EMULATION_OCP_MX};
@@ -134,10 +134,10 @@ pub struct Spread {
     pub group: Arc<dyn Communicator>,
     /// Who holds which.
     pub map: Arc<ExpertMap>,
-    /// The same room for what every rank has for every other; `None`: as much as it has.
-    pub room: Option<Room>,
-    /// Without such room: ranks write into each other's memory, where all their GPUs reach that.
-    pub one_sided: bool,
+    /// How rows go to them.
+    pub way: BetweenGpus,
+    /// Micro-batches whose rows are on their way while another's experts work.
+    pub lanes: usize,
 }
 
 /// How far the packing of a layer's experts is, in projections.
@@ -354,6 +354,42 @@ pub trait LayerKernel: Send + std::fmt::Debug {
         true
     }
 
+    /// Begins to bring the experts of all ranks to where `map` says, from device to device, as they are held here. Passes
+    /// go on with the old placement until [`finish_move`](Self::finish_move). All ranks call this between the same two
+    /// passes.
+    ///
+    /// # Errors
+    /// Of a kernel that holds all experts; what the device has no memory for; a rank that does not come.
+    fn start_move(&mut self, _map: &Arc<ExpertMap>) -> Result<()> {
+        Err(Error::input("expert placement", "this kernel's experts are on no other ranks"))
+    }
+
+    /// Passes from here on are of the new placement, which is returned. All ranks call this between the same two passes. What was captured
+    /// as a graph before has the old weights, whose memory goes when the passes before are done.
+    ///
+    /// # Errors
+    /// If no experts are on their way.
+    fn finish_move(&mut self) -> Result<Arc<ExpertMap>> {
+        Err(Error::input("expert placement", "no experts are on their way"))
+    }
+
+    /// Counts, from here on, for each expert of the layer the slots that chose it among this rank's rows, without a wait;
+    /// or counts no longer.
+    ///
+    /// # Errors
+    /// Of a kernel that holds all experts.
+    fn count_load(&mut self, _on: bool) -> Result<()> {
+        Err(Error::input("expert load", "this kernel does not count it"))
+    }
+
+    /// The counts `[experts]`, which begin again from zero. Waits for the device.
+    ///
+    /// # Errors
+    /// If nobody counts.
+    fn take_load(&mut self) -> Result<Vec<u64>> {
+        Err(Error::input("expert load", "nobody counts it"))
+    }
+
     /// The time of the last pass's exchange alone, the median of so many runs: all ranks ask together, right after a
     /// pass of so many tokens with so many slots. `None` where there is none.
     ///
@@ -405,6 +441,8 @@ pub struct LayerCall<'a> {
     pub out: RowsMut<'a>,
     /// What was decided on the way, for those who ask.
     pub seen: Option<Seen<'a>>,
+    /// What the device did when, for those who ask: such a pass waits until it is done.
+    pub spans: Option<&'a mut Vec<DeviceSpan>>,
 }
 
 /// Who routes.
@@ -421,6 +459,19 @@ pub enum RoutingSource<'a> {
     Device(DeviceRouting<'a>),
     /// The same in place of what the router would choose: the gate runs all the same.
     Simulated(&'a [i32], &'a [f32]),
+}
+
+/// One stretch of a device's time in a pass.
+#[derive(Clone, Copy, Debug)]
+pub struct DeviceSpan {
+    /// "dispatch", "experts", …
+    pub what: &'static str,
+    /// The micro-batch it belongs to; `None`: to the whole batch.
+    pub lane: Option<usize>,
+    /// From the pass's begin on the device.
+    pub start: Duration,
+    /// From there.
+    pub end: Duration,
 }
 
 /// What a pass decided on its way.

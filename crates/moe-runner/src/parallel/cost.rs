@@ -4,7 +4,8 @@
 use crate::comm::{Count, Kind, Traffic, TrafficCounter, all_reduce_sent};
 use crate::exchange::one_sided::Places;
 use crate::exchange::resident::{ResidentWire, Ways};
-use crate::exchange::{ExpertMap, Wire, share};
+use crate::exchange::{BetweenGpus, ExpertMap, Wire, share};
+use crate::experts::{KernelDesc, cuda};
 use crate::hidden::ActivationDtype;
 use crate::router::LogicalId;
 use crate::spec::{Granularity, LayerSpec, WeightFormat};
@@ -67,9 +68,7 @@ pub struct Pass<'a> {
     map: &'a ExpertMap,
     wire: Wire,
     /// Rows stay on the ranks' GPUs.
-    resident: Option<ResidentWire>,
-    /// Ranks write into each other's memory.
-    one_sided: bool,
+    resident: Option<(ResidentWire, BetweenGpus)>,
     route: Route,
     row_scales: bool,
     shared_row_scales: bool,
@@ -110,36 +109,37 @@ impl<'a> Pass<'a> {
             map,
             wire: Wire::of_layer(layer, dtype),
             resident: None,
-            one_sided: false,
             route,
             row_scales: sizes.moe_tp() > 1 && wide(&layer.experts),
             shared_row_scales: sizes.tp > 1 && sizes.sp() == 1 && shared,
         })
     }
 
-    /// The same, where rows stay on the ranks' GPUs and travel as `wire`; only all-to-all can.
-    pub fn on_gpus(self, wire: ResidentWire) -> Self {
-        Self { resident: Some(wire).filter(|_| self.route == Route::AllToAll), ..self }
+    /// The same, where rows stay on the ranks' GPUs and travel as `wire`, the way that
+    /// [`Parallel::between_gpus`] says.
+    pub fn on_gpus(self, wire: ResidentWire, way: BetweenGpus) -> Self {
+        Self { resident: Some((wire, way)), ..self }
     }
 
-    /// The same, where ranks write into each other's memory.
-    pub fn one_sided(self) -> Self {
-        Self { one_sided: true, ..self }
-    }
-
-    /// What crosses between the GPUs of a layer like this for a row and for a slot's output, as its kernels for many
-    /// tokens keep them.
-    pub fn gpu_wire(layer: &LoadedLayer, dtype: ActivationDtype) -> ResidentWire {
+    /// What crosses between the GPUs of a layer like this for a row and for a slot's output, as `kernel` keeps them
+    /// where there are many tokens.
+    pub fn gpu_wire(
+        layer: &LoadedLayer,
+        dtype: ActivationDtype,
+        kernel: &KernelDesc,
+    ) -> ResidentWire {
         let width = layer.spec.dims.routed_hidden;
+        if kernel.name == cuda::CUDA_F32.name {
+            let plain = layer.spec.input_transform.is_identity();
+            let bytes = if plain { dtype.size() } else { size_of::<f32>() };
+            return ResidentWire { row: bytes * width, output: 4 * width };
+        }
         let format = layer.experts.first().map(|expert| expert.up.format());
         // 16-bit integers with a scale for so many columns; else f32
         let tile = match format {
             Some(WeightFormat::Bf16) => 256,
             Some(WeightFormat::Fp8(Granularity::Block)) => 128,
-            Some(WeightFormat::Mxfp4 | WeightFormat::Int4(Granularity::Group)) => {
-                return ResidentWire { row: 2 * width, output: 4 * width };
-            }
-            _ => return ResidentWire { row: dtype.size() * width, output: 4 * width },
+            _ => return ResidentWire { row: 2 * width, output: 4 * width },
         };
         ResidentWire { row: 2 * width, output: 2 * width + 4 * width.div_ceil(tile) }
     }
@@ -157,7 +157,7 @@ impl<'a> Pass<'a> {
                 Route::Gather => self.gather(&self.lane(ids, lane), &sheet),
                 Route::AllToAll => match self.resident {
                     None => self.all_to_all(&self.lane(ids, lane), &sheet),
-                    Some(wire) => self.between_gpus(wire, &self.lane(ids, lane), &sheet),
+                    Some(way) => self.between_gpus(way, &self.lane(ids, lane), &sheet),
                 },
             }
             if self.row_scales {
@@ -287,8 +287,18 @@ impl<'a> Pass<'a> {
     }
 
     /// The counts of all; each row, and each of its slots, to the ranks of its experts; an output for each slot back.
-    fn between_gpus(&self, wire: ResidentWire, lane: &[&[LogicalId]], sheet: &Sheet) {
+    fn between_gpus(
+        &self,
+        (wire, way): (ResidentWire, BetweenGpus),
+        lane: &[&[LogicalId]],
+        sheet: &Sheet,
+    ) {
         let ranks = lane.len();
+        let most = lane.iter().map(|ids| ids.len() / self.top_k()).max().unwrap_or(0);
+        if most == 0 && way == BetweenGpus::OneSided {
+            // nobody meets
+            return;
+        }
         let sent: Vec<Vec<(usize, usize)>> =
             lane.iter().enumerate().map(|(rank, ids)| self.sent_by(rank, ids)).collect();
         let mut counts = Vec::with_capacity(2 * ranks * ranks);
@@ -297,14 +307,13 @@ impl<'a> Pass<'a> {
             counts.extend(line.iter().map(|(rows, _)| *rows as u32));
         }
         for rank in 0..ranks {
-            let ways = match self.parallel.room {
-                Some(room) => Ways::with_room(room, rank, ranks),
-                None => Ways::counted(&counts, rank, ranks),
+            let ways = match way {
+                BetweenGpus::WithRoom(room) => Ways::with_room(room, rank, ranks),
+                BetweenGpus::OneSided | BetweenGpus::Counted => Ways::counted(&counts, rank, ranks),
             };
-            let traffic = match self.one_sided {
-                false => ways.traffic(wire, ranks),
-                true => {
-                    let most = lane.iter().map(|ids| ids.len() / self.top_k()).max().unwrap_or(0);
+            let traffic = match way {
+                BetweenGpus::WithRoom(_) | BetweenGpus::Counted => ways.traffic(wire, ranks),
+                BetweenGpus::OneSided => {
                     let places = Places { ranks, most, top_k: self.top_k() };
                     let [there, back] = places.traffic(&ways, wire);
                     [None, Some(there), Some(back)]

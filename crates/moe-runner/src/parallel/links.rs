@@ -1,5 +1,8 @@
 //! How fast ranks reach each other: measured, and what the collectives of a pass take by it.
 
+#[cfg(feature = "cuda")]
+mod gpus;
+
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
@@ -47,41 +50,6 @@ impl LinkSpeed {
             let start = Instant::now();
             group.start_all_to_all_v(LINKS, send, &counts)?.wait(group)?;
             Ok(start.elapsed())
-        })
-    }
-
-    /// The same between the memories of the ranks' GPUs.
-    ///
-    /// # Errors
-    /// As [`Self::measure`]; [`Error::Input`] where the GPUs are not connected.
-    #[cfg(feature = "cuda")]
-    pub fn measure_gpus(group: &dyn Communicator) -> Result<Self> {
-        use moe_cuda::{Buffer, Event, Gpu, Leg, Stream};
-
-        let Some(peers) = group.peers() else {
-            return Err(Error::input("links", "the ranks' GPUs are not connected"));
-        };
-        let error = |error: moe_cuda::Error| Error::Device(error.to_string());
-        let gpu = Gpu::new(peers.gpu()).map_err(error)?;
-        let (stream, most) = (Stream::new(&gpu).map_err(error)?, LARGE[1] * group.size());
-        let [begin, end] = [Event::new(&gpu).map_err(error)?, Event::new(&gpu).map_err(error)?];
-        let buffer = || Buffer::<u8>::new(&gpu, most, "measuring the links").map_err(error);
-        let (send, receive) = (buffer()?, buffer()?);
-        let (ranks, me) = (group.size(), group.rank());
-        Self::measure_with(group, |bytes| {
-            let legs = |base: u64| {
-                let others = (0..ranks).filter(move |peer| *peer != me);
-                others.map(move |peer| Leg { peer, address: base + (peer * bytes) as u64, bytes })
-            };
-            group.barrier(LINKS)?;
-            stream.record(&begin).map_err(error)?;
-            let (to, from) = (send.view().address(), receive.view().address());
-            // SAFETY: both hold as many bytes for every rank, and are kept until the wait below is over.
-            unsafe { peers.start(LINKS, &stream, &mut legs(to), &mut legs(from))? };
-            stream.record(&end).map_err(error)?;
-            peers.wait(LINKS, &end)?;
-            let micros = end.microseconds_since(&begin).map_err(error)?;
-            Ok(Duration::from_secs_f64(micros * 1e-6))
         })
     }
 

@@ -22,8 +22,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::comm::Sizes;
 use crate::exchange::resident::Room;
+use crate::exchange::{BetweenGpus, one_sided};
 use crate::experts::RowFormat;
 use crate::shared_experts::SharedOrder;
+use crate::spec::{LayerSpec, WeightOn};
 use crate::{Error, Result};
 
 /// How a layer is split, beyond the sizes of its groups.
@@ -97,6 +99,33 @@ pub enum Route {
 }
 
 impl Parallel {
+    /// How rows of a layer like this go from GPU to GPU where all ranks have one and NCCL connects them; `None`: they pass
+    /// through the processor. `reach`: all these GPUs write into each other's memory.
+    /// All ranks come to the same.
+    ///
+    /// # Errors
+    /// As [`Self::route`].
+    pub fn between_gpus(&self, spec: &LayerSpec, reach: bool) -> Result<Option<BetweenGpus>> {
+        let sizes = self.sizes;
+        let own_rows = sizes.tp == 1 || sizes.sp() > 1;
+        let stay = self.keeps_rows
+            && sizes.ranks() > 1
+            && self.route()? == Route::AllToAll
+            && own_rows
+            && self.row_format == RowFormat::Standard
+            && spec.router.weight_on == WeightOn::Output
+            // rows are sent in pieces of 16 bytes, and added in eights
+            && spec.dims.routed_hidden.is_multiple_of(8);
+        let puts = self.one_sided && reach && sizes.ranks() <= one_sided::MOST_RANKS;
+        Ok(match self.room {
+            None if stay && puts => Some(BetweenGpus::OneSided),
+            // sent and received in one piece
+            _ if !stay || self.micro_batches > 1 => None,
+            Some(room) => Some(BetweenGpus::WithRoom(room)),
+            None => Some(BetweenGpus::Counted),
+        })
+    }
+
     /// The route that the sizes and the wanted exchange come to.
     ///
     /// # Errors

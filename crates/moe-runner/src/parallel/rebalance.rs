@@ -1,67 +1,14 @@
-//! Moving experts between ranks, from one placement to another, between two forward passes.
-//!
-//! Which rank sends which expert where follows from the two placements alone, so that every rank
-//! knows it without asking. An expert that a rank holds already is kept there; for each other one
-//! the ranks that need it are divided evenly among those that have it.
+//! Moving experts between ranks, from one placement to another, between two forward passes: as they are stored, for
+//! kernels that pack them anew. What goes where is [`moves`](crate::exchange::moves)'.
 
-use crate::comm::{At, Communicator, Received, Step};
+pub use crate::exchange::moves::{Transfer, transfers};
+
+use crate::comm::{At, Communicator, Step};
 use crate::exchange::ExpertMap;
-use crate::router::LogicalId;
+use crate::exchange::moves::{Moves, Shelf, carry};
+use crate::router::LocalId;
 use crate::weights::Expert;
 use crate::{Error, Result};
-
-/// One expert's way from a rank to another.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Transfer {
-    /// The expert.
-    pub expert: LogicalId,
-    /// A rank that has it.
-    pub from: usize,
-    /// A rank that will.
-    pub to: usize,
-}
-
-/// What must move from `old` to `new`, by expert, then by sender. No rank gets an expert that it has,
-/// or the same one twice. Of n ranks that need an expert which m ranks have, the first n div m go
-/// to the first of those, and so on; what is left over goes to the first ones, one each.
-///
-/// # Errors
-/// If the two do not place the same experts on the same number of ranks.
-pub fn transfers(old: &ExpertMap, new: &ExpertMap) -> Result<Vec<Transfer>> {
-    if (old.experts(), old.ranks()) != (new.experts(), new.ranks()) {
-        return Err(Error::input(
-            "expert placement",
-            format!(
-                "{} experts on {} ranks cannot become {} on {}",
-                old.experts(),
-                old.ranks(),
-                new.experts(),
-                new.ranks()
-            ),
-        ));
-    }
-    let mut all = Vec::new();
-    for id in (0..old.experts() as u32).map(LogicalId) {
-        let owners = ranks_with(old, id);
-        let needing: Vec<usize> =
-            ranks_with(new, id).into_iter().filter(|rank| !owners.contains(rank)).collect();
-        let (each, shared) = (needing.len() / owners.len(), needing.len() % owners.len());
-        let (even, left) = needing.split_at(needing.len() - shared);
-        for (i, from) in owners.iter().enumerate() {
-            let to = even[i * each..(i + 1) * each].iter().chain(left.get(i));
-            all.extend(to.map(|to| Transfer { expert: id, from: *from, to: *to }));
-        }
-    }
-    Ok(all)
-}
-
-/// The ranks that hold an expert, each once, in order.
-fn ranks_with(map: &ExpertMap, id: LogicalId) -> Vec<usize> {
-    let mut ranks: Vec<usize> = map.copies(id).iter().map(|home| home.rank).collect();
-    ranks.sort_unstable();
-    ranks.dedup();
-    ranks
-}
 
 /// The experts of this rank under `new`, in the order of `new`, from its experts `mine` under
 /// `old`. Those that stay share their memory; the others come from other ranks, bit by bit the
@@ -76,7 +23,7 @@ pub fn move_experts(
     (old, new): (&ExpertMap, &ExpertMap),
     mine: &[Expert],
 ) -> Result<Vec<Expert>> {
-    let moved = exchange(group, layer, (old, new), mine);
+    let moved = carried(group, layer, (old, new), mine);
     if let Err(error) = &moved {
         // the others must not wait for this rank, nor go on with a placement that it does not have
         group.abort(&format!("layer '{layer}': {error}"));
@@ -84,14 +31,14 @@ pub fn move_experts(
     moved
 }
 
-fn exchange(
+fn carried(
     group: &dyn Communicator,
     layer: &str,
     (old, new): (&ExpertMap, &ExpertMap),
     mine: &[Expert],
 ) -> Result<Vec<Expert>> {
     let rank = group.rank();
-    let transfers = transfers(old, new)?;
+    let moves = Moves::new(old, new, rank.min(old.ranks() - 1))?;
     if old.ranks() != group.size() || mine.len() != old.held_by(rank).len() {
         return Err(Error::input(
             "expert placement",
@@ -104,90 +51,62 @@ fn exchange(
             ),
         ));
     }
-    let (send, counts) = parts(&transfers, (old.held_by(rank), mine), rank, group.size());
-    let received = group.all_to_all_v(At::new(layer, Step::MoveWeights), send, &counts)?;
-    let mut experts = read(&transfers, &received, rank)?;
-    experts.extend(old.held_by(rank).iter().copied().zip(mine.iter().cloned()));
-    let of = |id: &LogicalId| experts.iter().find(|(held, _)| held == id);
-    let all = new.held_by(rank).iter().map(of).collect::<Option<Vec<_>>>();
-    all.map(|all| all.into_iter().map(|(_, expert)| expert.clone()).collect())
-        .ok_or_else(|| Error::input("expert placement", "an expert did not arrive"))
+    let mut shelf = Stored { group, at: At::new(layer, Step::MoveWeights), mine, new: Vec::new() };
+    carry(&mut shelf, &moves)?;
+    let all = shelf.new.into_iter().collect::<Option<Vec<_>>>();
+    all.ok_or_else(|| Error::input("expert placement", "an expert did not arrive"))
 }
 
-/// What this rank, which holds `ids`, sends to each (for each expert the number of bytes, then
-/// them), and how many bytes each gets.
-fn parts(
-    transfers: &[Transfer],
-    (ids, experts): (&[LogicalId], &[Expert]),
-    rank: usize,
-    ranks: usize,
-) -> (Vec<u8>, Vec<usize>) {
-    let (mut data, mut counts) = (Vec::new(), vec![0; ranks]);
-    for (to, count) in counts.iter_mut().enumerate() {
-        let start = data.len();
-        for transfer in transfers.iter().filter(|t| (t.from, t.to) == (rank, to)) {
-            let held = ids.iter().zip(experts).find(|(id, _)| **id == transfer.expert);
-            let bytes = held.map(|(_, expert)| expert.to_bytes()).unwrap_or_default();
-            data.extend_from_slice(&(bytes.len() as u64).to_le_bytes());
-            data.extend_from_slice(&bytes);
+/// Experts of the host.
+struct Stored<'a> {
+    group: &'a dyn Communicator,
+    at: At<'a>,
+    mine: &'a [Expert],
+    new: Vec<Option<Expert>>,
+}
+
+impl Shelf for Stored<'_> {
+    fn make_room(&mut self, places: usize) -> Result<()> {
+        self.new = vec![None; places];
+        Ok(())
+    }
+
+    fn keep(&mut self, from: LocalId, to: LocalId) -> Result<()> {
+        self.new[to.index()] = Some(self.mine[from.index()].clone());
+        Ok(())
+    }
+
+    /// For each expert the number of bytes, then them.
+    fn exchange(&mut self, moves: &Moves) -> Result<()> {
+        let (mut data, mut counts) = (Vec::new(), vec![0; self.group.size()]);
+        for (to, count) in counts.iter_mut().enumerate() {
+            let start = data.len();
+            for (_, at) in moves.send.iter().filter(|(rank, _)| *rank == to) {
+                let bytes = self.mine[at.index()].to_bytes();
+                data.extend_from_slice(&(bytes.len() as u64).to_le_bytes());
+                data.extend_from_slice(&bytes);
+            }
+            *count = data.len() - start;
         }
-        *count = data.len() - start;
-    }
-    (data, counts)
-}
-
-/// The experts that arrived at `rank`.
-fn read(
-    transfers: &[Transfer],
-    received: &Received<u8>,
-    rank: usize,
-) -> Result<Vec<(LogicalId, Expert)>> {
-    let mut experts = Vec::new();
-    for (from, mut part) in received.iter().enumerate() {
-        let short = || {
-            Error::input("expert weights", format!("rank {from} sent fewer experts than agreed"))
-        };
-        for transfer in transfers.iter().filter(|t| (t.from, t.to) == (from, rank)) {
-            let (len, rest) = part.split_first_chunk().ok_or_else(short)?;
-            let len = usize::try_from(u64::from_le_bytes(*len)).map_err(|_| short())?;
-            let (bytes, rest) = rest.split_at_checked(len).ok_or_else(short)?;
-            experts.push((transfer.expert, Expert::from_bytes(bytes)?));
-            part = rest;
+        let received = self.group.all_to_all_v(self.at, data, &counts)?;
+        for (from, mut part) in received.iter().enumerate() {
+            let short = || {
+                let reason = format!("rank {from} sent fewer experts than agreed");
+                Error::input("expert weights", reason)
+            };
+            for (_, to) in moves.receive.iter().filter(|(rank, _)| *rank == from) {
+                let (len, rest) = part.split_first_chunk().ok_or_else(short)?;
+                let len = usize::try_from(u64::from_le_bytes(*len)).map_err(|_| short())?;
+                let (bytes, rest) = rest.split_at_checked(len).ok_or_else(short)?;
+                self.new[to.index()] = Some(Expert::from_bytes(bytes)?);
+                part = rest;
+            }
         }
-    }
-    Ok(experts)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn map(by_rank: &[&[u32]]) -> ExpertMap {
-        let ids: Vec<Vec<LogicalId>> =
-            by_rank.iter().map(|rank| rank.iter().copied().map(LogicalId).collect()).collect();
-        let experts = by_rank.concat().iter().max().map_or(0, |most| *most as usize + 1);
-        ExpertMap::new(experts, &ids).unwrap()
+        Ok(())
     }
 
-    fn ways(old: &[&[u32]], new: &[&[u32]]) -> Vec<(u32, usize, usize)> {
-        let all = transfers(&map(old), &map(new)).unwrap();
-        all.into_iter().map(|t| (t.expert.0, t.from, t.to)).collect()
-    }
-
-    #[test]
-    fn receivers_are_divided_evenly_among_owners() {
-        // expert 0: on ranks 0 and 1; ranks 2 to 6 need it: two each, the fifth from the first
-        let old: &[&[u32]] = &[&[0], &[0], &[1], &[2], &[3], &[4], &[5]];
-        let new: &[&[u32]] = &[&[0, 1], &[0, 2], &[1, 0], &[2, 0], &[3, 0], &[4, 0], &[5, 0]];
-        let want = [(0, 0, 2), (0, 0, 3), (0, 0, 6), (0, 1, 4), (0, 1, 5), (1, 2, 0), (2, 3, 1)];
-        assert_eq!(ways(old, new), want);
-    }
-
-    #[test]
-    fn nothing_moves_twice_or_to_where_it_is() {
-        assert_eq!(ways(&[&[0, 1], &[2, 0]], &[&[1, 0], &[0, 2]]), []);
-        // two copies on one rank: one transfer
-        assert_eq!(ways(&[&[0, 1], &[2, 1]], &[&[0, 1], &[0, 0, 2]]), [(0, 0, 1)]);
-        assert!(transfers(&map(&[&[0], &[1]]), &map(&[&[0, 1]])).is_err());
+    fn copy(&mut self, from: LocalId, to: LocalId) -> Result<()> {
+        self.new[to.index()] = self.new[from.index()].clone();
+        Ok(())
     }
 }

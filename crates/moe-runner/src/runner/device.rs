@@ -47,6 +47,7 @@ impl MoeRunner {
         let linear_output = !spec.output.bias && spec.output.norm.is_none();
         let scaling = scaling(spec.routed_scale, layer.dtype, spec.shared.is_some(), linear_output);
         let mut report = report;
+        let mut on_device = self.timeline.of_device();
         let call = LayerCall {
             tokens,
             rows: input.hidden,
@@ -63,8 +64,12 @@ impl MoeRunner {
                 routing: &mut report.routing,
                 shared: &mut report.shared,
             }),
+            spans: on_device.as_mut().map(|(_, spans)| spans),
         };
         self.timeline.span("layer", None, || kernel.forward(call))?;
+        if let Some(on_device) = on_device {
+            self.timeline.add(on_device);
+        }
         if let Some(report) = report {
             report.shared_complete = true;
             report.flops = flops(spec, tokens, given.is_none(), &report.routing);

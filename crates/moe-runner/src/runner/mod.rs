@@ -40,7 +40,7 @@ pub use workspace::Workspaces;
 
 use crate::comm::Communicator;
 use crate::exchange::Wire;
-use crate::experts::{BuiltKernel, ExchangeTime, StreamOrder};
+use crate::experts::{BuiltKernel, ExchangeTime, LayerKernel, StreamOrder};
 use crate::hidden::{ActivationDtype, DeviceRouting, Rows, RowsMut};
 use crate::oracle::Choice;
 use crate::plan::Plan;
@@ -183,6 +183,8 @@ pub struct MoeRunner {
     simulator: Option<Simulator>,
     micro_batches: usize,
     timeline: Timeline,
+    /// Slots that each expert was chosen for, where the processor routes and somebody asks.
+    load: Option<Vec<u64>>,
 }
 
 impl std::fmt::Debug for MoeRunner {
@@ -215,6 +217,7 @@ impl MoeRunner {
             simulator: None,
             micro_batches: 1,
             timeline: Timeline::off(),
+            load: None,
         }
     }
 
@@ -338,6 +341,45 @@ impl MoeRunner {
         match &mut self.layer.method.kernel {
             BuiltKernel::Layer(kernel) => kernel.exchange_time(tokens, top_k, runs),
             BuiltKernel::Modular(_) | BuiltKernel::Monolithic(_) => Ok(None),
+        }
+    }
+
+    /// Counts, from here on, how many slots of this rank's rows chose each expert: what
+    /// [balancing](crate::parallel::balance) goes by. No pass waits for it, also on GPUs. Counts begin from zero.
+    ///
+    /// # Errors
+    /// [`Error::Input`] of a GPU that holds all experts, where there is nothing to balance.
+    pub fn count_load(&mut self, on: bool) -> Result<()> {
+        if let BuiltKernel::Layer(kernel) = &mut self.layer.method.kernel {
+            return kernel.count_load(on);
+        }
+        self.load = on.then(|| vec![0; self.layer.spec.router.experts]);
+        Ok(())
+    }
+
+    /// The counts, of the experts with weights, which begin again from zero. Ranks' own: their sum is the layer's
+    /// ([`Loads::all_reduce`](crate::parallel::balance::Loads::all_reduce)). Waits for a GPU's passes.
+    ///
+    /// # Errors
+    /// [`Error::Input`] if nobody counts.
+    pub fn take_load(&mut self) -> Result<Vec<u64>> {
+        if let BuiltKernel::Layer(kernel) = &mut self.layer.method.kernel {
+            return kernel.take_load();
+        }
+        let Some(load) = &mut self.load else {
+            return Err(Error::input("expert load", "nobody counts it"));
+        };
+        let zeros = vec![0; load.len()];
+        Ok(std::mem::replace(load, zeros))
+    }
+
+    /// The kernel, where it is the whole layer.
+    fn whole_layer(&mut self, what: &'static str) -> Result<&mut dyn LayerKernel> {
+        match &mut self.layer.method.kernel {
+            BuiltKernel::Layer(kernel) => Ok(&mut **kernel),
+            BuiltKernel::Modular(_) | BuiltKernel::Monolithic(_) => {
+                Err(Error::input(what, "the layer's rows do not stay on GPUs"))
+            }
         }
     }
 

@@ -109,6 +109,14 @@ impl MoeRunner {
                 sum?
             }
         };
+        if let Some(load) = &mut self.load {
+            // idle experts, which come after those with weights, are nobody's work
+            for id in &routing.ids {
+                if let Some(count) = load.get_mut(id.index()) {
+                    *count += 1;
+                }
+            }
+        }
         if let Some(report) = &mut report {
             report.router_logits.clear();
             report.router_logits.extend_from_slice(logits);

@@ -14,8 +14,6 @@ use crate::experts::{self, BuildCall, BuiltKernel, Caps, Device, KernelDesc, Row
 use crate::oracle::{self, Request};
 use crate::parallel::{Parallel, Route, shard};
 use crate::spec::LayerSpec;
-#[cfg(feature = "cuda")]
-use crate::spec::WeightOn;
 use crate::weights::{Expert, LoadedLayer};
 use crate::{Error, Result};
 
@@ -78,7 +76,11 @@ impl MoeRunner {
         let routed_slices = slices(&share.experts, sizes.moe_tp() > 1, &groups.world);
         let shared_experts = share.shared.as_ref().map_or(&[][..], |shared| &shared.experts);
         let shared_slices = slices(shared_experts, sizes.tp > 1 && sizes.sp() == 1, &groups.tp);
-        let experts = std::mem::take(&mut share.experts);
+        let mut experts = std::mem::take(&mut share.experts);
+        if spread.is_some() && experts.is_empty() {
+            // kernels have no sizes without any: one that no rank asks for
+            experts.extend(layer.experts.first().cloned());
+        }
         if choice.kernel.target.device() == Device::Cuda
             && (routed_slices.is_some() || shared_slices.is_some())
         {
@@ -130,10 +132,33 @@ impl MoeRunner {
         let exchange = exchange(&spec, self.wire, groups, parallel, map)?;
         self.replace_quant_method(QuantMethod { kernel, exchange, shared: None })
     }
+
+    /// Begins to bring the experts of all ranks to where `map` says, where rows [stay](Self::is_spread) on the ranks' GPUs:
+    /// from GPU to GPU, as they are held there. Passes go on with the old placement until [`Self::finish_move`], and
+    /// the output is the same bit by bit before and after. There must be memory for the experts of this layer twice.
+    /// All ranks do this between the same two passes.
+    ///
+    /// # Errors
+    /// [`Error::Input`] where rows do not stay on GPUs: experts then move as they are stored
+    /// ([`move_experts`](crate::parallel::rebalance::move_experts)); what a GPU has no memory for; a rank that does not come.
+    pub fn start_move(&mut self, map: &Arc<ExpertMap>) -> Result<()> {
+        self.whole_layer("expert placement")?.start_move(map)
+    }
+
+    /// From the next pass on, all experts are where the map of [`Self::start_move`] said. All ranks do this between the
+    /// same two passes, with the groups that their runners were made with. What was captured as a graph is to be captured
+    /// again: it has the old weights, which go when the passes before are done.
+    ///
+    /// # Errors
+    /// If no experts are on their way.
+    pub fn finish_move(&mut self, groups: &Groups, parallel: &Parallel) -> Result<()> {
+        let map = self.whole_layer("expert placement")?.finish_move()?;
+        self.layer.method.exchange = exchange(&self.layer.spec, self.wire, groups, parallel, map)?;
+        Ok(())
+    }
 }
 
-/// Where the other experts are, if rows go to them from GPU to GPU: on ranks with connected GPUs, rows of their own
-/// and whole experts, in one micro-batch. All ranks come to the same.
+/// Where the other experts are, if rows go to them from GPU to GPU. All ranks come to the same.
 fn spread(
     layer: &LoadedLayer,
     kernel: &KernelDesc,
@@ -143,23 +168,12 @@ fn spread(
 ) -> Result<Option<Spread>> {
     #[cfg(feature = "cuda")]
     {
-        let (sizes, spec) = (groups.sizes, &layer.spec);
-        let own_rows = sizes.tp == 1 || sizes.sp() > 1;
-        let plain = parallel.micro_batches <= 1 && parallel.row_format == RowFormat::Standard;
-        let takes = kernel.target.device() == Device::Cuda
-            && sizes.ranks() > 1
-            && parallel.route()? == Route::AllToAll
-            && own_rows
-            && plain
-            && parallel.keeps_rows
-            && spec.router.weight_on == WeightOn::Output
-            // rows are sent in pieces of 16 bytes, and added in eights
-            && spec.dims.routed_hidden.is_multiple_of(8)
-            && (0..map.ranks()).all(|rank| !map.held_by(rank).is_empty());
-        if takes && groups.ep.peers().is_some() {
-            let (group, map) = (groups.ep.clone(), map.clone());
-            let Parallel { room, one_sided, .. } = *parallel;
-            return Ok(Some(Spread { group, map, room, one_sided }));
+        let peers = groups.ep.peers().filter(|_| kernel.target.device() == Device::Cuda);
+        if let Some(peers) = peers
+            && let Some(way) = parallel.between_gpus(&layer.spec, peers.reaches())?
+        {
+            let (group, map, lanes) = (groups.ep.clone(), map.clone(), parallel.micro_batches);
+            return Ok(Some(Spread { group, map, way, lanes: lanes.max(1) }));
         }
     }
     let _ = (layer, kernel, groups, parallel, map);

@@ -2,6 +2,8 @@
 
 use std::time::{Duration, Instant};
 
+use crate::experts::DeviceSpan;
+
 /// One stretch of time on one rank.
 #[derive(Clone, Copy, Debug)]
 pub struct Span {
@@ -45,6 +47,21 @@ impl Timeline {
         let result = work();
         self.spans.push(Span { what, lane, start, end: origin.elapsed() });
         result
+    }
+
+    /// Records from now on what a device does; `None`: nothing is recorded.
+    pub(super) fn of_device(&self) -> Option<(Duration, Vec<DeviceSpan>)> {
+        self.origin.map(|origin| (origin.elapsed(), Vec::new()))
+    }
+
+    /// Adds it. The device began no sooner.
+    pub(super) fn add(&mut self, (begin, spans): (Duration, Vec<DeviceSpan>)) {
+        self.spans.extend(spans.into_iter().map(|DeviceSpan { what, lane, start, end }| Span {
+            what,
+            lane,
+            start: begin + start,
+            end: begin + end,
+        }));
     }
 
     /// What was recorded.

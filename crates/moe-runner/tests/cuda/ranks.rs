@@ -8,12 +8,16 @@ use std::time::{Duration, Instant};
 
 use moe_runner::comm::tcp::{self, Rendezvous};
 use moe_runner::comm::{self, At, Communicator, Groups, Sizes, Step, nccl, run_ranks};
-use moe_runner::exchange::resident::{ResidentWire, Room};
+use moe_runner::exchange::resident::Room;
+use moe_runner::exchange::{BetweenGpus, ExpertMap};
 use moe_runner::experts::{Device, RowFormat};
 use moe_runner::hidden::ActivationDtype::{Bf16, F32};
+use moe_runner::hidden::{Rows, RowsMut};
 use moe_runner::parallel::{ExchangeKind, Parallel, Placement, cost};
 use moe_runner::router::LogicalId;
-use moe_runner::runner::{Batch, Options, RankedRunner, forward_batch};
+use moe_runner::runner::{
+    Batch, ForwardInput, MoeRunner, MoeRunnerInterface, Options, RankedRunner, forward_batch,
+};
 use moe_runner::weights::FloatType;
 use moe_runner::{Error, Result};
 
@@ -186,15 +190,25 @@ fn rows_that_stay_on_gpus_give_the_bits_of_one() {
             let ids: Vec<LogicalId> = one.topk_ids.iter().map(|id| LogicalId(*id)).collect();
             let share = tokens.div_ceil(ranks);
             let room = Room { slots: 3 * share, rows: share };
-            let forms = [(None, true), (None, false), (Some(room), false)];
+            // the last in two micro-batches
+            let forms =
+                [(None, true, 1), (None, false, 1), (Some(room), false, 1), (None, true, 2)];
             let placements = [Placement::Linear, Placement::RoundRobin];
             for (placement, form) in placements.into_iter().flat_map(|p| forms.map(|f| (p, f))) {
-                let (room, one_sided) = form;
+                let (room, one_sided, micro_batches) = form;
                 let place = format!("{kernel}, {tokens} tokens, {placement:?}, {form:?}");
                 let sizes = sizes(1, ranks, 1, true);
-                let parallel =
-                    Parallel { sizes, placement, room, one_sided, ..Parallel::default() };
+                let parallel = Parallel {
+                    sizes,
+                    placement,
+                    room,
+                    one_sided,
+                    micro_batches,
+                    ..Parallel::default()
+                };
                 let groups = Groups::new(world.clone(), parallel.sizes)?;
+                let reach = groups.ep.peers().is_some_and(|peers| peers.reaches());
+                let Some(way) = parallel.between_gpus(&layer.spec, reach)? else { continue };
                 let options = on(options, world.rank());
                 let mut runner = RankedRunner::new(layer, &options, &groups, &parallel)?;
                 assert!(runner.runner().is_spread(), "{place}");
@@ -211,16 +225,10 @@ fn rows_that_stay_on_gpus_give_the_bits_of_one() {
                     assert!(got.output == one.output, "{place}");
                 }
                 let map = placement.map(8, ranks).unwrap();
-                let cost = cost::Pass::new(layer, Bf16, &parallel, &map)?;
-                let wire = match *kernel {
-                    "cuda_f32" => ResidentWire { row: 2 * 512, output: 4 * 512 },
-                    _ => cost::Pass::gpu_wire(layer, Bf16),
-                };
-                let cost = cost.on_gpus(wire);
-                let one_sided = room.is_none() && runner.runner().can_be_captured();
-                put += usize::from(one_sided);
-                let cost = if one_sided { cost.one_sided() } else { cost }.traffic(&ids);
-                assert_eq!(got.traffic, cost[world.rank()], "{place}");
+                let wire = cost::Pass::gpu_wire(layer, Bf16, runner.runner().method().desc());
+                let cost = cost::Pass::new(layer, Bf16, &parallel, &map)?.on_gpus(wire, way);
+                put += usize::from(way == BetweenGpus::OneSided);
+                assert_eq!(got.traffic, cost.traffic(&ids)[world.rank()], "{place}");
                 done += 1;
             }
         }
@@ -228,6 +236,168 @@ fn rows_that_stay_on_gpus_give_the_bits_of_one() {
     });
     let (done, put) = done.unwrap()[0];
     println!("{done} passes over {ranks} GPUs, {put} of them one-sided");
+}
+
+/// Experts move from GPU to GPU while passes go on: the bits of one GPU before, meanwhile and after, in every format and
+/// form; with copies, a rank that has no expert, and the load that the GPUs count.
+#[test]
+fn no_bit_changes_while_experts_move_between_gpus() {
+    let _alone = crate::alone();
+    let Some(options) = gpus(2) else { return };
+    let ranks = if gpus(4).is_some() { 4 } else { 2 };
+    let hopper = moe_runner::experts::cuda::capability(0).is_ok_and(|capability| capability == 90);
+    let mut spec = layers::plain();
+    spec.router = moe_runner::spec::RouterSpec::softmax(8, 3, true);
+    (spec.dims.hidden, spec.dims.routed_hidden, spec.dims.intermediate) = (512, 512, 256);
+    let kernels: Vec<_> = crate::fast::formats()
+        .into_iter()
+        .filter(|_| hopper)
+        .chain([("cuda_f32", FloatType::Bf16.into())])
+        .collect();
+    let held = |ids: &[&[u32]]| -> Arc<ExpertMap> {
+        let of = |ids: &&[u32]| ids.iter().copied().map(LogicalId).collect();
+        let mut held: Vec<Vec<LogicalId>> = ids.iter().map(of).collect();
+        held.resize(ranks, Vec::new());
+        Arc::new(ExpertMap::new(8, &held).unwrap())
+    };
+    // copies, one twice on a rank; the last leaves ranks without any
+    let maps = [
+        held(&[&[0, 1, 2, 3, 7], &[4, 5, 6, 7, 0]]),
+        held(&[&[7, 6, 5, 4, 0], &[3, 2, 1, 0, 3]]),
+        held(&[&[], &[0, 1, 2, 3, 4, 5, 6, 7]]),
+        held(&[&[0, 2, 4, 6, 1], &[1, 3, 5, 7, 0]]),
+    ];
+    for (kernel, format) in kernels {
+        let layer = moe_runner::weights::random_layer(&spec, format, 7).unwrap();
+        let options = Options { kernel: Some(kernel.into()), dtype: Bf16, ..options.clone() };
+        let hidden = rows(Bf16, 600, 512, 3);
+        let batch = Batch { hidden: &hidden, router_logits: None, input_ids: None };
+        let alone = Groups::new(comm::single(), Sizes::default()).unwrap();
+        let one = forward_batch(&layer, &options, &alone, &Parallel::default(), &batch, None);
+        let one = one.unwrap_or_else(|error| panic!("{kernel}: {error}"));
+        let done = run_ranks(ranks, |world| {
+            let world = nccl::open(world.clone(), world.rank())?;
+            let mut passes = 0;
+            for one_sided in [true, false] {
+                let sizes = sizes(1, ranks, 1, true);
+                let parallel = Parallel { sizes, one_sided, ..Parallel::default() };
+                let groups = Groups::new(world.clone(), sizes)?;
+                let options = on(&options, world.rank());
+                let first = maps[0].clone();
+                let runner = MoeRunner::on_rank_with(&layer, &options, &groups, &parallel, first)?;
+                let mut runner = RankedRunner::of(runner, &groups);
+                runner.runner_mut().count_load(true)?;
+                let mut pass = |runner: &mut RankedRunner<'_>, which: usize| {
+                    let got = runner.forward(&batch)?;
+                    let place = format!("{kernel}, one-sided {one_sided}, placement {which}");
+                    assert!(got.output == one.output, "{place}");
+                    passes += 1;
+                    Ok::<_, Error>(())
+                };
+                for (which, map) in maps.iter().enumerate().skip(1) {
+                    pass(&mut runner, which - 1)?;
+                    runner.runner_mut().start_move(map)?;
+                    pass(&mut runner, which - 1)?;
+                    runner.runner_mut().finish_move(&groups, &parallel)?;
+                    pass(&mut runner, which)?;
+                    pass(&mut runner, which)?;
+                    let mut load = runner.runner_mut().take_load()?;
+                    world.all_reduce(at(Step::Balance), &mut load)?;
+                    let mut want = vec![0; 8];
+                    one.topk_ids.iter().for_each(|id| want[*id as usize] += 4);
+                    assert_eq!(load, want, "{kernel}, one-sided {one_sided}, placement {which}");
+                }
+            }
+            Ok(passes)
+        });
+        println!("{kernel}: {} passes while experts moved over {ranks} GPUs", done.unwrap()[0]);
+    }
+}
+
+/// Micro-batches of one-sided passes on streams of their own: each GPU's timeline has the steps of both, and the rows of the
+/// second are put before the experts of the first are done.
+#[test]
+fn the_timeline_of_gpus_has_both_halves() {
+    let _alone = crate::alone();
+    let Some(options) = gpus(2) else { return };
+    let mut spec = layers::plain();
+    spec.shared = Some(layers::shared());
+    (spec.dims.hidden, spec.dims.routed_hidden, spec.dims.intermediate) = (512, 512, 256);
+    let layer = moe_runner::weights::random_layer(&spec, FloatType::Bf16, 7).unwrap();
+    let hidden = rows(F32, 2000, 512, 3);
+    let batch = Batch { hidden: &hidden, router_logits: None, input_ids: None };
+    let sizes = sizes(1, 2, 1, true);
+    let parallel = Parallel { sizes, micro_batches: 2, ..Parallel::default() };
+    let done = run_ranks(2, |world| {
+        let world = nccl::open(world.clone(), world.rank())?;
+        let groups = Groups::new(world, sizes)?;
+        let options = on(&options, groups.world.rank());
+        let reach = groups.ep.peers().is_some_and(|peers| peers.reaches());
+        forward_batch(&layer, &options, &groups, &parallel, &batch, None)?;
+        let origin = Some(Instant::now());
+        let got = forward_batch(&layer, &options, &groups, &parallel, &batch, origin)?;
+        Ok((reach, got.spans))
+    });
+    for (reach, spans) in done.unwrap() {
+        if !reach {
+            println!("skipped: the GPUs do not reach each other's memory");
+            return;
+        }
+        let of = |what: &str, lane| {
+            let found = spans.iter().find(|span| (span.what, span.lane) == (what, lane));
+            *found.unwrap_or_else(|| panic!("no {what} of {lane:?} in {spans:?}"))
+        };
+        for what in ["dispatch", "wait for dispatch", "experts", "wait for combine", "combine"] {
+            let [first, second] = [0, 1].map(|lane| of(what, Some(lane)));
+            println!(
+                "{what}: {:?} to {:?}, {:?} to {:?}",
+                first.start, first.end, second.start, second.end
+            );
+        }
+        of("shared experts", None);
+        assert!(of("dispatch", Some(1)).start < of("experts", Some(0)).end);
+    }
+}
+
+/// A rank that sleeps between two one-sided passes is named by the signals in the others' memory.
+#[test]
+fn a_rank_that_sleeps_in_a_one_sided_pass_is_named() {
+    let _alone = crate::alone();
+    let Some(options) = gpus(2) else { return };
+    let layer = moe_runner::weights::random_layer(&layers::plain(), FloatType::F32, 7).unwrap();
+    let sizes = sizes(1, 2, 1, true);
+    let parallel = Parallel { sizes, ..Parallel::default() };
+    let timeout = comm::Options { timeout: Duration::from_secs(2) };
+    let said = std::sync::Mutex::new(Vec::new());
+    let _ = comm::run_ranks_with(2, timeout, |world| {
+        let world = nccl::open_with(world.clone(), world.rank(), timeout, None)?;
+        let groups = Groups::new(world, sizes)?;
+        let me = groups.world.rank();
+        if groups.ep.peers().is_none_or(|peers| !peers.reaches()) {
+            return Ok(());
+        }
+        let hidden = rows(F32, 40, 48, 1);
+        let options = on(&options, me);
+        let mut runner = MoeRunner::on_rank(&layer, &options, &groups, &parallel)?;
+        let mut out = vec![0.0; hidden.len()];
+        let input = ForwardInput::new(Rows::F32(&hidden));
+        runner.forward(&input, RowsMut::F32(&mut out))?;
+        // rank 1 agrees to the next pass, and puts nothing
+        if me == 1 {
+            groups.ep.peers().map(|peers| peers.most(at(Step::Dispatch), [40, 2])).transpose()?;
+            std::thread::sleep(Duration::from_secs(5));
+            return Ok(());
+        }
+        let ended = runner.forward(&input, RowsMut::F32(&mut out));
+        said.lock().unwrap().push(ended.map_or_else(|e| e.to_string(), |_| "well".into()));
+        Ok(())
+    });
+    for said in said.into_inner().unwrap() {
+        for word in ["waited 2 s for rank 1, last seen at", "step 'combine', in", "step 'dispatch'"]
+        {
+            assert!(said.contains(word), "no '{word}' in {said}");
+        }
+    }
 }
 
 /// More rows than have room are told by all.

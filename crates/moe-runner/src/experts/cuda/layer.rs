@@ -2,27 +2,25 @@
 
 use std::sync::Arc;
 
-use moe_cuda::router::{
-    self as cuda, RouterOptions, RouterTensors as CudaTensors, Score as CudaScore,
-};
+use moe_cuda::router as cuda;
 use moe_cuda::weights::{ExpertWeights, Stored};
 use moe_cuda::{Buffer, Event, Float, GroupedExperts, Norm, RowQuantiser, RowsMut, Stream};
 
 use super::Method;
 use super::device::{Device, device, error};
+use super::moves::{Moving, Retired};
 use super::products::Products;
 use super::ranks::Ranks;
+use super::rules::router;
 use super::upload::{Linear, Upload, norm, quantisers};
+use crate::exchange::ExpertMap;
 use crate::experts::reference::stored_bytes;
 use crate::experts::{
     BuildCall, ExchangeTime, ExpertShape, KernelDesc, LayerCall, LayerKernel, StreamOrder,
 };
 use crate::hidden::ActivationDtype;
 use crate::router::Routing;
-use crate::spec::{
-    Correction, ExpertSpec, GroupFill, GroupScore, IdleExperts, LayerSpec, Renormalise, RouterSpec,
-    ScaleOn, Score, Selection, SharedSpec, WeightFrom, WeightOn,
-};
+use crate::spec::{ExpertSpec, IdleExperts, LayerSpec, SharedSpec, WeightOn};
 use crate::weights::{Expert, GateWeights, LoadedLayer, Matrix, StepWeights};
 use crate::{Error, Result};
 
@@ -40,13 +38,16 @@ pub(super) struct CudaLayer {
     pub(super) experts: Experts,
     /// Where the other experts are.
     pub(super) ranks: Option<Ranks>,
+    /// Experts on their way, and those that earlier passes have used.
+    pub(super) moving: Option<Moving>,
+    pub(super) retired: Vec<Retired>,
     pub(super) shared: Option<Shared>,
     /// `[H]`: added to the sum of the branches.
     pub(super) bias: Option<Buffer<f32>>,
     /// Of that sum.
     pub(super) norm: Option<(Norm, Buffer<f32>)>,
     /// Bytes of each routed expert, and of the shared ones together, as they are stored.
-    stored: (Vec<usize>, usize),
+    pub(super) stored: (Vec<usize>, usize),
 }
 
 /// `logits = norm(x) · Wᵀ + bias`.
@@ -213,7 +214,8 @@ impl CudaLayer {
         let of = (&*device, method);
         let router = router(upload, &device, spec, layer.gate.as_ref())?;
         let name = spec.name.as_str();
-        let ranks = spread.map(|spread| Ranks::new(&device, name, spread)).transpose()?;
+        let of_ranks = |spread| Ranks::new(&device, (name, spec.index), spread);
+        let ranks = spread.map(of_ranks).transpose()?;
         let in_front = layer.gate.as_ref().map(|_| &router).filter(|_| ranks.is_none());
         let experts = Experts::new(upload, of, &spec.expert, weight_on, experts, in_front)?;
         let shared = match (&spec.shared, shared) {
@@ -263,6 +265,8 @@ impl CudaLayer {
             dtype,
             experts,
             ranks,
+            moving: None,
+            retired: Vec::new(),
             shared,
             stored,
         })
@@ -294,8 +298,10 @@ impl LayerKernel for CudaLayer {
     }
 
     fn shape(&self) -> ExpertShape {
+        // memory may have room for more
+        let held = self.ranks.as_ref().map(|ranks| ranks.map().held_by(ranks.homes().me()).len());
         ExpertShape {
-            experts: self.experts.count(),
+            experts: held.unwrap_or(self.experts.count()),
             hidden: self.experts.hidden(),
             intermediate: self.experts.intermediate(),
         }
@@ -358,13 +364,41 @@ impl LayerKernel for CudaLayer {
         self.ranks.as_ref().is_none_or(Ranks::can_be_captured)
     }
 
+    fn start_move(&mut self, map: &Arc<ExpertMap>) -> Result<()> {
+        self.move_to(map)
+    }
+
+    fn finish_move(&mut self) -> Result<Arc<ExpertMap>> {
+        self.use_moved()
+    }
+
+    fn count_load(&mut self, on: bool) -> Result<()> {
+        match &mut self.ranks {
+            Some(ranks) => ranks.count_load(&self.device, on),
+            None => Err(Error::input("expert load", "all experts are on this GPU")),
+        }
+    }
+
+    fn take_load(&mut self) -> Result<Vec<u64>> {
+        match &mut self.ranks {
+            Some(ranks) => ranks.take_load(&self.device),
+            None => Err(Error::input("expert load", "all experts are on this GPU")),
+        }
+    }
+
     fn exchange_time(
         &mut self,
         tokens: usize,
         top_k: usize,
         runs: usize,
     ) -> Result<Option<ExchangeTime>> {
-        self.time_exchange(tokens, top_k, runs)
+        // nobody's load
+        let load = self.ranks.as_mut().and_then(Ranks::pause_load);
+        let time = self.time_exchange(tokens, top_k, runs);
+        if let Some(ranks) = &mut self.ranks {
+            ranks.resume_load(load)?;
+        }
+        time
     }
 }
 
@@ -413,83 +447,4 @@ fn transform(
         }
     });
     steps.collect()
-}
-
-/// The router with its tensors on the device.
-fn router(
-    upload: &Upload<'_>,
-    device: &Device,
-    spec: &LayerSpec,
-    gate: Option<&GateWeights>,
-) -> Result<cuda::Router> {
-    let scale = match spec.routed_scale.on {
-        ScaleOn::Weights => spec.routed_scale.factor,
-        ScaleOn::Output => 1.0,
-    };
-    let floats = |values: Option<&Vec<f32>>| values.map(|v| upload.vector(v)).transpose();
-    let table = gate.and_then(|gate| gate.hash_table.as_ref());
-    let tensors = CudaTensors {
-        bias: floats(gate.and_then(|gate| gate.correction.as_ref()))?,
-        per_expert_scale: floats(gate.and_then(|gate| gate.per_expert_scale.as_ref()))?,
-        table: table.map(|table| upload.ids(table)).transpose()?,
-    };
-    let options = options(&spec.router, scale);
-    cuda::Router::new(&device.modules, options, tensors).map_err(|refused| match refused {
-        moe_cuda::Error::Input { what, reason } => Error::NoKernel(format!("{what}: {reason}")),
-        other => error(other),
-    })
-}
-
-/// A router's options as kernels take them.
-fn options(spec: &RouterSpec, scale: f32) -> RouterOptions {
-    RouterOptions {
-        experts: spec.experts,
-        idle: match spec.idle {
-            Some(IdleExperts::Identity { count } | IdleExperts::Skip { count }) => count,
-            None => 0,
-        },
-        shared: match spec.weight_from {
-            WeightFrom::JointSoftmax { shared } => shared,
-            _ => 0,
-        },
-        top_k: spec.top_k,
-        logit_multiplier: spec.logit_multiplier,
-        soft_cap: spec.soft_cap,
-        score: match spec.score {
-            Score::Softmax => CudaScore::Softmax,
-            Score::Sigmoid => CudaScore::Sigmoid,
-            Score::SqrtSoftplus => CudaScore::SqrtSoftplus,
-            Score::Logits => CudaScore::Logits,
-        },
-        correction: match spec.correction {
-            Correction::None => cuda::Correction::None,
-            Correction::OnScore => cuda::Correction::OnScore,
-            Correction::OnLogits => cuda::Correction::OnLogits,
-        },
-        groups: spec.groups.map(|groups| cuda::Groups {
-            count: groups.count,
-            keep: groups.keep,
-            top_two_sum: groups.score == GroupScore::TopTwoSum,
-            fill_zero: groups.fill == GroupFill::Zero,
-        }),
-        selection: match spec.selection {
-            Selection::TopK => cuda::Selection::TopK,
-            Selection::TopKPerGroup { groups } => cuda::Selection::TopKPerGroup { groups },
-            Selection::SparseMixer { eps } => cuda::Selection::SparseMixer { eps },
-            Selection::HashTable { vocabulary } => cuda::Selection::HashTable { vocabulary },
-        },
-        weight_from: match spec.weight_from {
-            WeightFrom::Score => cuda::WeightFrom::Score,
-            WeightFrom::SoftmaxChosen => cuda::WeightFrom::SoftmaxChosen,
-            WeightFrom::SigmoidChosen => cuda::WeightFrom::SigmoidChosen,
-            WeightFrom::JointSoftmax { .. } => cuda::WeightFrom::JointSoftmax,
-        },
-        renormalise: match spec.renormalise {
-            Renormalise::None => cuda::Renormalise::None,
-            Renormalise::Sum { eps } => cuda::Renormalise::Sum(eps),
-            Renormalise::SumFloor { floor } => cuda::Renormalise::SumFloor(floor),
-            Renormalise::PNorm { p } => cuda::Renormalise::PNorm(p),
-        },
-        scale,
-    }
 }

@@ -14,6 +14,10 @@ mod device;
 #[cfg(feature = "cuda")]
 mod layer;
 #[cfg(feature = "cuda")]
+mod marks;
+#[cfg(feature = "cuda")]
+mod moves;
+#[cfg(feature = "cuda")]
 mod one_sided;
 #[cfg(feature = "cuda")]
 mod pass;
@@ -21,6 +25,8 @@ mod pass;
 mod products;
 #[cfg(feature = "cuda")]
 mod ranks;
+#[cfg(feature = "cuda")]
+mod rules;
 #[cfg(feature = "cuda")]
 mod two_sided;
 #[cfg(feature = "cuda")]

@@ -15,6 +15,7 @@ use memory::{Parts, RoutingParts, SharedParts};
 
 use super::device::{Forked, On, Plans, Work, error};
 use super::layer::{CudaLayer, Experts, Gate, Shared, Step};
+use super::marks::Marks;
 use super::products::{Fast, FastWork, Products};
 use super::ranks::{RanksBatch, RanksPass, RanksWork};
 use super::upload::cuda_float;
@@ -88,15 +89,18 @@ impl CudaLayer {
             // what goes through is nobody's fault
             fault: if call.refuse_non_finite { fault } else { ignored },
             ignored,
+            marks: &Marks::new(call.spans.is_some(), &self.device.stream)?,
         };
-        let waits = !call.out.is_on_device() || !call.rows.is_on_device() || call.seen.is_some();
-        let seen = call.seen.take();
+        let asked = call.seen.is_some() || call.spans.is_some();
+        let waits = !call.out.is_on_device() || !call.rows.is_on_device() || asked;
+        let (seen, spans) = (call.seen.take(), call.spans.take());
         if tokens == 0 {
             // the others' rows come here all the same
             pass.without_rows(&mut parts, (plans, fast, ranks), top_k)?;
             if let (Some(all), true) = (&self.ranks, waits) {
                 all.wait(&self.device, ranks)?;
                 all.note(&self.device, ranks, parts.routing.ids.as_view())?;
+                spans.map_or(Ok(()), |spans| pass.marks.read(spans))?;
                 self.device.check(&mut work)?;
             }
             return seen.map_or(Ok(()), |seen| nothing_seen(seen, self, top_k));
@@ -113,6 +117,10 @@ impl CudaLayer {
             if let Some(all) = &self.ranks {
                 all.note(&self.device, ranks, parts.routing.ids.as_view())?;
             }
+        }
+        if let Some(spans) = spans {
+            self.device.stream.synchronize().map_err(error)?;
+            pass.marks.read(spans)?;
         }
         if waits {
             self.device.check(&mut work)?;
@@ -145,8 +153,8 @@ impl CudaLayer {
         let of = RanksBatch { x, ids, weights, top_k, factor: 1.0 };
         let mut out = f32_rows(parts.routed.reborrow(), tokens, width)?;
         let (device, experts, out) = (&*self.device, &self.experts, &mut out);
-        let faults = (&*fault, &*ignored);
-        RanksPass { ranks, device, experts, of, plans, fast, out, faults }
+        let (faults, marks) = ((&*fault, &*ignored), &Marks::new(false, &device.stream)?);
+        RanksPass { ranks, device, experts, of, plans, fast, out, faults, marks }
             .exchange_time(memory, runs)
     }
 }
@@ -158,6 +166,7 @@ struct Pass<'a> {
     top_k: usize,
     fault: &'a FaultWord,
     ignored: &'a FaultWord,
+    marks: &'a Marks,
 }
 
 impl Pass<'_> {
@@ -235,9 +244,12 @@ impl Pass<'_> {
                 fault: self.fault,
             };
             let batch = (rows, call.routed_factor, self.ignored);
-            kernel.run_gated(device, gate, batch, fast, routed)?;
+            self.marks.span(stream, "experts", None, || {
+                kernel.run_gated(device, gate, batch, fast, routed)
+            })?;
         } else {
-            self.route(&mut parts.routing, call, hidden)?;
+            let routing = &mut parts.routing;
+            self.marks.span(stream, "route", None, || self.route(routing, call, hidden))?;
         }
         let (ids, weights) = (parts.routing.ids.as_view(), parts.routing.weights.as_view());
         if let Some((shared, part)) = to_come {
@@ -248,15 +260,17 @@ impl Pass<'_> {
             _ if in_front.is_some() => {}
             None => {
                 let of = (rows, ids, Some(weights), call.routed_factor);
-                experts.run(on, of, &mut parts.slots, (plans, fast), routed, self.ignored)?;
+                self.marks.span(stream, "experts", None, || {
+                    experts.run(on, of, &mut parts.slots, (plans, fast), routed, self.ignored)
+                })?;
             }
             Some(all) => {
                 let x = experts.as_read(on, rows, &mut parts.slots)?;
                 let (top_k, factor) = (self.top_k, call.routed_factor);
                 let of = RanksBatch { x, ids, weights, top_k, factor };
-                let faults = (self.fault, self.ignored);
+                let (faults, marks) = ((self.fault, self.ignored), self.marks);
                 let out = routed;
-                RanksPass { ranks: all, device, experts, of, plans, fast, out, faults }
+                RanksPass { ranks: all, device, experts, of, plans, fast, out, faults, marks }
                     .run(ranks)?;
             }
         }
@@ -317,8 +331,8 @@ impl Pass<'_> {
         let (ids, weights) = (parts.routing.ids.as_view(), parts.routing.weights.as_view());
         let of = RanksBatch { x, ids, weights, top_k, factor: 1.0 };
         let out = &mut f32_rows(parts.routed.reborrow(), 0, width)?;
-        let faults = (self.fault, self.ignored);
-        RanksPass { ranks, device, experts, of, plans, fast, out, faults }.run(work)
+        let (faults, marks) = ((self.fault, self.ignored), self.marks);
+        RanksPass { ranks, device, experts, of, plans, fast, out, faults, marks }.run(work)
     }
 
     /// Rows of the GPU in the layer's dtype.
@@ -526,7 +540,10 @@ impl Pass<'_> {
         let device = &*self.layer.device;
         let forked = device.beside.fork(&device.stream)?;
         let on = (device, &device.beside.stream);
-        Ok((self.shared(on, shared, (hidden, weights), parts, (plans, fast))?, forked))
+        let rows = self.marks.span(on.1, "shared experts", None, || {
+            self.shared(on, shared, (hidden, weights), parts, (plans, fast))
+        })?;
+        Ok((rows, forked))
     }
 
     /// The shared experts' output `[T, H]`.

@@ -2,8 +2,8 @@
 
 use moe_cuda::weights::{Element, ExpertWeights, ScaleType};
 use moe_cuda::{
-    FewBatch, FewExperts, FewFormat, FewGate, FewWorkspace, Float, GroupedExperts, ManyExperts,
-    ManyWorkspace, Plan, Router, Rows, RowsMut, SlotHomes, SlotOutputs, View,
+    ExpertArray, FewBatch, FewExperts, FewFormat, FewGate, FewWorkspace, Float, GroupedExperts,
+    ManyExperts, ManyWorkspace, Plan, Router, Rows, RowsMut, SlotHomes, SlotOutputs, View,
 };
 
 use super::device::{Device, On, Plans, error};
@@ -86,6 +86,30 @@ impl Products {
         }
         let many = ManyExperts::beside(modules, &few).map_err(refused)?;
         Ok(Self::Sm90(Box::new(Fast { few, many, dims })))
+    }
+
+    /// The same for so many experts, whose weights are anything yet.
+    pub(super) fn with_room(&self, device: &Device, experts: usize) -> Result<Self> {
+        let modules = &device.modules;
+        Ok(match self {
+            Self::F32(grouped) => {
+                Self::F32(Box::new(grouped.with_room(modules, experts).map_err(error)?))
+            }
+            Self::Sm90(fast) => {
+                let few = fast.few.with_room(modules, experts).map_err(error)?;
+                let many = ManyExperts::beside(modules, &few).map_err(error)?;
+                let [_, hidden, inner] = fast.dims;
+                Self::Sm90(Box::new(Fast { few, many, dims: [experts, hidden, inner] }))
+            }
+        })
+    }
+
+    /// All arrays that hold the experts.
+    pub(super) fn arrays(&self) -> Vec<ExpertArray> {
+        match self {
+            Self::F32(grouped) => grouped.arrays(),
+            Self::Sm90(fast) => fast.few.arrays(),
+        }
     }
 
     /// Experts, width of rows, width between the products.

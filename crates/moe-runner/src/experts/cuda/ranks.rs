@@ -5,22 +5,24 @@
 //! comes back as the kernel left it, and is added on its token's rank, in slot order: whole experts anywhere give
 //! the bits of one GPU. Where ranks write into each other's memory, it is [`one_sided`](super::one_sided)'s.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use moe_cuda::{
     Buffer, Event, ExchangeVerbs, FaultWord, Gpu, Homes, Pod, Room, Rows, RowsMut, SlotOutputs,
-    View, ViewMut, Windows,
+    Stream, View, ViewMut, Windows,
 };
 
 use super::device::{Device, Plans, error};
 use super::layer::Experts;
+use super::marks::Marks;
 use super::one_sided::{self as put, OneSided, OneSidedWork};
 use super::products::FastWork;
 use super::two_sided::{self, TwoSidedWork};
 use crate::comm::nccl::Peers;
-use crate::comm::{At, Count, Kind, Step};
+use crate::comm::{At, Communicator, Count, Kind, Step};
 use crate::exchange::one_sided::{self, Places};
 use crate::exchange::resident::{self, ResidentWire, Side, Ways};
+use crate::exchange::{BetweenGpus, ExpertMap, share};
 use crate::experts::{ExchangeTime, Spread};
 use crate::router::LogicalId;
 use crate::{Error, Result};
@@ -28,12 +30,17 @@ use crate::{Error, Result};
 /// What has no expert here.
 const NO_EXPERT: u32 = u32::MAX;
 
+// what a kernel's word has bits for
+const _: () = assert!(one_sided::MOST_RANKS <= Windows::MOST_RANKS);
+
 /// Exchanges that are timed together.
 const TOGETHER: usize = 4;
 
 /// The ranks, as one of them sees them.
 pub(super) struct Ranks {
     layer: String,
+    /// The layer's number.
+    number: u32,
     verbs: ExchangeVerbs,
     homes: Homes,
     spread: Spread,
@@ -49,7 +56,7 @@ pub(super) struct Ranks {
 #[derive(Clone)]
 enum Last {
     Sent { ways: Ways, outputs: SlotOutputs },
-    Put { places: Places, wire: ResidentWire },
+    Put { lanes: Vec<Places>, wire: ResidentWire },
 }
 
 /// Memory of passes over ranks, one way or the other.
@@ -128,33 +135,88 @@ impl Ranks {
     ///
     /// # Errors
     /// [`Error::NoKernel`] where ranks have no way between their GPUs.
-    pub(super) fn new(device: &Device, name: &str, spread: Spread) -> Result<Self> {
+    pub(super) fn new(
+        device: &Device,
+        (name, number): (&str, usize),
+        spread: Spread,
+    ) -> Result<Self> {
         let Spread { group, map, .. } = &spread;
+        let (me, all) = (group.rank(), group.size());
         let peers = group.peers().filter(|peers| peers.gpu() == device.gpu.index());
         let Some(peers) = peers else {
             return Err(Error::NoKernel("the ranks' GPUs are not connected".into()));
         };
-        let copies: Vec<Vec<(u32, u32)>> = (0..map.experts())
-            .map(|id| {
-                let homes = map.copies(crate::router::LogicalId(id as u32));
-                homes.iter().map(|home| (home.rank as u32, home.local.0)).collect()
-            })
-            .collect();
-        let (me, all) = (group.rank(), group.size());
         Ok(Self {
             layer: name.to_owned(),
+            number: number as u32,
             verbs: ExchangeVerbs::new(&device.modules).map_err(error)?,
-            homes: Homes::new(&device.stream, &copies, me, all).map_err(error)?,
-            one_sided: (spread.one_sided && spread.room.is_none() && all <= Windows::MOST_RANKS)
-                .then_some(())
-                .filter(|()| peers.reaches())
-                .map(|()| OneSided::new(device))
-                .transpose()?,
+            homes: homes(&device.stream, map, me, all)?,
+            one_sided: match spread.way {
+                BetweenGpus::OneSided => Some(OneSided::new(device)?),
+                BetweenGpus::Counted | BetweenGpus::WithRoom(_) => None,
+            },
             spread,
             peers,
             last: Mutex::new(None),
             active: Mutex::default(),
         })
+    }
+
+    /// The ranks.
+    pub(super) fn group(&self) -> &dyn Communicator {
+        &*self.spread.group
+    }
+
+    /// Where every expert is.
+    pub(super) fn map(&self) -> &ExpertMap {
+        &self.spread.map
+    }
+
+    /// The same on the GPU, for another map.
+    pub(super) fn homes_of(&self, stream: &Stream, map: &ExpertMap) -> Result<Homes> {
+        homes(stream, map, self.homes.me(), self.homes.ranks())
+    }
+
+    /// Experts are where `map` says from here on. What is counted goes on; returns what the GPU knew.
+    pub(super) fn replace(&mut self, map: Arc<ExpertMap>, homes: Homes) -> Result<Homes> {
+        let load = self.homes.take_load();
+        self.spread.map = map;
+        let old = std::mem::replace(&mut self.homes, homes);
+        self.homes.count(load).map_err(error).map(|()| old)
+    }
+
+    /// See [`LayerKernel::count_load`](crate::experts::LayerKernel::count_load).
+    pub(super) fn count_load(&mut self, device: &Device, on: bool) -> Result<()> {
+        let load = match on {
+            true => {
+                let zeros = vec![0_u64; self.homes.experts()];
+                let load = Buffer::from_slice(&device.stream, &zeros, "load of experts");
+                Some(load.map_err(error)?)
+            }
+            false => None,
+        };
+        self.homes.count(load).map_err(error)
+    }
+
+    /// What is put from here on counts for nobody.
+    pub(super) fn pause_load(&mut self) -> Option<Buffer<u64>> {
+        self.homes.take_load()
+    }
+
+    /// Goes on with these counts.
+    pub(super) fn resume_load(&mut self, load: Option<Buffer<u64>>) -> Result<()> {
+        self.homes.count(load).map_err(error)
+    }
+
+    /// See [`LayerKernel::take_load`](crate::experts::LayerKernel::take_load).
+    pub(super) fn take_load(&mut self, device: &Device) -> Result<Vec<u64>> {
+        let Some(load) = self.homes.load() else {
+            return Err(Error::input("expert load", "nobody counts it"));
+        };
+        let mut counts = vec![0; load.len()];
+        device.stream.copy_out(load.view(), &mut counts).map_err(error)?;
+        device.stream.fill(load.view_mut(), 0).map_err(error)?;
+        Ok(counts)
     }
 
     fn last(&self) -> MutexGuard<'_, Option<Last>> {
@@ -164,17 +226,24 @@ impl Ranks {
     /// Notes which of this rank's experts the last pass used, with `ids` `[T, k]` of this rank's rows; all of it is done.
     pub(super) fn note(&self, device: &Device, work: &RanksWork, ids: View<'_, u32>) -> Result<()> {
         let Some(last) = self.last().clone() else { return Ok(()) };
-        let arrived = match &last {
-            Last::Sent { ways, .. } => work.two_sided.ids(ways),
-            Last::Put { places, .. } if places.most == 0 => ids.part(0..0),
-            Last::Put { places, wire } => work.one_sided.ids(&self.peers, *places, wire.row)?,
+        let read = |ids: View<'_, u32>| {
+            let mut read = vec![0; ids.len()];
+            device.stream.copy_out(ids, &mut read).map_err(error).map(|()| read)
         };
-        let mut active = vec![0; arrived.len()];
-        device.stream.copy_out(arrived, &mut active).map_err(error)?;
-        if let Last::Put { places, wire } = last {
-            let mut own = vec![0; ids.len()];
-            device.stream.copy_out(ids, &mut own).map_err(error)?;
-            self.count_put(places, wire, (&own, &active));
+        let mut active = Vec::new();
+        match &last {
+            Last::Sent { ways, .. } => active = read(work.two_sided.ids(ways))?,
+            Last::Put { lanes, wire } => {
+                let own = read(ids)?;
+                for (lane, places) in lanes.iter().enumerate() {
+                    let arrived =
+                        read(work.one_sided.ids(&self.peers, lane, *places, wire.row)?)?;
+                    let k = places.top_k.max(1);
+                    let rows = share(own.len() / k, lane, self.spread.lanes);
+                    self.count_put(*places, *wire, (&own[rows.start * k..rows.end * k], &arrived));
+                    active.extend(arrived);
+                }
+            }
         }
         active.retain(|id| *id != NO_EXPERT);
         active.sort_unstable();
@@ -217,6 +286,11 @@ impl Ranks {
         self.active.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// The layer's number, which signals have.
+    pub(super) fn layer(&self) -> u32 {
+        self.number
+    }
+
     pub(super) fn at(&self, step: Step) -> At<'_> {
         At::new(&self.layer, step)
     }
@@ -235,12 +309,12 @@ impl Ranks {
 
     /// Ranks send as much as they have, not as much as there is room for.
     pub(super) fn is_counted(&self) -> bool {
-        self.spread.room.is_none()
+        self.spread.way == BetweenGpus::Counted
     }
 
     /// No host learns a count.
     pub(super) fn can_be_captured(&self) -> bool {
-        self.one_sided.is_some() || self.spread.room.is_some()
+        self.spread.way != BetweenGpus::Counted
     }
 
     /// Returns when all ranks are here.
@@ -255,15 +329,26 @@ impl Ranks {
         self.peers.wait(self.at(Step::Setup), &event)
     }
 
+    /// The same room for what every rank has for every other, where there is such.
+    fn given_room(&self) -> Option<resident::Room> {
+        match self.spread.way {
+            BetweenGpus::WithRoom(room) => Some(room),
+            BetweenGpus::OneSided | BetweenGpus::Counted => None,
+        }
+    }
+
     pub(super) fn room(&self) -> Room {
-        self.spread.room.map_or(Room::default(), |room| Room { slots: room.slots, rows: room.rows })
+        self.given_room()
+            .map_or(Room::default(), |room| Room { slots: room.slots, rows: room.rows })
     }
 
     /// Waits for what is on the device's stream, with an eye on the other ranks.
     pub(super) fn wait(&self, device: &Device, work: &mut RanksWork) -> Result<()> {
-        let event = work.event(&device.gpu)?;
+        work.event(&device.gpu)?;
+        let RanksWork { event: Some(event), one_sided, .. } = work else { return Err(no_memory()) };
         device.stream.record(event).map_err(error)?;
-        self.peers.wait(self.at(Step::Combine), event)
+        let late = || one_sided.late(&self.peers, &device.gpu);
+        self.peers.wait_or(self.at(Step::Combine), event, late)
     }
 
     /// The time of one of what `timed` puts on the stream, in seconds.
@@ -317,6 +402,16 @@ impl Ranks {
     }
 }
 
+/// Where the experts of `map` are, as the GPU knows it.
+fn homes(stream: &Stream, map: &ExpertMap, me: usize, all: usize) -> Result<Homes> {
+    let of = |id: u32| {
+        let homes = map.copies(LogicalId(id)).iter();
+        homes.map(|home| (home.rank as u32, home.local.0)).collect()
+    };
+    let copies: Vec<Vec<(u32, u32)>> = (0..map.experts() as u32).map(of).collect();
+    Homes::new(stream, &copies, me, all).map_err(error)
+}
+
 /// One rank's part of a pass over ranks, or of an exchange alone.
 pub(super) struct RanksPass<'p, 'a, 'o> {
     pub(super) ranks: &'p Ranks,
@@ -328,6 +423,7 @@ pub(super) struct RanksPass<'p, 'a, 'o> {
     pub(super) out: &'p mut RowsMut<'o>,
     /// Of the data, and what is nobody's fault.
     pub(super) faults: (&'p FaultWord, &'p FaultWord),
+    pub(super) marks: &'p Marks,
 }
 
 impl RanksPass<'_, '_, '_> {
@@ -345,14 +441,14 @@ impl RanksPass<'_, '_, '_> {
             Some(put) => {
                 let wire = two_sided::wire(self, outputs);
                 let places = Places { ranks: all, most: 0, top_k: self.of.top_k };
-                let memory = &mut memory.one_sided;
-                let mut side = put::Gpus { pass: self, put, memory, places };
-                Last::Put { places: one_sided::run(&mut side)?, wire }
+                let (memory, lanes) = (&mut memory.one_sided, ranks.spread.lanes);
+                let mut side = put::Gpus { pass: self, put, memory, lanes, places };
+                Last::Put { lanes: one_sided::run(&mut side, lanes)?, wire }
             }
             None => {
                 let memory = &mut memory.two_sided;
                 let mut side = two_sided::Gpus { pass: self, memory, outputs };
-                let ways = resident::run(&mut side, (me, all), ranks.spread.room)?;
+                let ways = resident::run(&mut side, (me, all), ranks.given_room())?;
                 let outputs = side.outputs;
                 ranks.count(&ways, two_sided::wire(self, outputs));
                 Last::Sent { ways, outputs }
@@ -370,7 +466,7 @@ impl RanksPass<'_, '_, '_> {
     ) -> Result<Option<ExchangeTime>> {
         let (ranks, device) = (self.ranks, self.device);
         let Some(last) = ranks.last().clone() else { return Ok(None) };
-        let (of_all, room) = ((ranks.homes.me(), ranks.homes.ranks()), ranks.spread.room);
+        let (of_all, room) = ((ranks.homes.me(), ranks.homes.ranks()), ranks.given_room());
         let outputs = match &last {
             Last::Sent { outputs, .. } => *outputs,
             Last::Put { .. } => put::no_outputs(self.experts, self.fast, &memory.one_sided)?,
@@ -388,12 +484,15 @@ impl RanksPass<'_, '_, '_> {
             sent.send_back(&ways)
         })?;
         let (seconds, ways) = match (last, &ranks.one_sided) {
-            (Last::Put { places, wire }, Some(put)) if places.most > 0 => {
+            (Last::Put { lanes, wire }, Some(put)) if !lanes.is_empty() => {
                 let memory = &mut memory.one_sided;
-                let mut side = put::Gpus { pass: self, put, memory, places };
+                let places = Places { most: lanes.iter().map(|lane| lane.most).sum(), ..lanes[0] };
+                let count = ranks.spread.lanes;
+                let mut side = put::Gpus { pass: self, put, memory, lanes: count, places };
                 let seconds = ranks.median(device, runs, &mut || {
-                    one_sided::exchange(&mut put::WithoutExperts(&mut side), places)
+                    one_sided::exchange(&mut put::WithoutExperts(&mut side), &lanes)
                 })?;
+                // rows and slots of the whole batch, as all its micro-batches have them
                 (seconds, places.traffic(&ways, wire).map(Some))
             }
             _ => {

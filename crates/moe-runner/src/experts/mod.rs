@@ -77,7 +77,7 @@ pub enum BuiltKernel {
 /// activations': kernels that store intermediate results round them to it.
 ///
 /// # Errors
-/// [`Error::NoKernel`](crate::Error::NoKernel) if the processor lacks the instruction set, or the
+/// [`Error::NoKernel`] if the processor lacks the instruction set, or the
 /// kernel cannot compute these experts.
 pub fn build(
     desc: &'static KernelDesc,

@@ -36,7 +36,7 @@ pub(super) struct Retired {
 }
 
 impl Retired {
-    /// Waits as long as passes use it, with an eye on nobody: all of them have been put on the stream.
+    /// No pass uses it any more.
     fn is_done(&self) -> bool {
         self.done.is_reached().unwrap_or(true)
     }
@@ -69,6 +69,8 @@ impl CudaLayer {
         stream.set_layer(self.name.clone());
         let moves = Moves::new(ranks.map(), map, ranks.homes().me())?;
         let stored = stored_under(ranks, &self.stored.0, map)?;
+        // waits for the stream, on which nothing is yet
+        let homes = ranks.homes_of(&stream, map)?;
         let mut shelf = Shelves {
             device,
             ranks,
@@ -80,7 +82,6 @@ impl CudaLayer {
         };
         carry(&mut shelf, &moves)?;
         let experts = shelf.new.ok_or_else(no_memory)?;
-        let homes = ranks.homes_of(&stream, map)?;
         stream.record(&arrived).map_err(error)?;
         Ok(Moving { map: map.clone(), experts, homes, stored, stream, arrived })
     }

@@ -1,11 +1,12 @@
 //! Ctrl-C and a polite kill: what must be cleaned up and said is, then the process ends. Work that ends
 //! in order by itself is only asked to; asked again, the process ends at once.
 
+use std::cell::RefCell;
 use std::io::{IsTerminal, stderr};
 use std::ops::ControlFlow;
 use std::process::exit;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 
 use anyhow::{Context, Result};
 use tempfile::TempDir;
@@ -28,6 +29,11 @@ static ORDERLY: AtomicBool = AtomicBool::new(false);
 
 /// It was asked to.
 static ASKED: AtomicBool = AtomicBool::new(false);
+
+thread_local! {
+    /// Set by whoever has called this thread's work as a function.
+    static STOP: RefCell<Option<Arc<AtomicBool>>> = const { RefCell::new(None) };
+}
 
 /// From now on, interruptions come here.
 pub(crate) fn watch(json: bool) {
@@ -89,15 +95,40 @@ pub(crate) fn last_words(words: impl FnMut() + Send + 'static) {
     }
 }
 
-/// From now on, the work asks [`asked`] and ends by itself.
+/// From now on, the work asks [`Asked`] and ends by itself.
 pub(crate) fn ends_in_order() {
     ORDERLY.store(true, Ordering::Release);
 }
 
-/// Whether to go on.
-pub(crate) fn asked() -> ControlFlow<()> {
-    match ASKED.load(Ordering::Acquire) {
-        true => ControlFlow::Break(()),
-        false => ControlFlow::Continue(()),
+/// From now on, the work of this thread asks [`Asked`], too: whoever has called it as a function sets
+/// `stop` to end it.
+pub(crate) fn stop_when(stop: Arc<AtomicBool>) {
+    STOP.set(Some(stop));
+}
+
+/// Whether work is to go on.
+pub(crate) struct Asked(Option<Arc<AtomicBool>>);
+
+impl Asked {
+    /// For the work of this thread, to ask on any.
+    pub(crate) fn here() -> Self {
+        Self(STOP.with_borrow(Clone::clone))
+    }
+
+    /// Asks.
+    pub(crate) fn to_stop(&self) -> ControlFlow<()> {
+        let stop = self.0.as_ref().is_some_and(|stop| stop.load(Ordering::Acquire));
+        match stop || ASKED.load(Ordering::Acquire) {
+            true => ControlFlow::Break(()),
+            false => ControlFlow::Continue(()),
+        }
+    }
+
+    /// Goes on, or ends with an error.
+    pub(crate) fn go_on(&self) -> moe_runner::Result<()> {
+        match self.to_stop() {
+            ControlFlow::Break(()) => Err(moe_runner::Error::Interrupted),
+            ControlFlow::Continue(()) => Ok(()),
+        }
     }
 }

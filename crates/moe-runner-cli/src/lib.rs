@@ -23,6 +23,8 @@ mod times;
 
 use std::ffi::OsString;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use args::{Args, Command, Common, ThreadArgs};
 use report::Report;
@@ -55,11 +57,16 @@ pub struct Failure {
 }
 
 /// Runs the command as a function: `args` with any name first. Returns the JSON object that `--json`
-/// prints, whatever its verdict.
+/// prints, whatever its verdict. Once `stop` is set, what takes long ends at the next layer, tensor or
+/// batch size, with a failure of the kind "interrupted"; nothing half-done is left.
 ///
 /// # Errors
 /// Where the command prints an error in place of a report.
-pub fn report(args: impl IntoIterator<Item = OsString>) -> Result<String, Failure> {
+pub fn report(
+    args: impl IntoIterator<Item = OsString>,
+    stop: Arc<AtomicBool>,
+) -> Result<String, Failure> {
+    interrupt::stop_when(stop);
     let args = Args::parse(args)
         .map_err(|error| Failure { kind: "arguments", message: args::message(&error) })?;
     match run(&args.command, true) {

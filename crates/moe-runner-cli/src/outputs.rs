@@ -12,6 +12,8 @@ use moe_runner::quantize::is_companion;
 
 use crate::failure::unusable;
 
+const CONFIG: &str = "config.json";
+
 /// Refuses `-` as an output: standard output has the report.
 pub(crate) fn ensure_named(flag: &str, path: &Path) -> Result<()> {
     match path.as_os_str() == "-" {
@@ -23,7 +25,7 @@ pub(crate) fn ensure_named(flag: &str, path: &Path) -> Result<()> {
 }
 
 /// Refuses outputs, each given as its flag and path, that are one of `inputs` (the same), part of the
-/// checkpoint, or each other; and those that cannot be written where they are to be.
+/// checkpoint or of any other, or each other; and those that cannot be written where they are to be.
 pub(crate) fn ensure_apart(
     outputs: &[(&str, &Path)],
     inputs: &[(&str, &Path)],
@@ -48,10 +50,16 @@ pub(crate) fn ensure_apart(
         if let Some(file) = own.iter().find(|file| same(path, file)) {
             return refuse(format!("is a file of the checkpoint, {}", file.display()));
         }
-        if of_checkpoint(folder_of(path))
-            && path.file_name().is_some_and(|name| is_models(&name.to_string_lossy()))
-        {
-            return refuse("would be taken for a part of the checkpoint in this folder".into());
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let folder = folder_of(path);
+        if is_models(&name) && (of_checkpoint(folder) || folder.join(CONFIG).is_file()) {
+            return refuse(match path.exists() {
+                true => "is a part of the checkpoint in its folder".into(),
+                false => "would be taken for a part of the checkpoint in this folder".into(),
+            });
+        }
+        if name == CONFIG || name.ends_with(".gguf") {
+            return refuse("would be taken for a checkpoint".into());
         }
         ensure_writable(path)?;
     }
@@ -104,15 +112,20 @@ fn own_files(checkpoint: &Checkpoint) -> BTreeSet<PathBuf> {
 /// Whether a file of that name, in a checkpoint's folder, is one of the checkpoint's.
 fn is_models(name: &str) -> bool {
     let weights = name.starts_with("model") && name.ends_with(".safetensors");
-    weights || name == "config.json" || name == "model.safetensors.index.json" || is_companion(name)
+    weights || name == CONFIG || name == "model.safetensors.index.json" || is_companion(name)
 }
 
-/// Whether both are one file or folder, or will be.
+/// Whether both are one file or folder, or will be. Nothing else is opened: who opens a pipe waits for
+/// its other end.
 fn same(a: &Path, b: &Path) -> bool {
-    same_file::is_same_file(a, b).unwrap_or_else(|_| match (place(a), place(b)) {
-        (Some(a), Some(b)) => a == b,
-        _ => false,
-    })
+    let ordinary = |path| std::fs::metadata(path).is_ok_and(|at| at.is_file() || at.is_dir());
+    if ordinary(a)
+        && ordinary(b)
+        && let Ok(same) = same_file::is_same_file(a, b)
+    {
+        return same;
+    }
+    place(a).zip(place(b)).is_some_and(|(a, b)| a == b)
 }
 
 /// Where a file that need not be there will be.

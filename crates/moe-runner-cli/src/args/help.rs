@@ -97,8 +97,8 @@ fp8), mxfp4-w4a4, mxfp6-w6a6, mxfp8-w8a8, nvfp4-w4a4; weights only:
 int8-weight, int4 (groups of 128), int4-g32, mxfp4, mxfp6, mxfp8, nvfp4; and
 GGUF's types: q8_0, q5_0, q4_0, q6_k, q5_k, q4_k, q3_k, q2_k, iq4_nl, iq4_xs,
 tq2_0, ...
-Presets: qwen3-30b-a3b, mixtral-8x7b, olmoe-1b-7b, deepseek-v2-lite,
-deepseek-v3, gpt-oss-20b, gpt-oss-120b.
+Presets: qwen3-30b-a3b, qwen3-235b-a22b, mixtral-8x7b, olmoe-1b-7b,
+deepseek-v2-lite, deepseek-v3, gpt-oss-20b, gpt-oss-120b.
 
 Examples:
   moe-runner bench --preset qwen3-30b-a3b

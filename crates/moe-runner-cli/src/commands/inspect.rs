@@ -14,6 +14,7 @@ use serde::Serialize;
 use crate::args::InspectArgs;
 use crate::checkpoints::{Opened, ranges};
 use crate::failure::{one_line, unusable};
+use crate::interrupt::Asked;
 use crate::report::findings::{self, FindingJson};
 use crate::report::progress::Progress;
 use crate::report::table::{Columns, Facts, Tone, toned};
@@ -85,13 +86,15 @@ pub(crate) fn run(args: &InspectArgs, threads: usize) -> Result<Report> {
     let checkpoint = &opened.checkpoint;
     let chosen = opened.select(&args.of.layers)?;
     let progress = Progress::new(chosen.len());
+    let asked = Asked::here();
     let inspected = chosen.iter().map(|entry| {
+        asked.go_on()?;
         progress.doing(entry.spec.name.clone());
         let layer = layer(&opened, entry, pool.as_ref());
         progress.step();
-        layer
+        Ok(layer)
     });
-    let layers = inspected.collect::<Vec<_>>();
+    let layers = inspected.collect::<Result<Vec<_>>>()?;
     drop(progress);
     let total = checkpoint.names().filter_map(|name| checkpoint.info(name)).map(|i| i.bytes).sum();
     let sum = |of: fn(&Bytes) -> usize| layers.iter().map(|layer| of(&layer.bytes)).sum::<usize>();
@@ -135,8 +138,18 @@ impl InspectJson {
 
 impl LayerJson {
     fn is_complete(&self) -> bool {
-        let lists = [&self.missing, &self.wrong, &self.duplicate, &self.unexpected];
-        lists.into_iter().all(Vec::is_empty)
+        self.lacks().is_empty()
+    }
+
+    /// Names of tensors that are not as they should be, by what they are.
+    fn lacks(&self) -> Vec<(&'static str, &[String])> {
+        let all = [
+            ("missing", &*self.missing),
+            ("wrong", &*self.wrong),
+            ("duplicate", &*self.duplicate),
+            ("unexpected", &*self.unexpected),
+        ];
+        all.into_iter().filter(|(_, names)| !names.is_empty()).collect()
     }
 }
 
@@ -329,27 +342,56 @@ fn layer_text(group: &[&LayerJson]) -> String {
 /// How many names of a kind are shown.
 const SHOWN: usize = 5;
 
+/// How many layers that lack something have names shown.
+const IN_FULL: usize = 3;
+
+/// What a layer lacks, name by name.
+fn lacks_in_full(layer: &LayerJson) -> String {
+    let mut out = String::new();
+    for (what, names) in layer.lacks() {
+        for name in names.iter().take(SHOWN) {
+            out += &format!("layer {}: {what}: {}\n", layer.layer, one_line(name));
+        }
+        if names.len() > SHOWN {
+            let more = names.len() - SHOWN;
+            out += &format!("layer {}: {what}: {more} more (--json lists all)\n", layer.layer);
+        }
+    }
+    out
+}
+
+/// What layers lack, in one line: "layers 3-93: 2184 missing, 91 unexpected (--json lists all)".
+fn lacks_in_short(layers: &[&LayerJson]) -> String {
+    let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
+    for (what, names) in layers.iter().flat_map(|layer| layer.lacks()) {
+        *counts.entry(what).or_default() += names.len();
+    }
+    let indices: Vec<usize> = layers.iter().map(|layer| layer.layer).collect();
+    let counts: Vec<String> =
+        counts.iter().map(|(what, count)| format!("{count} {what}")).collect();
+    match layers {
+        [] => String::new(),
+        _ => format!("layers {}: {} (--json lists all)\n", ranges(&indices), counts.join(", ")),
+    }
+}
+
 fn completeness(json: &InspectJson, strict: bool) -> String {
     let mut out = String::new();
+    let (mut in_full, mut in_short) = (0, Vec::new());
     for layer in &json.layers {
-        for (what, names) in [
-            ("missing", &layer.missing),
-            ("wrong", &layer.wrong),
-            ("duplicate", &layer.duplicate),
-            ("unexpected", &layer.unexpected),
-        ] {
-            for name in names.iter().take(SHOWN) {
-                out += &format!("layer {}: {what}: {}\n", layer.layer, one_line(name));
-            }
-            if names.len() > SHOWN {
-                let more = names.len() - SHOWN;
-                out += &format!("layer {}: {what}: {more} more (--json lists all)\n", layer.layer);
+        match layer.is_complete() {
+            true => {}
+            false if in_full == IN_FULL => in_short.push(layer),
+            false => {
+                in_full += 1;
+                out += &lacks_in_full(layer);
             }
         }
         for finding in &layer.findings {
             out += &format!("layer {}: {}\n", layer.layer, finding.line());
         }
     }
+    out += &lacks_in_short(&in_short);
     for finding in &json.findings {
         out += &format!("{}\n", finding.line());
     }

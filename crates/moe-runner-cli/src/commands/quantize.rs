@@ -1,5 +1,7 @@
 //! `quantize`: a copy of a checkpoint with quantised experts.
 
+use std::collections::BTreeSet;
+
 use anyhow::Result;
 use moe_runner::Error;
 use moe_runner::checkpoint::Checkpoint;
@@ -7,8 +9,9 @@ use moe_runner::quantize::{Format, Leftover, Options, ProjectionError, quantize}
 use serde::Serialize;
 
 use crate::args::QuantizeArgs;
+use crate::checkpoints::ranges;
 use crate::failure::{one_line, unusable};
-use crate::interrupt;
+use crate::interrupt::{self, Asked};
 use crate::outputs::ensure_named;
 use crate::report::Report;
 use crate::report::progress::Progress;
@@ -16,6 +19,9 @@ use crate::report::table::{Columns, Facts};
 use crate::report::units::{self, plural};
 
 const DEFAULT_GROUP: usize = 128;
+
+/// Up to so many layers have lines of their own.
+const IN_FULL: usize = 8;
 
 #[derive(Serialize)]
 struct QuantizeJson {
@@ -57,12 +63,13 @@ pub(crate) fn run(args: &QuantizeArgs) -> Result<Report> {
     };
     let checkpoint = Checkpoint::open(&args.checkpoint)?;
     interrupt::ends_in_order();
+    let asked = Asked::here();
     let mut bar: Option<Progress> = None;
     let summary = quantize(&checkpoint, &args.output, &options, &mut |progress| {
         let bar = bar.get_or_insert_with(|| Progress::of_bytes(progress.total));
         bar.at(progress.done);
         bar.doing(one_line(progress.tensor));
-        interrupt::asked()
+        asked.to_stop()
     });
     let summary = summary.map_err(with_option)?;
     drop(bar);
@@ -145,16 +152,37 @@ fn text(json: &QuantizeJson) -> String {
         facts.add("left over", format!("{}: {what}", one_line(&leftover.path)));
     }
     let mut table = Columns::new(&[">layer", "projection", ">modules", ">NMSE", ">max error"]);
-    for error in &json.errors {
+    for group in groups(&json.errors) {
+        let layers: Vec<usize> = group.iter().map(|error| error.layer).collect();
+        let nmse = || group.iter().map(|error| error.nmse);
+        let nmse = [nmse().fold(f64::INFINITY, f64::min), nmse().fold(0.0, f64::max)];
+        let largest = group.iter().map(|error| error.max_relative).fold(0.0, f64::max);
         table.row([
-            error.layer.to_string(),
-            error.projection.to_owned(),
-            error.modules.to_string(),
-            format!("{:.2e}", error.nmse),
-            format!("{:.2} %", 100.0 * error.max_relative),
+            ranges(&layers),
+            group[0].projection.to_owned(),
+            group.iter().map(|error| error.modules).sum::<usize>().to_string(),
+            match nmse.map(|nmse| format!("{nmse:.2e}")) {
+                [least, most] if least == most => most,
+                [least, most] => format!("{least} to {most}"),
+            },
+            format!("{:.2} %", 100.0 * largest),
         ]);
     }
     format!(
         "{facts}\n{table}\nNMSE is |w' - w|^2 / |w|^2; the largest error is a share of its module's largest weight.\n"
     )
+}
+
+/// Errors that stand in one line: each alone, or of many layers those of one projection.
+fn groups(errors: &[ErrorJson]) -> Vec<Vec<&ErrorJson>> {
+    let layers: BTreeSet<usize> = errors.iter().map(|error| error.layer).collect();
+    let mut groups: Vec<Vec<&ErrorJson>> = Vec::new();
+    for error in errors {
+        let alike = |group: &&mut Vec<&ErrorJson>| group[0].projection == error.projection;
+        match groups.iter_mut().find(alike).filter(|_| layers.len() > IN_FULL) {
+            Some(group) => group.push(error),
+            None => groups.push(vec![error]),
+        }
+    }
+    groups
 }

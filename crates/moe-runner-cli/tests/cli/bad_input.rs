@@ -2,6 +2,8 @@
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
+#[cfg(unix)]
+use std::{process::Command, process::Stdio, time::Duration};
 
 use safetensors::tensor::Dtype;
 use tempfile::TempDir;
@@ -346,6 +348,74 @@ fn an_output_that_is_read() {
         refuses(flag, &shard, "would be taken for a part of the checkpoint");
     }
     refuses("--trace", &bench.path("sub/../out.safetensors"), "is the file of --output too");
+    // nor a part of another checkpoint, nor what would make one of a folder
+    let other = Bench::new();
+    let files = files_of(other.folder.path());
+    for name in ["config.json", "model.safetensors"] {
+        refuses("--output", &other.path(name), "is a part of the checkpoint in its folder");
+    }
+    refuses(
+        "--trace",
+        &other.path("tokenizer.json"),
+        "would be taken for a part of the checkpoint",
+    );
+    assert!(files_of(other.folder.path()) == files);
+    for name in ["config.json", "out.gguf"] {
+        refuses("--output", &links.path().join(name), "would be taken for a checkpoint");
+    }
+}
+
+/// A picture is written where nothing of the checkpoint is.
+#[test]
+fn a_picture_that_is_a_part_of_the_checkpoint() {
+    let bench = Bench::new();
+    let folder = TempDir::new().unwrap();
+    let link = folder.path().join("link.svg");
+    std::fs::hard_link(bench.path("model.safetensors"), &link).unwrap();
+    let before = files_of(bench.folder.path());
+    for place in [bench.path("model.safetensors"), bench.path("config.json"), link] {
+        let stderr = refused(
+            2,
+            [
+                "bench".as_ref(),
+                bench.folder.path().as_os_str(),
+                "--tokens".as_ref(),
+                "1".as_ref(),
+                "--svg".as_ref(),
+                place.as_os_str(),
+            ],
+        );
+        assert!(stderr.contains("--svg") && stderr.contains("the checkpoint"), "{stderr}");
+        assert!(files_of(bench.folder.path()) == before, "{place:?}");
+    }
+}
+
+/// A pipe is read once: asking whether an output is the same file waits for no other writer.
+#[cfg(unix)]
+#[test]
+fn a_named_pipe_is_an_input() {
+    let bench = Bench::new();
+    let pipe = bench.path("pipe");
+    assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    let mut args = bench.run("0", &[]);
+    let input = args.iter().position(|arg| arg == "--input").unwrap();
+    args[input + 1] = pipe.clone().into();
+    let mut run = Command::new(env!("CARGO_BIN_EXE_moe-runner"))
+        .args(&args)
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    let bytes = std::fs::read(bench.path("in.safetensors")).unwrap();
+    std::fs::write(&pipe, bytes).unwrap();
+    for _ in 0..600 {
+        if let Some(status) = run.try_wait().unwrap() {
+            assert!(status.success() && bench.path("out.safetensors").exists());
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    run.kill().unwrap();
+    panic!("it waits");
 }
 
 /// The files of a folder, with their contents.

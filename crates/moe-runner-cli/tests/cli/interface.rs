@@ -2,6 +2,7 @@
 
 use std::ffi::OsStr;
 use std::io::Write;
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use crate::files::{New, Values, write};
@@ -22,7 +23,8 @@ fn without_arguments_the_commands_are_listed() {
 
 #[test]
 fn help_fits_eighty_columns() {
-    for command in COMMANDS.into_iter().chain(["", "acid", "acid write", "acid read", "acid run"]) {
+    let acid = ["", "acid", "acid write", "acid read", "acid run", "acid ask", "acid self"];
+    for command in COMMANDS.into_iter().chain(acid) {
         let args = command.split_whitespace().chain(["--help"]);
         let output = moe_runner(args);
         assert!(output.status.success());
@@ -35,6 +37,19 @@ fn help_fits_eighty_columns() {
             );
         }
         assert!(text.contains("Options:") || text.contains("options:"), "{text}");
+    }
+}
+
+/// What can be named is in the help: all presets, and a number format for each kind.
+#[test]
+fn help_names_what_there_is() {
+    let output = moe_runner(["bench", "--help"]);
+    let help = String::from_utf8(output.stdout).unwrap();
+    let stderr = refused(2, ["bench", "--preset", "none-such"]);
+    let (_, names) = stderr.trim().split_once("there are ").unwrap();
+    assert!(names.contains(", "), "{names}");
+    for name in names.split(", ") {
+        assert!(help.contains(name), "{name} is not in the help of bench");
     }
 }
 
@@ -261,4 +276,36 @@ fn a_repository_of_a_hub_cache_is_a_checkpoint() {
     std::fs::write(repository.join("refs/main"), "0123abcd\n").unwrap();
     let report = json(["inspect".as_ref(), repository.as_os_str(), "--json".as_ref()]);
     assert_eq!(report["architecture"], "qwen2_moe");
+}
+
+/// The library is for programs that have no options of ours: what it says names none. The command adds them.
+#[test]
+fn messages_of_the_library_name_no_options() {
+    let mut folders = vec![
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../moe-runner/src"),
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../moe-kernels/src"),
+    ];
+    let mut files = 0;
+    while let Some(folder) = folders.pop() {
+        for item in std::fs::read_dir(folder).unwrap() {
+            let path = item.unwrap().path();
+            if path.is_dir() {
+                folders.push(path);
+                continue;
+            }
+            if path.extension().is_none_or(|extension| extension != "rs") {
+                continue;
+            }
+            files += 1;
+            let text = std::fs::read_to_string(&path).unwrap();
+            for line in text.lines().filter(|line| !line.trim_start().starts_with("//")) {
+                let code = line.split(" // ").next().unwrap();
+                let option = |(at, _): (usize, &str)| {
+                    code[at + 2..].starts_with(|c: char| c.is_ascii_lowercase())
+                };
+                assert!(!code.match_indices("--").any(option), "{}: {line}", path.display());
+            }
+        }
+    }
+    assert!(files > 100, "{files}");
 }

@@ -10,6 +10,7 @@ mod check;
 mod describe;
 mod doctor;
 mod files;
+mod functions;
 mod host;
 mod interface;
 mod outline;

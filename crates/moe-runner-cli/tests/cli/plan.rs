@@ -1,12 +1,14 @@
 //! `plan`: balance, bytes and traffic of a split that nobody has run.
 
+use std::path::Path;
+
 use moe_runner::router::{LogicalId, Routing, Trace};
 use moe_runner::spec::RouterSpec;
 
 use crate::files::{New, Values, write};
 use crate::{case, cases, checkpoint, json, moe_runner, name_of, refused};
 
-fn plan(case: &std::path::Path, flags: &[&str]) -> serde_json::Value {
+fn plan(case: &Path, flags: &[&str]) -> serde_json::Value {
     let mut args = vec!["plan".as_ref(), case.as_os_str(), "--json".as_ref()];
     args.extend(flags.iter().map(std::ffi::OsStr::new));
     json(args)
@@ -222,35 +224,48 @@ fn a_balanced_placement_runs() {
     );
 }
 
-/// Sixty layers of one shape are a line, not sixty.
-#[test]
-fn many_equal_layers_are_summarised() {
-    let folder = tempfile::tempdir().unwrap();
+/// A checkpoint of sixty layers of one shape, with those of its tensors that are kept.
+fn sixty_layers(folder: &Path, keeps: impl Fn(usize, &str) -> bool) {
     let (layers, hidden, experts) = (60, 16usize, 4usize);
     let config = format!(
         r#"{{"model_type": "olmoe", "hidden_size": {hidden}, "intermediate_size": 8,
         "num_experts": {experts}, "num_experts_per_tok": 2, "num_hidden_layers": {layers},
         "torch_dtype": "float32"}}"#
     );
-    std::fs::write(folder.path().join("config.json"), config).unwrap();
+    std::fs::write(folder.join("config.json"), config).unwrap();
     let mut names = Vec::new();
     for layer in 0..layers {
         let block = format!("model.layers.{layer}.mlp");
-        names.push((format!("{block}.gate.weight"), [experts, hidden]));
+        let mut add = |name: String, shape: [usize; 2]| {
+            if keeps(layer, &name) {
+                names.push((format!("{block}.{name}"), shape));
+            }
+        };
+        add("gate.weight".into(), [experts, hidden]);
         for e in 0..experts {
-            names.push((format!("{block}.experts.{e}.gate_proj.weight"), [8, hidden]));
-            names.push((format!("{block}.experts.{e}.up_proj.weight"), [8, hidden]));
-            names.push((format!("{block}.experts.{e}.down_proj.weight"), [hidden, 8]));
+            add(format!("experts.{e}.gate_proj.weight"), [8, hidden]);
+            add(format!("experts.{e}.up_proj.weight"), [8, hidden]);
+            add(format!("experts.{e}.down_proj.weight"), [hidden, 8]);
         }
     }
-    let values = |n: usize| (0..n).map(|i| (i as f32 * 0.7).sin()).collect::<Vec<_>>();
     let tensors: Vec<New> = names
         .iter()
-        .map(|(name, shape)| New::f32(name, shape, &values(shape[0] * shape[1])))
+        .map(|(name, shape)| New::f32(name, shape, &waves(shape[0] * shape[1])))
         .collect();
-    write(&folder.path().join("model.safetensors"), &tensors);
+    write(&folder.join("model.safetensors"), &tensors);
+}
+
+fn waves(n: usize) -> Vec<f32> {
+    (0..n).map(|i| (i as f32 * 0.7).sin()).collect()
+}
+
+/// Sixty layers of one shape are a line, not sixty.
+#[test]
+fn many_equal_layers_are_summarised() {
+    let folder = tempfile::tempdir().unwrap();
+    sixty_layers(folder.path(), |_, _| true);
     let input = folder.path().join("in.safetensors");
-    write(&input, &[New::f32("hidden_states", &[2, hidden], &values(2 * hidden))]);
+    write(&input, &[New::f32("hidden_states", &[2, 16], &waves(2 * 16))]);
     let out = folder.path().join("out.safetensors");
     let lines = |args: &[&str]| {
         let mut all = vec![args[0].as_ref(), folder.path().as_os_str()];
@@ -266,6 +281,28 @@ fn many_equal_layers_are_summarised() {
     assert!(lines(&["explain"]) < 60);
     let (input, out) = (input.to_str().unwrap(), out.to_str().unwrap());
     assert!(lines(&["run", "--layers", "all", "--input", input, "--output", out]) < 8);
+    let copies = tempfile::tempdir().unwrap();
+    let copy = copies.path().join("copy");
+    let copy = copy.to_str().unwrap();
+    assert!(lines(&["quantize", "--format", "fp8", "--output", copy]) < 12);
+}
+
+/// Nor are sixty layers that all lack something: a few are told in full, the others counted.
+#[test]
+fn many_layers_that_lack_something_are_summarised() {
+    let folder = tempfile::tempdir().unwrap();
+    sixty_layers(folder.path(), |layer, name| layer == 30 || !name.starts_with("experts.3."));
+    let output = moe_runner(["inspect".as_ref(), folder.path().as_os_str()]);
+    assert_eq!(output.status.code(), Some(1));
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(text.lines().count() < 50, "{text}");
+    assert!(text.contains("\nlayer 2: missing: model.layers.2.mlp.experts.3.up_proj"), "{text}");
+    // 56 layers, three projections each
+    let counted = "\nlayers 3-29, 31-59: 168 missing (--json lists all)\n";
+    assert!(text.contains(counted), "{text}");
+    // what is not there is in no other format than the rest
+    assert!(!text.contains("another format"), "{text}");
+    assert!(text.contains("INCOMPLETE: 59 of 60 MoE layers cannot be loaded"), "{text}");
 }
 
 /// Collectives take their latency and their bytes at the link's rate, whether it is given or measured; without a link

@@ -223,6 +223,34 @@ fn a_full_disk_leaves_nothing() {
     assert_eq!(std::fs::read_dir(place.path()).unwrap().count(), 0);
 }
 
+/// On a terminal there is a bar, with how fast it goes and how long it will take; elsewhere there is none.
+#[cfg(target_os = "linux")]
+#[test]
+fn progress_has_a_rate_and_the_time_left() {
+    let folder = tempfile::tempdir().unwrap();
+    let original = original(folder.path());
+    let run = |output: &str| {
+        let output = folder.path().join(output);
+        format!(
+            "{} quantize {} --format nvfp4a16 --threads 1 --output {}",
+            env!("CARGO_BIN_EXE_moe-runner"),
+            original.display(),
+            output.display()
+        )
+    };
+    // a terminal of its own
+    let shown = Command::new("script").args(["-qec", &run("a"), "/dev/null"]).output();
+    let Ok(shown) = shown else {
+        eprintln!("script is not here: skipped");
+        return;
+    };
+    let shown = String::from_utf8_lossy(&shown.stdout).into_owned();
+    assert!(shown.contains("B/s, ") && shown.contains("s left"), "{shown}");
+    let piped = Command::new("sh").args(["-c", &run("b")]).output().unwrap();
+    assert!(piped.status.success());
+    assert!(piped.stderr.is_empty(), "{}", String::from_utf8_lossy(&piped.stderr));
+}
+
 /// A run that has begun to write.
 fn begun(original: &Path, output: &Path, place: &Path) -> std::process::Child {
     let child = Command::new(env!("CARGO_BIN_EXE_moe-runner"))

@@ -30,7 +30,8 @@ pub(super) fn look_at(checkpoint: &Checkpoint, entry: &LayerEntry, findings: &mu
 
 /// What is seen of one projection.
 struct Seen {
-    dtype: String,
+    /// `None`: there is none to compare.
+    dtype: Option<String>,
     global: Option<f32>,
     input: Option<Input>,
 }
@@ -75,14 +76,16 @@ fn branch(loader: &mut Loader, experts: &Experts, routed: bool, findings: &mut F
         first.push(up);
     }
     let checkpoint = loader.checkpoint();
-    let mut formats: BTreeMap<&str, usize> = BTreeMap::new();
-    for looked in first.iter().chain(&down) {
-        *formats.entry(&looked.seen.dtype).or_default() += 1;
-    }
-    if let Some((usual, _)) = formats.iter().max_by_key(|(_, count)| **count) {
-        for looked in first.iter().chain(&down).filter(|looked| looked.seen.dtype != *usual) {
+    let formats = || {
+        let all = first.iter().chain(&down);
+        all.filter_map(|looked| Some((looked, looked.seen.dtype.as_deref()?)))
+    };
+    let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
+    formats().for_each(|(_, dtype)| *counts.entry(dtype).or_default() += 1);
+    if let Some((usual, _)) = counts.iter().max_by_key(|(_, count)| **count) {
+        for (looked, dtype) in formats().filter(|(_, dtype)| dtype != usual) {
             findings.add(FindingKind::Inconsistent, looked.about(checkpoint), || {
-                format!("is {}, most are {usual}", looked.seen.dtype)
+                format!("is {dtype}, most are {usual}")
             });
         }
     }
@@ -135,11 +138,10 @@ fn look(
         .find_map(|endings| module.name(endings))
         .and_then(|name| module.loader.checkpoint().info(&name).map(|info| info.dtype.clone()));
     let float = matches!(dtype, Some(StoredDtype::Known(Dtype::F32 | Dtype::F16 | Dtype::Bf16)));
-    let shown = dtype.map_or("absent".into(), |dtype| dtype.to_string());
-    let mut seen = Seen { dtype: shown, global: None, input: None };
+    let mut seen = Seen { dtype: dtype.map(|dtype| dtype.to_string()), global: None, input: None };
     // block types of GGUF may well differ between projections
     if module.loader.checkpoint().metadata().is_some() {
-        seen.dtype = String::new();
+        seen.dtype = None;
         return seen;
     }
     if scheme.weights == WeightScheme::Float {
@@ -148,7 +150,8 @@ fn look(
     if float {
         let file = super::file_of(module.loader.checkpoint(), name);
         findings.add(FindingKind::Skipped, About { expert, file, name }, || {
-            format!("is {}, the configuration says {}", seen.dtype, scheme.weights)
+            let dtype = seen.dtype.as_deref().unwrap_or_default();
+            format!("is {dtype}, the configuration says {}", scheme.weights)
         });
         return seen;
     }

@@ -38,12 +38,13 @@ pub(super) fn compare(seen: &[Seen], findings: &mut Findings) {
             let times = own / usual;
             if times > EXPERT {
                 findings.add(FindingKind::OffScale, seen.about(), || {
-                    format!("is {times:.0} times as large as the other experts' ({})", seen.place)
+                    let times = rounded(times);
+                    format!("is {times} times as large as the other experts' ({})", seen.place)
                 });
             } else if times < 1.0 / EXPERT && group.len() > 2 {
                 findings.add(FindingKind::OffScale, seen.about(), || {
-                    let times = 1.0 / times;
-                    format!("is {times:.0} times smaller than the other experts' ({})", seen.place)
+                    let times = rounded(1.0 / times);
+                    format!("is {times} times smaller than the other experts' ({})", seen.place)
                 });
             } else {
                 rows(seen, *own, findings);
@@ -60,8 +61,9 @@ fn rows(seen: &Seen, median: f32, findings: &mut Findings) {
     let detail = || {
         let count = seen.maxima.iter().filter(|max| far(max)).count();
         let rows = if count == 1 { "a row" } else { "rows" };
+        let times = rounded(times);
         format!(
-            "has {rows} up to {times:.0} times as large as its others, the first is row {first} ({})",
+            "has {rows} up to {times} times as large as its others, the first is row {first} ({})",
             seen.place
         )
     };
@@ -71,6 +73,14 @@ fn rows(seen: &Seen, median: f32, findings: &mut Findings) {
         _ => seen.about(),
     };
     findings.add(FindingKind::OffScale, about, detail);
+}
+
+/// A ratio, without digits that say nothing.
+fn rounded(times: f32) -> String {
+    match times < 1e6 {
+        true => format!("{times:.0}"),
+        false => format!("{times:.0e}"),
+    }
 }
 
 /// The lower median: of two, the smaller.

@@ -184,6 +184,16 @@ fn permutations_are_no_copies() {
     assert_eq!(examine(&model), []);
 }
 
+/// Nobody reads a number of forty digits.
+#[test]
+fn ratios_are_short() {
+    let mut model = Model::new();
+    model.map(&expert(2, UP), |value| value * 1e30);
+    let up = expert(2, UP);
+    let text = expect(&model, FindingKind::OffScale, Severity::Warning, &[2], &up);
+    assert!(text.contains("is 1e30 times as large"), "{text}");
+}
+
 #[test]
 fn scales_far_off_their_neighbours() {
     for (times, words) in [(1000.0, "times as large"), (1e-3, "times smaller")] {

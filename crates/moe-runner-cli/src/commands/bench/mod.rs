@@ -21,6 +21,7 @@ use serde::Serialize;
 use crate::args::{BenchArgs, Common};
 use crate::failure::unusable;
 use crate::gpu;
+use crate::interrupt::Asked;
 use crate::measure::MachineLimits;
 use crate::memory;
 use crate::outputs::{self, ensure_apart};
@@ -62,10 +63,10 @@ pub(crate) fn run(args: &BenchArgs, common: &Common) -> Result<Report> {
     let ranks = args.splitting.ranks(common.gpu)?;
     let inputs: Vec<_> = args.compare.iter().map(|path| ("--compare", path.as_path())).collect();
     let outputs: Vec<_> = args.svg.iter().map(|path| ("--svg", path.as_path())).collect();
-    ensure_apart(&outputs, &inputs, None)?;
     let progress = Progress::new(args.tokens.len() + 2);
     progress.doing("making the weights");
     let subject = Subject::of(args, common)?;
+    ensure_apart(&outputs, &inputs, subject.checkpoint.as_ref())?;
     if let Some(factor) = args.splitting.capacity() {
         let (ranks, top_k) = (parallel.sizes.ranks(), subject.layers[0].spec.router.top_k);
         let most = args.tokens[0].div_ceil(ranks);
@@ -77,6 +78,7 @@ pub(crate) fn run(args: &BenchArgs, common: &Common) -> Result<Report> {
     progress.doing("measuring the machine");
     let machine = ranks.measure(&common.pool, common.gpu_in_use())?;
     progress.step();
+    let asked = Asked::here();
     let measured = ranks.run(|groups| {
         let options = ranks.options(common, subject.dtype, groups)?;
         let start = Instant::now();
@@ -93,6 +95,7 @@ pub(crate) fn run(args: &BenchArgs, common: &Common) -> Result<Report> {
         let mut bench = Bench { runners, ranks: &ranks, groups, machine: &machine, seed, gpu };
         let mut rows = Vec::with_capacity(args.tokens.len());
         for &tokens in &args.tokens {
+            asked.go_on()?;
             if groups.world.rank() == 0 {
                 progress.doing(plural(tokens, "token"));
             }

@@ -20,7 +20,7 @@ use crate::builtin::Builtin;
 use crate::checkpoints::Opened;
 use crate::failure::unusable;
 use crate::input::Input;
-use crate::interrupt;
+use crate::interrupt::{self, Asked};
 use crate::measure::MachineLimits;
 use crate::report::findings::{self, FindingJson};
 use crate::report::progress::Progress;
@@ -149,12 +149,14 @@ pub(super) fn check(args: &CheckArgs, common: &Common, tell: Tell) -> Result<Che
     };
     held(&known).machine = machine.clone();
     let shows = ranks.reports() && tell == Tell::Layers;
-    let live = text::Live::new(entries.len());
+    let live = text::Live::new(entries.len(), original.is_some());
     if shows {
         let text = live.opening(&held(&known));
         progress.aside(|| say(&text));
     }
+    let asked = Asked::here();
     for entry in entries {
+        asked.go_on()?;
         progress.doing(entry.spec.name.clone());
         let check = layer::Checker {
             opened: &opened,

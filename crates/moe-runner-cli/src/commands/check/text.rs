@@ -27,12 +27,14 @@ const SHOWN: usize = 5;
 pub(super) struct Live {
     /// Few layers are shown in full.
     in_full: bool,
+    /// There is another checkpoint beside this one.
+    another: bool,
     columns: Vec<(&'static str, usize)>,
 }
 
 impl Live {
-    /// For so many layers.
-    pub(super) fn new(layers: usize) -> Self {
+    /// For so many layers, which `another` checkpoint stands beside.
+    pub(super) fn new(layers: usize, another: bool) -> Self {
         let kernels = KERNELS.iter().map(|kernel| kernel.name.len()).max().unwrap_or(0);
         let mut columns = vec![
             (">layer", 5),
@@ -44,9 +46,11 @@ impl Live {
             (">1 token", 8),
             (">limit", 6),
             (">load", 10),
-            (">of the other", 12),
             ("", 14),
         ];
+        if another {
+            columns.insert(columns.len() - 1, (">of the other", 12));
+        }
         // what does not fit stands in the JSON
         let limit = width().unwrap_or(usize::MAX);
         let mut used = 0;
@@ -54,7 +58,7 @@ impl Live {
             used += width + 2;
             used <= limit.saturating_add(2)
         });
-        Self { in_full: layers <= IN_FULL, columns }
+        Self { in_full: layers <= IN_FULL, another, columns }
     }
 
     /// What comes before the first layer.
@@ -86,7 +90,8 @@ impl Live {
         let most = layer.load.iter().max().copied().unwrap_or(0);
         let mean = layer.load.iter().sum::<usize>() as f64 / layer.load.len().max(1) as f64;
         let left = left.filter(|left| left.as_secs() > 0);
-        let line = self.line([
+        let of_the_other = self.another.then(|| number(layer.original_nmse));
+        let cells = [
             layer.layer.to_string(),
             if layer.ok { "pass".into() } else { "FAIL".into() },
             layer.kernel.unwrap_or("-").to_owned(),
@@ -100,11 +105,9 @@ impl Live {
             one.map_or("-".into(), |speed| units::seconds(speed.median_s)),
             one.map_or("-".into(), |speed| format!("{:.0} %", 100.0 * speed.limit_share)),
             format!("{:.1}× mean", most as f64 / mean.max(1e-9)),
-            number(layer.original_nmse),
-            left.map_or(String::new(), |left| {
-                format!("{} left", units::seconds(left.as_secs_f64()))
-            }),
-        ]);
+        ];
+        let left = left.map(|left| format!("{} left", units::seconds(left.as_secs_f64())));
+        let line = self.line(cells.into_iter().chain(of_the_other).chain(left));
         match layer.ok {
             true => layer.asides().fold(line, |line, aside| line + "\n       " + &aside.line()),
             false => format!("{line}\n{}", full(layer)),

@@ -7,4 +7,6 @@ mod memory;
 mod options;
 
 pub use memory::{Foreign, apart, rows, rows_mut, slice, slice_mut};
-pub use options::{Function, activation, activation_dtype, float_type, gate_up, options};
+pub use options::{
+    Function, activation, activation_dtype, float_type, gate_up, on_device, options,
+};

@@ -5,7 +5,7 @@ use moe_runner::hidden::ActivationDtype;
 use moe_runner::runner::Options;
 use moe_runner::spec::Activation;
 use moe_runner::weights::{FloatType, GateUp};
-use moe_runner::{Error, Result};
+use moe_runner::{Error, Result, experts};
 
 /// The options of a layer: `threads` 0 is the physical cores that this process may use; a `kernel` is
 /// used or refused, never replaced.
@@ -15,6 +15,25 @@ use moe_runner::{Error, Result};
 pub fn options(dtype: ActivationDtype, threads: usize, kernel: Option<&str>) -> Result<Options> {
     let threads = if threads == 0 { physical_cores() } else { threads };
     Ok(Options { kernel: kernel.map(str::to_owned), ..Options::new(dtype, threads)? })
+}
+
+/// The same on a device: "auto" and "cpu" are the processor, "cuda" and "cuda:N" an NVIDIA GPU, the first
+/// or that of the number.
+///
+/// # Errors
+/// [`Error::Input`] for another name; [`Error::Device`], in one line, for a GPU that cannot be had.
+pub fn on_device(options: Options, device: &str) -> Result<Options> {
+    let gpu = match device.split_once(':') {
+        None if device == "auto" => return Ok(options),
+        None if device == "cpu" => {
+            return Ok(Options { device: Some(experts::Device::Cpu), ..options });
+        }
+        None if device == "cuda" => Some(0),
+        Some(("cuda", number)) => number.parse().ok(),
+        _ => None,
+    };
+    let unknown = || format!("'{device}'; there are auto, cpu, cuda and cuda:N");
+    options.on_gpu(gpu.ok_or_else(|| Error::input("device", unknown()))?)
 }
 
 /// "f32", "bf16" or "f16".

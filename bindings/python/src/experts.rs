@@ -112,7 +112,7 @@ impl Experts {
         limit: f32,
         lam: f32,
         dtype: &str,
-        threads: Option<usize>,
+        threads: Option<i64>,
         kernel: Option<&str>,
         non_finite: &str,
     ) -> PyResult<Self> {
@@ -150,7 +150,7 @@ impl Experts {
         let spec = ExpertSpec { gated, activation: function, bias, norm: None };
         let experts = stacked.experts().or_raise(py)?;
         drop(stacked);
-        let settings = Settings { dtype, threads, kernel, non_finite };
+        let settings = Settings { dtype, threads, kernel, non_finite, device: "auto" };
         Self::make(py, (spec, weight_on), experts, &settings)
     }
 
@@ -161,15 +161,15 @@ impl Experts {
         _class: &Bound<'_, PyType>,
         py: Python<'_>,
         checkpoint: Source<'_>,
-        layer: usize,
+        layer: i64,
         dtype: &str,
-        threads: Option<usize>,
+        threads: Option<i64>,
         kernel: Option<&str>,
         non_finite: &str,
     ) -> PyResult<Self> {
         let loaded = checkpoint.load(py, layer)?;
         let what = (loaded.spec.expert, loaded.spec.router.weight_on);
-        let settings = Settings { dtype, threads, kernel, non_finite };
+        let settings = Settings { dtype, threads, kernel, non_finite, device: "auto" };
         Self::make(py, what, loaded.experts, &settings)
     }
 

@@ -35,8 +35,9 @@ impl Checkpoint {
     }
 
     /// The weights of a layer, by its number in the model.
-    pub(crate) fn load(&self, py: Python<'_>, layer: usize) -> PyResult<LoadedLayer> {
-        let entry = self.entries.iter().find(|entry| entry.spec.index == layer);
+    pub(crate) fn load(&self, py: Python<'_>, layer: i64) -> PyResult<LoadedLayer> {
+        let index = usize::try_from(layer).ok();
+        let entry = self.entries.iter().find(|entry| Some(entry.spec.index) == index);
         let Some(entry) = entry else {
             let known = format!("{layer} is no MoE layer; those are {:?}", self.layers());
             return Err(errors::input(py, "layer", known));
@@ -85,7 +86,7 @@ pub(crate) enum Source<'py> {
 
 impl Source<'_> {
     /// The weights of a layer, by its number in the model.
-    pub(crate) fn load(self, py: Python<'_>, layer: usize) -> PyResult<LoadedLayer> {
+    pub(crate) fn load(self, py: Python<'_>, layer: i64) -> PyResult<LoadedLayer> {
         match self {
             Self::Open(checkpoint) => checkpoint.load(py, layer),
             Self::Path(path) => Checkpoint::new(py, path)?.load(py, layer),
@@ -123,19 +124,23 @@ struct Facts {
 #[pymethods]
 impl Layer {
     #[new]
-    #[pyo3(signature = (checkpoint, layer, *, dtype="auto", threads=None, kernel=None, non_finite="refuse"))]
+    #[pyo3(signature = (
+        checkpoint, layer, *, dtype="auto", threads=None, kernel=None, non_finite="refuse",
+        device="auto",
+    ))]
     fn new(
         py: Python<'_>,
         checkpoint: Source<'_>,
-        layer: usize,
+        layer: i64,
         dtype: &str,
-        threads: Option<usize>,
+        threads: Option<i64>,
         kernel: Option<&str>,
         non_finite: &str,
+        device: &str,
     ) -> PyResult<Self> {
         let loaded = checkpoint.load(py, layer)?;
         let stored = loaded.experts.first().map(|expert| expert.up.format());
-        let settings = Settings { dtype, threads, kernel, non_finite };
+        let settings = Settings { dtype, threads, kernel, non_finite, device };
         let options = settings.options(py, auto(stored))?;
         let (formats, bytes) = formats_and_bytes(&loaded.experts);
         let spec = loaded.spec.clone();

@@ -11,10 +11,12 @@ use crate::errors::{self, OrRaise};
 pub(crate) struct Settings<'a> {
     /// A name, or "auto".
     pub(crate) dtype: &'a str,
-    pub(crate) threads: Option<usize>,
+    pub(crate) threads: Option<i64>,
     pub(crate) kernel: Option<&'a str>,
     /// "refuse" or "pass".
     pub(crate) non_finite: &'a str,
+    /// "auto", "cpu", "cuda" or "cuda:N".
+    pub(crate) device: &'a str,
 }
 
 impl Settings<'_> {
@@ -24,11 +26,16 @@ impl Settings<'_> {
             "auto" => auto,
             name => moe_foreign::activation_dtype(name).or_raise(py)?,
         };
-        let threads = match self.threads {
-            Some(0) => return Err(errors::input(py, "threads", "0; at least 1 is needed")),
-            threads => threads.unwrap_or(0),
+        let threads = match self.threads.map(usize::try_from) {
+            None => 0,
+            Some(Ok(threads @ 1..)) => threads,
+            Some(_) => {
+                let given = self.threads.unwrap_or_default();
+                return Err(errors::input(py, "threads", format!("{given}; at least 1 is needed")));
+            }
         };
         let mut options = moe_foreign::options(dtype, threads, self.kernel).or_raise(py)?;
+        options = moe_foreign::on_device(options, self.device).or_raise(py)?;
         options.non_finite = match self.non_finite {
             "refuse" => NonFinite::Refuse,
             "pass" => NonFinite::LetThrough,

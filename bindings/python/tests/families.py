@@ -125,6 +125,21 @@ LEFT_OUT: dict[str, str] = {
 # families whose function between the products moe-runner does not have: refused, in words
 UNKNOWN_FUNCTION = ("inkling2", "inkling2_loop")
 
+# families whose checkpoint is refused, and what is said
+REFUSED_CHECKPOINT = {
+    "phimoe": "sparsemixer chooses exactly two experts",
+    "zaya": "the router is a small network",
+}
+
+# families that have a part of the layer outside of the block: their experts alone can be taken
+OUTSIDE = {
+    "gemma4": "its router stands outside of a block",
+    **dict.fromkeys(
+        ["granitemoe_swa", "granitemoehybrid", "granitemoeshared"],
+        "its shared experts stand outside of its block",
+    ),
+}
+
 
 def names() -> list[str]:
     """The families, by their folders in transformers."""

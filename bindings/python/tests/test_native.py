@@ -1,10 +1,14 @@
 """The native classes, with numpy alone."""
 
 import json
+import os
+import re
+import signal
 import subprocess
 import sys
 import threading
 import time
+from inspect import signature
 
 import numpy as np
 import pytest
@@ -122,6 +126,8 @@ def test_what_is_wrong_is_said(golden):
     bad[2, 5] = np.nan
     refused("row 2, column 5", run, bad, ids, weights)
     refused("99 is no MoE layer", moe_runner.Layer, path, 99)
+    refused("-1 is no MoE layer", moe_runner.Layer, path, -1)
+    refused("threads: -1; at least 1", moe_runner.Layer, path, index, threads=-1)
     refused("'f8'; there are f32", moe_runner.Layer, path, index, dtype="f8")
     refused("fastest", moe_runner.Layer, path, index, kernel="fastest", error=moe_runner.NoKernelError)
     refused("nowhere", moe_runner.Checkpoint, "/nowhere", error=moe_runner.CheckpointError)
@@ -205,6 +211,9 @@ def test_commands_as_functions(golden, tmp_path):
     checked = moe_runner.check(path, layers=[1, 3], timing=False, against=path / "golden.safetensors")
     assert checked["ok"], checked["verdict"]
     assert [one["layer"] for one in checked["layers"]] == [1, 3]
+    # integers of any kind
+    for layers in (np.int64(3), "3", [np.int32(3)], range(3, 4)):
+        assert moe_runner.explain(path, layers=layers)["layers"][0]["layer"] == 3
     planned = moe_runner.plan(path, 4)
     assert planned["ranks"] == 4
     with pytest.raises(moe_runner.InputError, match="no such kernel"):
@@ -213,6 +222,82 @@ def test_commands_as_functions(golden, tmp_path):
         moe_runner.inspect("--nowhere")
     with pytest.raises(moe_runner.InputError):
         moe_runner.plan(path, 0)
+
+
+def flags(command):
+    """The long options of a command, as its help shows them."""
+    asked = [sys.executable, "-m", "moe_runner", command, "--help"]
+    text = subprocess.run(asked, capture_output=True, text=True, check=True).stdout
+    return set(re.findall(r"^ +(?:-\w, )?--([a-z-]+)", text, re.MULTILINE)) - {"help", "json"}
+
+
+def test_functions_have_the_options_of_the_commands():
+    # ranks are the command's: as processes they are no function of one, as threads they only show
+    ranks = (
+        "tp dp ep pcp sequence-parallel dbo comm exchange row-format placement rank world rendezvous "
+        "capacity through-host two-sided"
+    ).split()
+    for command in ("check", "inspect", "explain", "bench", "plan", "report", "quantize"):
+        named = {
+            name.replace("_", "-") for name in signature(getattr(moe_runner, command)).parameters
+        } - {"checkpoint"}
+        named = {{"timing": "no-timing", "layer": "layers"}.get(name, name) for name in named}
+        assert named == flags(command) - set(ranks), command
+
+
+def test_options_reach_the_commands(golden, tmp_path):
+    path = golden / "qwen3_moe_bf16"
+    ranked = moe_runner.plan(path, 4, device="cuda", machine="sm90", link=(350, 12), seed=3)
+    assert ranked["gpus"]["machine"].startswith("sm90") and ranked["layers"][0]["kernel"]
+    assert (ranked["link"]["gbps"], ranked["link"]["latency_us"]) == (350.0, 12.0)
+    assert moe_runner.plan(path, 2, measure=True)["link"]["measured"] == 2
+    examined = moe_runner.inspect(path, doctor=True, strict=True, threads=1)
+    assert examined["findings"] == []
+    elsewhere = moe_runner.explain(path, layers=1, machine="sm90", device="cuda")
+    assert elsewhere["layers"][0]["chosen"].startswith("cuda_")
+    timed = moe_runner.bench(path, layer=3, tokens=[1, 2], threads=1, kernel="cpu_portable")
+    assert [row["tokens"] for row in timed["rows"]] == [1, 2]
+    assert timed["kernel"] == "cpu_portable"
+    file = tmp_path / "bench.json"
+    file.write_text(json.dumps(timed))
+    page = tmp_path / "page.html"
+    report = moe_runner.report(path, page, bench=file, timing=False, tokens=2, threads=1)
+    assert page.read_text().startswith("<!") and report["check"]["ok"]
+    cache = tmp_path / "packed"
+    moe_runner.check(path, layers=1, timing=False, pack_cache=cache)
+    assert list(cache.iterdir())
+
+
+def test_a_function_can_be_interrupted(tiny_moe):
+    def interrupt():
+        time.sleep(1)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    other = threading.Thread(target=interrupt)
+    other.start()
+    begun = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        moe_runner.bench(tiny_moe, tokens=[1] * 100)
+    assert time.monotonic() - begun < 30
+    other.join()
+    # and the next one is not
+    assert moe_runner.inspect(tiny_moe)["ok"]
+
+
+def test_a_device_is_had_or_refused(golden):
+    path = golden / "qwen3_moe_bf16"
+    assert moe_runner.Layer(path, 1, device="cpu").kernel.startswith("cpu_")
+    with pytest.raises(moe_runner.InputError, match="'gpu'; there are auto, cpu, cuda"):
+        moe_runner.Layer(path, 1, device="gpu")
+    try:
+        layer = moe_runner.Layer(path, 1, device="cuda", dtype="f32")
+    except moe_runner.Error as error:
+        # no driver, no GPU, or no compiler for it, in one line
+        assert "NVIDIA" in str(error) or "GPU" in str(error), error
+    else:
+        index, want = call(golden, "qwen3_moe_bf16")
+        assert layer.kernel.startswith("cuda_") and index == 1
+        assert nmse(layer.forward(want["x"]), want["out"]) < 1e-10
 
 
 def test_a_copy_with_four_bits(tiny_moe, tmp_path):

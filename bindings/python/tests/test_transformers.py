@@ -147,6 +147,30 @@ def test_every_family(family):
     assert all(taken.calls > 0 for taken in report.modules)
 
 
+@pytest.mark.parametrize("router", [False, True], ids=["experts", "block"])
+@pytest.mark.parametrize("family", families.names())
+def test_every_family_from_its_checkpoint(family, router, tmp_path):
+    """The experts, and the whole block, as transformers stores them; of two sentences at once, so that an
+    output is not taken for two."""
+    if family in families.LEFT_OUT or family in families.UNKNOWN_FUNCTION:
+        pytest.skip("test_every_family says why")
+    model = families.tiny(family)
+    ids = torch.stack([torch.arange(3, 19), torch.arange(40, 56)])
+    with torch.no_grad():
+        want = model(ids).logits.double().numpy()
+    model.save_pretrained(tmp_path)
+    refused = families.REFUSED_CHECKPOINT.get(family) or router and families.OUTSIDE.get(family)
+    if refused:
+        with pytest.raises(moe_runner.Error, match=refused):
+            moe.attach(model, tmp_path, router=router)
+        return
+    report = moe.attach(model, tmp_path, router=router)
+    with torch.no_grad():
+        got = model(ids).logits.double().numpy()
+    assert nmse(got, want) < 1e-9
+    assert all(taken.calls == 1 for taken in report.modules)
+
+
 @pytest.mark.parametrize(
     "family, experts_class",
     [(family, one) for family in families.names() for one in families.experts_classes(family)],

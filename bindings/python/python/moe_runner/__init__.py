@@ -9,11 +9,11 @@ threads run meanwhile.
 >>> layer = moe_runner.Layer("./OLMoE-1B-7B", 0, dtype="f32")          # doctest: +SKIP
 >>> layer.forward(numpy.zeros((4, layer.hidden_size), numpy.float32))  # doctest: +SKIP
 
-``check``, ``inspect``, ``explain``, ``plan`` and ``quantize`` are the commands of ``moe-runner`` as
-functions. ``moe_runner.transformers`` has the experts run inside transformers.
+``check``, ``inspect``, ``explain``, ``bench``, ``plan``, ``report`` and ``quantize`` are the commands of
+``moe-runner`` as functions. ``moe_runner.transformers`` has the experts run inside transformers.
 """
 
-from ._command import check, explain, inspect, main, plan, quantize
+from ._command import bench, check, explain, inspect, main, plan, quantize, report
 from ._errors import CheckpointError, Error, InputError, NoKernelError
 from ._native import Checkpoint, Experts, Layer, __version__
 
@@ -26,10 +26,12 @@ __all__ = [
     "Layer",
     "NoKernelError",
     "__version__",
+    "bench",
     "check",
     "explain",
     "inspect",
     "main",
     "plan",
     "quantize",
+    "report",
 ]

@@ -36,6 +36,8 @@ class Layer:
     kernel: a kernel by name, used or refused; None: the first that can.
     non_finite: what is done about rows that hold NaN or infinities: "refuse" (an error that says
         where), or let them "pass", without harm to other rows.
+    device: what computes: "auto" and "cpu" are the processor; "cuda" or "cuda:N" an NVIDIA GPU, on
+        which the layer's weights are kept. Rows come from host memory, and go back to it.
     """
 
     def __new__(
@@ -47,6 +49,7 @@ class Layer:
         threads: int | None = None,
         kernel: str | None = None,
         non_finite: _NonFinite = "refuse",
+        device: str = "auto",
     ) -> Layer: ...
     def forward(
         self,

@@ -41,7 +41,7 @@ class Held:
 _LIBRARY = torch.library.Library("moe_runner", "DEF")
 _STRIDES = (torch.Tag.needs_fixed_stride_order,)
 _LIBRARY.define("experts(Tensor hidden, Tensor ids, Tensor weights, int key) -> Tensor", tags=_STRIDES)
-_LIBRARY.define("layer(Tensor hidden, int key) -> Tensor", tags=_STRIDES)
+_LIBRARY.define("layer(Tensor hidden, int key, Tensor? input_ids=None) -> Tensor", tags=_STRIDES)
 
 
 def _run_experts(
@@ -56,11 +56,14 @@ def _run_experts(
     return out
 
 
-def _run_layer(hidden: torch.Tensor, key: int) -> torch.Tensor:
+def _run_layer(
+    hidden: torch.Tensor, key: int, input_ids: torch.Tensor | None = None
+) -> torch.Tensor:
     held = _HELD[key]
     held.calls += 1
     hidden = hidden.detach().contiguous()
-    return held.native.forward(hidden, torch.empty_like(hidden))
+    ids = None if input_ids is None else input_ids.contiguous()
+    return held.native.forward(hidden, torch.empty_like(hidden), input_ids=ids)
 
 
 _LIBRARY.impl("experts", _run_experts, "CPU")
@@ -73,7 +76,7 @@ def _experts_like(hidden: torch.Tensor, ids: Any, weights: Any, key: int) -> tor
 
 
 @torch.library.register_fake("moe_runner::layer", lib=_LIBRARY)
-def _layer_like(hidden: torch.Tensor, key: int) -> torch.Tensor:
+def _layer_like(hidden: torch.Tensor, key: int, input_ids: Any = None) -> torch.Tensor:
     return torch.empty_like(hidden, memory_format=torch.contiguous_format)
 
 
@@ -85,10 +88,13 @@ def experts(
     return torch.ops.moe_runner.experts(hidden, ids, weights, held.key)
 
 
-def layer(held: Held, hidden: torch.Tensor) -> torch.Tensor:
-    """Runs a whole layer on rows [..., H]. No gradients."""
+def layer(
+    held: Held, hidden: torch.Tensor, input_ids: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Runs a whole layer on rows [..., H]; ``input_ids`` [...] for one that routes by them. No
+    gradients."""
     _refuse_gradients(hidden)
-    return torch.ops.moe_runner.layer(hidden, held.key)
+    return torch.ops.moe_runner.layer(hidden, held.key, input_ids)
 
 
 def _refuse_gradients(*tensors: torch.Tensor) -> None:

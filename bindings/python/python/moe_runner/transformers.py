@@ -13,10 +13,13 @@ weights where they are.
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import inspect
 import json
 import os
 import re
+import textwrap
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -302,8 +305,10 @@ class _Block(torch.nn.Module):
         self.__dict__["_moe_runner"] = held
         self.tuple_out = tuple_out
 
-    def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> Any:
-        out = ops.layer(self.__dict__["_moe_runner"], hidden_states)
+    def forward(
+        self, hidden_states: torch.Tensor, *_: Any, input_ids: torch.Tensor | None = None, **__: Any
+    ) -> Any:
+        out = ops.layer(self.__dict__["_moe_runner"], hidden_states, input_ids)
         return (out, None) if self.tuple_out else out
 
 
@@ -320,15 +325,29 @@ def _take_block(
     block = model.get_submodule(block_name)
     if "DecoderLayer" in type(block).__name__ or not hasattr(block, "forward"):
         raise InputError("its router stands outside of a block; attach without router=True")
+    parent_name, _, child = block_name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    if any("shared" in beside for beside, module in parent.named_children() if module is not block):
+        # a layer of the checkpoint has them inside
+        raise InputError("its shared experts stand outside of its block; attach without router=True")
     native = Layer(checkpoint, number, **settings)
     held = ops.Held(native)
-    returns = str(type(block).forward.__annotations__.get("return", "")).lower()
-    tuple_out = "tuple" in returns or type(block).__name__ in ("Llama4TextMoe",)
-    parent, _, child = block_name.rpartition(".")
-    setattr(model.get_submodule(parent), child, _Block(held, tuple_out))
+    setattr(parent, child, _Block(held, _returns_a_tuple(block)))
     origin = f"layer {number} of {checkpoint.path}"
     formats, nbytes = native.formats, native.nbytes
     return Taken(block_name, origin, native.kernel, native.why, formats, nbytes, held)
+
+
+def _returns_a_tuple(block: torch.nn.Module) -> bool:
+    """Whether a block returns its logits beside its output: by its code, since what is written of its
+    type is wrong in some families."""
+    forward = type(block).forward
+    try:
+        code = ast.parse(textwrap.dedent(inspect.getsource(forward)))
+    except (OSError, TypeError, SyntaxError):  # its source is not here
+        return "tuple" in str(forward.__annotations__.get("return", "")).lower()
+    returned = [node.value for node in ast.walk(code) if isinstance(node, ast.Return)]
+    return any(isinstance(value, ast.Tuple) for value in returned)
 
 
 class _Llama4Block(torch.nn.Module):

@@ -23,9 +23,10 @@ fn forward(
     let (x, ids, weights) = (&x[..], &ids[..], &weights[..]);
     let own = Own { group: world, map, width: H, top_k: K, x, ids, weights };
     let held = Held(map.held_by(world.rank()));
-    let mut host = Sent::new(own, &held, room);
+    let mut host = Sent::new(own, &held, room, 1);
     let before = world.traffic().read();
-    let ways = run(&mut host, (world.rank(), world.size()), room)?;
+    let ways = run(&mut host, (world.rank(), world.size()), room, 1)?;
+    let [ways] = &ways[..] else { panic!("one batch: {ways:?}") };
     // what crossed is what the ways say
     let wire = ResidentWire { row: H * size_of::<f32>(), output: H * size_of::<f32>() };
     let [counts, there, back] = ways.traffic(wire, world.size());
@@ -34,7 +35,7 @@ fn forward(
     let said = [there, back].into_iter().flatten();
     let (sent, received) = said.fold((0, 0), |(s, r), (sent, received)| (s + sent, r + received));
     assert_eq!((crossed.sent, crossed.received), (sent as u64, received as u64));
-    Ok(host.out)
+    Ok(host.out())
 }
 
 #[test]

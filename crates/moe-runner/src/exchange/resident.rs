@@ -13,6 +13,9 @@
 //! NCCL, or plain memory with threads. Ranks are counted from this one on: number d is rank (me + d) mod R, so that
 //! what stays is always first.
 //!
+//! **Micro-batches** ("lanes") have memory of their own: the rows of all are sent before the experts of the first begin, and
+//! outputs are on their way back while another's experts work.
+//!
 //! With [`Room`] every rank sends every other as much, filled or not: there are no counts, no memory depends on one,
 //! and the whole pass can be captured. What has no place then is an error. Without room, the host waits for the counts
 //! once a pass.
@@ -131,90 +134,104 @@ impl Ways {
     }
 }
 
-/// What does the steps, on its own memory. All ranks take the same steps in the same order.
+/// What does the steps, of each micro-batch on memory of its own. All ranks take the same steps in the same order.
 pub trait Side {
-    /// Sorts the batch's slots and rows by rank, and counts them.
+    /// Sorts the micro-batch's slots and rows by rank, and counts them.
     ///
     /// # Errors
     /// What the memory or the device refuses; so for all the others.
-    fn sort(&mut self) -> Result<()>;
+    fn sort(&mut self, lane: usize) -> Result<()>;
 
     /// Gives this rank's counts to all others, and gets theirs.
     ///
     /// # Errors
     /// A rank that does not arrive.
-    fn share_counts(&mut self) -> Result<()>;
+    fn share_counts(&mut self, lane: usize) -> Result<()>;
 
     /// Packs what stays and what goes. With room, records of places that nothing fills name no expert.
     ///
     /// # Errors
     /// As [`Self::sort`].
-    fn pack(&mut self) -> Result<()>;
+    fn pack(&mut self, lane: usize) -> Result<()>;
 
     /// All counts `[R, 2 R]`, once they are known here: waits.
     ///
     /// # Errors
     /// A rank that does not arrive.
-    fn counts(&mut self) -> Result<Vec<u32>>;
+    fn counts(&mut self, lane: usize) -> Result<Vec<u32>>;
 
     /// Makes sure of the memory for what comes; what was packed is kept, or packed again.
     ///
     /// # Errors
     /// Too little memory.
-    fn make_room(&mut self, ways: &Ways) -> Result<()>;
+    fn make_room(&mut self, lane: usize, ways: &Ways) -> Result<()>;
 
     /// Rows and records of slots to the others, and theirs here.
     ///
     /// # Errors
     /// A rank that does not arrive.
-    fn send(&mut self, ways: &Ways) -> Result<()>;
+    fn send(&mut self, lane: usize, ways: &Ways) -> Result<()>;
 
     /// The outputs of all slots that have arrived.
     ///
     /// # Errors
     /// As [`Self::sort`].
-    fn experts(&mut self, ways: &Ways) -> Result<()>;
+    fn experts(&mut self, lane: usize, ways: &Ways) -> Result<()>;
 
     /// Those of other ranks' slots back to them, and this rank's back here.
     ///
     /// # Errors
     /// A rank that does not arrive.
-    fn send_back(&mut self, ways: &Ways) -> Result<()>;
+    fn send_back(&mut self, lane: usize, ways: &Ways) -> Result<()>;
 
     /// The sums.
     ///
     /// # Errors
     /// As [`Self::sort`].
-    fn combine(&mut self) -> Result<()>;
+    fn combine(&mut self, lane: usize) -> Result<()>;
 }
 
-/// One batch, on rank `me` of `ranks`; with `room`, without the host.
+/// One batch in so many micro-batches, on rank `me` of `ranks`; with `room` in each, without the host.
 ///
 /// # Errors
 /// As the steps of `side`.
-pub fn run(side: &mut dyn Side, (me, ranks): (usize, usize), room: Option<Room>) -> Result<Ways> {
-    side.sort()?;
-    let ways = match room {
-        Some(room) => {
-            let ways = Ways::with_room(room, me, ranks);
-            side.make_room(&ways)?;
-            side.pack()?;
-            ways
+pub fn run(
+    side: &mut dyn Side,
+    (me, ranks): (usize, usize),
+    room: Option<Room>,
+    lanes: usize,
+) -> Result<Vec<Ways>> {
+    let lanes = 0..lanes.max(1);
+    for lane in lanes.clone() {
+        side.sort(lane)?;
+        match room {
+            Some(room) => side.make_room(lane, &Ways::with_room(room, me, ranks))?,
+            None => side.share_counts(lane)?,
         }
-        None => {
-            side.share_counts()?;
-            // what this rank packs meanwhile needs no counts
-            side.pack()?;
-            let ways = Ways::counted(&side.counts()?, me, ranks);
-            side.make_room(&ways)?;
-            ways
-        }
-    };
-    side.send(&ways)?;
-    side.experts(&ways)?;
-    side.send_back(&ways)?;
-    side.combine()?;
-    Ok(ways)
+        // what this rank packs while counts are on their way needs none
+        side.pack(lane)?;
+    }
+    let mut all = Vec::with_capacity(lanes.len());
+    for lane in lanes {
+        let ways = match room {
+            Some(room) => Ways::with_room(room, me, ranks),
+            None => {
+                let ways = Ways::counted(&side.counts(lane)?, me, ranks);
+                side.make_room(lane, &ways)?;
+                ways
+            }
+        };
+        side.send(lane, &ways)?;
+        all.push(ways);
+    }
+    for (lane, ways) in all.iter().enumerate() {
+        side.experts(lane, ways)?;
+        side.send_back(lane, ways)?;
+    }
+    for lane in 0..all.len() {
+        side.combine(lane)?;
+    }
+    Ok(all)
 }
 
 /// Bytes that cross between two ranks for one row, one slot and one output: what a kernel keeps on its device.

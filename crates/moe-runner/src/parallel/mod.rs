@@ -46,8 +46,8 @@ pub struct Parallel {
     /// Rows stay on the ranks' GPUs from the gate to the sum, where the GPUs are connected and the split allows it;
     /// else they pass through the processor on their way.
     pub keeps_rows: bool,
-    /// Then: the same room for what every rank has for every other, so that no host learns a count and a pass can be
-    /// captured; `None`: as much as it has.
+    /// Then: the same room for what every rank has for every other in a micro-batch, so that no host learns a count and a
+    /// pass can be captured; `None`: as much as it has.
     pub room: Option<Room>,
     /// Then, without such room: ranks write into each other's memory, where all their GPUs reach that.
     pub one_sided: bool,
@@ -119,8 +119,7 @@ impl Parallel {
         let puts = self.one_sided && reach && sizes.ranks() <= one_sided::MOST_RANKS;
         Ok(match self.room {
             None if stay && puts => Some(BetweenGpus::OneSided),
-            // sent and received in one piece
-            _ if !stay || self.micro_batches > 1 => None,
+            _ if !stay => None,
             Some(room) => Some(BetweenGpus::WithRoom(room)),
             None => Some(BetweenGpus::Counted),
         })

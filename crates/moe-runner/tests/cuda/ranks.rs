@@ -190,11 +190,13 @@ fn rows_that_stay_on_gpus_give_the_bits_of_one() {
             let ids: Vec<LogicalId> = one.topk_ids.iter().map(|id| LogicalId(*id)).collect();
             let share = tokens.div_ceil(ranks);
             let room = Room { slots: 3 * share, rows: share };
-            // the last in two micro-batches
-            let forms =
-                [(None, true, 1), (None, false, 1), (Some(room), false, 1), (None, true, 2)];
+            // each whole, and in two micro-batches
+            let forms = [(None, true), (None, false), (Some(room), false)];
+            let forms = forms.map(|(room, put)| [1, 2].map(|lanes| (room, put, lanes))).concat();
             let placements = [Placement::Linear, Placement::RoundRobin];
-            for (placement, form) in placements.into_iter().flat_map(|p| forms.map(|f| (p, f))) {
+            for (placement, form) in
+                placements.iter().flat_map(|p| forms.iter().map(move |f| (*p, *f)))
+            {
                 let (room, one_sided, micro_batches) = form;
                 let place = format!("{kernel}, {tokens} tokens, {placement:?}, {form:?}");
                 let sizes = sizes(1, ranks, 1, true);

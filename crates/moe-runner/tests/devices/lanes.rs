@@ -6,21 +6,21 @@ use std::time::{Duration, Instant};
 
 use moe_runner::Error;
 use moe_runner::comm::run_ranks;
-use moe_runner::exchange::BetweenGpus::OneSided;
+use moe_runner::exchange::BetweenGpus;
 use moe_runner::parallel::Placement;
 use moe_runner::runner::Timeline;
 use moe_runner::weights::{FloatType, random_layer};
 
 use crate::host_gpus::put::Waits;
-use crate::{Batch, between, layers, rank};
+use crate::{Batch, between, layers, rank, ways};
 
 #[test]
 fn micro_batches_give_the_same_bits() {
     let layer = &random_layer(&layers::plain(), FloatType::F32, 3).unwrap();
     for ranks in [1, 2, 4] {
         let map = &Arc::new(Placement::RoundRobin.map(8, ranks).unwrap());
-        for lanes in [1, 2, 3, 5] {
-            let between = &between(layer, ranks, OneSided, lanes);
+        for (way, lanes) in ways(2).into_iter().flat_map(|way| [1, 2, 3, 5].map(|n| (way, n))) {
+            let between = &between(layer, ranks, way, lanes);
             // passes of all sizes, in which some ranks have no rows in some micro-batches, or in any
             let passes = [[5, 12, 2, 7], [0, 3, 0, 1], [1, 0, 0, 0], [12; 4], [0; 4], [4, 1, 8, 2]];
             let batch = |rank: usize, tokens: usize| Batch::new(layer, tokens, 10 + rank as u64);
@@ -33,7 +33,10 @@ fn micro_batches_give_the_same_bits() {
                 for (pass, batches) in batches.iter().cycle().take(18).enumerate() {
                     let batch = &batches[world.rank()];
                     let out = batch.forward(&mut runner)?;
-                    assert!(out == batch.output, "pass {pass}, {ranks} ranks, {lanes} lanes");
+                    assert!(
+                        out == batch.output,
+                        "pass {pass}, {ranks} ranks, {way:?}, {lanes} lanes"
+                    );
                 }
                 Ok(())
             })
@@ -46,6 +49,10 @@ fn micro_batches_give_the_same_bits() {
 /// they would wait for ever if one micro-batch had to be through before the next.
 #[test]
 fn rows_are_on_their_way_while_the_other_half_is_computed() {
+    ways(2).into_iter().for_each(overlaps);
+}
+
+fn overlaps(way: BetweenGpus) {
     let layer = &random_layer(&layers::plain(), FloatType::F32, 3).unwrap();
     let (ranks, lanes) = (3, 2);
     let map = &Arc::new(Placement::Linear.map(8, ranks).unwrap());
@@ -75,7 +82,7 @@ fn rows_are_on_their_way_while_the_other_half_is_computed() {
             _ => Ok(()),
         }
     };
-    let mut between = between(layer, ranks, OneSided, lanes);
+    let mut between = between(layer, ranks, way, lanes);
     between.waits = Waits { before: Arc::new(before), ..Waits::default() };
     let (between, origin) = (&between, Instant::now());
     let spans = run_ranks(ranks, |world| {
@@ -84,8 +91,8 @@ fn rows_are_on_their_way_while_the_other_half_is_computed() {
         assert!(batch.forward(&mut runner)? == batch.output);
         Ok(runner.timeline().spans().to_vec())
     })
-    .unwrap();
-    for spans in spans {
+    .unwrap_or_else(|error| panic!("{way:?}: {error}"));
+    for spans in spans.into_iter().filter(|_| way == BetweenGpus::OneSided) {
         let of = |what: &str, lane: usize| {
             let mut all = spans.iter().filter(|span| (span.what, span.lane) == (what, Some(lane)));
             let span = *all.next().unwrap_or_else(|| panic!("no {what} of {lane}: {spans:?}"));

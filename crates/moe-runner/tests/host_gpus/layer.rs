@@ -193,10 +193,10 @@ impl LayerKernel for HostGpu {
                     BetweenGpus::WithRoom(room) => Some(room),
                     _ => None,
                 };
-                let mut sent = Sent::new(own, &self.held, room);
-                sent.load = self.load.as_mut();
-                resident::run(&mut sent, (group.rank(), group.size()), room)?;
-                out.copy_from_slice(&sent.out);
+                let mut sent = Sent::new(own, &self.held, room, self.lanes);
+                (sent.load, sent.before) = (self.load.as_mut(), self.waits.before.clone());
+                resident::run(&mut sent, (group.rank(), group.size()), room, self.lanes)?;
+                out.copy_from_slice(&sent.out());
             }
         }
         Ok(())

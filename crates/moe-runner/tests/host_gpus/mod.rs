@@ -57,6 +57,17 @@ impl<'a> Own<'a> {
         Self { x, ids: &self.ids[slots.clone()], weights: &self.weights[slots], ..*self }
     }
 
+    /// The rows of a micro-batch of so many, cut as evenly as can be.
+    pub fn lane(&self, lane: usize, lanes: usize) -> Self {
+        self.part(self.lane_rows(lane, lanes))
+    }
+
+    pub fn lane_rows(&self, lane: usize, lanes: usize) -> std::ops::Range<usize> {
+        let rows = self.tokens();
+        let start = |lane: usize| lane * (rows / lanes) + lane.min(rows % lanes);
+        start(lane)..start(lane + 1)
+    }
+
     /// The sums of slots' outputs, in slot order.
     pub fn sums<'o>(&self, output: impl Fn(usize) -> Option<&'o [f32]>) -> Vec<f32> {
         let mut out = vec![0.0; self.x.len()];

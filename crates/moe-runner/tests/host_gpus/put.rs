@@ -115,12 +115,6 @@ impl<'a> Put<'a> {
         (self.me() + d) % self.own.group.size()
     }
 
-    fn rows(&self, lane: usize) -> std::ops::Range<usize> {
-        let (rows, lanes) = (self.own.tokens(), self.lanes);
-        let start = |lane: usize| lane * (rows / lanes) + lane.min(rows % lanes);
-        start(lane)..start(lane + 1)
-    }
-
     fn step<R>(
         &mut self,
         what: &'static str,
@@ -163,7 +157,7 @@ impl Side for Put<'_> {
     }
 
     fn put_rows(&mut self, lane: usize, places: Places) -> Result<()> {
-        let own = self.own.part(self.rows(lane));
+        let own = self.own.lane(lane, self.lanes);
         let (k, width) = (own.top_k, own.width);
         self.step("dispatch", lane, |side| {
             for d in 0..places.ranks {
@@ -258,7 +252,7 @@ impl Side for Put<'_> {
     }
 
     fn combine(&mut self, lane: usize, _: Places) -> Result<()> {
-        let rows = self.rows(lane);
+        let rows = self.own.lane_rows(lane, self.lanes);
         let own = self.own.part(rows.clone());
         self.step("combine", lane, |side| {
             let outputs = get(&side.all[side.me()][lane].outputs);

@@ -1,20 +1,30 @@
 //! Ranks that send and receive, as by NCCL.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use moe_runner::comm::{At, Step};
 use moe_runner::exchange::resident::{Room, Side, Ways};
 use moe_runner::{Error, Result};
 
+use super::put::Before;
 use super::{Compute, NOWHERE, Own};
 
 /// The steps as the kernels of a GPU take them.
 pub struct Sent<'a> {
-    pub own: Own<'a>,
-    pub experts: &'a dyn Compute,
-    pub room: Option<Room>,
+    /// Each micro-batch has memory of its own.
+    lanes: Vec<Lane<'a>>,
     /// Counts the slots of each expert, where there is something to count in.
     pub load: Option<&'a mut Vec<u64>>,
+    /// Asked before every step.
+    pub before: Before,
+}
+
+/// One micro-batch.
+struct Lane<'a> {
+    own: Own<'a>,
+    experts: &'a dyn Compute,
+    room: Option<Room>,
     /// Slots, and (row, number of the rank) pairs, by rank.
     slots: Vec<usize>,
     rows: Vec<(usize, usize)>,
@@ -24,7 +34,7 @@ pub struct Sent<'a> {
     gone: (Vec<[u32; 2]>, Vec<f32>),
     outputs: Vec<f32>,
     back: Vec<f32>,
-    pub out: Vec<f32>,
+    out: Vec<f32>,
 }
 
 fn at(step: Step) -> At<'static> {
@@ -32,13 +42,74 @@ fn at(step: Step) -> At<'static> {
 }
 
 impl<'a> Sent<'a> {
-    pub fn new(own: Own<'a>, experts: &'a dyn Compute, room: Option<Room>) -> Self {
+    pub fn new(own: Own<'a>, experts: &'a dyn Compute, room: Option<Room>, lanes: usize) -> Self {
+        let lanes = (0..lanes).map(|lane| Lane::new(own.lane(lane, lanes), experts, room));
+        Self { lanes: lanes.collect(), load: None, before: Arc::new(|_, _| Ok(())) }
+    }
+
+    /// The sums of all rows.
+    pub fn out(&self) -> Vec<f32> {
+        self.lanes.iter().flat_map(|lane| lane.out.iter().copied()).collect()
+    }
+
+    fn step(&mut self, what: &'static str, lane: usize) -> Result<&mut Lane<'a>> {
+        (self.before)(what, lane)?;
+        Ok(&mut self.lanes[lane])
+    }
+}
+
+impl Side for Sent<'_> {
+    fn sort(&mut self, lane: usize) -> Result<()> {
+        let of = &mut self.lanes[lane];
+        of.sort()?;
+        if let Some(load) = &mut self.load {
+            of.slots.iter().for_each(|slot| load[of.own.ids[*slot] as usize] += 1);
+        }
+        Ok(())
+    }
+
+    fn share_counts(&mut self, lane: usize) -> Result<()> {
+        self.lanes[lane].share_counts()
+    }
+
+    fn pack(&mut self, lane: usize) -> Result<()> {
+        self.lanes[lane].pack()
+    }
+
+    fn counts(&mut self, lane: usize) -> Result<Vec<u32>> {
+        Ok(self.lanes[lane].counts.clone())
+    }
+
+    fn make_room(&mut self, lane: usize, ways: &Ways) -> Result<()> {
+        // what stays is there already, or will be
+        self.lanes[lane].here.0.reserve(ways.slots[1]);
+        Ok(())
+    }
+
+    fn send(&mut self, lane: usize, ways: &Ways) -> Result<()> {
+        self.step("dispatch", lane)?.send(ways)
+    }
+
+    fn experts(&mut self, lane: usize, ways: &Ways) -> Result<()> {
+        self.step("experts", lane)?.experts(ways)
+    }
+
+    fn send_back(&mut self, lane: usize, ways: &Ways) -> Result<()> {
+        self.step("wait for combine", lane)?.send_back(ways)
+    }
+
+    fn combine(&mut self, lane: usize) -> Result<()> {
+        self.step("combine", lane)?.combine()
+    }
+}
+
+impl<'a> Lane<'a> {
+    fn new(own: Own<'a>, experts: &'a dyn Compute, room: Option<Room>) -> Self {
         let empty = || (Vec::new(), Vec::new());
         Self {
             own,
             experts,
             room,
-            load: None,
             slots: Vec::new(),
             rows: Vec::new(),
             counts: Vec::new(),
@@ -83,9 +154,7 @@ impl<'a> Sent<'a> {
         (0..all).filter(|peer| *peer != me).for_each(|peer| put(peer, got.part(peer)));
         Ok(())
     }
-}
 
-impl Side for Sent<'_> {
     fn sort(&mut self) -> Result<()> {
         let (all, k) = (self.own.group.size(), self.own.top_k);
         for d in 0..all {
@@ -95,9 +164,6 @@ impl Side for Sent<'_> {
             let rows = (0..self.own.tokens()).filter(|t| mine.iter().any(|slot| slot / k == *t));
             self.rows.extend(rows.map(|t| (t, d)));
             self.slots.extend(mine);
-        }
-        if let Some(load) = &mut self.load {
-            self.slots.iter().for_each(|slot| load[self.own.ids[*slot] as usize] += 1);
         }
         Ok(())
     }
@@ -137,16 +203,6 @@ impl Side for Sent<'_> {
             to.0.extend(records);
             to.1.extend(values);
         }
-        Ok(())
-    }
-
-    fn counts(&mut self) -> Result<Vec<u32>> {
-        Ok(self.counts.clone())
-    }
-
-    fn make_room(&mut self, ways: &Ways) -> Result<()> {
-        // what stays is there already, or will be
-        self.here.0.reserve(ways.slots[1]);
         Ok(())
     }
 

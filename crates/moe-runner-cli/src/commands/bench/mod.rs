@@ -69,7 +69,8 @@ pub(crate) fn run(args: &BenchArgs, common: &Common) -> Result<Report> {
     ensure_apart(&outputs, &inputs, subject.checkpoint.as_ref())?;
     if let Some(factor) = args.splitting.capacity() {
         let (ranks, top_k) = (parallel.sizes.ranks(), subject.layers[0].spec.router.top_k);
-        let most = args.tokens[0].div_ceil(ranks);
+        // of each micro-batch
+        let most = args.tokens[0].div_ceil(ranks).div_ceil(parallel.micro_batches);
         parallel.room = Some(Room::for_share(most, top_k, ranks, factor));
     }
     let parallel = parallel;

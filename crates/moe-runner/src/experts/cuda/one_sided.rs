@@ -54,24 +54,24 @@ struct Group {
 }
 
 /// A micro-batch's own stream, for what goes between ranks. Products of all of them are on the pass's.
-struct Lane {
-    stream: Stream,
+pub(super) struct Lane {
+    pub(super) stream: Stream,
     come: Event,
 }
 
 impl Lane {
-    fn new(gpu: &Gpu) -> Result<Self> {
+    pub(super) fn new(gpu: &Gpu) -> Result<Self> {
         let (stream, come) = (Stream::new(gpu).map_err(error)?, Event::new(gpu).map_err(error)?);
         Ok(Self { stream, come })
     }
 
     /// What comes on the micro-batch's stream waits for what is on `pass`.
-    fn fork(&self, pass: &Stream) -> Result<()> {
+    pub(super) fn fork(&self, pass: &Stream) -> Result<()> {
         pass.record(&self.come).and_then(|()| self.stream.wait(&self.come)).map_err(error)
     }
 
     /// The other way.
-    fn join(&self, pass: &Stream) -> Result<()> {
+    pub(super) fn join(&self, pass: &Stream) -> Result<()> {
         self.stream.record(&self.come).and_then(|()| pass.wait(&self.come)).map_err(error)
     }
 }

@@ -21,7 +21,7 @@ use super::two_sided::{self, TwoSidedWork};
 use crate::comm::nccl::Peers;
 use crate::comm::{At, Communicator, Count, Kind, Step};
 use crate::exchange::one_sided::{self, Places};
-use crate::exchange::resident::{self, ResidentWire, Side, Ways};
+use crate::exchange::resident::{self, ResidentWire, Ways};
 use crate::exchange::{BetweenGpus, ExpertMap, share};
 use crate::experts::{ExchangeTime, Spread};
 use crate::router::LogicalId;
@@ -55,7 +55,7 @@ pub(super) struct Ranks {
 
 #[derive(Clone)]
 enum Last {
-    Sent { ways: Ways, outputs: SlotOutputs },
+    Sent { ways: Vec<Ways>, outputs: Vec<SlotOutputs> },
     Put { lanes: Vec<Places>, wire: ResidentWire },
 }
 
@@ -64,7 +64,8 @@ enum Last {
 pub(super) struct RanksWork {
     event: Option<Event>,
     pub(super) one_sided: OneSidedWork,
-    pub(super) two_sided: TwoSidedWork,
+    /// By micro-batch.
+    pub(super) two_sided: Vec<TwoSidedWork>,
 }
 
 impl RanksWork {
@@ -232,7 +233,11 @@ impl Ranks {
         };
         let mut active = Vec::new();
         match &last {
-            Last::Sent { ways, .. } => active = read(work.two_sided.ids(ways))?,
+            Last::Sent { ways, .. } => {
+                for (ways, work) in ways.iter().zip(&work.two_sided) {
+                    active.extend(read(work.ids(ways))?);
+                }
+            }
             Last::Put { lanes, wire } => {
                 let own = read(ids)?;
                 for (lane, places) in lanes.iter().enumerate() {
@@ -446,11 +451,12 @@ impl RanksPass<'_, '_, '_> {
                 Last::Put { lanes: one_sided::run(&mut side, lanes)?, wire }
             }
             None => {
-                let memory = &mut memory.two_sided;
-                let mut side = two_sided::Gpus { pass: self, memory, outputs };
-                let ways = resident::run(&mut side, (me, all), ranks.given_room())?;
+                let (memory, lanes) = (&mut memory.two_sided, ranks.spread.lanes);
+                let mut side = two_sided::Gpus::new(self, memory, vec![outputs; lanes])?;
+                let ways = resident::run(&mut side, (me, all), ranks.given_room(), lanes)?;
                 let outputs = side.outputs;
-                ranks.count(&ways, two_sided::wire(self, outputs));
+                let wire = two_sided::wire(self, outputs[0]);
+                ways.iter().for_each(|ways| ranks.count(ways, wire));
                 Last::Sent { ways, outputs }
             }
         };
@@ -468,22 +474,19 @@ impl RanksPass<'_, '_, '_> {
         let Some(last) = ranks.last().clone() else { return Ok(None) };
         let (of_all, room) = ((ranks.homes.me(), ranks.homes.ranks()), ranks.given_room());
         let outputs = match &last {
-            Last::Sent { outputs, .. } => *outputs,
-            Last::Put { .. } => put::no_outputs(self.experts, self.fast, &memory.one_sided)?,
+            Last::Sent { outputs, .. } => outputs.clone(),
+            Last::Put { .. } => vec![put::no_outputs(self.experts, self.fast, &memory.one_sided)?],
         };
         // the same rows and outputs as NCCL takes them
-        let mut sent = two_sided::Gpus { pass: &mut *self, memory: &mut memory.two_sided, outputs };
+        let mut sent = two_sided::Gpus::new(&mut *self, &mut memory.two_sided, outputs)?;
         let ways = match &last {
             Last::Sent { ways, .. } => ways.clone(),
             Last::Put { .. } => {
-                resident::run(&mut two_sided::WithoutExperts(&mut sent), of_all, None)?
+                resident::run(&mut two_sided::WithoutExperts(&mut sent), of_all, None, 1)?
             }
         };
-        let bare_seconds = ranks.median(device, runs, &mut || {
-            sent.send(&ways)?;
-            sent.send_back(&ways)
-        })?;
-        let (seconds, ways) = match (last, &ranks.one_sided) {
+        let bare_seconds = ranks.median(device, runs, &mut || sent.bare(&ways))?;
+        let (seconds, moved) = match (last, &ranks.one_sided) {
             (Last::Put { lanes, wire }, Some(put)) if !lanes.is_empty() => {
                 let memory = &mut memory.one_sided;
                 let places = Places { most: lanes.iter().map(|lane| lane.most).sum(), ..lanes[0] };
@@ -493,19 +496,22 @@ impl RanksPass<'_, '_, '_> {
                     one_sided::exchange(&mut put::WithoutExperts(&mut side), &lanes)
                 })?;
                 // rows and slots of the whole batch, as all its micro-batches have them
-                (seconds, places.traffic(&ways, wire).map(Some))
+                (seconds, ways.iter().flat_map(|ways| places.traffic(ways, wire)).collect())
             }
             _ => {
                 let seconds = ranks.median(device, runs, &mut || {
                     let side = &mut two_sided::WithoutExperts(&mut sent);
-                    resident::run(side, of_all, room).map(drop)
+                    resident::run(side, of_all, room, ways.len()).map(drop)
                 })?;
-                let wire = two_sided::wire(sent.pass, sent.outputs);
-                let [_, there, back] = ways.traffic(wire, of_all.1);
-                (seconds, [there, back])
+                let wire = two_sided::wire(sent.pass, sent.outputs[0]);
+                let rows = ways.iter().flat_map(|ways| {
+                    let [_, there, back] = ways.traffic(wire, of_all.1);
+                    [there, back]
+                });
+                (seconds, rows.flatten().collect::<Vec<_>>())
             }
         };
-        let sent = ways.into_iter().flatten().map(|(sent, _)| sent).sum();
+        let sent = moved.into_iter().map(|(sent, _)| sent).sum();
         Ok(Some(ExchangeTime { seconds, bare_seconds, sent }))
     }
 }

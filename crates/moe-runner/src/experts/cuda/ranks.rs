@@ -475,14 +475,19 @@ impl RanksPass<'_, '_, '_> {
         let (of_all, room) = ((ranks.homes.me(), ranks.homes.ranks()), ranks.given_room());
         let outputs = match &last {
             Last::Sent { outputs, .. } => outputs.clone(),
-            Last::Put { .. } => vec![put::no_outputs(self.experts, self.fast, &memory.one_sided)?],
+            Last::Put { .. } => {
+                // memory for the slots that can arrive in one micro-batch
+                let of = put::no_outputs(self.experts, self.fast, &memory.one_sided)?;
+                vec![of; ranks.spread.lanes]
+            }
         };
         // the same rows and outputs as NCCL takes them
         let mut sent = two_sided::Gpus::new(&mut *self, &mut memory.two_sided, outputs)?;
         let ways = match &last {
             Last::Sent { ways, .. } => ways.clone(),
             Last::Put { .. } => {
-                resident::run(&mut two_sided::WithoutExperts(&mut sent), of_all, None, 1)?
+                let side = &mut two_sided::WithoutExperts(&mut sent);
+                resident::run(side, of_all, None, ranks.spread.lanes)?
             }
         };
         let bare_seconds = ranks.median(device, runs, &mut || sent.bare(&ways))?;
@@ -495,8 +500,8 @@ impl RanksPass<'_, '_, '_> {
                 let seconds = ranks.median(device, runs, &mut || {
                     one_sided::exchange(&mut put::WithoutExperts(&mut side), &lanes)
                 })?;
-                // rows and slots of the whole batch, as all its micro-batches have them
-                (seconds, ways.iter().flat_map(|ways| places.traffic(ways, wire)).collect())
+                let moved = |(ways, places): (&Ways, &Places)| places.traffic(ways, wire);
+                (seconds, ways.iter().zip(&lanes).flat_map(moved).collect())
             }
             _ => {
                 let seconds = ranks.median(device, runs, &mut || {

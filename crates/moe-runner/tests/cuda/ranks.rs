@@ -386,7 +386,8 @@ fn a_rank_that_sleeps_in_a_one_sided_pass_is_named() {
         runner.forward(&input, RowsMut::F32(&mut out))?;
         // rank 1 agrees to the next pass, and puts nothing
         if me == 1 {
-            groups.ep.peers().map(|peers| peers.most(at(Step::Dispatch), [40, 2])).transpose()?;
+            let next = At::new("model.layers.0.mlp", Step::Dispatch);
+            groups.ep.peers().map(|peers| peers.most(next, [40, 2])).transpose()?;
             std::thread::sleep(Duration::from_secs(5));
             return Ok(());
         }

@@ -46,6 +46,8 @@ pub mod mpi;
 #[cfg(feature = "cuda")]
 pub mod nccl;
 #[cfg(feature = "cuda")]
+mod peers;
+#[cfg(feature = "cuda")]
 pub(crate) mod shared;
 mod single;
 mod sync;
@@ -103,7 +105,7 @@ pub trait Communicator: Send + Sync {
 
     /// The way between the memories of the ranks' GPUs, where there is one.
     #[cfg(feature = "cuda")]
-    fn peers(&self) -> Option<nccl::Peers> {
+    fn peers(&self) -> Option<peers::Peers> {
         None
     }
 

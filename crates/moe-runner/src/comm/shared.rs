@@ -3,7 +3,7 @@
 use moe_cuda::{Buffer, Stream, View};
 
 use super::At;
-use super::nccl::{Peers, Shared};
+use super::peers::{Peers, Shared};
 use crate::{Error, Result};
 
 /// Some buffers of this rank, and the same of all others. Ranks are counted from this one on: number d is rank

@@ -24,7 +24,7 @@ use std::sync::Arc;
 pub use self::engine::Link;
 use self::engine::{Circle, Engine};
 #[cfg(feature = "cuda")]
-use super::nccl::{Direct, Peers};
+use super::peers::{Direct, Peers};
 use super::{
     Buffers, Communicator, Exchanges, Flight, Head, Message, Options, Part, TrafficCounter,
     Underway,

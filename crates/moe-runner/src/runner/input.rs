@@ -88,7 +88,7 @@ pub(super) fn check(
         ));
     }
     if let Some(routing) = input.routing {
-        check_routing(routing, tokens)?;
+        check_routing(routing, tokens, layer.non_finite)?;
     }
     Ok(tokens)
 }
@@ -96,6 +96,7 @@ pub(super) fn check(
 fn check_routing(
     FinishedRouting { ids, weights }: FinishedRouting<'_>,
     tokens: usize,
+    non_finite: NonFinite,
 ) -> Result<()> {
     let whole = match tokens {
         0 => ids.is_empty(),
@@ -108,11 +109,11 @@ fn check_routing(
         ));
     }
     match weights.iter().position(|weight| !weight.is_finite()) {
-        None => Ok(()),
-        Some(slot) => Err(Error::input(
+        Some(slot) if non_finite == NonFinite::Refuse => Err(Error::input(
             "routing",
             format!("the weight of slot {slot} is {}, not a finite number", weights[slot]),
         )),
+        _ => Ok(()),
     }
 }
 

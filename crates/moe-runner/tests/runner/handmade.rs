@@ -240,4 +240,17 @@ fn rows_that_are_not_finite_go_through_where_asked() {
     for t in [0, 2, 4] {
         assert_eq!(out[t * 48..(t + 1) * 48], want[t * 48..(t + 1) * 48], "row {t}");
     }
+    // so do weights of a finished routing, which somebody computed from such rows
+    let ids = [0, 1, 1, 2, 0, 2, 1, 0, 2, 1];
+    let mut weights = [0.5; 10];
+    let mut run = |weights: &[f32]| {
+        let input = ForwardInput::routed(Rows::F32(&hidden), &ids, weights);
+        runner.forward(&input, RowsMut::F32(&mut out)).map(|_| out.clone())
+    };
+    let want = run(&weights).unwrap();
+    (weights[2], weights[6]) = (f32::NAN, f32::INFINITY);
+    let out = run(&weights).unwrap();
+    for t in [0, 2, 4] {
+        assert_eq!(out[t * 48..(t + 1) * 48], want[t * 48..(t + 1) * 48], "row {t}");
+    }
 }

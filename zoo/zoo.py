@@ -42,8 +42,8 @@ SUITES = {
     "moe-runner": [
         "unit", "router", "runner", "golden", "reference", "architectures", "quantised", "exchange",
         "exchange_resident", "exchange_one_sided",
-        "ranks", "sixteen_bits", "balance_moves", "comm_threads", "emulation", "large", "doctor", "cost",
-        "balance", "oracle", "quantize", "hostile",
+        "ranks", "sixteen_bits", "int8_activations", "balance_moves", "comm_threads", "emulation",
+        "large", "doctor", "cost", "balance", "oracle", "quantize", "hostile",
     ],
     "moe-acid": ["write"],
 }

@@ -8,14 +8,15 @@
 //! Rows that were quantised to codes of a byte can be multiplied as these codes
 //! ([`Packed::coded`]): then they have a scale for each group of the weights.
 
-use std::cell::Cell;
+mod integers;
+
 use std::ops::Range;
 
 use half::bf16;
 
 use crate::isa::Cpu;
 use crate::numerics::float16::{bf16_to_f32, f32_to_bf16};
-use crate::numerics::quantise::{coded_bf16, coded_int8, sum_of_codes};
+use crate::numerics::quantise::{coded_bf16, coded_int8};
 use crate::pack::{BLOCK, LINE, Packed};
 use crate::rows::Rows;
 
@@ -48,7 +49,8 @@ impl OperandKind {
 /// [order of columns](Packed::takes).
 #[derive(Clone, Copy, Debug)]
 pub struct Operand<'a> {
-    /// `rows` rows, `stride` apart: words of elements, then sums of groups, then scales of groups.
+    /// `rows` rows, `stride` apart: words of elements, then sums of groups, then scales of groups, then
+    /// sums times scales.
     data: &'a [f32],
     rows: usize,
     shape: RowShape,
@@ -62,19 +64,22 @@ struct RowShape {
     elements: usize,
     sums: usize,
     scales: usize,
+    scaled_sums: usize,
 }
 
 impl RowShape {
     fn of(w: &Packed) -> RowShape {
         let kind = w.gemm().rows();
         let elements = w.order().padded() / kind.per_word();
-        RowShape { kind, elements, sums: w.sums(), scales: w.row_scales() }
+        let (sums, scales, scaled_sums) = (w.sums(), w.row_scales(), w.scaled_sums());
+        RowShape { kind, elements, sums, scales, scaled_sums }
     }
 
     /// Words from one row to the next: an odd number of cache lines, so that the same columns of
     /// the rows of a tile do not meet in one set of a cache.
     fn stride(self) -> usize {
-        let lines = (self.elements + self.sums + self.scales).div_ceil(LINE / 4);
+        let numbers = self.sums + self.scales + self.scaled_sums;
+        let lines = (self.elements + numbers).div_ceil(LINE / 4);
         (lines | 1) * (LINE / 4)
     }
 }
@@ -98,6 +103,10 @@ pub(crate) fn write<'a>(
     assert!(data.len() >= len, "{} bytes for {} rows", data.len() * 4, rows.rows());
     let data = &mut data[..len];
     for (i, to) in data.chunks_exact_mut(shape.stride()).enumerate() {
+        if shape.kind == OperandKind::Int8 {
+            integers::write(w, rows.row(i), max, shape, to);
+            continue;
+        }
         let (elements, rest) = to.split_at_mut(shape.elements);
         let (sums, rest) = rest.split_at_mut(shape.sums);
         // what follows them is padding
@@ -117,57 +126,48 @@ pub(crate) fn write<'a>(
                 order.place(row, elements, f32_to_bf16, bf16::from_f32);
                 groups().zip(sums).for_each(|(group, to)| *to = sum_of_halves(&elements[group]));
             }
-            OperandKind::Int8 => {
-                let codes = parts(elements);
-                write_codes(w, row, max, coded_int8, codes, scales);
-                for (group, to) in groups().zip(sums) {
-                    let mut sum = 0;
-                    sum_of_codes(Cpu::detect(), &codes[group], &mut sum);
-                    *to = f32::from_bits(sum as u32);
-                }
-            }
+            OperandKind::Int8 => unreachable!("written above"),
         }
     }
     Operand { data, rows: rows.rows(), shape, stride: shape.stride() }
 }
+
+/// Makes codes of values, of which so many each have a scale.
+type CodesOf<T> = fn(Cpu, &[f32], usize, &[f32], &mut [T]);
 
 /// Writes the codes of a quantised row to their places, and the scale of each group of `w`.
 fn write_codes<T: Part>(
     w: &Packed,
     row: &[f32],
     max: Option<f32>,
-    codes_of: fn(Cpu, &[f32], f32, &mut [T]),
+    codes_of: CodesOf<T>,
     codes: &mut [T],
     scales: &mut [f32],
 ) {
     let cpu = Cpu::detect();
     let rows = w.row_codes().expect("rows that are multiplied as codes were quantised");
     let size = rows.coded_group(row.len()).expect("codes of a byte");
-    let last = Cell::new((usize::MAX, 0.0));
-    let scale_of = |group: usize| {
-        if last.get().0 != group {
-            let values = &row[group * size..];
-            let scale = rows.coded_scale(cpu, &values[..size.min(values.len())], max);
-            last.set((group, scale));
-        }
-        last.get().1
-    };
-    for (mut places, to) in w.group_ranges().zip(scales) {
-        // the columns of a group of weights share a scale; padding may have any
-        *to = scale_of(places.find_map(|place| w.order().column(place)).unwrap_or(0) / size);
-    }
-    let in_order = |row: &[f32], codes: &mut [T]| {
-        for (group, codes) in codes.chunks_mut(size).enumerate() {
-            codes_of(cpu, &row[group * size..][..codes.len()], scale_of(group), codes);
-        }
-    };
+    // Columns of a group of weights share a scale: there are no more scales than groups. They lie at the end
+    // until each comes to its groups, which takes none before it was read.
+    let first = scales.len() - row.len().div_ceil(size);
+    let runs = &mut scales[first..];
+    rows.coded_scales(cpu, row, size, max, runs);
+    let all = |row: &[f32], codes: &mut [T]| codes_of(cpu, row, size, runs, codes);
     let one = |value: f32| {
         let mut code = [T::default()];
         // columns in another order share one scale, all of them
-        codes_of(cpu, &[value], scale_of(0), &mut code);
+        codes_of(cpu, &[value], 1, runs, &mut code);
         code[0]
     };
-    w.order().place(row, codes, in_order, one);
+    w.order().place(row, codes, all, one);
+    let mut run = 0;
+    for (group, mut places) in w.group_ranges().enumerate() {
+        // padding may have any
+        if let Some(column) = places.find_map(|place| w.order().column(place)) {
+            run = column / size;
+        }
+        scales[group] = scales[first + run];
+    }
 }
 
 /// Rows that [`write`] made for `w`, one at a time, `stride` bytes apart.

@@ -1,8 +1,8 @@
 //! AVX-512 with dot products of four bytes: `vpdpbusd`.
 //!
 //! The instruction multiplies unsigned bytes by signed ones and adds up 32-bit integers. Rows are the
-//! signed ones. Weights are codes plus 128, and a group's sum begins with what that is too much, and
-//! with its zero points: `(zero − 128) · Σx`. So it ends as `Σ (code + zero) · x`, exactly: of at most
+//! signed ones. Weights are codes plus 128, and a group's sum begins with what that is too much,
+//! `-128 · Σx`, which rows bring along, or with its zero points: `(zero − 128) · Σx`. So it ends as `Σ (code + zero) · x`, exactly: of at most
 //! 256 columns it is below 2^24, which f32 holds.
 
 use std::arch::asm;
@@ -82,7 +82,7 @@ impl Panel<Avx512> for Int8 {
         unsafe {
             let sum_x = x.cast::<i32>().read();
             _mm512_castsi512_ps(match zero {
-                None => _mm512_set1_epi32(-128 * sum_x),
+                None => _mm512_set1_epi32(sum_x),
                 Some(zero) => {
                     let over = _mm512_sub_epi32(*zero, _mm512_set1_epi32(128));
                     _mm512_mullo_epi32(over, _mm512_set1_epi32(sum_x))

@@ -28,6 +28,7 @@
 //!
 //! ```text
 //! acc = (scale · row scale) · s + acc           (without a scale: acc = row scale · s + acc)
+//! acc = minimum · (row scale · Σx) + acc        where the format has minima: integers alone
 //! ```
 //!
 //! Products of integers with integers are added without any rounding, in whatever order: `s` is the
@@ -55,8 +56,13 @@ mod pairs;
 mod panel;
 mod portable;
 #[cfg(target_arch = "x86_64")]
+mod quads;
+#[cfg(target_arch = "x86_64")]
 mod registers;
 mod simd;
+#[cfg(target_arch = "x86_64")]
+#[allow(clippy::needless_range_loop, reason = "loops over constants, which must unroll")]
+mod strips;
 #[allow(clippy::needless_range_loop, reason = "loops over constants, which must unroll")]
 mod tile;
 #[cfg(target_arch = "x86_64")]
@@ -131,6 +137,11 @@ static AVX512_BF16: [Gemm; 10] = pair_entries!(avx512_bf16, Bf16, "avx512_bf16",
 static AVX512_VNNI: [Gemm; 1] = entries!(
     avx512_vnni, avx512_vnni, Int8 "int8", "avx512_vnni", Features::V4_VNNI; Int8 "int8");
 #[cfg(target_arch = "x86_64")]
+static AVX512_QUADS: [Gemm; 6] = entries!(
+    quads, quads, Int8 "int8", "avx512_vnni", Features::V4_VNNI.with(Features::AVX512_VBMI);
+    Table2 "2-bit table", Table3 "3-bit table", Table4 "4-bit table",
+    Int5 "5-bit integers", Int6 "6-bit integers", Table6 "6-bit table");
+#[cfg(target_arch = "x86_64")]
 static AVX512: [Gemm; 12] = f32_entries!(avx512, "avx512", Features::V4);
 #[cfg(target_arch = "x86_64")]
 static AVX2: [Gemm; 12] = f32_entries!(avx2, "avx2", Features::V3);
@@ -138,7 +149,8 @@ static PORTABLE: [Gemm; 12] = f32_entries!(portable, "portable", Features::NONE)
 
 /// Every entry; of those for the same rows the preferred ones first.
 #[cfg(target_arch = "x86_64")]
-pub static ALL: [&[Gemm]; 6] = [&AMX_BF16, &AVX512_BF16, &AVX512_VNNI, &AVX512, &AVX2, &PORTABLE];
+pub static ALL: [&[Gemm]; 7] =
+    [&AMX_BF16, &AVX512_BF16, &AVX512_VNNI, &AVX512_QUADS, &AVX512, &AVX2, &PORTABLE];
 /// Every entry; of those for the same rows the preferred ones first.
 #[cfg(not(target_arch = "x86_64"))]
 pub static ALL: [&[Gemm]; 1] = [&PORTABLE];

@@ -335,7 +335,7 @@ pub(super) unsafe fn numbers<const W: usize>(
 /// # Safety
 /// As [`read`].
 #[inline(always)]
-unsafe fn times<S: Simd, const N: usize>(numbers: &mut [S::V; N], at: *const u8) {
+pub(super) unsafe fn times<S: Simd, const N: usize>(numbers: &mut [S::V; N], at: *const u8) {
     for q in 0..N {
         // SAFETY: the caller's.
         numbers[q] = unsafe { S::mul(numbers[q], S::f16(at.add(q * PANEL * 2))) };
@@ -388,17 +388,28 @@ pub(super) unsafe fn write<S: Simd, const M: usize, const N: usize>(
     unsafe {
         for m in 0..M {
             for q in 0..N {
-                let value = finished::<S>(args.finish, acc[m][q]);
                 let to = args.out.add(m * args.out_stride + q * PANEL);
-                let columns = args.columns - q * PANEL;
-                if columns >= PANEL {
-                    S::store(value, to);
-                } else {
-                    let mut lanes = [0.0; PANEL];
-                    S::store(value, lanes.as_mut_ptr());
-                    to.copy_from_nonoverlapping(lanes.as_ptr(), columns);
-                }
+                put::<S>(args.finish, acc[m][q], to, args.columns - q * PANEL);
             }
+        }
+    }
+}
+
+/// Writes a sum to the `columns` that there are from `to` on, at most a panel's.
+///
+/// # Safety
+/// As [`Simd`]; they are writable.
+#[inline(always)]
+pub(super) unsafe fn put<S: Simd>(finish: Finish, acc: S::V, to: *mut f32, columns: usize) {
+    // SAFETY: the caller's.
+    unsafe {
+        let value = finished::<S>(finish, acc);
+        if columns >= PANEL {
+            S::store(value, to);
+        } else {
+            let mut lanes = [0.0; PANEL];
+            S::store(value, lanes.as_mut_ptr());
+            to.copy_from_nonoverlapping(lanes.as_ptr(), columns);
         }
     }
 }

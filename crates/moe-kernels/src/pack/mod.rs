@@ -9,6 +9,7 @@
 
 mod blocks;
 mod fast;
+mod integers;
 mod layout;
 mod lines;
 mod memory;
@@ -23,6 +24,7 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
+pub use integers::integer_rows;
 pub(crate) use layout::{BLOCK, Group, Number, OCTET, Offset, PANEL, PANELS, STEP, position};
 pub use layout::{Codes, Layout, UNIT, VERSION};
 pub(crate) use memory::{LINE, Memory};
@@ -119,6 +121,9 @@ pub fn pack(view: &View, gemm: &'static Gemm) -> Result<Packed, Refusal> {
         return Err(Refusal::Inexact { gemm: gemm.name() });
     }
     let mut plan = Plan::of(view);
+    if gemm.rows() == OperandKind::Int8 {
+        plan = plan.in_integers().ok_or(Refusal::Inexact { gemm: gemm.name() })?;
+    }
     plan.layout.quads = in_quads(gemm);
     let panels = view.rows().div_ceil(PANEL);
     let bytes = panels.saturating_mul(panel_bytes(&plan.layout, &plan.columns.blocks));
@@ -157,13 +162,16 @@ pub fn pack(view: &View, gemm: &'static Gemm) -> Result<Packed, Refusal> {
 
 /// Whether rows that are quantised as `qdq` says lose nothing as a kernel's rows of that kind, for
 /// `weights`: as f32 they never do. As codes of a byte they do not, if all columns of a packed group of
-/// weights share a scale of the row, and the weights have no minima; and values that bf16 holds are bf16.
+/// weights share a scale of the row, and as bf16 if the weights have no minima; and values that bf16 holds
+/// are bf16.
 pub fn quantised_rows(kind: OperandKind, weights: &View, qdq: &Qdq) -> bool {
     match kind {
         OperandKind::F32 => true,
         OperandKind::Bf16 | OperandKind::TileBf16 if qdq.fits_bf16() => true,
         OperandKind::Int8 if !qdq.has_integers() => false,
-        _ => qdq.coded_group(weights.cols()).is_some_and(|size| plan::one_scale(weights, size)),
+        _ => {
+            qdq.coded_group(weights.cols()).is_some_and(|size| plan::one_scale(kind, weights, size))
+        }
     }
 }
 
@@ -229,12 +237,13 @@ impl Packed {
 
     /// Whether an [`Operand`](crate::operand::Operand) made for `other` serves these weights too.
     pub fn takes(&self, other: &Packed) -> bool {
-        let numbers = self.sums() + self.row_scales();
+        let numbers = |w: &Packed| w.sums() + w.row_scales() + w.scaled_sums();
         self.gemm.rows() == other.gemm.rows()
             && self.row_codes == other.row_codes
             && self.columns.order == other.columns.order
-            && numbers == other.sums() + other.row_scales()
-            && (numbers == 0 || self.group_ranges().eq(other.group_ranges()))
+            && numbers(self) == numbers(other)
+            && (numbers(self) == 0 || self.group_ranges().eq(other.group_ranges()))
+            && (self.sum_factor(), self.in_octets()) == (other.sum_factor(), other.in_octets())
     }
 
     /// How rows that are multiplied as codes were quantised.
@@ -258,6 +267,30 @@ impl Packed {
             (OperandKind::Int8, _) | (_, Offset::Minimum(_)) => self.columns.groups.len(),
             (_, Offset::None | Offset::Zero(_)) => 0,
         }
+    }
+
+    /// Sums of groups times their rows' scales that an operand needs besides: integers meet minima so.
+    pub(crate) fn scaled_sums(&self) -> usize {
+        match (self.gemm.rows(), self.layout.offset) {
+            (OperandKind::Int8, Offset::Minimum(_)) => self.columns.groups.len(),
+            _ => 0,
+        }
+    }
+
+    /// What sums of groups are multiplied by, for products of integers to begin with: weights are
+    /// [lifted](integers::lift) above zero. Those with zero points take that off the sum by themselves.
+    pub(crate) fn sum_factor(&self) -> i32 {
+        match (self.gemm.rows(), self.layout.offset) {
+            (OperandKind::Int8, Offset::None | Offset::Minimum(_)) => {
+                -integers::lift(self.layout.codes, &self.table)
+            }
+            _ => 1,
+        }
+    }
+
+    /// Whether rows of bytes stand in the order of the bits of an octet's codes: k 0, 4, 1, 5, 2, 6, 3, 7.
+    pub(crate) fn in_octets(&self) -> bool {
+        self.gemm.rows() == OperandKind::Int8 && self.layout.codes != Codes::Int8
     }
 
     /// The places of each group.

@@ -1,6 +1,7 @@
 //! What a stored matrix becomes: its layout, its columns, its numbers.
 
 use super::blocks;
+use super::integers;
 use super::layout::{BLOCK, Codes, Group, Layout, Number, Offset, STEP};
 use super::order::{Columns, Order};
 use crate::numerics::e8m0;
@@ -62,13 +63,18 @@ pub(crate) fn codes(view: &View) -> Codes {
 }
 
 /// Whether all of `view`, before it is scaled, is what rows of that kind are multiplied by. Codes of 8
-/// bits and fewer are; zero points may bring them beyond it.
+/// bits and fewer are for rows of bf16, integers for rows of bytes; zero points may bring them beyond it.
 pub(crate) fn holds(rows: OperandKind, view: &View) -> bool {
+    if rows == OperandKind::Int8 && integers::whole(codes(view), &points(view)).is_none() {
+        return false;
+    }
     let Stored::Codes(stored) = view.stored() else { return true };
     let range = match (rows, stored.element(), stored.zeros()) {
         (OperandKind::F32, ..) | (_, _, Zeros::None) => return true,
-        // least values multiply sums of the rows themselves
-        (kind, _, Zeros::Minima(_)) => return kind != OperandKind::Int8,
+        // least values multiply sums of the rows themselves, which products of bytes do not look at
+        (kind, _, Zeros::Minima(_)) => {
+            return kind != OperandKind::Int8 || codes(view) != Codes::Int8;
+        }
         (_, Element::Uint4, _) => -16.0..=0.0,
         (_, Element::Int8 | Element::Uint8, _) => -128.0..=128.0,
         (_, Element::Int4, Zeros::Same(_)) => -128.0..=128.0,
@@ -79,12 +85,21 @@ pub(crate) fn holds(rows: OperandKind, view: &View) -> bool {
     rows.all(|row| (0..groups).all(|group| range.contains(&zero(stored, row, group))))
 }
 
-/// Whether all columns of each packed group of `view` lie in one run of `size` columns.
-pub(super) fn one_scale(view: &View, size: usize) -> bool {
+/// Whether all columns of each packed group of `view` lie in one run of `size` columns, for products with
+/// codes of rows of that kind.
+pub(super) fn one_scale(rows: OperandKind, view: &View, size: usize) -> bool {
+    let integers = rows == OperandKind::Int8;
     let (group, columns) = match view.stored() {
         Stored::Floats(_) => (Group::Block, Columns::ungrouped(view.cols())),
-        Stored::Codes(stored) if matches!(stored.zeros(), Zeros::Minima(_)) => return false,
+        // only rows of bytes bring scaled sums along
+        Stored::Codes(stored) if matches!(stored.zeros(), Zeros::Minima(_)) && !integers => {
+            return false;
+        }
         Stored::Codes(stored) => code_columns(view, stored),
+        Stored::Blocks(stored) if integers => {
+            let group = blocks::layout(stored.block()).0.group;
+            (group, block_columns(view, stored, group))
+        }
         // no checkpoint of blocks quantises rows
         Stored::Blocks(_) => return false,
     };
@@ -111,13 +126,22 @@ fn code_columns(view: &View, stored: &stored::Codes) -> (Group, Columns) {
     (if sixteen { Group::Sixteen } else { Group::Block }, columns)
 }
 
+/// The columns of blocks.
+fn block_columns(view: &View, stored: &stored::Blocks, group: Group) -> Columns {
+    let (cols, len) = (view.stored_cols(), stored.block().block_len());
+    match group {
+        Group::Block => Columns::runs(cols, len),
+        group => Columns::blocks(cols, group, len.min(BLOCK)),
+    }
+}
+
 impl Plan {
     pub(super) fn of(view: &View) -> Plan {
         match view.stored() {
             Stored::Floats(_) => Plan {
                 layout: Layout::plain(codes(view)),
                 columns: Columns::ungrouped(view.cols()),
-                table: [0.0; 64],
+                table: points(view),
                 finish: Finish { power: 1.0, global: None },
                 recode: Recode::Same,
             },
@@ -142,12 +166,12 @@ impl Plan {
             _ => Recode::Same,
         };
         let finish = Finish { power, global: stored.global() };
-        Plan { layout, columns, table: table(element, stored.zeros()), finish, recode }
+        Plan { layout, columns, table: points(view), finish, recode }
     }
 
     fn of_blocks(view: &View, stored: &stored::Blocks) -> Plan {
         let block = stored.block();
-        let (mut layout, numbers) = blocks::layout(block);
+        let (mut layout, _) = blocks::layout(block);
         if layout.scale == Some(Number::E8m0) {
             let rows = (0..view.rows()).map(|row| stored.row(view.stored_row(row)));
             let mut scales = rows.flat_map(|row| row.chunks_exact(block.block_bytes()));
@@ -163,18 +187,22 @@ impl Plan {
                 layout.scale = Some(Number::F16);
             }
         }
-        let cols = view.stored_cols();
-        let columns = match layout.group {
-            Group::Block => Columns::runs(cols, block.block_len()),
-            group => Columns::blocks(cols, group, block.block_len().min(BLOCK)),
-        };
-        let mut table = [0.0; 64];
-        if !numbers.is_empty() {
-            table = std::array::from_fn(|i| numbers[i % numbers.len()]);
-        }
+        let columns = block_columns(view, stored, layout.group);
         let power = if layout.scale == Some(Number::E4m3) { 256.0 } else { 1.0 };
         let finish = Finish { power, global: None };
-        Plan { layout, columns, table, finish, recode: Recode::Same }
+        Plan { layout, columns, table: points(view), finish, recode: Recode::Same }
+    }
+}
+
+/// The numbers that the codes of `view` stand for, over and over; for integers the number taken off.
+fn points(view: &View) -> [f32; 64] {
+    match view.stored() {
+        Stored::Floats(_) => [0.0; 64],
+        Stored::Codes(stored) => table(stored.element(), stored.zeros()),
+        Stored::Blocks(stored) => {
+            let (_, numbers) = blocks::layout(stored.block());
+            std::array::from_fn(|i| numbers.get(i % numbers.len().max(1)).copied().unwrap_or(0.0))
+        }
     }
 }
 

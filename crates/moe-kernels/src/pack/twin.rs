@@ -140,7 +140,10 @@ fn element(
                 }
             }
         }
-        let sum_x = sum_x as f32;
+        let mut sum_x = sum_x as f32;
+        if let Some(of_row) = scale_of_row {
+            sum_x *= of_row;
+        }
         let scale = match (group.scale, scale_of_row) {
             (None, None) => {
                 acc += sum;

@@ -11,6 +11,7 @@ use moe_runner::experts::{Device, KERNELS, PackCache};
 use moe_runner::hidden::ActivationDtype;
 use moe_runner::oracle::Machine;
 use moe_runner::runner::{NonFinite, Options, Workspaces};
+use moe_runner::weights::LoadedLayer;
 
 use crate::failure::{one_line, unusable};
 use crate::report::units::{self, plural};
@@ -126,6 +127,10 @@ pub(crate) struct KernelArgs {
     /// Where to compute: auto, cpu, cuda or cuda:N, the N-th NVIDIA GPU. auto is the processor.
     #[arg(long, value_name = "DEVICE", default_value = "auto", value_parser = device)]
     device: DeviceChoice,
+    /// Quantise rows to INT8 before products with weights that are integers of at most 8 bits, as llama.cpp
+    /// does: faster, and less exact (docs/numerics.md). The reference of `check` does, too.
+    #[arg(long)]
+    int8_activations: bool,
     #[command(flatten)]
     pub(super) dtype: DtypeArg,
 }
@@ -193,6 +198,8 @@ pub(crate) struct Common {
     pub(crate) gpu: usize,
     /// What kernels are chosen for.
     pub(crate) machine: Machine,
+    /// Rows are quantised to INT8.
+    int8_activations: bool,
     /// `None`: auto.
     pub(crate) dtype: Option<ActivationDtype>,
     /// The threads to compute on.
@@ -230,6 +237,7 @@ impl Common {
             device: kernel.device.0,
             gpu: kernel.device.1,
             machine: Machine::detect(),
+            int8_activations: kernel.int8_activations,
             dtype: kernel.dtype.named(),
             pool: Arc::new(pool.context("cannot start threads; try --threads 1")?),
             cpus,
@@ -279,6 +287,14 @@ impl Common {
         }
         if !parts.is_empty() {
             eprintln!("pack cache: {}", parts.join(", "));
+        }
+    }
+
+    /// `layer` with its rows quantised, where that was asked for.
+    pub(crate) fn quantising(&self, layer: LoadedLayer) -> Result<LoadedLayer> {
+        match self.int8_activations {
+            true => Ok(layer.with_int8_activations().context("--int8-activations")?),
+            false => Ok(layer),
         }
     }
 

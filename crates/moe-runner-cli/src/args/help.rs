@@ -23,7 +23,8 @@ machine's measured limits, and load of the experts. Layers are shown as they
 are done; Ctrl-C shows what is known by then.
 
 NMSE is |y - r|^2 / |r|^2. Its bound is 1e-11 for f32 activations, 1e-6 for
-f16, 1e-5 for bf16, and 1e-4 where activations are quantised; emulation, which
+f16, 1e-5 for bf16, and 1e-4 where activations are quantised, by the checkpoint
+or with --int8-activations, which the reference then does, too; emulation, which
 rounds all intermediate results to 16 bits, has its own (docs/numerics.md).
 
 --against takes a file of recordings (layers.N.TAG.x and layers.N.TAG.out, or
@@ -78,6 +79,7 @@ pub(super) const EXPLAIN: &str = "\
 Examples:
   moe-runner explain ./OLMoE-1B-7B
   moe-runner explain ./OLMoE-1B-7B --layers 3 --device cuda
+  moe-runner explain model.gguf --int8-activations
   moe-runner explain ./OLMoE-1B-7B --machine avx2";
 
 pub(super) const BENCH: &str = "\
@@ -106,6 +108,7 @@ Examples:
   moe-runner bench ./model --json > before.json
   moe-runner bench ./model --compare before.json
   moe-runner bench --preset olmoe-1b-7b --format q4_k --dp 2 --ep
+  moe-runner bench --preset olmoe-1b-7b --format q4_k --int8-activations
   moe-runner bench ./OLMoE-1B-7B --layers 3 --kernel cpu_avx2 --json";
 
 pub(super) const PLAN: &str = "\

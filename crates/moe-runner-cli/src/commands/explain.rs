@@ -4,6 +4,7 @@ use anyhow::Result;
 use moe_runner::experts::{KERNELS, KernelDesc};
 use moe_runner::oracle::{Change, Machine, Reason, Rejection, Request, failing_conditions};
 use moe_runner::runner::Options;
+use moe_runner::spec::ActivationFormat;
 use moe_runner::weights::LoadedLayer;
 use serde::Serialize;
 
@@ -67,7 +68,7 @@ pub(super) fn explain(args: &ExplainArgs, common: &Common) -> Result<ExplainJson
     let opened = Opened::open_outline(&args.of.checkpoint)?;
     let mut layers = Vec::new();
     for entry in opened.select(&args.of.layers)? {
-        let layer = opened.load(entry)?;
+        let layer = common.quantising(opened.load(entry)?)?;
         let options = Options {
             machine: machine.clone(),
             ..common.options(opened.dtype(common.dtype, &layer))
@@ -140,6 +141,11 @@ fn fix(change: &Change) -> String {
         Change::Dtype(dtypes) => {
             let names: Vec<&str> = dtypes.iter().map(|dtype| dtype.name()).collect();
             format!("--dtype {}", names.join(" or "))
+        }
+        Change::Activations { from: ActivationFormat::Unquantised, of }
+            if of.scheme.rows.contains(&ActivationFormat::Int8Group) =>
+        {
+            "--int8-activations".into()
         }
         change => change.to_string(),
     }

@@ -87,7 +87,7 @@ pub(crate) fn run(args: &RunArgs, common: &Common) -> Result<Report> {
     let mut jobs = Vec::with_capacity(entries.len());
     let mut tensors = Vec::new();
     for entry in entries {
-        let layer = opened.load(entry)?;
+        let layer = common.quantising(opened.load(entry)?)?;
         let dtype = opened.dtype(common.dtype, &layer);
         let input = input.layer(&layer.spec)?;
         let prefix = if single { String::new() } else { format!("layers.{}.", entry.spec.index) };

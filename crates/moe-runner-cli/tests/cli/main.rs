@@ -12,6 +12,7 @@ mod doctor;
 mod files;
 mod functions;
 mod host;
+mod int8;
 mod interface;
 mod outline;
 mod plan;

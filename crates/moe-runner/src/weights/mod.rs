@@ -4,6 +4,7 @@
 //! transposed, interleaved, quantised. It is a view; loading copies nothing that need not be.
 
 mod activation;
+mod int8_rows;
 mod load;
 mod matrix;
 pub mod portable;

@@ -1,8 +1,10 @@
 //! Rows that were quantised, multiplied as codes.
 
 use super::*;
+use crate::numerics::ggml::BlockType;
 use crate::numerics::quantise::{GroupScale, Qdq};
-use crate::pack::quantised_rows;
+use crate::pack::{integer_rows, quantised_rows};
+use crate::stored::{Element, Stored, Zeros};
 
 /// Ways to quantise rows whose codes are bytes.
 const WAYS: [Qdq; 9] = [
@@ -71,11 +73,74 @@ proptest! {
     }
 }
 
+/// What is a whole number before it is scaled, or a few times is: all types of GGUF, and all codes of integers
+/// and of FP4 and FP6 but E3M2. Their rows are quantised as suits the weights, and multiplied in integers.
+#[test]
+fn weights_of_few_bits_are_multiplied_as_integers() {
+    let mut numbers = Numbers(11);
+    let mut types = Vec::new();
+    for (name, view) in cases(&mut numbers, 70, 512) {
+        // columns of windows begin anywhere
+        if view.stored_cols().start > 0 {
+            continue;
+        }
+        let way = integer_rows(&view);
+        match view.stored() {
+            Stored::Floats(_) => assert!(way.is_none(), "{name}"),
+            Stored::Blocks(_) => assert!(way.is_some(), "{name}"),
+            Stored::Codes(codes) => match codes.element() {
+                Element::E4m3 | Element::E5m2 | Element::E3m2 => assert!(way.is_none(), "{name}"),
+                // zero points of signed nibbles are beyond them, and bytes have no least values
+                Element::Int4 => {}
+                _ if matches!(codes.zeros(), Zeros::Minima(_)) && codes.element().bits() == 8 => {}
+                // columns in an order of their own
+                _ if codes.group_of().is_some() || codes.scales().block()[1] == 24 => {}
+                _ => assert!(way.is_some(), "{name}"),
+            },
+        }
+        let Some(way) = way else { continue };
+        if let Stored::Blocks(blocks) = view.stored() {
+            types.push(blocks.block());
+        }
+        let x = quantised(&mut numbers, &view, 5, way);
+        let twin = twin::product(&view, &x, OperandKind::Int8, Some(&way));
+        check_against_float64(&name, &view, &x, &twin).unwrap();
+        for w in packed(&view, OperandKind::Int8, way) {
+            let got = product_of(&w, &view, &x, 5, (1, 3));
+            assert_eq!(bits(&got), bits(&twin), "{name} by {way:?}: {w:?}");
+        }
+    }
+    assert!(BlockType::ALL.iter().all(|block| types.contains(block)));
+}
+
+/// A scale of the row for as many columns as share one of the weights: at least 32, at most 256.
+#[test]
+fn rows_are_quantised_as_suits_the_weights() {
+    let mut numbers = Numbers(12);
+    let size = |view: &View| match integer_rows(view) {
+        Some(Qdq::Int8Group { size }) => size,
+        other => panic!("{other:?}"),
+    };
+    for (group, want) in [(32, 32), (64, 64), (128, 128), (256, 256), (512, 256), (1024, 256)] {
+        let view = integers(&mut numbers, [16, 1024], group, false);
+        assert_eq!(size(&view), want, "{group}");
+    }
+    for (name, view) in cases(&mut numbers, 16, 512) {
+        if let Stored::Blocks(blocks) = view.stored()
+            && view.stored_cols().start == 0
+        {
+            let want = match blocks.block() {
+                BlockType::Tq1_0 | BlockType::Tq2_0 => 256,
+                _ => 32,
+            };
+            assert_eq!(size(&view), want, "{name}");
+        }
+    }
+}
+
 /// Integers: `[n, k]` with a scale for each row and group of columns, with zero points where asked for.
 fn integers(numbers: &mut Numbers, [n, k]: [usize; 2], group: usize, zeros: bool) -> View {
-    use crate::stored::{
-        Codes, Element, Granularity, Packing, ScaleType, Scales, ZeroPoints, Zeros,
-    };
+    use crate::stored::{Codes, Granularity, Packing, ScaleType, Scales, ZeroPoints};
     let across = k.div_ceil(group);
     let scales: Vec<u8> =
         numbers.normal(n * across).iter().flat_map(|scale| scale.to_le_bytes()).collect();

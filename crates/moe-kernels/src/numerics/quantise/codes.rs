@@ -7,6 +7,8 @@
 //! And the other way: codes and scales of rows that were quantised and dequantised, for products of
 //! codes with codes.
 
+use std::ops::Range;
+
 use half::bf16;
 
 use super::super::float16::nearest_bf16;
@@ -147,48 +149,94 @@ impl Qdq {
         matches!(self, Self::Mxfp8(_) | Self::Mxfp6(_) | Self::Mxfp4)
     }
 
-    /// The scale of a quantised group; NaN if one of its values is NaN or infinite. `max` is the largest
-    /// magnitude before quantisation of the row that the group is a slice of, where it is one.
-    pub(crate) fn coded_scale(&self, cpu: Cpu, group: &[f32], max: Option<f32>) -> f32 {
-        let mut largest = 0.0;
-        amax_on(cpu, group, &mut largest);
-        match (largest, max) {
-            (amax, _) if !amax.is_finite() => f32::NAN,
-            (_, Some(max)) => self.scale_by(max),
-            (amax, None) => self.scale_by(amax),
+    /// The scale of each run of `size` values of a quantised row; NaN if one of them is NaN or infinite.
+    /// `max` is the largest magnitude before quantisation of the row that this one is a slice of, where it
+    /// is one.
+    pub(crate) fn coded_scales(
+        &self,
+        cpu: Cpu,
+        row: &[f32],
+        size: usize,
+        max: Option<f32>,
+        scales: &mut [f32],
+    ) {
+        amax_of_runs(cpu, row, size, scales);
+        for scale in scales {
+            *scale = match (*scale, max) {
+                (largest, _) if !largest.is_finite() => f32::NAN,
+                (_, Some(max)) => self.scale_by(max),
+                (largest, None) => self.scale_by(largest),
+            };
         }
     }
 }
 
+/// Calls `each` for every run of `size` values; runs of 32 have a loop that needs no count.
+#[inline(always)]
+fn runs<T>(values: &[f32], size: usize, to: &mut [T], mut each: impl FnMut(&[f32], &mut [T])) {
+    if size == 32 {
+        let (values, rest) = values.as_chunks::<32>();
+        let (to, rest_to) = to.as_chunks_mut::<32>();
+        values.iter().zip(to).for_each(|(values, to)| each(values, to));
+        if !rest.is_empty() {
+            each(rest, rest_to);
+        }
+        return;
+    }
+    values.chunks(size).zip(to.chunks_mut(size)).for_each(|(values, to)| each(values, to));
+}
+
 for_each_isa! {
-    fn amax_on(cpu: Cpu, values: &[f32], largest: &mut f32) {
-        *largest = amax(values);
+    fn amax_of_runs(cpu: Cpu, values: &[f32], size: usize, largest: &mut [f32]) {
+        let (chunks, rest) = values.as_chunks::<32>();
+        if size == 32 {
+            chunks.iter().zip(&mut *largest).for_each(|(values, to)| *to = amax(values));
+            if !rest.is_empty() {
+                largest[chunks.len()] = amax(rest);
+            }
+            return;
+        }
+        values.chunks(size).zip(largest).for_each(|(values, to)| *to = amax(values));
     }
 }
 
 for_each_isa! {
-    /// The codes of quantised values with that scale, as the numbers that they stand for.
-    pub(crate) fn coded_bf16(cpu: Cpu, values: &[f32], scale: f32, codes: &mut [bf16]) {
-        let inverse = 1.0 / scale;
-        for (code, &x) in codes.iter_mut().zip(values) {
-            *code = bf16::from_bits(nearest_bf16(x * inverse));
-        }
+    /// The codes of quantised values, of which `size` have a scale each, as the numbers that they stand for.
+    pub(crate) fn coded_bf16(cpu: Cpu, values: &[f32], size: usize, scales: &[f32], codes: &mut [bf16]) {
+        let mut scales = scales.iter();
+        runs(values, size, codes, |values, codes| {
+            let inverse = 1.0 / scales.next().expect("every run has a scale");
+            for (code, &x) in codes.iter_mut().zip(values) {
+                *code = bf16::from_bits(nearest_bf16(x * inverse));
+            }
+        });
     }
 }
 
 for_each_isa! {
     /// Likewise of integers; anything where the scale is NaN.
-    pub(crate) fn coded_int8(cpu: Cpu, values: &[f32], scale: f32, codes: &mut [i8]) {
-        let inverse = 1.0 / scale;
-        for (code, &x) in codes.iter_mut().zip(values) {
-            *code = int8_anchored(x * inverse).to_bits() as i8;
-        }
+    pub(crate) fn coded_int8(cpu: Cpu, values: &[f32], size: usize, scales: &[f32], codes: &mut [i8]) {
+        let mut scales = scales.iter();
+        runs(values, size, codes, |values, codes| {
+            let inverse = 1.0 / scales.next().expect("every run has a scale");
+            for (code, &x) in codes.iter_mut().zip(values) {
+                *code = int8_anchored(x * inverse).to_bits() as i8;
+            }
+        });
     }
 }
 
 for_each_isa! {
-    pub(crate) fn sum_of_codes(cpu: Cpu, codes: &[i8], sum: &mut i32) {
-        *sum = codes.iter().map(|code| i32::from(*code)).sum();
+    /// The sums of groups of codes.
+    pub(crate) fn sums_of_codes(
+        cpu: Cpu,
+        codes: &[i8],
+        groups: &mut dyn Iterator<Item = Range<usize>>,
+        sum: &mut dyn FnMut(i32),
+    ) {
+        for group in groups {
+            sum(codes[group].iter().map(|code| i32::from(*code)).sum());
+        }
     }
 }
 

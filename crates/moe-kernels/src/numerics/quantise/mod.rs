@@ -16,7 +16,7 @@ mod nvfp4;
 pub mod weight;
 
 pub use activation::{GroupScale, Qdq, fp8_row, int8_row};
-pub(crate) use codes::{coded_bf16, coded_int8, sum_of_codes};
+pub(crate) use codes::{coded_bf16, coded_int8, sums_of_codes};
 pub use mx::{Fp6, Mxfp8Rule};
 pub use nvfp4::Nvfp4Rule;
 

@@ -71,7 +71,7 @@ fn output(block: &Block, path: &Path, common: &Common) -> Result<(String, Vec<f3
     let opened = Opened::open(path)?;
     let mut layer = None;
     for entry in opened.select(&LayerChoice::All)? {
-        layer = Some(opened.load(entry)?);
+        layer = Some(common.quantising(opened.load(entry)?)?);
     }
     let layer = layer.ok_or_else(|| anyhow!("{}: has no layer", path.display()))?;
     let dtype = opened.dtype(common.dtype, &layer);

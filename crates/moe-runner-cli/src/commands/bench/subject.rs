@@ -54,7 +54,7 @@ impl Subject {
                         _ => return Err(unusable("--layer: bench takes one layer")),
                     },
                 };
-                let layer = opened.load(entry)?;
+                let layer = common.quantising(opened.load(entry)?)?;
                 let mut formats: Vec<String> =
                     layer.experts.iter().map(|expert| expert.up.format().to_string()).collect();
                 formats.dedup();
@@ -75,6 +75,8 @@ impl Subject {
                 let format = formats::find(name)?;
                 let spec = preset.spec();
                 let (layers, distinct_bytes) = synthetic(&spec, format, name, common.seed)?;
+                let layers = layers.into_iter().map(|layer| common.quantising(layer));
+                let layers = layers.collect::<Result<_>>()?;
                 Ok(Self {
                     title: title(preset.name, &spec),
                     format: name.to_ascii_lowercase(),

@@ -148,6 +148,7 @@ impl Checker<'_> {
         if unusable {
             return Ok(check);
         }
+        let layer = self.common.quantising(layer)?;
         let dtype = self.opened.dtype(self.common.dtype, &layer);
         check.dtype = dtype.name();
         let recordings = match self.recorded {

@@ -1,7 +1,7 @@
 //! The float kernels for processors: products with packed weights, for every format. Most multiply in
 //! f32; `cpu_avx512_bf16` and `cpu_amx_bf16` multiply rows of bf16, and round the row between the
-//! products to it; rows that the checkpoint quantises to bytes they multiply as codes, as does
-//! `cpu_avx512_vnni`, in integers.
+//! products to it; rows that are quantised to bytes they multiply as codes, as do `cpu_avx512_vnni` and
+//! `cpu_avx512_vnni_q8`, in integers.
 //!
 //! Weights stay what they are in the checkpoint, codes with scales or floats; the products decode
 //! them in registers. The order of every sum is the kernel crate's, so a row's result does not depend
@@ -47,6 +47,10 @@ const fn desc(name: &'static str, summary: &'static str, features: Features) -> 
     }
 }
 
+/// Rows of integers.
+const INT8_ROWS: &[ActivationFormat] =
+    &[ActivationFormat::Int8Token, ActivationFormat::Int8Group, ActivationFormat::Int8Static];
+
 /// With AVX-512's dot products of 8-bit integers: weights and rows that the checkpoint quantises to them.
 pub const CPU_AVX512_VNNI: KernelDesc = KernelDesc {
     schemes: &[Scheme {
@@ -60,11 +64,7 @@ pub const CPU_AVX512_VNNI: KernelDesc = KernelDesc {
             WeightFormat::Int8Asymmetric(Granularity::Block),
             WeightFormat::Int8Asymmetric(Granularity::Tensor),
         ]),
-        rows: Formats::Only(&[
-            ActivationFormat::Int8Token,
-            ActivationFormat::Int8Group,
-            ActivationFormat::Int8Static,
-        ]),
+        rows: Formats::Only(INT8_ROWS),
         ..Scheme::ANY
     }],
     arithmetic: Arithmetic::Int8,
@@ -73,6 +73,38 @@ pub const CPU_AVX512_VNNI: KernelDesc = KernelDesc {
         "int8 dot products with exact sums on all threads (AVX-512 VNNI)",
         Features::V4_VNNI,
     )
+};
+
+/// The same with weights of fewer bits, too, and all of GGUF's: for rows that a checkpoint quantises to
+/// integers or [the caller](crate::weights::LoadedLayer::with_int8_activations) wants quantised so.
+pub const CPU_AVX512_VNNI_Q8: KernelDesc = KernelDesc {
+    name: "cpu_avx512_vnni_q8",
+    summary: "rows in int8, weights of 1 to 8 bits: dot products with exact sums on all threads \
+              (AVX-512 VNNI, VBMI)",
+    target: Target::Cpu(Features::V4_VNNI.with(Features::AVX512_VBMI)),
+    schemes: &[Scheme {
+        weights: Formats::Except(
+            &[
+                WeightFormat::F32,
+                WeightFormat::F16,
+                WeightFormat::Bf16,
+                WeightFormat::Fp8(Granularity::Channel),
+                WeightFormat::Fp8(Granularity::Group),
+                WeightFormat::Fp8(Granularity::Block),
+                WeightFormat::Fp8(Granularity::Tensor),
+                WeightFormat::Fp8E5m2(Granularity::Channel),
+                WeightFormat::Fp8E5m2(Granularity::Group),
+                WeightFormat::Fp8E5m2(Granularity::Block),
+                WeightFormat::Fp8E5m2(Granularity::Tensor),
+                WeightFormat::Mxfp8,
+                WeightFormat::Mxfp6E3m2,
+            ],
+            WeightFormat::Int4(Granularity::Group),
+        ),
+        rows: Formats::Only(INT8_ROWS),
+        ..Scheme::ANY
+    }],
+    ..CPU_AVX512_VNNI
 };
 
 /// With AVX-512's dot products of bf16: hidden states of bf16, weights whose codes bf16 holds, and rows

@@ -109,7 +109,12 @@ pub(super) unsafe fn tile<S: Simd, P: Panel<S>, const M: usize, const N: usize, 
             let header = at;
             let groups = layout.groups(steps);
             let octets = steps * (STEP / OCTET) / groups;
-            at = at.add(W * PANEL * layout.header_bytes(steps));
+            let header_bytes = W * PANEL * layout.header_bytes(steps);
+            // what lies so far ahead of it; what lies ahead of codes is asked for with them
+            for line in 0..header_bytes.div_ceil(64) {
+                S::prefetch(header.wrapping_add(AHEAD + 64 * line));
+            }
+            at = at.add(header_bytes);
             let codes = at.add(args.first * P::ITEM);
             at = at.add(steps * W * P::CODES.panel_bytes());
             let mut octet = 0;

@@ -97,6 +97,11 @@ fn every_packing_of_the_same_codes_reads_the_same() {
             let part: Vec<f32> =
                 (0..7).flat_map(|row| &expected[(1 + row * 2) * COLS..][5..50]).copied().collect();
             assert_eq!(decoded(&window), part, "{element:?} {packing:?}");
+            // a slice of one of two projections in turn: its rows and columns are counted from the window's
+            let inner = window.rows_of(1, 2, 3).and_then(|rows| rows.cols_of(2..30)).unwrap();
+            let part: Vec<f32> =
+                (0..3).flat_map(|row| &expected[(3 + row * 4) * COLS..][7..35]).copied().collect();
+            assert_eq!(decoded(&inner), part, "{element:?} {packing:?}");
             let mut raw = [0; 45];
             window.codes().unwrap().codes(window.stored_row(3), window.stored_cols(), &mut raw);
             assert_eq!(raw, codes[7 * COLS..][5..50], "{element:?} {packing:?}");
@@ -254,6 +259,36 @@ fn zero_points_lie_in_seven_ways() {
             }
         }
         assert!(ZeroPoints::new(bytes[1..].to_vec().into(), packing, [ROWS, groups], 1).is_err());
+    }
+}
+
+/// The last word of a line is padded: the next group's zero points begin with a word of their own.
+#[test]
+fn zero_points_of_rows_that_fill_no_words() {
+    let (rows, groups) = (13usize, 3usize);
+    for (packing, bits, by_group) in [
+        (ZeroPacking::Nibbles, 4, false),
+        (ZeroPacking::Bytes, 8, false),
+        (ZeroPacking::NibblesByGroup, 4, true),
+        (ZeroPacking::BytesByGroup, 8, true),
+    ] {
+        let per = 32 / bits;
+        let words = 0..rows.div_ceil(per);
+        let of_word = move |word: usize, group: usize| {
+            let of_row = move |row: usize| if row < rows { zero(row, group) } else { 0 };
+            (word * per..(word + 1) * per).map(of_row)
+        };
+        let codes: Vec<u8> = match by_group {
+            true => words.flat_map(|w| (0..groups).flat_map(move |g| of_word(w, g))).collect(),
+            false => {
+                (0..groups).flat_map(|g| words.clone().flat_map(move |w| of_word(w, g))).collect()
+            }
+        };
+        let bytes = pack_rows(&codes, bits).into();
+        let zeros = ZeroPoints::new(bytes, packing, [rows, groups], 0).unwrap();
+        for (n, g) in (0..rows).flat_map(|n| (0..groups).map(move |g| (n, g))) {
+            assert_eq!(zeros.get(n, g), i16::from(zero(n, g)), "{packing:?} [{n}, {g}]");
+        }
     }
 }
 

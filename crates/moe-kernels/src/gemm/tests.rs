@@ -99,6 +99,29 @@ proptest! {
     }
 }
 
+/// Windows may begin at any row and column, within a word of codes as well: what is read in whole words
+/// is what is read code by code.
+#[test]
+fn windows_begin_anywhere() {
+    let mut numbers = Numbers(11);
+    for (name, view) in cases(&mut numbers, 88, 264) {
+        for (row, column) in [(0, 4), (1, 1), (4, 12), (12, 33)] {
+            let rows = view.rows_of(row, 1, 67);
+            let Some(window) = rows.and_then(|rows| rows.cols_of(column..rows.cols())) else {
+                continue;
+            };
+            let x = numbers.normal(window.cols());
+            for kind in [OperandKind::F32, OperandKind::Bf16] {
+                let twin = bits(&twin::product(&window, &x, kind, None));
+                for gemm in entries(&window, kind) {
+                    let got = product(gemm, &window, &x, 1, (0, 0));
+                    assert_eq!(bits(&got), twin, "{name} from [{row}, {column}] on by {gemm:?}");
+                }
+            }
+        }
+    }
+}
+
 /// The twin is near the product of decoded weights in float64.
 fn check_against_float64(
     name: &str,

@@ -98,6 +98,22 @@ fn a_recording_that_differs_is_noticed() {
     let mut swapped = weights.clone();
     swapped.swap(0, 1);
     assert!(verdict(&out, &ids, &swapped).1.contains("weights differ"));
+
+    // what is no number is within no bound, whichever of both it is
+    let spoiled = |values: &[f32], at: usize| -> Vec<f32> {
+        let mut values = values.to_vec();
+        values[at] = f32::NAN;
+        values
+    };
+    let (status, text) = verdict(&spoiled(&out, 70), &ids, &weights);
+    assert!(status == Some(1) && text.contains("recorded t7: NMSE NaN"), "{text}");
+    for at in [0, 27] {
+        let (status, text) = verdict(&out, &ids, &spoiled(&weights, at));
+        assert!(status == Some(1) && text.contains("weights differ by NaN"), "{text}");
+    }
+    // nothing was asked for, and something came
+    let (status, text) = verdict(&vec![0.0; out.len()], &ids, &weights);
+    assert!(status == Some(1) && text.contains("NMSE inf"), "{text}");
 }
 
 /// What `run` writes can be checked again later, with the hidden states it had.

@@ -269,6 +269,10 @@ fn rows_that_do_not_fit_are_not_codes() {
     let mut numbers = Numbers(6);
     let one = integers(&mut numbers, [16, 256], 256, false);
     let groups = integers(&mut numbers, [16, 256], 64, false);
+    // act-order within 128 columns: each group's columns are those of one group of the rows
+    let order: Vec<u32> = (0..256).map(|k| k / 128 * 2 + k % 2).collect();
+    let ordered = groups.codes().unwrap().clone().with_groups(order.into()).unwrap();
+    let ordered = View::new(ordered);
     let (bf16, int8) = (OperandKind::Bf16, OperandKind::Int8);
     for (kind, view, way, fits) in [
         (int8, &one, Qdq::Int8Token, true),
@@ -278,6 +282,10 @@ fn rows_that_do_not_fit_are_not_codes() {
         (bf16, &one, Qdq::Int8Group { size: 128 }, false),
         (int8, &groups, Qdq::Int8Group { size: 128 }, true),
         (int8, &groups, Qdq::Int8Group { size: 96 }, false),
+        // codes are told from their places: columns in another order share one scale, or none
+        (int8, &ordered, Qdq::Int8Token, true),
+        (int8, &ordered, Qdq::Int8Group { size: 128 }, false),
+        (bf16, &ordered, Qdq::Fp8Group { size: 128, scale: GroupScale::F32 }, false),
         (int8, &one, Qdq::Int8Static { scale: 1e-35 }, false),
         // exact as numbers
         (bf16, &one, Qdq::Mxfp4, true),

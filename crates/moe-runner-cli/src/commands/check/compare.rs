@@ -22,6 +22,11 @@ pub(super) fn within(value: f64, bound: f64) -> bool {
     value <= bound
 }
 
+/// The largest of some differences; NaN where one is.
+pub(super) fn largest(differences: impl Iterator<Item = f64>) -> f64 {
+    differences.fold(0.0, |most, one| if most.is_nan() || one <= most { most } else { one })
+}
+
 /// `‖y−r‖² / ‖r‖²`
 pub(super) fn nmse(pairs: impl Iterator<Item = (f64, f64)>) -> f64 {
     let add = |(error, norm), (y, r): (f64, f64)| (error + (y - r).powi(2), norm + r * r);

@@ -14,7 +14,7 @@ use moe_runner::spec::{ActivationFormat, LayerSpec, Selection};
 use moe_runner::weights::{LoadedLayer, account};
 use serde::Serialize;
 
-use super::compare::{Errors, Forward, Worst, nmse, within};
+use super::compare::{Errors, Forward, Worst, largest, nmse, within};
 use super::recorded::{Comparison, Recorded, Recording};
 use crate::args::Common;
 use crate::checkpoints::Opened;
@@ -423,7 +423,7 @@ impl Checker<'_> {
         let weights = result.routing.weights.iter().zip(&truth.routing.weights);
         let weights = weights.map(|(a, b)| (f64::from(*a) * ours, f64::from(*b) * factor));
         let differences = weights.map(|(a, b)| (a - b).abs() / factor.abs().max(1.0));
-        let difference = differences.fold(0.0, f64::max);
+        let difference = largest(differences);
         check.weights_max_difference = Some(difference);
         if !equal {
             check.problems.push("routing: other experts than the reference's".into());

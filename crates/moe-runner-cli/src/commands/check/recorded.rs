@@ -19,7 +19,7 @@ use moe_runner::spec::{ActivationFormat, LayerSpec, Selection};
 use moe_runner::weights::LoadedLayer;
 use serde::Serialize;
 
-use super::compare::{Forward, nmse, within};
+use super::compare::{Forward, largest, nmse, within};
 use crate::input::{Input, LayerInput, floats, token_ids};
 use crate::routing::weight_factor;
 
@@ -212,7 +212,7 @@ impl Recording {
             let theirs = by_id(ids.to_i64()?.into_iter().zip(floats(weights)?), shape[1]);
             ids_equal = Some(ours.iter().map(|(id, _)| id).eq(theirs.iter().map(|(id, _)| id)));
             let differences = ours.iter().zip(&theirs).map(|(a, b)| f64::from((a.1 - b.1).abs()));
-            weights_max_difference = Some(differences.fold(0.0, f64::max));
+            weights_max_difference = Some(largest(differences));
         }
         let ok = within(nmse, bound)
             && ids_equal != Some(false)

@@ -33,6 +33,7 @@ def check(
     strict: bool = False,
     dtype: str | None = None,
     kernel: str | None = None,
+    int8_activations: bool = False,
     device: str | None = None,
     threads: int | None = None,
     pin_threads: bool = False,
@@ -49,6 +50,7 @@ def check(
     input: a safetensors file with the hidden states, in its tensor ``input_name``; else recorded or
         random ones.
     device: "cpu", "cuda" or "cuda:N".
+    int8_activations: rows are quantised to INT8 before they are multiplied, in the reference, too.
     pack_cache: a folder to keep packed weights in from one start to the next.
     """
     return _report(
@@ -62,6 +64,7 @@ def check(
         *_switch("--no-timing", not timing),
         *_switch("--strict", strict),
         *_kernel(dtype, kernel, device),
+        *_switch("--int8-activations", int8_activations),
         *_host(threads, pin_threads, pack_cache),
         *_flag("--seed", seed),
     )
@@ -97,6 +100,7 @@ def explain(
     machine: str | None = None,
     dtype: str | None = None,
     kernel: str | None = None,
+    int8_activations: bool = False,
     device: str | None = None,
 ) -> dict[str, Any]:
     """Which kernel runs each layer, why, and why not the others.
@@ -110,6 +114,7 @@ def explain(
         *_flag("--layers", _numbers(layers)),
         *_flag("--machine", machine),
         *_kernel(dtype, kernel, device),
+        *_switch("--int8-activations", int8_activations),
     )
 
 
@@ -124,6 +129,7 @@ def bench(
     svg: Path | None = None,
     dtype: str | None = None,
     kernel: str | None = None,
+    int8_activations: bool = False,
     device: str | None = None,
     threads: int | None = None,
     pin_threads: bool = False,
@@ -146,6 +152,7 @@ def bench(
         *_flag("--compare", compare),
         *_flag("--svg", svg),
         *_kernel(dtype, kernel, device),
+        *_switch("--int8-activations", int8_activations),
         *_host(threads, pin_threads, pack_cache),
         *_flag("--seed", seed),
     )
@@ -209,6 +216,7 @@ def report(
     redundant: int | None = None,
     dtype: str | None = None,
     kernel: str | None = None,
+    int8_activations: bool = False,
     device: str | None = None,
     threads: int | None = None,
     seed: int | None = None,
@@ -233,6 +241,7 @@ def report(
         *_flag("--ranks", ranks),
         *_flag("--redundant", redundant),
         *_kernel(dtype, kernel, device),
+        *_switch("--int8-activations", int8_activations),
         *_flag("--threads", threads),
         *_flag("--seed", seed),
     )

@@ -67,12 +67,28 @@ struct RowShape {
     scaled_sums: usize,
 }
 
+/// The parts of a row.
+struct RowParts<'a> {
+    elements: &'a mut [f32],
+    sums: &'a mut [f32],
+    scales: &'a mut [f32],
+    scaled_sums: &'a mut [f32],
+}
+
 impl RowShape {
     fn of(w: &Packed) -> RowShape {
         let kind = w.gemm().rows();
         let elements = w.order().padded() / kind.per_word();
         let (sums, scales, scaled_sums) = (w.sums(), w.row_scales(), w.scaled_sums());
         RowShape { kind, elements, sums, scales, scaled_sums }
+    }
+
+    fn split(self, row: &mut [f32]) -> RowParts<'_> {
+        let (elements, rest) = row.split_at_mut(self.elements);
+        let (sums, rest) = rest.split_at_mut(self.sums);
+        let (scales, rest) = rest.split_at_mut(self.scales);
+        // what follows them is padding
+        RowParts { elements, sums, scales, scaled_sums: &mut rest[..self.scaled_sums] }
     }
 
     /// Words from one row to the next: an odd number of cache lines, so that the same columns of
@@ -103,14 +119,7 @@ pub(crate) fn write<'a>(
     assert!(data.len() >= len, "{} bytes for {} rows", data.len() * 4, rows.rows());
     let data = &mut data[..len];
     for (i, to) in data.chunks_exact_mut(shape.stride()).enumerate() {
-        if shape.kind == OperandKind::Int8 {
-            integers::write(w, rows.row(i), max, shape, to);
-            continue;
-        }
-        let (elements, rest) = to.split_at_mut(shape.elements);
-        let (sums, rest) = rest.split_at_mut(shape.sums);
-        // what follows them is padding
-        let scales = &mut rest[..shape.scales];
+        let RowParts { elements, sums, scales, scaled_sums } = shape.split(to);
         let (row, order) = (rows.row(i), w.order());
         let groups = || w.group_ranges();
         match shape.kind {
@@ -126,7 +135,9 @@ pub(crate) fn write<'a>(
                 order.place(row, elements, f32_to_bf16, bf16::from_f32);
                 groups().zip(sums).for_each(|(group, to)| *to = sum_of_halves(&elements[group]));
             }
-            OperandKind::Int8 => unreachable!("written above"),
+            OperandKind::Int8 => {
+                integers::write(w, row, max, parts(elements), [sums, scales, scaled_sums]);
+            }
         }
     }
     Operand { data, rows: rows.rows(), shape, stride: shape.stride() }

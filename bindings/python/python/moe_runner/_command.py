@@ -63,8 +63,7 @@ def check(
         *_flag("--input-name", input_name),
         *_switch("--no-timing", not timing),
         *_switch("--strict", strict),
-        *_kernel(dtype, kernel, device),
-        *_switch("--int8-activations", int8_activations),
+        *_kernel(dtype, kernel, int8_activations, device),
         *_host(threads, pin_threads, pack_cache),
         *_flag("--seed", seed),
     )
@@ -113,8 +112,7 @@ def explain(
         checkpoint,
         *_flag("--layers", _numbers(layers)),
         *_flag("--machine", machine),
-        *_kernel(dtype, kernel, device),
-        *_switch("--int8-activations", int8_activations),
+        *_kernel(dtype, kernel, int8_activations, device),
     )
 
 
@@ -151,8 +149,7 @@ def bench(
         *_flag("--tokens", _numbers(tokens)),
         *_flag("--compare", compare),
         *_flag("--svg", svg),
-        *_kernel(dtype, kernel, device),
-        *_switch("--int8-activations", int8_activations),
+        *_kernel(dtype, kernel, int8_activations, device),
         *_host(threads, pin_threads, pack_cache),
         *_flag("--seed", seed),
     )
@@ -240,8 +237,7 @@ def report(
         *_switch("--no-timing", not timing),
         *_flag("--ranks", ranks),
         *_flag("--redundant", redundant),
-        *_kernel(dtype, kernel, device),
-        *_switch("--int8-activations", int8_activations),
+        *_kernel(dtype, kernel, int8_activations, device),
         *_flag("--threads", threads),
         *_flag("--seed", seed),
     )
@@ -297,8 +293,15 @@ def _switch(name: str, on: bool) -> list[str]:
     return [name] if on else []
 
 
-def _kernel(dtype: str | None, kernel: str | None, device: str | None) -> list[str]:
-    return [*_flag("--dtype", dtype), *_flag("--kernel", kernel), *_flag("--device", device)]
+def _kernel(
+    dtype: str | None, kernel: str | None, int8_activations: bool, device: str | None
+) -> list[str]:
+    return [
+        *_flag("--dtype", dtype),
+        *_flag("--kernel", kernel),
+        *_switch("--int8-activations", int8_activations),
+        *_flag("--device", device),
+    ]
 
 
 def _host(threads: int | None, pin_threads: bool, pack_cache: Path | None) -> list[str]:

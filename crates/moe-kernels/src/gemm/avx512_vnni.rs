@@ -2,8 +2,8 @@
 //!
 //! The instruction multiplies unsigned bytes by signed ones and adds up 32-bit integers. Rows are the
 //! signed ones. Weights are codes plus 128, and a group's sum begins with what that is too much,
-//! `-128 · Σx`, which rows bring along, or with its zero points: `(zero − 128) · Σx`. So it ends as `Σ (code + zero) · x`, exactly: of at most
-//! 256 columns it is below 2^24, which f32 holds.
+//! `-128 · Σx`, which rows bring along, or with its zero points: `(zero − 128) · Σx`. So it ends as
+//! `Σ (code + zero) · x`, exactly: of at most 256 columns it is below 2^24, which f32 holds.
 
 use std::arch::asm;
 use std::arch::x86_64::*;

@@ -21,8 +21,7 @@ use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use super::avx512::Avx512;
-use super::simd::Simd;
-use super::tile::{AHEAD, Args, numbers, put, read, times, write};
+use super::tile::{Args, ahead, numbers, put, read, times, write};
 use crate::pack::{Codes, Group, Number, Offset, PANEL, STEP};
 
 /// The tiles of codes: any number of rows, of units of four panels and of one.
@@ -56,7 +55,8 @@ const STRIP: usize = 32;
 /// A kind of codes.
 ///
 /// # Safety
-/// As [`Simd`]; `at` is readable for the panel's items of a step, of a unit of `W` panels; `octet < 4`.
+/// As [`Simd`](super::simd::Simd); `at` is readable for the panel's items of a step, of a unit of `W` panels;
+/// `octet < 4`.
 pub(super) trait Quads {
     const CODES: Codes;
     /// What stays in registers.
@@ -203,7 +203,7 @@ unsafe fn few<P: Quads, const M: usize, const W: usize>(args: &Args<'_>, constan
             let steps = usize::from(steps);
             let header = at;
             let numbers = W * PANEL * layout.header_bytes(steps);
-            ahead(header, numbers);
+            ahead::<Avx512>(header, numbers);
             at = at.add(numbers);
             let mut group = 0;
             for step in 0..steps {
@@ -224,7 +224,7 @@ unsafe fn few<P: Quads, const M: usize, const W: usize>(args: &Args<'_>, constan
                 macro_rules! octets {
                     ($($octet:literal)*) => {$(
                         let bytes = W * P::CODES.panel_bytes() / 4;
-                        ahead(at.wrapping_add($octet * bytes), bytes);
+                        ahead::<Avx512>(at.wrapping_add($octet * bytes), bytes);
                         for q in 0..W {
                             let words = P::octet::<W>(constants, at.add(q * 64), $octet);
                             for m in 0..M {
@@ -340,7 +340,7 @@ unsafe fn strip<P: Quads, const W: usize>(
             let steps = usize::from(steps);
             let header = at;
             let numbers = W * PANEL * layout.header_bytes(steps);
-            ahead(header, numbers);
+            ahead::<Avx512>(header, numbers);
             at = at.add(numbers);
             let mut step = 0;
             while step < steps {
@@ -357,7 +357,7 @@ unsafe fn strip<P: Quads, const W: usize>(
                             ..strip
                         };
                         for q in 0..W {
-                            ahead(at.wrapping_add(q * bytes / W), bytes / W);
+                            ahead::<Avx512>(at.wrapping_add(q * bytes / W), bytes / W);
                             let [a, b, c, d, e, f, g, h] = decoded::<P, W>(constants, at, q);
                             let begin = (true, first.as_ref().map(|zeros| zeros[q]));
                             let end = Some((ends.scale[q], ends.minimum[q]));
@@ -372,7 +372,7 @@ unsafe fn strip<P: Quads, const W: usize>(
                         let zeros = zeros::<W>(args, header, step);
                         let ends = Ends::<W>::of(args, header, step);
                         for q in 0..W {
-                            ahead(at.wrapping_add(q * bytes / W), bytes / W);
+                            ahead::<Avx512>(at.wrapping_add(q * bytes / W), bytes / W);
                             let words = decoded::<P, W>(constants, at, q);
                             let zero = zeros.as_ref().map(|zeros| zeros[q]);
                             let end = Some((ends.scale[q], ends.minimum[q]));
@@ -386,7 +386,7 @@ unsafe fn strip<P: Quads, const W: usize>(
                         let zeros = if first { zeros::<W>(args, header, 0) } else { None };
                         let ends = if last { Some(Ends::<W>::of(args, header, 0)) } else { None };
                         for q in 0..W {
-                            ahead(at.wrapping_add(q * bytes / W), bytes / W);
+                            ahead::<Avx512>(at.wrapping_add(q * bytes / W), bytes / W);
                             let words = decoded::<P, W>(constants, at, q);
                             let begin = (first, zeros.as_ref().map(|zeros| zeros[q]));
                             let end = ends.as_ref().map(|ends| (ends.scale[q], ends.minimum[q]));
@@ -397,7 +397,7 @@ unsafe fn strip<P: Quads, const W: usize>(
                             }
                             // Twice as much between one look at the sums and the next.
                             let at = at.add(bytes);
-                            ahead(at.wrapping_add(q * bytes / W), bytes / W);
+                            ahead::<Avx512>(at.wrapping_add(q * bytes / W), bytes / W);
                             let more = decoded::<P, W>(constants, at, q);
                             let mut both = [more[0]; 16];
                             both[..8].copy_from_slice(&words);
@@ -423,18 +423,6 @@ unsafe fn strip<P: Quads, const W: usize>(
                 put::<Avx512>(args.finish, sums.all().add(m).read(), to, args.columns - q * PANEL);
             }
         }
-    }
-}
-
-/// Asks for so many bytes from some way behind `at` on: headers, too, or each would be waited for.
-///
-/// # Safety
-/// As [`Simd`]; a prefetch takes any address.
-#[inline(always)]
-unsafe fn ahead(at: *const u8, bytes: usize) {
-    for line in (0..bytes).step_by(64) {
-        // SAFETY: see above.
-        unsafe { Avx512::prefetch(at.wrapping_add(AHEAD + line)) }
     }
 }
 

@@ -86,8 +86,20 @@ macro_rules! shapes {
 }
 pub(super) use shapes;
 
-/// Bytes ahead of the codes that are asked for.
+/// How many bytes ahead of what is read more is asked for.
 pub(super) const AHEAD: usize = 4096;
+
+/// Asks for what lies ahead of so many bytes from `at` on: of codes, and of headers, or each would be waited for.
+///
+/// # Safety
+/// As [`Simd`]; any address will do.
+#[inline(always)]
+pub(super) unsafe fn ahead<S: Simd>(at: *const u8, bytes: usize) {
+    for line in 0..bytes.div_ceil(64) {
+        // SAFETY: a prefetch takes any address.
+        unsafe { S::prefetch(at.wrapping_add(AHEAD + 64 * line)) }
+    }
+}
 
 /// `M` token rows, `N` panels of a unit of `W`.
 ///
@@ -110,10 +122,7 @@ pub(super) unsafe fn tile<S: Simd, P: Panel<S>, const M: usize, const N: usize, 
             let groups = layout.groups(steps);
             let octets = steps * (STEP / OCTET) / groups;
             let header_bytes = W * PANEL * layout.header_bytes(steps);
-            // what lies so far ahead of it; what lies ahead of codes is asked for with them
-            for line in 0..header_bytes.div_ceil(64) {
-                S::prefetch(header.wrapping_add(AHEAD + 64 * line));
-            }
+            ahead::<S>(header, header_bytes);
             at = at.add(header_bytes);
             let codes = at.add(args.first * P::ITEM);
             at = at.add(steps * W * P::CODES.panel_bytes());
@@ -167,7 +176,7 @@ unsafe fn group_sum<S: Simd, P: Panel<S>, const M: usize, const N: usize, const 
     sum: &mut [[S::V; N]; M],
 ) {
     let octet_bytes = P::CODES.panel_bytes() / 4;
-    // SAFETY: the caller's; a prefetch takes any address.
+    // SAFETY: the caller's.
     unsafe {
         if P::INTEGERS {
             for m in 0..M {
@@ -179,10 +188,7 @@ unsafe fn group_sum<S: Simd, P: Panel<S>, const M: usize, const N: usize, const 
         }
         for octet in of {
             let step = codes.add(octet / 4 * W * P::CODES.panel_bytes());
-            let ahead = step.wrapping_add(octet % 4 * W * octet_bytes + AHEAD);
-            for line in 0..(N * octet_bytes).div_ceil(64) {
-                S::prefetch(ahead.wrapping_add(64 * line));
-            }
+            ahead::<S>(step.wrapping_add(octet % 4 * W * octet_bytes), N * octet_bytes);
             products::<S, P, M, N, W>(constants, step, octet % 4, x, args.x_stride, zero, sum);
             x = x.add(OCTET / P::K);
         }

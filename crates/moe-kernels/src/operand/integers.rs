@@ -1,6 +1,6 @@
 //! Rows of bytes, with what products of integers need of each group.
 
-use super::{RowShape, coded_int8, parts, write_codes};
+use super::{coded_int8, write_codes};
 use crate::isa::Cpu;
 use crate::numerics::for_each_isa;
 use crate::numerics::quantise::sums_of_codes;
@@ -8,13 +8,13 @@ use crate::pack::{OCTET, Packed, position};
 
 /// Writes a quantised row for `w`: its bytes, what the sum of each group begins with, the scale of each, and
 /// where weights have minima the sum of each, times the scale.
-pub(super) fn write(w: &Packed, row: &[f32], max: Option<f32>, shape: RowShape, to: &mut [f32]) {
-    let (elements, rest) = to.split_at_mut(shape.elements);
-    let (begins, rest) = rest.split_at_mut(shape.sums);
-    let (scales, rest) = rest.split_at_mut(shape.scales);
-    // what follows them is padding
-    let scaled = &mut rest[..shape.scaled_sums];
-    let codes: &mut [i8] = parts(elements);
+pub(super) fn write(
+    w: &Packed,
+    row: &[f32],
+    max: Option<f32>,
+    codes: &mut [i8],
+    [begins, scales, scaled]: [&mut [f32]; 3],
+) {
     write_codes(w, row, max, coded_int8, codes, scales);
     let mut group = 0;
     let factor = w.sum_factor();

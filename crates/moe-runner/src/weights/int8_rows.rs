@@ -12,9 +12,8 @@ impl LoadedLayer {
     /// `max|x| / 127`, for as many columns as share one of the weights, at least 32 and at most 256. Rows
     /// that the checkpoint quantises stay as it says, and so do those of weights in floats.
     ///
-    /// This changes what the layer computes: by 1e-4 to 4e-4 in NMSE where
-    /// weights are random. All kernels and the reference
-    /// quantise at the same points.
+    /// This changes what the layer computes: by 1e-4 to 4e-4 in NMSE where weights are random. All kernels
+    /// and the reference quantise at the same points.
     ///
     /// # Errors
     /// [`Error::Spec`] where no expert has such weights.

@@ -18,7 +18,8 @@ use moe_runner::router::LogicalId;
 use moe_runner::runner::{
     Batch, ForwardInput, MoeRunner, MoeRunnerInterface, Options, RankedRunner, forward_batch,
 };
-use moe_runner::weights::FloatType;
+use moe_runner::spec::LayerSpec;
+use moe_runner::weights::{FloatType, RandomFormat};
 use moe_runner::{Error, Result};
 
 use crate::cases::{Case, TOKENS, all_cases};
@@ -151,6 +152,16 @@ fn recorded_layers_are_reproduced_over_four_gpus() {
     assert!(done[0] > 500 && done.iter().all(|count| *count == done[0]), "{done:?}");
 }
 
+/// A layer, and the kernels that this GPU has for it, each with a format of weights.
+fn every_kernel() -> (LayerSpec, Vec<(&'static str, RandomFormat)>) {
+    let hopper = moe_runner::experts::cuda::capability(0).is_ok_and(|capability| capability == 90);
+    let mut spec = layers::plain();
+    spec.router = moe_runner::spec::RouterSpec::softmax(8, 3, true);
+    (spec.dims.hidden, spec.dims.routed_hidden, spec.dims.intermediate) = (512, 512, 256);
+    let fast = crate::fast::formats().into_iter().filter(|_| hopper);
+    (spec, fast.chain([("cuda_f32", FloatType::Bf16.into())]).collect())
+}
+
 /// Rows that stay on the GPUs: the bits of one GPU wherever whole experts are, for every kernel, with ragged ranks
 /// and ranks without rows, with and without the host's knowledge of counts; and as many bytes as are predicted.
 #[test]
@@ -158,15 +169,7 @@ fn rows_that_stay_on_gpus_give_the_bits_of_one() {
     let _alone = crate::alone();
     let Some(options) = gpus(2) else { return };
     let ranks = if gpus(4).is_some() { 4 } else { 2 };
-    let hopper = moe_runner::experts::cuda::capability(0).is_ok_and(|capability| capability == 90);
-    let mut spec = layers::plain();
-    spec.router = moe_runner::spec::RouterSpec::softmax(8, 3, true);
-    (spec.dims.hidden, spec.dims.routed_hidden, spec.dims.intermediate) = (512, 512, 256);
-    let kernels: Vec<_> = crate::fast::formats()
-        .into_iter()
-        .filter(|_| hopper)
-        .chain([("cuda_f32", FloatType::Bf16.into())])
-        .collect();
+    let (spec, kernels) = every_kernel();
     // what one GPU gives
     let mut wanted = Vec::new();
     for (kernel, format) in kernels {
@@ -247,15 +250,7 @@ fn no_bit_changes_while_experts_move_between_gpus() {
     let _alone = crate::alone();
     let Some(options) = gpus(2) else { return };
     let ranks = if gpus(4).is_some() { 4 } else { 2 };
-    let hopper = moe_runner::experts::cuda::capability(0).is_ok_and(|capability| capability == 90);
-    let mut spec = layers::plain();
-    spec.router = moe_runner::spec::RouterSpec::softmax(8, 3, true);
-    (spec.dims.hidden, spec.dims.routed_hidden, spec.dims.intermediate) = (512, 512, 256);
-    let kernels: Vec<_> = crate::fast::formats()
-        .into_iter()
-        .filter(|_| hopper)
-        .chain([("cuda_f32", FloatType::Bf16.into())])
-        .collect();
+    let (spec, kernels) = every_kernel();
     let held = |ids: &[&[u32]]| -> Arc<ExpertMap> {
         let of = |ids: &&[u32]| ids.iter().copied().map(LogicalId).collect();
         let mut held: Vec<Vec<LogicalId>> = ids.iter().map(of).collect();

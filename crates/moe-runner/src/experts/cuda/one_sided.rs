@@ -17,7 +17,6 @@ use crate::comm::shared::SharedMemory;
 use crate::comm::watch::Awaited;
 use crate::comm::{At, Step};
 use crate::exchange::one_sided::{self, Places, Side, Signals};
-use crate::exchange::share;
 use crate::{Error, Result};
 
 /// What ranks share: what arrives, outputs, signals.
@@ -170,13 +169,6 @@ impl Gpus<'_, '_, '_, '_> {
         self.lane(lane).map_or(&self.pass.device.stream, |lane| &lane.stream)
     }
 
-    /// This rank's rows of a micro-batch, and their slots.
-    fn part(&self, lane: usize) -> (std::ops::Range<usize>, std::ops::Range<usize>) {
-        let rows = share(self.pass.of.x.rows(), lane, self.lanes);
-        let slots = rows.start * self.pass.of.top_k..rows.end * self.pass.of.top_k;
-        (rows, slots)
-    }
-
     /// All ranks make sure of their memory for a micro-batch together, while none of their GPUs has anything to do.
     fn prepare(&mut self, lane: usize, places: Places) -> Result<()> {
         let (slots, gpu) = (places.slots(), &self.pass.device.gpu);
@@ -293,7 +285,7 @@ impl Side for Gpus<'_, '_, '_, '_> {
             lane.fork(&self.pass.device.stream)?;
         }
         let group = group(&self.memory.groups, self.pass.ranks.peers(), lane)?;
-        let (rows, slots) = self.part(lane);
+        let (rows, slots) = self.pass.part(lane, self.lanes);
         let rows = (self.pass.of.x.part(rows), self.pass.of.ids.part(slots));
         let (windows, homes) =
             (self.windows(places, group.memory.table()), self.pass.ranks.homes());
@@ -335,7 +327,7 @@ impl Side for Gpus<'_, '_, '_, '_> {
     fn combine(&mut self, lane: usize, places: Places) -> Result<()> {
         let group = group(&self.memory.groups, self.pass.ranks.peers(), lane)?;
         let outputs = self.outputs(group, places);
-        let (rows, slots) = self.part(lane);
+        let (rows, slots) = self.pass.part(lane, self.lanes);
         let of = self.pass.of;
         let slots = (of.ids.part(slots.clone()), of.weights.part(slots));
         let by = (self.pass.ranks.homes().experts(), of.factor);

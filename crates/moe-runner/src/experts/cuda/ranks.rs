@@ -5,6 +5,7 @@
 //! comes back as the kernel left it, and is added on its token's rank, in slot order: whole experts anywhere give
 //! the bits of one GPU. Where ranks write into each other's memory, it is [`one_sided`](super::one_sided)'s.
 
+use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use moe_cuda::{
@@ -105,7 +106,7 @@ impl<T: Pod> Grown<T> {
         Ok(true)
     }
 
-    pub(super) fn part(&self, range: std::ops::Range<usize>) -> View<'_, T> {
+    pub(super) fn part(&self, range: Range<usize>) -> View<'_, T> {
         match &self.0 {
             Some(buffer) => buffer.view().part(range),
             // SAFETY: nothing is there, and nothing is read.
@@ -113,7 +114,7 @@ impl<T: Pod> Grown<T> {
         }
     }
 
-    pub(super) fn part_mut(&mut self, range: std::ops::Range<usize>) -> ViewMut<'_, T> {
+    pub(super) fn part_mut(&mut self, range: Range<usize>) -> ViewMut<'_, T> {
         match &mut self.0 {
             Some(buffer) => buffer.view_mut().part(range),
             // SAFETY: nothing is there, and nothing is written.
@@ -435,6 +436,13 @@ impl RanksPass<'_, '_, '_> {
     /// Bytes of a row as it travels.
     pub(super) fn row_bytes(&self) -> usize {
         self.of.x.cols() * self.of.x.float().bytes()
+    }
+
+    /// This rank's rows of one of so many micro-batches, and their slots.
+    pub(super) fn part(&self, lane: usize, lanes: usize) -> (Range<usize>, Range<usize>) {
+        let rows = share(self.of.x.rows(), lane, lanes);
+        let slots = rows.start * self.of.top_k..rows.end * self.of.top_k;
+        (rows, slots)
     }
 
     /// `out[t] = factor · Σ_j weights[t, j] · expert(ids[t, j])(x[t])`, wherever the experts are.

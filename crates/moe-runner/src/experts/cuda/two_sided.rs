@@ -13,7 +13,6 @@ use super::ranks::{Grown, Ranks, RanksPass, no_memory};
 use crate::Result;
 use crate::comm::Step;
 use crate::exchange::resident::{self, ResidentWire, Side, Ways};
-use crate::exchange::share;
 
 /// Memory of a micro-batch of such passes, which grows to what the largest needed.
 #[derive(Default)]
@@ -103,13 +102,6 @@ impl<'g, 'p, 'a, 'o> Gpus<'g, 'p, 'a, 'o> {
         self.lane(lane).map_or(&self.pass.device.stream, |lane| &lane.stream)
     }
 
-    /// This rank's rows of a micro-batch, and their slots.
-    fn part(&self, lane: usize) -> (Range<usize>, Range<usize>) {
-        let rows = share(self.pass.of.x.rows(), lane, self.memory.len());
-        let slots = rows.start * self.pass.of.top_k..rows.end * self.pass.of.top_k;
-        (rows, slots)
-    }
-
     /// Rows and outputs there and back, and nothing else.
     pub(super) fn bare(&mut self, all: &[Ways]) -> Result<()> {
         for (lane, ways) in all.iter().enumerate() {
@@ -145,7 +137,7 @@ impl Side for Gpus<'_, '_, '_, '_> {
         if let Some(lane) = self.lane(lane) {
             lane.fork(&self.pass.device.stream)?;
         }
-        let (rows, slots) = self.part(lane);
+        let (rows, slots) = self.pass.part(lane, self.memory.len());
         let Self { pass: RanksPass { ranks, device, of, .. }, memory, .. } = self;
         let (gpu, all, several) = (&device.gpu, ranks.homes().ranks(), memory.len() > 1);
         let (tokens, k) = (rows.len(), of.top_k);
@@ -181,7 +173,7 @@ impl Side for Gpus<'_, '_, '_, '_> {
     }
 
     fn pack(&mut self, lane: usize) -> Result<()> {
-        let (row, (rows, slots)) = (self.pass.row_bytes(), self.part(lane));
+        let (row, (rows, slots)) = (self.pass.row_bytes(), self.pass.part(lane, self.memory.len()));
         let Self { pass: RanksPass { ranks, device, of, faults, marks, .. }, memory, .. } = self;
         let (gpu, all, several) = (&device.gpu, ranks.homes().ranks(), memory.len() > 1);
         let (x, memory) = (of.x.part(rows), &mut memory[lane]);
@@ -295,7 +287,7 @@ impl Side for Gpus<'_, '_, '_, '_> {
     }
 
     fn combine(&mut self, lane: usize) -> Result<()> {
-        let (rows, slots) = self.part(lane);
+        let (rows, slots) = self.pass.part(lane, self.memory.len());
         let (ranks, of, faults) = (self.pass.ranks, self.pass.of, self.pass.faults);
         let memory = &self.memory[lane];
         let by = (memory.parts()?, ranks.room());

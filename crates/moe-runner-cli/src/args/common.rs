@@ -314,6 +314,7 @@ impl Common {
             pool: self.pool.clone(),
             workspaces: Workspaces::of_process(),
             non_finite: NonFinite::Refuse,
+            caller_scales: true,
             machine: self.machine.clone(),
         }
     }

@@ -41,7 +41,7 @@ pub struct BatchOutput {
     pub topk_weights: Vec<f32>,
     /// `[T, H]`: what the shared experts add.
     pub shared: Option<Vec<f32>>,
-    /// `output` is what ranks wrote times this (1 but for the fp16 rule: [`scale`](super::scale)).
+    /// `output` is what ranks wrote times this (1 but for f16: [`scale`](super::scale)).
     pub output_scale: f32,
     /// Name of the kernel that ran.
     pub kernel: &'static str,

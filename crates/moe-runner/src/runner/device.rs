@@ -45,7 +45,8 @@ impl MoeRunner {
             (None, None, None) => RoutingSource::Router,
         };
         let linear_output = !spec.output.bias && spec.output.norm.is_none();
-        let scaling = scaling(spec.routed_scale, layer.dtype, spec.shared.is_some(), linear_output);
+        let may_divide = layer.caller_scales && linear_output;
+        let scaling = scaling(spec.routed_scale, layer.dtype, spec.shared.is_some(), may_divide);
         let mut report = report;
         let mut on_device = self.timeline.of_device();
         let call = LayerCall {

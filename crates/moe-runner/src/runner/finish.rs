@@ -74,7 +74,8 @@ impl MoeRunner {
         }
         // 3. the scaling factor, once
         let linear_output = !spec.output.bias && spec.output.norm.is_none();
-        let scaling = scaling(spec.routed_scale, layer.dtype, shared.is_some(), linear_output);
+        let may_divide = layer.caller_scales && linear_output;
+        let scaling = scaling(spec.routed_scale, layer.dtype, shared.is_some(), may_divide);
         if scaling.routed != 1.0 {
             regions.rows(routed.values_mut(), |_, row| multiply(row, scaling.routed));
         }

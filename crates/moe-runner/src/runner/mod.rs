@@ -147,7 +147,8 @@ impl<'a> ForwardInput<'a> {
 pub struct ForwardOutput {
     /// T.
     pub tokens: usize,
-    /// The true output is the written one times this (1 but for the fp16 rule: [`scale`]).
+    /// The true output is the written one times this (1 but for f16, where the caller
+    /// multiplies: [`Options::caller_scales`]).
     pub output_scale: f32,
     /// The written output is the complete sum over the tensor-parallel group.
     pub complete: bool,

@@ -43,6 +43,10 @@ pub struct Options {
     pub workspaces: Workspaces,
     /// What is done about rows that hold NaN or infinities.
     pub non_finite: NonFinite,
+    /// Whether whoever reads the output multiplies it by
+    /// [`ForwardOutput::output_scale`](super::ForwardOutput::output_scale): an f16 layer may then write it
+    /// divided by the routed factor ([`scale`](super::scale)). Otherwise what is written is the output.
+    pub caller_scales: bool,
     /// The machine that kernels are chosen for.
     pub machine: Machine,
 }
@@ -83,6 +87,7 @@ impl Options {
             pool: pool_of_process(threads)?,
             workspaces: Workspaces::of_process(),
             non_finite: NonFinite::Refuse,
+            caller_scales: false,
             machine: Machine::detect(),
         })
     }
@@ -238,6 +243,7 @@ pub struct ReadyLayer {
     pub(super) pool: SharedPool,
     pub(super) workspaces: Workspaces,
     pub(super) non_finite: NonFinite,
+    pub(super) caller_scales: bool,
 }
 
 impl std::fmt::Debug for ReadyLayer {
@@ -420,6 +426,7 @@ impl LoadedLayer {
             pool: options.pool.clone(),
             workspaces: options.workspaces.clone(),
             non_finite: options.non_finite,
+            caller_scales: options.caller_scales,
         })
     }
 }

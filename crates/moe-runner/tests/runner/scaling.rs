@@ -4,18 +4,24 @@ use half::{bf16, f16};
 use moe_runner::hidden::ActivationDtype::{self, Bf16, F16, F32};
 use moe_runner::hidden::{Rows, RowsMut};
 use moe_runner::parallel::Parallel;
-use moe_runner::runner::{ForwardInput, MoeRunnerInterface, reference};
+use moe_runner::runner::{ForwardInput, MoeRunner, MoeRunnerInterface, Options, reference};
 use moe_runner::spec::{
     Activation, Correction, GroupFill, GroupScore, Groups, Renormalise, RoutedScale, RouterSpec,
     ScaleOn, Score, Selection, SharedSpec, WeightFrom,
 };
 use moe_runner::weights::{FloatType, LoadedLayer, random_layer};
 
-use super::layers::{nmse, options, plain, rows, runner, shared, sizes, split};
+use super::layers::{nmse, options, plain, rows, shared, sizes, split};
 
-/// The written output and what the true one is times it, rows in and out in `dtype`.
+/// The written output and what the true one is times it, rows in and out in `dtype`, for a caller that
+/// multiplies.
 fn run(layer: &LoadedLayer, dtype: ActivationDtype, input: Input<'_>) -> (Vec<f32>, f32) {
-    let mut runner = runner(layer, None, dtype);
+    run_with(layer, &Options { caller_scales: true, ..options(None, dtype) }, input)
+}
+
+fn run_with(layer: &LoadedLayer, options: &Options, input: Input<'_>) -> (Vec<f32>, f32) {
+    let mut runner = MoeRunner::new(layer.ready(options).unwrap());
+    let dtype = options.dtype;
     let Input { hidden, logits, ids } = input;
     let rest = |hidden| ForwardInput {
         router_logits: logits,
@@ -70,7 +76,8 @@ fn bound(dtype: ActivationDtype) -> f64 {
 const DTYPES: [ActivationDtype; 3] = [F32, Bf16, F16];
 
 /// Defect: with f16 and no shared experts the factor was dropped. With them, the layer returns its
-/// output divided by the factor, and says so; else the output is the true one.
+/// output divided by the factor, and says so, to a caller that multiplies; else the output is the true one
+/// (Python, C and candle took it for that).
 #[test]
 fn f16_applies_the_factor_with_and_without_shared_experts() {
     for with_shared in [false, true] {
@@ -83,12 +90,16 @@ fn f16_applies_the_factor_with_and_without_shared_experts() {
                 let what = format!("{dtype:?}, shared {with_shared}, factor {factor}");
                 let hidden = rows(dtype, 9, 48, 6);
                 let truth = reference::layer(&layer, &hidden, None, None).unwrap().output;
-                let (y, scale) = run(&layer, dtype, Input::new(&hidden));
-                let divided = dtype == F16 && with_shared;
-                assert_eq!(scale, if divided { factor } else { 1.0 }, "{what}");
-                let y: Vec<f32> = y.iter().map(|v| if divided { v * factor } else { *v }).collect();
-                let error = nmse(&y, &truth);
-                assert!(error <= bound(dtype), "{what}: NMSE {error:e}");
+                for caller_scales in [false, true] {
+                    let options = Options { caller_scales, ..options(None, dtype) };
+                    let (y, scale) = run_with(&layer, &options, Input::new(&hidden));
+                    let divided = dtype == F16 && with_shared && caller_scales;
+                    assert_eq!(scale, if divided { factor } else { 1.0 }, "{what}");
+                    let by = if divided { factor } else { 1.0 };
+                    let y: Vec<f32> = y.iter().map(|v| v * by).collect();
+                    let error = nmse(&y, &truth);
+                    assert!(error <= bound(dtype), "{what}, {caller_scales}: NMSE {error:e}");
+                }
             }
         }
     }
@@ -106,7 +117,8 @@ fn a_batch_over_ranks_has_the_factor_back() {
         let truth = reference::layer(&layer, &hidden, None, None).unwrap().output;
         for sizes in [sizes(1, 1, 1, false), sizes(2, 1, 1, false), sizes(1, 2, 1, true)] {
             let parallel = Parallel { sizes, ..Parallel::default() };
-            let batch = split(&layer, &options(None, dtype), &parallel, &hidden).unwrap();
+            let options = Options { caller_scales: true, ..options(None, dtype) };
+            let batch = split(&layer, &options, &parallel, &hidden).unwrap();
             assert_eq!(batch.output_scale, written, "{dtype:?} {sizes:?}");
             let error = nmse(&batch.output, &truth);
             assert!(error <= bound(dtype), "{dtype:?} {sizes:?}: NMSE {error:e}");

@@ -78,6 +78,7 @@ fn output(block: &Block, path: &Path, common: &Common) -> Result<(String, Vec<f3
     let mut runner = MoeRunner::new(layer.ready(&common.options(dtype))?);
     let rows: Vec<f32> = block.embeddings().concat().iter().map(|v| *v as f32).collect();
     let mut output = vec![0.0; rows.len()];
-    runner.forward(&ForwardInput::new(Rows::F32(&rows)), RowsMut::F32(&mut output))?;
+    let done = runner.forward(&ForwardInput::new(Rows::F32(&rows)), RowsMut::F32(&mut output))?;
+    output.iter_mut().for_each(|v| *v *= done.output_scale);
     Ok((format!("{} ({})", runner.choice().kernel.name, dtype.name()), output))
 }

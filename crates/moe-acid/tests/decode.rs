@@ -114,6 +114,9 @@ fn multipliers_of_both_parts_are_told() {
         ("llama4", (2.0, 1.0), "routed output multiplied (x2.000)"),
         ("mixtral", (4.0, 1.0), "gate's tensor scale is used for up (x4.000)"),
         ("gpt_oss", (0.5, 1.0), "routed output multiplied (x0.500)"),
+        // beyond what 16 bits do
+        ("mixtral", (1.05, 1.0), "routed output multiplied (x1.050)"),
+        ("llama4", (1.0, 0.95), "shared expert multiplied (x0.950)"),
     ] {
         let block = Block::new(moe_acid::Family::named(name).unwrap());
         let verdict = Decoder::new(&block).verdict(&readings(&block, &[], multipliers, false));
@@ -143,14 +146,36 @@ fn two_mistakes_at_once_are_both_named() {
 fn what_nobody_knows_is_called_unknown() {
     let block = Block::new(&FAMILIES[0]);
     let mut seen = readings(&block, &[], (1.0, 1.0), false);
-    for (at, value) in seen.0.iter_mut().flatten().enumerate() {
-        *value += if at % 3 == 0 { 0.7 } else { -0.3 };
+    // a little, and much
+    for more in [0.1, 1.0] {
+        for (at, value) in seen.0.iter_mut().flatten().enumerate() {
+            *value += more * if at % 3 == 0 { 0.7 } else { -0.3 };
+        }
+        let verdict = Decoder::new(&block).verdict(&seen);
+        assert!(verdict.to_string().starts_with("unknown mistake"), "{verdict}");
     }
-    let verdict = Decoder::new(&block).verdict(&seen);
-    assert!(verdict.to_string().starts_with("unknown mistake"), "{verdict}");
     seen.0[0][0] = f64::NAN;
     let verdict = Decoder::new(&block).verdict(&seen);
     assert!(verdict.to_string().contains("not finite"), "{verdict}");
+}
+
+#[test]
+fn readings_of_another_size_are_refused() {
+    for family in FAMILIES {
+        let block = Block::new(family);
+        let rows = log_probabilities(&block, &[], (1.0, 1.0), false);
+        let read = |rows: &[Vec<f64>]| Readings::from_log_probabilities(&block, rows);
+        assert!(read(&rows[1..]).is_err(), "{}: a probe less", family.name);
+        let mut short = rows.clone();
+        short.last_mut().unwrap().pop();
+        assert!(read(&short).is_err(), "{}: a token less", family.name);
+        let output = vec![0.0; block.embeddings().concat().len()];
+        assert!(Readings::from_output(&block, &output).is_ok());
+        for len in [output.len() - 1, output.len() + family.hidden] {
+            let other = vec![0.0; len];
+            assert!(Readings::from_output(&block, &other).is_err(), "{}: {len}", family.name);
+        }
+    }
 }
 
 #[test]

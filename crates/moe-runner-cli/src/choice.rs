@@ -72,4 +72,17 @@ mod tests {
             assert!(bad.parse::<LayerChoice>().is_err(), "{bad}");
         }
     }
+
+    #[test]
+    fn sizes_have_decimal_units() {
+        for (text, bytes) in
+            [("7", 7), ("7B", 7), ("7kB", 7e3 as u64), ("7 MB", 7e6 as u64), ("7gb", 7e9 as u64)]
+        {
+            assert_eq!(size(text), Ok(bytes), "{text}");
+        }
+        assert_eq!(size("7TB"), Ok(7e12 as u64));
+        for bad in ["", "0", "kB", "-1", "1.5GB", "7KiB", "99999999TB"] {
+            assert!(size(bad).is_err(), "{bad}");
+        }
+    }
 }

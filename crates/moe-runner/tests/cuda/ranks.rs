@@ -243,6 +243,60 @@ fn rows_that_stay_on_gpus_give_the_bits_of_one() {
     println!("{done} passes over {ranks} GPUs, {put} of them one-sided");
 }
 
+/// The exchange alone, timed in every form, with memory that passes of another layer have replaced by more: no pass after it
+/// has other bits.
+#[test]
+fn an_exchange_is_timed_alone() {
+    let _alone = crate::alone();
+    let Some(options) = gpus(2) else { return };
+    let (mut spec, kernels) = every_kernel();
+    // memory of its own for products of this shape
+    (spec.dims.hidden, spec.dims.routed_hidden, spec.dims.intermediate) = (768, 768, 384);
+    let sizes = sizes(1, 2, 1, true);
+    let timed = run_ranks(2, |world| {
+        let world = nccl::open(world.clone(), world.rank())?;
+        let groups = Groups::new(world, sizes)?;
+        let mut timed = 0;
+        for (kernel, format) in &kernels {
+            let layers = [7, 8].map(|seed| moe_runner::weights::random_layer(&spec, *format, seed));
+            let [small, large] = layers.map(|layer| layer.unwrap());
+            let options =
+                Options { kernel: Some((*kernel).into()), dtype: Bf16, ..options.clone() };
+            let options = on(&options, groups.world.rank());
+            let mut tokens = 300;
+            for (room, one_sided, micro_batches) in [
+                (None, true, 1),
+                (None, true, 2),
+                (None, false, 1),
+                (None, false, 2),
+                (Some(Room { slots: 9000, rows: 3000 }), false, 1),
+            ] {
+                let parallel =
+                    Parallel { sizes, room, one_sided, micro_batches, ..Parallel::default() };
+                let hidden = rows(Bf16, 2 * tokens, 768, 3);
+                let few =
+                    Batch { hidden: &hidden[..tokens * 768], router_logits: None, input_ids: None };
+                let many = Batch { hidden: &hidden, ..few };
+                let mut first = RankedRunner::new(&small, &options, &groups, &parallel)?;
+                let mut second = RankedRunner::new(&large, &options, &groups, &parallel)?;
+                let before = first.forward(&few)?;
+                second.forward(&many)?;
+                let own = first.rows(tokens).len();
+                let time = first.runner_mut().exchange_time(own, 2)?;
+                let place = format!("{kernel}, {micro_batches} micro-batches, room {room:?}");
+                let time = time.unwrap_or_else(|| panic!("{place}: nothing was timed"));
+                assert!(time.seconds > 0.0 && time.bare_seconds > 0.0 && time.sent > 0, "{place}");
+                assert!(first.forward(&few)?.output == before.output, "{place}");
+                timed += 1;
+                // more than there is memory for
+                tokens += tokens / 2;
+            }
+        }
+        Ok(timed)
+    });
+    println!("{} exchanges timed alone", timed.unwrap()[0]);
+}
+
 /// Experts move from GPU to GPU while passes go on: the bits of one GPU before, meanwhile and after, in every format and
 /// form; with copies, a rank that has no expert, and the load that the GPUs count.
 #[test]

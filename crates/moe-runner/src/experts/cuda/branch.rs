@@ -7,6 +7,7 @@ use super::layer::Experts;
 use super::pass::f32_rows;
 use super::pass::memory::Slots;
 use super::products::{Fast, FastWork, Products};
+use super::ranks::Grown;
 use crate::{Error, Result};
 
 /// Rows `[T, H]`, ids `[T, k]`, weights `[T, k]` (none: they are 1), and a factor.
@@ -132,6 +133,14 @@ impl Experts {
         }
         grouped.first_sorted(stream, rows.as_rows(), plan, &mut h).map_err(error)?;
         self.second_in_f32(((device, stream), grouped), h, (ids, plan), y)
+    }
+
+    /// Outputs of slots that nobody has computed: memory to copy from. `wide` is that of products in f32.
+    pub(super) fn no_outputs(&self, fast: &mut FastWork, wide: &Grown<f32>) -> Result<SlotOutputs> {
+        match &self.products {
+            Products::Sm90(products) => products.no_outputs(fast),
+            Products::F32(_) => Ok(SlotOutputs { values: wide.address(), ..self.output_of_slot() }),
+        }
     }
 
     /// What the output of a slot is.

@@ -117,6 +117,11 @@ impl OneSidedWork {
         Ok(group(&self.groups, peers, lane)?.ids(places, row))
     }
 
+    /// Outputs of all slots that have arrived, which nobody has computed: memory to copy from.
+    pub(super) fn no_outputs(&self, experts: &Experts, fast: &mut FastWork) -> Result<SlotOutputs> {
+        experts.no_outputs(fast, &self.wide[2])
+    }
+
     /// For whom this rank's GPU waits now, by the signals in its memory.
     pub(super) fn late(&self, peers: &Peers, gpu: &Gpu) -> Option<Awaited> {
         // the pass's own stream is what waits
@@ -379,20 +384,6 @@ impl Gpus<'_, '_, '_, '_> {
     }
 }
 
-/// Outputs of all slots that have arrived, which nobody has computed: memory to copy from.
-pub(super) fn no_outputs(
-    experts: &Experts,
-    fast: &mut FastWork,
-    work: &OneSidedWork,
-) -> Result<SlotOutputs> {
-    match &experts.products {
-        Products::Sm90(products) => products.no_outputs(fast),
-        Products::F32(_) => {
-            Ok(SlotOutputs { values: work.wide[2].address(), ..experts.output_of_slot() })
-        }
-    }
-}
-
 /// The same steps with outputs that nobody has computed: what the exchange alone takes.
 pub(super) struct WithoutExperts<'s, 'g, 'p, 'a, 'o>(pub(super) &'s mut Gpus<'g, 'p, 'a, 'o>);
 
@@ -415,7 +406,7 @@ impl Side for WithoutExperts<'_, '_, '_, '_, '_> {
 
     fn experts(&mut self, lane: usize, places: Places) -> Result<()> {
         let Gpus { pass: RanksPass { experts, fast, .. }, memory, .. } = &mut *self.0;
-        let of = no_outputs(experts, fast, memory)?;
+        let of = memory.no_outputs(experts, fast)?;
         let stream = &self.0.pass.device.stream;
         if let Some(lane) = self.0.lane(lane) {
             lane.join(stream)?;

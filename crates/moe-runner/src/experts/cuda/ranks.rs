@@ -9,8 +9,8 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use moe_cuda::{
-    Buffer, Event, ExchangeVerbs, FaultWord, Gpu, Homes, Pod, Room, Rows, RowsMut, SlotOutputs,
-    Stream, View, ViewMut, Windows,
+    Buffer, Event, ExchangeVerbs, FaultWord, Gpu, Homes, Pod, Room, Rows, RowsMut, Stream, View,
+    ViewMut, Windows,
 };
 
 use super::device::{Device, Plans, error};
@@ -56,7 +56,7 @@ pub(super) struct Ranks {
 
 #[derive(Clone)]
 enum Last {
-    Sent { ways: Vec<Ways>, outputs: Vec<SlotOutputs> },
+    Sent { ways: Vec<Ways> },
     Put { lanes: Vec<Places>, wire: ResidentWire },
 }
 
@@ -234,7 +234,7 @@ impl Ranks {
         };
         let mut active = Vec::new();
         match &last {
-            Last::Sent { ways, .. } => {
+            Last::Sent { ways } => {
                 for (ways, work) in ways.iter().zip(&work.two_sided) {
                     active.extend(read(work.ids(ways))?);
                 }
@@ -313,9 +313,10 @@ impl Ranks {
         &self.verbs
     }
 
-    /// Ranks send as much as they have, not as much as there is room for.
+    /// What NCCL sends is as much as there is, not as much as there is room for: also what a one-sided exchange is measured
+    /// against.
     pub(super) fn is_counted(&self) -> bool {
-        self.spread.way == BetweenGpus::Counted
+        self.given_room().is_none()
     }
 
     /// No host learns a count.
@@ -462,10 +463,9 @@ impl RanksPass<'_, '_, '_> {
                 let (memory, lanes) = (&mut memory.two_sided, ranks.spread.lanes);
                 let mut side = two_sided::Gpus::new(self, memory, vec![outputs; lanes])?;
                 let ways = resident::run(&mut side, (me, all), ranks.given_room(), lanes)?;
-                let outputs = side.outputs;
-                let wire = two_sided::wire(self, outputs[0]);
+                let wire = two_sided::wire(self, outputs);
                 ways.iter().for_each(|ways| ranks.count(ways, wire));
-                Last::Sent { ways, outputs }
+                Last::Sent { ways }
             }
         };
         *ranks.last() = Some(last);
@@ -482,17 +482,17 @@ impl RanksPass<'_, '_, '_> {
         let Some(last) = ranks.last().clone() else { return Ok(None) };
         let (of_all, room) = ((ranks.homes.me(), ranks.homes.ranks()), ranks.given_room());
         let outputs = match &last {
-            Last::Sent { outputs, .. } => outputs.clone(),
+            Last::Sent { ways } => two_sided::no_outputs(self, &mut memory.two_sided, ways)?,
             Last::Put { .. } => {
                 // memory for the slots that can arrive in one micro-batch
-                let of = put::no_outputs(self.experts, self.fast, &memory.one_sided)?;
+                let of = memory.one_sided.no_outputs(self.experts, self.fast)?;
                 vec![of; ranks.spread.lanes]
             }
         };
         // the same rows and outputs as NCCL takes them
         let mut sent = two_sided::Gpus::new(&mut *self, &mut memory.two_sided, outputs)?;
         let ways = match &last {
-            Last::Sent { ways, .. } => ways.clone(),
+            Last::Sent { ways } => ways.clone(),
             Last::Put { .. } => {
                 let side = &mut two_sided::WithoutExperts(&mut sent);
                 resident::run(side, of_all, None, ranks.spread.lanes)?

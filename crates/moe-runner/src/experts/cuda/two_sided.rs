@@ -66,6 +66,25 @@ pub(super) fn wire(pass: &RanksPass<'_, '_, '_>, outputs: SlotOutputs) -> Reside
     ResidentWire { row: pass.row_bytes(), output: value_bytes + scale_bytes }
 }
 
+/// Outputs of the slots that arrive by `ways`, one for each micro-batch, which nobody has computed: memory to copy from, as
+/// the passes since have left it, of whatever layer.
+pub(super) fn no_outputs(
+    pass: &mut RanksPass<'_, '_, '_>,
+    memory: &mut [TwoSidedWork],
+    ways: &[Ways],
+) -> Result<Vec<SlotOutputs>> {
+    let lanes = ways.iter().zip(memory).enumerate();
+    lanes
+        .map(|(lane, (ways, memory))| match ways.slots[1] {
+            0 => Ok(pass.experts.output_of_slot()),
+            _ => {
+                let fast = if lane == 0 { &mut *pass.fast } else { &mut memory.fast };
+                pass.experts.no_outputs(fast, &memory.wide[2])
+            }
+        })
+        .collect()
+}
+
 /// A GPU's side of one pass's exchange.
 pub(super) struct Gpus<'g, 'p, 'a, 'o> {
     pub(super) pass: &'g mut RanksPass<'p, 'a, 'o>,

@@ -101,6 +101,30 @@ pub(super) unsafe fn ahead<S: Simd>(at: *const u8, bytes: usize) {
     }
 }
 
+/// Asks for what `N` panels read so far ahead of an octet of the step at `step`, and for nothing else: between
+/// their items stand those of the other panels, which are read when their turn comes.
+///
+/// # Safety
+/// As [`Panel`]; any address will do.
+#[inline(always)]
+unsafe fn octet_ahead<S: Simd, P: Panel<S>, const N: usize, const W: usize>(
+    step: *const u8,
+    octet: usize,
+) {
+    let bytes = P::CODES.panel_bytes();
+    // SAFETY: the caller's.
+    unsafe {
+        if N == W {
+            ahead::<S>(step.wrapping_add(octet * W * bytes / 4), W * bytes / 4);
+            return;
+        }
+        let items = bytes / P::ITEM;
+        for item in octet * items / 4..(octet + 1) * items / 4 {
+            ahead::<S>(step.wrapping_add(item * W * P::ITEM), N * P::ITEM);
+        }
+    }
+}
+
 /// `M` token rows, `N` panels of a unit of `W`.
 ///
 /// # Safety
@@ -175,7 +199,6 @@ unsafe fn group_sum<S: Simd, P: Panel<S>, const M: usize, const N: usize, const 
     zero: Option<&[P::Zero; N]>,
     sum: &mut [[S::V; N]; M],
 ) {
-    let octet_bytes = P::CODES.panel_bytes() / 4;
     // SAFETY: the caller's.
     unsafe {
         if P::INTEGERS {
@@ -188,7 +211,7 @@ unsafe fn group_sum<S: Simd, P: Panel<S>, const M: usize, const N: usize, const 
         }
         for octet in of {
             let step = codes.add(octet / 4 * W * P::CODES.panel_bytes());
-            ahead::<S>(step.wrapping_add(octet % 4 * W * octet_bytes), N * octet_bytes);
+            octet_ahead::<S, P, N, W>(step, octet % 4);
             products::<S, P, M, N, W>(constants, step, octet % 4, x, args.x_stride, zero, sum);
             x = x.add(OCTET / P::K);
         }

@@ -4,12 +4,15 @@
 mod layers;
 
 use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::Barrier;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use layers::{kernels, options, rows, shared, variants};
 use moe_runner::hidden::ActivationDtype::F32;
 use moe_runner::hidden::{Rows, RowsMut};
-use moe_runner::runner::{ForwardInput, MoeRunner, MoeRunnerInterface, Options, Workspaces};
+use moe_runner::runner::{
+    ForwardInput, MoeRunner, MoeRunnerInterface, Options, SharedPool, Workspaces,
+};
 use moe_runner::shared_experts::SharedOrder;
 use moe_runner::weights::{FloatType, random_layer};
 
@@ -53,6 +56,7 @@ fn a_steady_state_allocates_nothing_and_memory_stays_within_the_workspace() {
 
 fn every_option(threads: usize, problems: &mut Vec<String>) {
     let pool = Options::new(F32, threads).unwrap().pool;
+    begin(&pool);
     for (name, spec) in variants() {
         let layer = random_layer(&spec, FloatType::F32, 7).unwrap();
         for kernel in kernels().into_iter().filter(|name| name.starts_with("cpu")) {
@@ -95,12 +99,22 @@ fn every_option(threads: usize, problems: &mut Vec<String>) {
     }
 }
 
+/// Returns when every thread of the pool has begun: what it allocates then is no pass's, and a busy machine
+/// may let it begin late.
+fn begin(pool: &SharedPool) {
+    let all = Barrier::new(pool.threads());
+    pool.run(pool.threads(), &|_, _| {
+        all.wait();
+    });
+}
+
 /// Forty-eight layers, one after the other, twice: one workspace, and nothing beside it that grows
 /// with the layers but what each exchange keeps of a batch, four bytes a slot and a few besides.
 fn many_layers(problems: &mut Vec<String>) {
     const LAYERS: usize = 48;
     const TOKENS: usize = 256;
     let options = Options { workspaces: Workspaces::new(), ..options(Some("cpu_portable"), F32) };
+    begin(&options.pool);
     let mut spec = variants().swap_remove(0).1;
     spec.shared = Some(shared());
     let layer = random_layer(&spec, FloatType::F32, 7).unwrap();

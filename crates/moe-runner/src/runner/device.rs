@@ -1,7 +1,6 @@
 //! A pass that a device makes as a whole: the kernel is the layer.
 
 use super::pass::flops;
-use super::scale::scaling;
 use super::{FinishedRouting, ForwardInput, ForwardOutput, MoeRunner, NonFinite, Report};
 use crate::experts::{BuiltKernel, LayerCall, RoutingSource, Seen};
 use crate::hidden::RowsMut;
@@ -18,6 +17,7 @@ impl MoeRunner {
         report: Option<&mut Report>,
     ) -> Result<ForwardOutput> {
         let layer = &mut self.layer;
+        let scaling = layer.scaling(layer.spec.shared.is_some());
         let BuiltKernel::Layer(kernel) = &mut layer.method.kernel else {
             return Err(Error::input("quant method", "the kernel is not a whole layer"));
         };
@@ -44,9 +44,6 @@ impl MoeRunner {
             }
             (None, None, None) => RoutingSource::Router,
         };
-        let linear_output = !spec.output.bias && spec.output.norm.is_none();
-        let may_divide = layer.caller_scales && linear_output;
-        let scaling = scaling(spec.routed_scale, layer.dtype, spec.shared.is_some(), may_divide);
         let mut report = report;
         let mut on_device = self.timeline.of_device();
         let call = LayerCall {

@@ -5,7 +5,6 @@ use moe_kernels::arena::Arena;
 use moe_kernels::pool::ThreadPool;
 use moe_kernels::region::{for_each, rows_together};
 
-use super::scale::scaling;
 use super::{ForwardOutput, MoeRunner, Report};
 use crate::Result;
 use crate::comm::{At, Step};
@@ -73,9 +72,7 @@ impl MoeRunner {
             });
         }
         // 3. the scaling factor, once
-        let linear_output = !spec.output.bias && spec.output.norm.is_none();
-        let may_divide = layer.caller_scales && linear_output;
-        let scaling = scaling(spec.routed_scale, layer.dtype, shared.is_some(), may_divide);
+        let scaling = layer.scaling(shared.is_some());
         if scaling.routed != 1.0 {
             regions.rows(routed.values_mut(), |_, row| multiply(row, scaling.routed));
         }
@@ -110,7 +107,7 @@ impl MoeRunner {
         };
         // 6. the final reduction, unless the caller does it and nothing here needs it
         let identity = matches!(spec.router.idle, Some(IdleExperts::Identity { .. }));
-        if self.reduce_results || identity || !linear_output || !reduces {
+        if self.reduce_results || identity || !layer.linear_output() || !reduces {
             sum = Sum::Reduced(sum.reduce(group, at(Step::ReduceOutput), pool)?);
         }
         // 7. what is done to the sum of both branches; identity experts, from this rank's own rows

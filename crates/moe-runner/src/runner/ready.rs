@@ -6,6 +6,7 @@ use moe_kernels::isa::{Cpu, Features};
 use moe_kernels::pool::{Pool, ThreadPool};
 
 use super::gate::Gate;
+use super::scale::{Scaling, scaling};
 use super::transform::TransformOp;
 use super::workspace::Workspaces;
 use crate::exchange::{Exchange, LocalExchange};
@@ -244,6 +245,19 @@ pub struct ReadyLayer {
     pub(super) workspaces: Workspaces,
     pub(super) non_finite: NonFinite,
     pub(super) caller_scales: bool,
+}
+
+impl ReadyLayer {
+    /// Nothing but a factor is applied after the sum of the branches.
+    pub(super) fn linear_output(&self) -> bool {
+        !self.spec.output.bias && self.spec.output.norm.is_none()
+    }
+
+    /// Where the routed factor goes, with the sum of shared experts or without.
+    pub(super) fn scaling(&self, shared: bool) -> Scaling {
+        let may_divide = self.caller_scales && self.linear_output();
+        scaling(self.spec.routed_scale, self.dtype, shared, may_divide)
+    }
 }
 
 impl std::fmt::Debug for ReadyLayer {

@@ -113,6 +113,21 @@ fn the_copy_is_right_and_near_its_original() {
     assert_eq!(output.status.code(), Some(1));
 }
 
+/// An empty folder that one stands in is a place for a checkpoint.
+#[test]
+fn the_current_folder_is_an_output() {
+    let (original_in, place) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let original = original(original_in.path());
+    let output = Command::new(env!("CARGO_BIN_EXE_moe-runner"))
+        .args(["quantize".as_ref(), original.as_os_str()])
+        .args(["--format", "fp8", "--output", "."])
+        .current_dir(place.path())
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    json(["inspect".as_ref(), place.path().as_os_str(), "--json".as_ref()]);
+}
+
 /// Whenever it is killed, there is a whole checkpoint or none.
 #[test]
 fn killed_it_leaves_nothing_that_opens() {

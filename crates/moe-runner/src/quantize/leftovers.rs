@@ -64,6 +64,7 @@ impl Making {
 }
 
 /// What folders in `parent` whose names begin with `prefix` are.
+#[derive(Default)]
 pub(super) struct Found {
     /// Left by earlier runs.
     pub(super) leftovers: Vec<Leftover>,
@@ -71,9 +72,17 @@ pub(super) struct Found {
     pub(super) in_use: Option<PathBuf>,
 }
 
+impl Found {
+    /// Adds what was found elsewhere.
+    pub(super) fn extend(&mut self, other: Self) {
+        self.leftovers.extend(other.leftovers);
+        self.in_use = self.in_use.take().or(other.in_use);
+    }
+}
+
 /// Looks through `parent`, and removes what runs that are no more have left there.
 pub(super) fn clean(parent: &Path, prefix: &str) -> io::Result<Found> {
-    let mut found = Found { leftovers: Vec::new(), in_use: None };
+    let mut found = Found::default();
     for item in fs::read_dir(parent)? {
         let item = item?;
         if !item.file_name().to_string_lossy().starts_with(prefix) || !item.file_type()?.is_dir() {

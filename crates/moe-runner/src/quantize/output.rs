@@ -15,7 +15,7 @@ use serde_json::json;
 
 use super::Options;
 use super::companions::is_companion;
-use super::leftovers::{Leftover, Making, clean};
+use super::leftovers::{Found, Leftover, Making, clean};
 use super::place::{Moves, free_space, rename_new};
 use super::plan::{Plan, size};
 use crate::checkpoint::{Checkpoint, NewTensor, Writer};
@@ -65,31 +65,36 @@ impl Folder {
         plan: &Plan,
         overwrite: bool,
     ) -> Result<Self> {
-        let Some(name) = output.file_name() else {
-            return Err(Error::file(output, "is no name for a new folder"));
-        };
         let there = fs::symlink_metadata(output).is_ok();
+        if there && !output.exists() {
+            return Err(Error::file(output, "is a link to something that is not there"));
+        }
         // by its own name: what is renamed must not be a link
-        let output = if there {
-            fs::canonicalize(output).map_err(io(output, "open"))?
-        } else {
-            output.to_owned()
+        let named = if there { fs::canonicalize(output) } else { std::path::absolute(output) };
+        let output = named.map_err(io(output, "open"))?;
+        let (Some(name), Some(parent)) = (output.file_name(), output.parent()) else {
+            return Err(Error::file(&output, "is no name for a new folder"));
         };
-        let (parent, prefix) = match there {
-            true => (output.clone(), ".moe-runner-partial-".to_string()),
-            false => {
-                let parent = output.parent().filter(|parent| *parent != Path::new(""));
-                let parent = parent.unwrap_or(Path::new(".")).to_owned();
-                if !parent.is_dir() {
-                    return Err(Error::file(&parent, "is no folder; make it first"));
-                }
-                (parent, format!(".{}.partial-", name.to_string_lossy()))
-            }
-        };
+        if !parent.is_dir() {
+            return Err(Error::file(parent, "is no folder; make it first"));
+        }
         if there && !output.is_dir() {
             return Err(Error::file(&output, "is there already, and is no folder"));
         }
-        let found = clean(&parent, &prefix).map_err(io(&parent, "list"))?;
+        let beside_it = format!(".{}.partial-", name.to_string_lossy());
+        let within = ".moe-runner-partial-".to_string();
+        // the folder may have come after a run that began without it
+        let mut found = match clean(parent, &beside_it) {
+            Err(_) if there => Found::default(),
+            found => found.map_err(io(parent, "list"))?,
+        };
+        let (parent, prefix) = match there {
+            true => (output.clone(), within),
+            false => (parent.to_owned(), beside_it),
+        };
+        if there {
+            found.extend(clean(&parent, &prefix).map_err(io(&parent, "list"))?);
+        }
         if let Some(other) = found.in_use {
             let reason = format!("is being written by another run, in {}", other.display());
             return Err(Error::file(&output, reason));
@@ -102,7 +107,7 @@ impl Folder {
         let copies = companions.iter().filter_map(|path| fs::metadata(path).ok());
         let needed = plan.bytes() + copies.map(|copy| copy.len()).sum::<u64>();
         ensure_space(&output, needed, free_space(&parent))?;
-        let making = Making::begin(&parent, &prefix).map_err(io(&parent, "make a folder in"))?;
+        let making = Making::begin(&parent, &prefix).map_err(io(&parent, "make a folder here"))?;
         let leftovers = found.leftovers;
         Ok(Self { output, place, making, leftovers, companions, left_out, index: BTreeMap::new() })
     }
@@ -201,7 +206,7 @@ fn put_files(output: &Path, making: &Making, old: &[Old]) -> Result<Option<Lefto
     names.sort_by_key(|name| (name == CONFIG, name.clone()));
     let aside = tempfile::Builder::new().prefix(REPLACED).tempdir_in(output);
     // it is removed when all is well, and only then
-    let aside = aside.map_err(io(output, "make a folder in"))?.keep();
+    let aside = aside.map_err(io(output, "make a folder here"))?.keep();
     let mut moves = Moves::default();
     let moved = || -> std::io::Result<()> {
         for old in old.iter().rev() {
@@ -300,8 +305,24 @@ fn old_files(
     names.retain(|name| {
         name == CONFIG || name == INDEX || weights(name) || copied.contains(OsStr::new(name))
     });
+    // the checkpoint may be a folder of links to these
+    let sources = sources(checkpoint, companions);
+    if let Some(name) = names.iter().find(|name| sources.contains(&output.join(name))) {
+        return refuse(&format!(
+            "holds '{name}' of the checkpoint that is to be quantised; name another folder"
+        ));
+    }
     names.sort_by_key(|name| (name == CONFIG, name.clone()));
     names.into_iter().map(|name| Old::of(output, name)).collect()
+}
+
+/// The files that a checkpoint is read from, and those that are copied, wherever links lead to.
+fn sources(checkpoint: &Checkpoint, companions: &[PathBuf]) -> BTreeSet<PathBuf> {
+    let infos = checkpoint.names().filter_map(|name| checkpoint.info(name));
+    let own = [CONFIG, INDEX].map(|name| checkpoint.path().join(name));
+    let mut files: BTreeSet<PathBuf> = infos.map(|info| info.file.to_owned()).collect();
+    files.extend(own.into_iter().chain(companions.iter().cloned()));
+    files.into_iter().filter_map(|file| fs::canonicalize(file).ok()).collect()
 }
 
 /// What lies beside a checkpoint's own files: what a model needs, and what it does not.

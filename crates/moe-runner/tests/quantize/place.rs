@@ -5,7 +5,7 @@ use std::ops::ControlFlow;
 use std::path::Path;
 
 use moe_runner::checkpoint::{Checkpoint, Dtype};
-use moe_runner::quantize::{Format, Options, Progress, quantize};
+use moe_runner::quantize::{Format, Leftover, Options, Progress, quantize};
 use moe_runner::{Error, Result};
 
 use super::{case, go_on, listing, options, write};
@@ -196,4 +196,17 @@ fn what_the_disk_has_no_room_for_is_not_begun() {
     let error = result.unwrap_err().to_string();
     assert!(error.contains("needs 8796.") && error.contains("are free"), "{error}");
     assert!(listing(&to).is_empty());
+}
+
+/// What a run left that began when the folder was not there yet.
+#[test]
+fn leftovers_beside_a_folder_that_came_later_are_removed() {
+    let to = tempfile::tempdir().unwrap();
+    let left = to.path().join(".out.partial-x1");
+    fs::create_dir(&left).unwrap();
+    fs::write(left.join(".moe-runner-quantize.lock"), "").unwrap();
+    fs::create_dir(to.path().join("out")).unwrap();
+    let summary = write(&case("olmoe_f16"), to.path(), &options(Format::Int8)).unwrap();
+    assert_eq!(summary.leftovers, [Leftover { path: left, removed: true }]);
+    assert_eq!(listing(to.path()), ["out"]);
 }

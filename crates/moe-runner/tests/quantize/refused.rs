@@ -106,6 +106,26 @@ fn the_checkpoint_itself_is_not_overwritten() {
     quantize(&checkpoint, &model.join("fp8"), &overwrite, &mut go_on).unwrap();
 }
 
+/// Files of the checkpoint that stand elsewhere, behind links, as in a folder of a hub's cache.
+#[cfg(unix)]
+#[test]
+fn files_behind_the_checkpoints_links_are_not_overwritten() {
+    let folder = tempfile::tempdir().unwrap();
+    let (model, files) = (folder.path().join("model"), folder.path().join("files"));
+    std::fs::create_dir(&model).unwrap();
+    std::fs::create_dir(&files).unwrap();
+    for name in ["config.json", "model.safetensors"] {
+        std::fs::copy(case("olmoe_f16").join(name), files.join(name)).unwrap();
+        std::os::unix::fs::symlink(files.join(name), model.join(name)).unwrap();
+    }
+    let before = std::fs::read(files.join("model.safetensors")).unwrap();
+    let checkpoint = Checkpoint::open(&model).unwrap();
+    let overwrite = Options { overwrite: true, ..options(Format::Fp8) };
+    let error = quantize(&checkpoint, &files, &overwrite, &mut go_on).unwrap_err().to_string();
+    assert!(error.contains("of the checkpoint that is to be quantised"), "{error}");
+    assert_eq!(std::fs::read(files.join("model.safetensors")).unwrap(), before);
+}
+
 #[test]
 fn checkpoints_that_cannot_be_quantised() {
     let to = tempfile::tempdir().unwrap();

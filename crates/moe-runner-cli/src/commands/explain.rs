@@ -16,7 +16,9 @@ use crate::report::table::{Tone, toned};
 
 #[derive(Serialize)]
 pub(super) struct ExplainJson {
-    pub(super) machine: String,
+    checkpoint: String,
+    /// The machine that is meant.
+    pub(super) chosen_for: String,
     layers: Vec<LayerJson>,
 }
 
@@ -75,7 +77,8 @@ pub(super) fn explain(args: &ExplainArgs, common: &Common) -> Result<ExplainJson
         };
         layers.push(LayerJson { layer: entry.spec.index, answer: ask(&layer, &options) });
     }
-    Ok(ExplainJson { machine: machine.name, layers })
+    let checkpoint = args.of.checkpoint.display().to_string();
+    Ok(ExplainJson { checkpoint, chosen_for: machine.name, layers })
 }
 
 impl ExplainJson {

@@ -23,7 +23,7 @@ use crate::report::{Report, formula, units};
 #[derive(Serialize)]
 struct InspectJson {
     ok: bool,
-    path: String,
+    checkpoint: String,
     container: &'static str,
     architecture: String,
     decoder_layers: usize,
@@ -108,7 +108,7 @@ pub(crate) fn run(args: &InspectArgs, threads: usize) -> Result<Report> {
         unseen: opened.unseen(),
         overlooked,
         findings: findings::all(if args.doctor { doctor::files(checkpoint) } else { Vec::new() }),
-        path: checkpoint.path().display().to_string(),
+        checkpoint: checkpoint.path().display().to_string(),
         container: match checkpoint.container() {
             Container::Safetensors => "safetensors",
             Container::Gguf => "gguf",
@@ -247,7 +247,7 @@ fn layer_bytes(layer: &LoadedLayer, accounting: &Accounting) -> Bytes {
 }
 
 fn text(json: &InspectJson, strict: bool) -> String {
-    let mut out = format!("{}\n\n", toned(Tone::Title, &one_line(&json.path)));
+    let mut out = format!("{}\n\n", toned(Tone::Title, &one_line(&json.checkpoint)));
     let mut facts = Facts::new();
     facts.add("architecture", format!("{} ({})", one_line(&json.architecture), json.container));
     facts.add(

@@ -44,13 +44,13 @@ const MAX_RANKS: usize = 1024;
 
 #[derive(Serialize)]
 pub(super) struct PlanJson {
-    path: String,
+    checkpoint: String,
     pub(super) ranks: usize,
     nodes: usize,
     /// Tokens that balance and traffic are counted for.
     pub(super) tokens: usize,
     /// "trace" or "synthetic".
-    pub(super) load: &'static str,
+    pub(super) load_from: &'static str,
     pub(super) layers: Vec<LayerJson>,
     /// What the ranks compute on, if not on processors.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -240,11 +240,11 @@ fn plan_over(args: &PlanArgs, Links { link, gpus: reach }: Links) -> Result<Plan
     }
     let tokens = planned.iter().map(|p| p.ids.len() / p.layer.spec.router.top_k).max();
     Ok(PlanJson {
-        path: args.of.checkpoint.display().to_string(),
+        checkpoint: args.of.checkpoint.display().to_string(),
         ranks,
         nodes,
         tokens: tokens.unwrap_or(0),
-        load: if trace.is_some() { "trace" } else { "synthetic" },
+        load_from: if trace.is_some() { "trace" } else { "synthetic" },
         splits: splits(ranks)
             .into_iter()
             .map(|split| {
@@ -500,12 +500,12 @@ fn weights(cost: &CostJson) -> String {
 }
 
 fn text(json: &PlanJson) -> String {
-    let mut out = format!("{}\n\n", toned(Tone::Title, &one_line(&json.path)));
+    let mut out = format!("{}\n\n", toned(Tone::Title, &one_line(&json.checkpoint)));
     let mut facts = Facts::new();
     facts.add("ranks", format!("{} on {}", json.ranks, units::plural(json.nodes, "node")));
     facts.add(
         "load",
-        match json.load {
+        match json.load_from {
             "trace" => "as recorded in the trace".to_owned(),
             _ => "synthetic: popularity of experts spread log-normally (--trace takes a real one)"
                 .to_owned(),

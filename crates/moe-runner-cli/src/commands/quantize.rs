@@ -25,6 +25,7 @@ const IN_FULL: usize = 8;
 
 #[derive(Serialize)]
 struct QuantizeJson {
+    checkpoint: String,
     output: String,
     format: &'static str,
     bytes_before: u64,
@@ -74,6 +75,7 @@ pub(crate) fn run(args: &QuantizeArgs) -> Result<Report> {
     let summary = summary.map_err(with_option)?;
     drop(bar);
     let json = QuantizeJson {
+        checkpoint: args.checkpoint.display().to_string(),
         output: args.output.display().to_string(),
         format: options.format.name(),
         bytes_before: summary.bytes_before,

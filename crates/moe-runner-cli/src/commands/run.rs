@@ -38,6 +38,7 @@ const IN_FULL: usize = 8;
 #[derive(Serialize)]
 struct RunJson {
     layers: Vec<LayerJson>,
+    checkpoint: String,
     output: String,
 }
 
@@ -144,7 +145,11 @@ pub(crate) fn run(args: &RunArgs, common: &Common) -> Result<Report> {
     if let Some(path) = &args.trace {
         trace.write(path)?;
     }
-    let json = RunJson { layers: done, output: args.output.display().to_string() };
+    let json = RunJson {
+        checkpoint: args.checkpoint.display().to_string(),
+        layers: done,
+        output: args.output.display().to_string(),
+    };
     Report::new(true, text(&json, tensors.len()), &json)
 }
 

@@ -1,9 +1,12 @@
 //! What all commands have in common: help, choices, errors, and lines that fit.
 
-use std::ffi::OsStr;
+use std::collections::BTreeMap;
+use std::ffi::{OsStr, OsString};
 use std::io::Write;
 use std::path::Path;
 use std::process::{Command, Stdio};
+
+use serde_json::Value;
 
 use crate::files::{New, Values, write};
 use crate::{case, json, moe_runner, refused};
@@ -131,6 +134,52 @@ fn errors_are_objects_too() {
 }
 
 /// Reports for people, at every width: no line is longer than the terminal but for a single word,
+/// Keys of the whole report and of its layers: of the same type wherever they stand, and the checkpoint
+/// under one name.
+#[test]
+fn a_key_means_the_same_everywhere() {
+    let (case, folder) = (case("qwen2_moe_f16"), tempfile::tempdir().unwrap());
+    let path = |name: &str| folder.path().join(name).into_os_string();
+    let x: Vec<f32> = (0..3 * 64).map(|i| (i as f32 * 0.37).sin()).collect();
+    write(path("in").as_ref(), &[New::f32("hidden_states", &[3, 64], &x)]);
+    let mut types = BTreeMap::new();
+    for (command, flags) in [
+        ("check", vec!["--tokens".into(), "2".into()]),
+        ("inspect", vec![]),
+        ("explain", vec![]),
+        ("plan", vec!["--ranks".into(), "2".into()]),
+        ("bench", vec!["--tokens".into(), "1".into()]),
+        (
+            "run",
+            ["--layers", "all", "--input"]
+                .map(Into::into)
+                .into_iter()
+                .chain([path("in"), "--output".into(), path("out")])
+                .collect(),
+        ),
+        ("quantize", vec!["--format".into(), "fp8".into(), "--output".into(), path("copy")]),
+    ] {
+        let mut args =
+            vec![OsString::from(command), case.clone().into_os_string(), "--json".into()];
+        args.extend(flags);
+        let report = json(args);
+        assert!(report["checkpoint"].is_string() || command == "bench", "{command}");
+        let layers = report["layers"].as_array().into_iter().flatten();
+        for (key, value) in layers.chain([&report]).flat_map(|object| object.as_object().unwrap()) {
+            let kind = match value {
+                Value::Null => continue,
+                Value::Bool(_) => "a truth value",
+                Value::Number(_) => "a number",
+                Value::String(_) => "a text",
+                Value::Array(_) => "an array",
+                Value::Object(_) => "an object",
+            };
+            let (known, by) = types.entry(key.clone()).or_insert((kind, command));
+            assert_eq!(*known, kind, "'{key}' of {by} and of {command}");
+        }
+    }
+}
+
 /// and no word is broken.
 #[test]
 fn lines_fit_and_words_stay_whole() {

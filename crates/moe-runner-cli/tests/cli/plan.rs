@@ -63,7 +63,7 @@ fn a_plan_takes_the_load_from_a_trace() {
     let flags = ["--trace", file.to_str().unwrap(), "--ranks", "2", "--layer"];
     let index = layer["layer"].to_string();
     let planned = plan(&case, &[&flags[..], &[&index]].concat());
-    assert_eq!((&planned["load"], &planned["tokens"]), (&"trace".into(), &100.into()));
+    assert_eq!((&planned["load_from"], &planned["tokens"]), (&"trace".into(), &100.into()));
     let layer = &planned["layers"][0];
     assert_eq!(
         (layer["balance_before"].as_f64(), layer["balance_after"].as_f64()),
@@ -150,7 +150,7 @@ fn a_plan_takes_the_load_from_a_run() {
     json(args);
     let of = |file: &str| plan(&case, &["--ranks", "3", "--redundant", "3", "--trace", file]);
     let saved = of(&routing);
-    assert_eq!((&saved["load"], &saved["tokens"]), (&"trace".into(), &1500.into()));
+    assert_eq!((&saved["load_from"], &saved["tokens"]), (&"trace".into(), &1500.into()));
     let (mut written, saved_trace) = (of(&out), Trace::load(routing.as_ref()).unwrap());
     assert_eq!(written, saved);
     assert_eq!(saved_trace.layers().len(), 2);
@@ -172,6 +172,11 @@ fn a_plan_takes_the_load_from_a_run() {
         ["plan".as_ref(), case.as_os_str(), "--ranks".as_ref(), "2".as_ref(), "--trace".as_ref()];
     let stderr = refused(1, args.into_iter().chain([std::ffi::OsStr::new(&input)]));
     assert!(stderr.contains("not a routing trace: its metadata have no"), "{stderr}");
+
+    // of other layers
+    write(input.as_ref(), &[New::i64("layers.7.topk_ids", &[1, 4], &[0, 1, 2, 3])]);
+    let stderr = refused(1, args.into_iter().chain([std::ffi::OsStr::new(&input)]));
+    assert!(stderr.contains("'layers.7.topk_ids', and nothing of the chosen layers"), "{stderr}");
 
     // of another model: by the file's name
     let other = crate::case("olmoe_f16");

@@ -38,11 +38,11 @@ impl Comparison {
     /// # Errors
     /// If it was another layer, or no row has the same tokens.
     pub(super) fn of(then: BenchJson, now: &BenchJson) -> Result<Self> {
-        if then.layer != now.layer {
+        if then.subject != now.subject {
             return Err(unusable(format!(
                 "--compare: that was another layer, '{}'; this one is '{}'",
-                one_line(&then.layer),
-                one_line(&now.layer)
+                one_line(&then.subject),
+                one_line(&now.subject)
             )));
         }
         let with = |row: &Row| {

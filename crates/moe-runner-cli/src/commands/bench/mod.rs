@@ -116,7 +116,7 @@ pub(crate) fn run(args: &BenchArgs, common: &Common) -> Result<Report> {
     common.tell_of_cache();
     let cached = subject.is_cached(machine.gpu.is_some());
     let result = BenchJson {
-        layer: subject.title,
+        subject: subject.title,
         kernel: kernel.into(),
         format: subject.format,
         dtype: subject.dtype.name().into(),

@@ -76,7 +76,7 @@ pub(super) fn draw(json: &BenchJson) -> String {
         json.kernel, json.format, json.dtype
     );
     svg.text("tick", (LEFT + 24.0, bottom), Anchor::Start, &name);
-    svg.text("axis", (LEFT + 24.0, bottom + 20.0), Anchor::Start, &json.layer);
+    svg.text("axis", (LEFT + 24.0, bottom + 20.0), Anchor::Start, &json.subject);
     svg.finish_alone(bottom + 30.0, "Time over tokens, with the limits of this machine")
 }
 
@@ -105,7 +105,7 @@ mod tests {
             ..Row::default()
         };
         let json = BenchJson {
-            layer: "a <layer>".into(),
+            subject: "a <layer>".into(),
             kernel: "cpu".into(),
             format: "bf16".into(),
             dtype: "bf16".into(),

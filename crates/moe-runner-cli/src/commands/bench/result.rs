@@ -12,7 +12,9 @@ use crate::gpu::GpuLimits;
 /// What `bench --json` writes, and `report --bench` reads.
 #[derive(Serialize, Deserialize)]
 pub(in crate::commands) struct BenchJson {
-    pub(in crate::commands) layer: String,
+    /// The layer, in words.
+    #[serde(alias = "layer")]
+    pub(in crate::commands) subject: String,
     pub(in crate::commands) kernel: String,
     pub(in crate::commands) format: String,
     pub(in crate::commands) dtype: String,

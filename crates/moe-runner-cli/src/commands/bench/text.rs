@@ -17,7 +17,7 @@ pub(super) fn of(
     machine: &MachineLimits,
 ) -> String {
     let mut facts = Facts::new();
-    facts.add("layer", one_line(&json.layer));
+    facts.add("layer", one_line(&json.subject));
     facts.add(
         "weights",
         format!(

@@ -52,7 +52,7 @@ pub(crate) struct LayerCheck {
     pub(crate) experts: usize,
     pub(crate) top_k: usize,
     /// Bytes of the layer's tensors.
-    pub(crate) bytes: usize,
+    pub(crate) bytes_weights: usize,
     pub(crate) kernel: Option<&'static str>,
     pub(crate) why: String,
     pub(crate) dtype: &'static str,
@@ -130,7 +130,7 @@ impl Checker<'_> {
             name: spec.name.clone(),
             experts: spec.router.experts,
             top_k: spec.router.top_k,
-            bytes: accounting.bytes,
+            bytes_weights: accounting.bytes,
             unexpected: accounting.unexpected.clone(),
             ..LayerCheck::default()
         };

@@ -272,7 +272,7 @@ fn full(layer: &LayerCheck) -> String {
             format!(
                 "{}, all present and finite, {}",
                 plural(layer.experts, "expert"),
-                units::bytes(layer.bytes)
+                units::bytes(layer.bytes_weights)
             ),
         );
         facts.add("kernel", format!("{kernel} ({}), {} activations", layer.why, layer.dtype));
@@ -328,7 +328,7 @@ fn full(layer: &LayerCheck) -> String {
         let line = format!("NMSE {nmse:.1e} of the other checkpoint's layer{worst}{random}");
         facts.add("original", line);
     }
-    let cached = layer.bytes < CACHED;
+    let cached = layer.bytes_weights < CACHED;
     let speeds: Vec<String> = layer.speed.iter().map(|s| speed_line(s, cached)).collect();
     facts.add("speed", speeds.join("\n"));
     if !layer.load.is_empty() {

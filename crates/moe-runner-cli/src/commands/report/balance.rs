@@ -11,7 +11,7 @@ const WORDS: f64 = 250.0;
 
 /// The section.
 pub(super) fn section(plan: &PlanJson) -> String {
-    let source = match plan.load {
+    let source = match plan.load_from {
         "trace" => format!("The load is the trace's, of {}.", plural(plan.tokens, "token")),
         _ => "There is no trace: the load is made up, as uneven as measured ones.".to_owned(),
     };

@@ -11,7 +11,7 @@ use moe_runner::doctor::Severity;
 pub(super) fn section(explain: &ExplainJson) -> String {
     let mut out = paragraph(&format!(
         "Chosen for {}. → runs, · could run, ✗ cannot run, and what would change that.",
-        explain.machine
+        explain.chosen_for
     ));
     for (answer, layers) in explain.groups() {
         let noun = if layers.len() == 1 { "Layer" } else { "Layers" };

@@ -79,7 +79,7 @@ fn overview<'a>(told: &Told) -> Vec<(&'a str, String)> {
         .map(|layer| format!("{}, {}", plural(layer.tokens, "token"), layer.inputs))
         .collect();
     inputs.dedup();
-    let total = check.layers.iter().map(|layer| layer.bytes).sum();
+    let total = check.layers.iter().map(|layer| layer.bytes_weights).sum();
     let mut facts = vec![
         ("checkpoint", format!("{} ({})", one_line(&check.checkpoint), check.architecture)),
         ("MoE layers", format!("{}: {}; {}", check.layers.len(), shapes.join("; "), bytes(total))),
@@ -95,7 +95,7 @@ fn overview<'a>(told: &Told) -> Vec<(&'a str, String)> {
 
 /// The load of each layer: the trace's, else of the tokens that it was checked with.
 fn loads<'a>(told: &Told<'a>) -> (Vec<Load<'a>>, String) {
-    if told.plan.load == "trace" {
+    if told.plan.load_from == "trace" {
         let layers = told.plan.layers.iter();
         let loads = layers.map(|layer| Load { layer: layer.layer, slots: &layer.load }).collect();
         return (

@@ -116,7 +116,7 @@ fn of_bench(bench: &BenchJson) -> Series {
         short: format!("{}, {}", bench.kernel, bench.format),
         name: format!(
             "{}: {} weights, {} activations; {}",
-            bench.kernel, bench.format, bench.dtype, bench.layer
+            bench.kernel, bench.format, bench.dtype, bench.subject
         ),
         points: points.collect(),
     }

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use moe_runner::checkpoint::{Checkpoint, Dtype, Tensor};
+use moe_runner::hidden::ActivationDtype;
 use moe_runner::runner::Batch;
 use moe_runner::spec::{LayerSpec, Selection};
 
@@ -58,8 +59,8 @@ impl Input {
         Ok(Self { file, hidden_name: hidden_name.to_owned(), many_layers })
     }
 
-    /// What the file holds for one layer.
-    pub(crate) fn layer(&self, spec: &LayerSpec) -> Result<LayerInput> {
+    /// What the file holds for one layer whose activations are in `dtype`.
+    pub(crate) fn layer(&self, spec: &LayerSpec, dtype: ActivationDtype) -> Result<LayerInput> {
         let Some(hidden) = self.find(&self.hidden_name, spec.index)? else {
             bail!(
                 "{}: no tensor '{}'; {}",
@@ -82,6 +83,16 @@ impl Input {
             "give fewer rows",
         )?;
         let rows = floats(&hidden)?;
+        let lost = |v: &f32| v.is_finite() && !dtype.round(*v).is_finite();
+        if let Some(at) = rows.iter().position(lost) {
+            bail!(hidden.error(format!(
+                "row {}, column {} is {:e}, which {} cannot hold; --dtype f32 holds it",
+                at / width,
+                at % width,
+                rows[at],
+                dtype.name()
+            )));
+        }
 
         let router_logits = match self.find("router_logits", spec.index)? {
             None => None,

@@ -1,95 +1,119 @@
 //! Where a NaN or an infinity in an output comes from.
 
-use moe_runner::checkpoint::architecture::{LayerEntry, Projection};
+use moe_kernels::pool::ThreadPool;
+use moe_runner::checkpoint::Checkpoint;
+use moe_runner::checkpoint::architecture::{LayerEntry, Projection, StepTensors};
+use moe_runner::doctor;
 use moe_runner::experts::reference::{expert, project};
+use moe_runner::runner::reference::expert_rows;
+use moe_runner::spec::{Activation, RmsNorm};
 use moe_runner::weights::{Expert, LoadedLayer, Matrix};
 
-/// What made the output of a token NaN or infinite: a weight that is, or a sum that left f32's
-/// range. `hidden` is the token's row, `experts` are those that it went to.
+/// What made the output of a token NaN or infinite: a weight that is, or a number on the way that
+/// left f32's range. `hidden` is the token's row, `experts` are those that it went to.
 pub(crate) fn cause(
+    checkpoint: &Checkpoint,
+    layer: &LoadedLayer,
+    entry: &LayerEntry,
+    pool: &dyn ThreadPool,
+    hidden: &[f32],
+    experts: &[u32],
+) -> String {
+    if let Some(weights) = doctor::non_finite(checkpoint, entry, layer, experts, pool) {
+        return weights.to_string();
+    }
+    let products = products(layer, entry, hidden, experts);
+    if let Some(Product { of, largest }) = products.iter().find(|product| product.is_beyond()) {
+        return format!("{of}: what comes out of it is {largest:.1e}, beyond f32 (3.4e38)");
+    }
+    let largest = products.iter().max_by(|a, b| a.largest.total_cmp(&b.largest));
+    largest.map_or_else(String::new, |Product { of, largest }| {
+        format!(
+            "all weights that it meets are finite; the largest number on the way is {largest:.1e}, out \
+             of {of}, and f32 ends at 3.4e38"
+        )
+    })
+}
+
+/// What one projection makes of the token, in float64.
+struct Product {
+    /// Whose it is, and the name of the projection.
+    of: String,
+    /// The largest magnitude.
+    largest: f64,
+}
+
+impl Product {
+    fn new(who: &str, projection: &Projection, rows: &[Vec<f64>]) -> Self {
+        let all = rows.iter().flatten();
+        let largest = all.fold(0f64, |most, v| if v.abs() <= most { most } else { v.abs() });
+        Self { of: format!("{who}, '{}'", projection.module), largest }
+    }
+
+    fn is_beyond(&self) -> bool {
+        self.largest > f64::from(f32::MAX) || self.largest.is_nan()
+    }
+}
+
+/// All products of a token, in their order.
+fn products(
     layer: &LoadedLayer,
     entry: &LayerEntry,
     hidden: &[f32],
     experts: &[u32],
-) -> String {
-    let routed = experts.iter().filter_map(|&id| {
-        let weights = layer.experts.get(id as usize)?;
-        Some((format!("expert {id}"), weights, entry.tensors.experts.get(id as usize)))
-    });
-    let shared = layer.shared.iter().zip(&entry.tensors.shared).flat_map(|(weights, tensors)| {
-        let all = weights.experts.iter().enumerate();
-        all.map(|(i, weights)| (format!("shared expert {i}"), weights, tensors.experts.get(i)))
-    });
-    let all: Vec<_> = routed.chain(shared).collect();
-    for (who, weights, tensors) in &all {
-        let gate = weights.gate.as_ref().zip(tensors.gate.as_ref());
-        let parts =
-            gate.into_iter().chain([(&weights.up, &tensors.up), (&weights.down, &tensors.down)]);
-        for (matrix, projection) in parts {
-            if let Some(place) = bad_weight(matrix, projection) {
-                return format!("{who}: {place}");
-            }
+) -> Vec<Product> {
+    let (spec, tensors) = (&layer.spec, &entry.tensors);
+    let row = [hidden.iter().map(|v| f64::from(*v)).collect::<Vec<f64>>()];
+    let rows = expert_rows(layer, hidden);
+    let mut products = Vec::new();
+    for step in &tensors.input_transform {
+        if let StepTensors::Linear(projection) = step {
+            products.push(Product::new("before the experts", projection, &rows));
         }
     }
-    // behind a transformation, experts see other rows: those that overflow are not looked for
-    if layer.spec.input_transform.steps.is_empty() {
-        let row: Vec<f64> = hidden.iter().map(|v| f64::from(*v)).collect();
-        for (who, weights, tensors) in &all {
-            if let Some((tensor, what, value)) = overflow(layer, weights, &row) {
-                let tensor = match tensor {
-                    In::Gate => tensors.gate.as_ref().map_or("", |gate| &gate.module),
-                    In::Up => &tensors.up.module,
-                    In::Down => &tensors.down.module,
-                };
-                return format!("{who}, '{tensor}': {what} {value:.1e}, beyond f32 (3.4e38)");
-            }
-        }
+    for &id in experts {
+        let Some(weights) = layer.experts.get(id as usize) else { continue };
+        let parts = tensors.experts.get(id as usize);
+        let names = [parts.gate.as_ref(), Some(&parts.up), Some(&parts.down)];
+        let (activation, norm) = (spec.expert.activation, spec.expert.norm);
+        products.extend(of_expert(
+            &format!("expert {id}"),
+            weights,
+            names,
+            activation,
+            norm,
+            &rows,
+        ));
     }
-    let experts: Vec<String> = experts.iter().map(ToString::to_string).collect();
-    format!(
-        "all weights of its experts ({}) are finite: the sum of their outputs, or a step around \
-         them, overflows",
-        experts.join(", ")
-    )
-}
-
-fn bad_weight(matrix: &Matrix, projection: &Projection) -> Option<String> {
-    let mut values = vec![0.0; matrix.cols()];
-    (0..matrix.rows()).find_map(|row| {
-        matrix.decode_row(row, &mut values);
-        let column = values.iter().position(|value| !value.is_finite())?;
-        let value = values[column];
-        Some(format!("tensor '{}', row {row}, column {column} is {value}", projection.module))
-    })
-}
-
-/// Whose product it is.
-enum In {
-    Gate,
-    Up,
-    Down,
-}
-
-/// The first product of an expert that f32 cannot hold.
-fn overflow(layer: &LoadedLayer, weights: &Expert, row: &[f64]) -> Option<(In, &'static str, f64)> {
-    let row = [row.to_vec()];
-    let largest = |rows: &[Vec<f64>]| {
-        let all = rows.iter().flatten();
-        let largest = all.fold(0f64, |most, v| if v.abs() <= most { most } else { v.abs() });
-        (largest > f64::from(f32::MAX) || largest.is_nan()).then_some(largest)
-    };
-    let product =
-        |matrix: &Matrix, bias: &Option<Vec<f32>>| largest(&project(matrix, bias.as_deref(), &row));
-    if let Some(gate) = &weights.gate
-        && let Some(value) = product(gate, &weights.gate_bias)
+    if let (Some(shared), Some(weights), Some(parts)) = (&spec.shared, &layer.shared, &tensors.shared)
+        // behind a norm, they see another row, of an ordinary size
+        && shared.input_norm.is_none()
     {
-        return Some((In::Gate, "a product of it with the token is", value));
+        for (index, weights) in weights.experts.iter().enumerate() {
+            let parts = parts.experts.get(index);
+            let names = [parts.gate.as_ref(), Some(&parts.up), Some(&parts.down)];
+            let who = format!("shared expert {index}");
+            products.extend(of_expert(&who, weights, names, shared.activation, None, &row));
+        }
     }
-    if let Some(value) = product(&weights.up, &weights.up_bias) {
-        return Some((In::Up, "a product of it with the token is", value));
-    }
-    let spec = &layer.spec.expert;
-    // of a middle row that f32 does not hold either, in most cases
-    let value = largest(&expert(weights, spec.activation, spec.norm, &row))?;
-    Some((In::Down, "what comes out of it is", value))
+    products
+}
+
+/// Those of one expert: gate, up, and what comes out of down.
+fn of_expert(
+    who: &str,
+    weights: &Expert,
+    [gate, up, down]: [Option<&Projection>; 3],
+    activation: Activation,
+    norm: Option<RmsNorm>,
+    rows: &[Vec<f64>],
+) -> Vec<Product> {
+    let of = |projection: Option<&Projection>, matrix: Option<&Matrix>, bias: &Option<Vec<f32>>| {
+        let rows = project(matrix?, bias.as_deref(), rows);
+        Some(Product::new(who, projection?, &rows))
+    };
+    let out = || Some(Product::new(who, down?, &expert(weights, activation, norm, rows)));
+    let gate = of(gate, weights.gate.as_ref(), &weights.gate_bias);
+    let up = of(up, Some(&weights.up), &weights.up_bias);
+    [gate, up, out()].into_iter().flatten().collect()
 }

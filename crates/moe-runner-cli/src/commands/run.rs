@@ -8,8 +8,9 @@ use anyhow::{Result, anyhow};
 use half::{bf16, f16};
 use moe_runner::Error;
 use moe_runner::checkpoint::architecture::LayerEntry;
-use moe_runner::checkpoint::{Dtype, NewTensor, Writer};
+use moe_runner::checkpoint::{Checkpoint, Dtype, NewTensor, Writer};
 use moe_runner::comm::{At, Step};
+use moe_runner::doctor::{self, Finding};
 use moe_runner::hidden::ActivationDtype;
 use moe_runner::parallel::Parallel;
 use moe_runner::router::{self, LogicalId, Routing};
@@ -37,8 +38,8 @@ const IN_FULL: usize = 8;
 
 #[derive(Serialize)]
 struct RunJson {
-    layers: Vec<LayerJson>,
     checkpoint: String,
+    layers: Vec<LayerJson>,
     output: String,
 }
 
@@ -90,7 +91,7 @@ pub(crate) fn run(args: &RunArgs, common: &Common) -> Result<Report> {
     for entry in entries {
         let layer = common.quantising(opened.load(entry)?)?;
         let dtype = opened.dtype(common.dtype, &layer);
-        let input = input.layer(&layer.spec)?;
+        let input = input.layer(&layer.spec, dtype)?;
         let prefix = if single { String::new() } else { format!("layers.{}.", entry.spec.index) };
         let output_dtype = args.output_dtype.unwrap_or(dtype);
         let job = Job { entry, layer, dtype, output_dtype, input, prefix };
@@ -114,14 +115,15 @@ pub(crate) fn run(args: &RunArgs, common: &Common) -> Result<Report> {
     for job in jobs {
         progress.doing(job.layer.spec.name.clone());
         let source = args.input.display().to_string();
-        let (output, spans) = job.run(common, &source, &ranks, &parallel, args.trace.is_some())?;
+        let (output, spans) =
+            job.run(common, &opened.checkpoint, &source, &ranks, &parallel, args.trace.is_some())?;
         trace.add(&job.layer.spec.name, &spans);
         if !args.allow_non_finite
             && let Some(at) = job.first_non_finite(&output)
         {
             // every rank has all outputs, and one of them speaks
             return match ranks.reports() {
-                true => Err(job.non_finite(&output, at)),
+                true => Err(job.non_finite(common, &opened.checkpoint, &output, at)),
                 false => Ok(Report::silent(true)),
             };
         }
@@ -184,6 +186,7 @@ impl Job<'_> {
     fn run(
         &self,
         common: &Common,
+        checkpoint: &Checkpoint,
         source: &str,
         ranks: &Ranks,
         parallel: &Parallel,
@@ -207,11 +210,23 @@ impl Job<'_> {
             let spans = trace::gather(groups, at, &output.spans)?;
             Ok((output, spans))
         });
-        result.map_err(|error| match error {
-            // these speak of the input, and do not know its file
-            Error::Input { .. } => anyhow!("{source}: layer {}: {error}", self.spec().index),
-            other => other.into(),
+        result.map_err(|error| match &error {
+            Error::Input { what, .. } => {
+                let about = format!("layer {}: {error}", self.spec().index);
+                let own_logits = *what == "router logits" && self.input.router_logits.is_none();
+                match own_logits.then(|| self.non_finite_weights(common, checkpoint)).flatten() {
+                    Some(weights) => anyhow!(weights.to_string()).context(about),
+                    // of the input, which does not know its file
+                    None => anyhow!("{source}: {about}"),
+                }
+            }
+            _ => error.into(),
         })
+    }
+
+    /// Weights of the router that are no numbers.
+    fn non_finite_weights(&self, common: &Common, checkpoint: &Checkpoint) -> Option<Finding> {
+        doctor::non_finite(checkpoint, self.entry, &self.layer, &[], &*common.pool)
     }
 
     /// Adds the experts that the tokens chose to `trace`, as one call.
@@ -228,7 +243,13 @@ impl Job<'_> {
     }
 
     /// That element of the output, and where it comes from.
-    fn non_finite(&self, done: &BatchOutput, at: usize) -> anyhow::Error {
+    fn non_finite(
+        &self,
+        common: &Common,
+        checkpoint: &Checkpoint,
+        done: &BatchOutput,
+        at: usize,
+    ) -> anyhow::Error {
         let (width, value) = (self.spec().dims.hidden, done.output[at]);
         let (token, column) = (at / width, at % width);
         let place = format!("layer {}: output[{token}, {column}]", self.spec().index);
@@ -241,8 +262,10 @@ impl Job<'_> {
         }
         let k = self.spec().router.top_k;
         let cause = nonfinite::cause(
+            checkpoint,
             &self.layer,
             self.entry,
+            &*common.pool,
             &self.input.hidden[token * width..][..width],
             &done.topk_ids[token * k..][..k],
         );

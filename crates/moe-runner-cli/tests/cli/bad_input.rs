@@ -18,8 +18,12 @@ struct Bench {
 
 impl Bench {
     fn new() -> Self {
+        Self::of("qwen2_moe_f16")
+    }
+
+    fn of(name: &str) -> Self {
         let folder = TempDir::new().unwrap();
-        for entry in std::fs::read_dir(case("qwen2_moe_f16")).unwrap() {
+        for entry in std::fs::read_dir(case(name)).unwrap() {
             let entry = entry.unwrap();
             std::fs::copy(entry.path(), folder.path().join(entry.file_name())).unwrap();
         }
@@ -439,11 +443,11 @@ fn an_output_that_is_no_number() {
     assert!(good.status.success());
     let chosen = Values::read(&bench.path("out.safetensors")).get("topk_ids")[0] as usize;
     std::fs::remove_file(bench.path("out.safetensors")).unwrap();
-    let tensor = format!("model.layers.0.mlp.experts.{chosen}.down_proj");
-    bench.spoil_weight(&format!("{tensor}.weight"), 40 + 7, &[0x00, 0x7e]);
+    let tensor = format!("model.layers.0.mlp.experts.{chosen}.down_proj.weight");
+    bench.spoil_weight(&tensor, 40 + 7, &[0x00, 0x7e]);
     bench.refuses(1, "layer 0: output[0, 1] is NaN");
-    let cause = format!("token 0, expert {chosen}: tensor '{tensor}', row 1, column 7 is NaN");
-    bench.refuses(1, &cause);
+    bench.refuses(1, &format!("token 0, expert {chosen}: "));
+    bench.refuses(1, &format!("'{tensor}' in model.safetensors has NaN at row 1, column 7"));
     bench.refuses(1, "--allow-non-finite writes it");
     assert!(crate::moe_runner(bench.run("0", &flags)).status.success());
     assert!(Values::read(&bench.path("out.safetensors")).get("output")[1].is_nan());
@@ -455,6 +459,12 @@ fn an_output_that_is_no_number() {
     assert!(stderr.contains("layer 0: output[1, 0] is"), "{stderr}");
     assert!(stderr.contains("beyond f32") && stderr.contains("expert"), "{stderr}");
 
+    // a product of gate and up that is not, although each of them is
+    let bench = Bench::new();
+    bench.input(&[New::f32("hidden_states", &[1, 64], &[6e37; 64])]);
+    let stderr = refused(1, bench.run("0", &["--dtype", "f32"]));
+    assert!(stderr.contains("'model.layers.0.mlp."), "{stderr}");
+
     // a value that f32 holds, and f16 does not
     bench.input(&[New::f32("hidden_states", &[1, 64], &[3e4; 64])]);
     let flags = ["--dtype", "f32", "--output-dtype", "f16"];
@@ -463,6 +473,36 @@ fn an_output_that_is_no_number() {
     assert!(!bench.path("out.safetensors").exists());
     let allowed = [&flags[..], &["--allow-non-finite"]].concat();
     assert!(crate::moe_runner(bench.run("0", &allowed)).status.success());
+}
+
+/// Weights of all kinds that are no numbers: the tensor is named, whatever it is for.
+#[test]
+fn weights_that_are_no_numbers_are_named() {
+    const F16: &[u8] = &[0x00, 0x7e];
+    const BF16: &[u8] = &[0xc0, 0x7f];
+    let at = "layers.0.mlp";
+    for (case, tensor, nan, place) in [
+        ("qwen2_moe_f16", format!("model.{at}.shared_expert_gate.weight"), F16, "at 7"),
+        ("qwen2_moe_f16", format!("model.{at}.gate.weight"), F16, "at row 0, column 7"),
+        ("gpt_oss", format!("model.{at}.experts.down_proj_bias"), BF16, "at 7"),
+        (
+            "nemotron_h_latent",
+            "backbone.layers.0.mixer.fc1_latent_proj.weight".into(),
+            &f32::NAN.to_le_bytes(),
+            "at row 0, column 7",
+        ),
+    ] {
+        let bench = Bench::of(case);
+        let waves: Vec<f32> = (0..64 * 64).map(|i| (i as f32 * 0.37).sin()).collect();
+        bench.input(&[New::f32("hidden_states", &[64, 64], &waves)]);
+        bench.spoil_weight(&tensor, 7, nan);
+        bench.refuses(1, &format!("'{tensor}' in model.safetensors has NaN {place}"));
+        bench.refuses(1, "layer 0: ");
+    }
+    // a number of the input that the activations' dtype turns into infinity
+    let bench = Bench::new();
+    bench.input(&[New::f32("hidden_states", &[2, 64], &[[0.5; 64], [7e4; 64]].concat())]);
+    bench.refuses(1, "row 1, column 0 is 7e4, which f16 cannot hold; --dtype f32 holds it");
 }
 
 #[test]

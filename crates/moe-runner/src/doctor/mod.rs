@@ -47,13 +47,28 @@ pub fn examine(
 ) -> Vec<Finding> {
     let mut findings = Findings::new(entry.spec.index);
     quantisation::look_at(checkpoint, entry, &mut findings);
-    let seen = weights::read(checkpoint, entry, layer, pool, &mut findings);
+    let seen = weights::read(checkpoint, entry, layer, &|_| true, pool, &mut findings);
     scales::compare(&seen, &mut findings);
     copies::find(&seen, &mut findings);
     if seen.iter().all(weights::Seen::is_usable) {
         routing::probe(checkpoint, entry, layer, &mut findings);
     }
     findings.finish()
+}
+
+/// What is NaN or infinite among the weights that a token meets which goes to `experts`: theirs, and
+/// those of the router, the shared experts and the steps around them.
+pub fn non_finite(
+    checkpoint: &Checkpoint,
+    entry: &LayerEntry,
+    layer: &LoadedLayer,
+    experts: &[u32],
+    pool: &dyn ThreadPool,
+) -> Option<Finding> {
+    let wanted = |expert: usize| experts.iter().any(|id| *id as usize == expert);
+    let mut findings = Findings::new(entry.spec.index);
+    weights::read(checkpoint, entry, layer, &wanted, pool, &mut findings);
+    findings.finish().into_iter().find(|finding| finding.kind == FindingKind::NonFinite)
 }
 
 /// The file that holds a tensor, or those of a module.

@@ -83,16 +83,17 @@ impl Seen<'_> {
     }
 }
 
-/// Reads all weights, on all threads of `pool`. What is wrong with a matrix or vector by itself is
-/// added to `findings`.
+/// Reads the weights on all threads of `pool`: all but those of routed experts that are not `wanted`.
+/// What is wrong with a matrix or vector by itself is added to `findings`.
 pub(super) fn read<'a>(
     checkpoint: &'a Checkpoint,
     entry: &LayerEntry,
     layer: &'a LoadedLayer,
+    wanted: &dyn Fn(usize) -> bool,
     pool: &dyn ThreadPool,
     findings: &mut Findings,
 ) -> Vec<Seen<'a>> {
-    let mut seen = matrices(checkpoint, entry, layer);
+    let mut seen = matrices(checkpoint, entry, layer, wanted);
     let numbered = seen.iter_mut().enumerate();
     let mut parts: Vec<Part> =
         numbered.flat_map(|(index, seen)| Seen::parts(index, seen)).collect();
@@ -113,7 +114,7 @@ pub(super) fn read<'a>(
     for seen in &seen {
         zeros(seen, findings);
     }
-    vectors(checkpoint, entry, layer, findings);
+    vectors(checkpoint, entry, layer, wanted, findings);
     seen
 }
 
@@ -156,6 +157,7 @@ fn matrices<'a>(
     checkpoint: &'a Checkpoint,
     entry: &LayerEntry,
     layer: &'a LoadedLayer,
+    wanted: &dyn Fn(usize) -> bool,
 ) -> Vec<Seen<'a>> {
     let mut seen = Vec::new();
     let mut add = |place, projection: &Projection, matrix: &'a Matrix| {
@@ -169,6 +171,9 @@ fn matrices<'a>(
     }
     let mut branch = |tensors: &Experts, experts: &'a [Expert], place: fn(usize, Role) -> Place| {
         for (index, expert) in experts.iter().enumerate() {
+            if matches!(place(index, Role::Up), Place::Routed(..)) && !wanted(index) {
+                continue;
+            }
             let tensors = tensors.get(index);
             if let (Some(tensors), Some(gate)) = (&tensors.gate, &expert.gate) {
                 add(place(index, Role::Gate), tensors, gate);
@@ -311,6 +316,7 @@ fn vectors(
     checkpoint: &Checkpoint,
     entry: &LayerEntry,
     layer: &LoadedLayer,
+    wanted: &dyn Fn(usize) -> bool,
     findings: &mut Findings,
 ) {
     let tensors = &entry.tensors;
@@ -332,6 +338,9 @@ fn vectors(
     }
     let mut branch = |tensors: &Experts, experts: &[Expert], routed: bool| {
         for (index, expert) in experts.iter().enumerate() {
+            if routed && !wanted(index) {
+                continue;
+            }
             let (id, tensors) = (routed.then_some(index), tensors.get(index));
             for (part, values) in [
                 (&tensors.gate_bias, &expert.gate_bias),

@@ -95,6 +95,13 @@ fn gate(layer: &LoadedLayer, rows: &[Vec<f64>]) -> Result<Vec<f32>> {
     Ok(logits.concat().into_iter().map(|v| v as f32).collect())
 }
 
+/// The rows that the routed experts see of `hidden` `[T, H]`: after the transformation of the input.
+pub fn expert_rows(layer: &LoadedLayer, hidden: &[f32]) -> Vec<Vec<f64>> {
+    let rows = hidden.chunks_exact(layer.spec.dims.hidden);
+    let rows = rows.map(|row| row.iter().map(|v| f64::from(*v)).collect()).collect();
+    transform(&layer.spec.input_transform, &layer.input_transform, rows)
+}
+
 pub(crate) fn route(
     layer: &LoadedLayer,
     logits: &[f32],

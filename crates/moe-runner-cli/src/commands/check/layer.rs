@@ -305,7 +305,7 @@ impl Checker<'_> {
         if let Some(input) = self.input
             && (recordings.is_empty() || input.has_hidden(spec)?)
         {
-            return Ok((round(input.layer(spec)?), "given".into()));
+            return Ok((round(input.layer(spec, dtype)?), "given".into()));
         }
         if let Some(most) = recordings.iter().max_by_key(|recording| recording.input.tokens)
             && most.input.tokens > 0

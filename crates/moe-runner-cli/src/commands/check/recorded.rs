@@ -129,7 +129,7 @@ impl Recorded {
                 (Some(hidden), _) => {
                     self.beside(hidden_alone(&hidden, spec)?, layer, &[prefix, ""], input)?
                 }
-                (None, Some(input)) => input.layer(spec)?,
+                (None, Some(input)) => input.layer(spec, dtype)?,
                 (None, None) => bail!(
                     "{}: holds outputs without their hidden states; name those with --input",
                     self.file.path().display()

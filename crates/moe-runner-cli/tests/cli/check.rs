@@ -90,6 +90,18 @@ fn a_recording_that_differs_is_noticed() {
     let (status, text) = verdict(&less, &ids, &weights);
     assert_eq!(status, Some(1));
     assert!(text.contains("recorded t7: NMSE"), "{text}");
+    // of which no routed expert has the blame
+    assert!(!text.contains("expert"), "{text}");
+
+    // an expert that adds too much, for its weight, to all of its tokens
+    let mut one: Vec<f32> = out.clone();
+    for (slot, id) in ids.iter().enumerate().filter(|(_, id)| **id == ids[0]) {
+        let (token, weight) = (slot / 4, weights[slot]);
+        assert!(weight > 0.0, "expert {id}");
+        one[token * 64..][..64].iter_mut().for_each(|y| *y += 0.1 * weight);
+    }
+    let (_, text) = verdict(&one, &ids, &weights);
+    assert!(text.ends_with(&format!(", expert {}", ids[0])), "{text}");
 
     let mut other = ids.clone();
     other[0] = (0..12).find(|id| !ids[..4].contains(id)).unwrap();
@@ -351,6 +363,20 @@ fn the_worst_expert_is_the_one_that_has_the_fault() {
         assert_eq!(layer["original_worst_expert"]["index"], faulty, "{layer}");
         assert_eq!(layer["inputs"], "random");
     }
+}
+
+/// Before the first layer is checked, and not after the last.
+#[test]
+fn a_file_without_recordings_is_refused_at_once() {
+    let (case, folder) = (case("qwen2_moe_f16"), TempDir::new().unwrap());
+    let path = folder.path().join("in.safetensors");
+    write(&path, &[New::f32("hidden_states", &[1, 64], &[0.5; 64])]);
+    let args = ["check".as_ref(), case.as_os_str(), "--against".as_ref(), path.as_os_str()];
+    let output = moe_runner(args);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(output.stdout.is_empty(), "{}", String::from_utf8_lossy(&output.stdout));
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert!(stderr.contains("no recorded output of a checked layer"), "{stderr}");
 }
 
 /// With a recording of the model, everything is measured on its hidden states.

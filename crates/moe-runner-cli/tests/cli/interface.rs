@@ -9,6 +9,7 @@ use std::process::{Command, Stdio};
 use serde_json::Value;
 
 use crate::files::{New, Values, write};
+use crate::plan::sixty_layers;
 use crate::{case, json, moe_runner, refused};
 
 const COMMANDS: [&str; 8] =
@@ -133,7 +134,6 @@ fn errors_are_objects_too() {
     assert!(message.contains("--frobnicate") && !message.starts_with("error"), "{message}");
 }
 
-/// Reports for people, at every width: no line is longer than the terminal but for a single word,
 /// Keys of the whole report and of its layers: of the same type wherever they stand, and the checkpoint
 /// under one name.
 #[test]
@@ -180,35 +180,44 @@ fn a_key_means_the_same_everywhere() {
     }
 }
 
+/// Reports for people, at every width: no line is longer than the terminal but for a single word,
 /// and no word is broken.
 #[test]
 fn lines_fit_and_words_stay_whole() {
-    let case = case("deepseek_v3_bf16");
-    let at = |command: &[&str], columns: Option<usize>| {
+    let (few, many) = (case("deepseek_v3_bf16"), tempfile::tempdir().unwrap());
+    sixty_layers(many.path(), |_, _| true);
+    let at = |case: &Path, command: &[&str], columns: Option<usize>| {
         let mut run = Command::new(env!("CARGO_BIN_EXE_moe-runner"));
-        run.arg(command[0]).arg(&case).args(&command[1..]).env_remove("COLUMNS");
+        run.arg(command[0]).arg(case).args(&command[1..]).env_remove("COLUMNS");
         if let Some(columns) = columns {
             run.env("COLUMNS", columns.to_string());
         }
         let output = run.output().unwrap();
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        assert!(output.stderr.is_empty(), "{}", String::from_utf8_lossy(&output.stderr));
         String::from_utf8(output.stdout).unwrap()
     };
     let words = |text: &str| {
-        let mut words: Vec<String> = text.split_whitespace().map(str::to_owned).collect();
+        // how long the rest will take is another number every time
+        let cells = text.lines().flat_map(|line| line.split("  "));
+        let cells = cells.filter(|cell| !cell.ends_with(" left"));
+        let mut words: Vec<String> =
+            cells.flat_map(str::split_whitespace).map(str::to_owned).collect();
         words.sort();
         words.dedup();
         words
     };
-    for command in [
-        &["inspect"][..],
-        &["explain"],
-        &["plan", "--ranks", "4", "--redundant", "8"],
-        &["check", "--no-timing", "--tokens", "2", "--threads", "1"],
+    let check = &["check", "--no-timing", "--tokens", "2", "--threads", "1"][..];
+    for (case, command) in [
+        (&*few, &["inspect"][..]),
+        (&few, &["explain"]),
+        (&few, &["plan", "--ranks", "4", "--redundant", "8"]),
+        (&few, check),
+        // a line for each layer
+        (many.path(), &[check, &["--layers", "0-5"]].concat()),
     ] {
-        let free = words(&at(command, None));
+        let free = words(&at(case, command, None));
         for columns in [40, 60, 80, 120, 200] {
-            let text = at(command, Some(columns));
+            let text = at(case, command, Some(columns));
             for line in text.lines() {
                 let single = line.split_whitespace().count() == 1;
                 let length = line.chars().count();

@@ -230,7 +230,7 @@ fn a_balanced_placement_runs() {
 }
 
 /// A checkpoint of sixty layers of one shape, with those of its tensors that are kept.
-fn sixty_layers(folder: &Path, keeps: impl Fn(usize, &str) -> bool) {
+pub(crate) fn sixty_layers(folder: &Path, keeps: impl Fn(usize, &str) -> bool) {
     let (layers, hidden, experts) = (60, 16usize, 4usize);
     let config = format!(
         r#"{{"model_type": "olmoe", "hidden_size": {hidden}, "intermediate_size": 8,

@@ -129,6 +129,12 @@ impl ByExpert {
         let Worst { index, .. } = worst(self.parts.iter().map(|(e, n)| ratio((*e, n + mean))))?;
         Some(Worst { index, nmse: ratio(self.parts[index]) })
     }
+
+    /// The expert that more than half of all errors come from.
+    pub(super) fn culprit(&self) -> Option<Worst> {
+        let all: f64 = self.parts.iter().map(|part| part.0).sum();
+        self.worst().filter(|worst| 2.0 * self.parts[worst.index].0 > all)
+    }
 }
 
 fn worst(errors: impl Iterator<Item = f64>) -> Option<Worst> {

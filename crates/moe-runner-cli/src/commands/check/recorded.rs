@@ -12,14 +12,15 @@
 
 use std::path::Path;
 
-use anyhow::{Result, anyhow, bail};
+use anyhow::{Result, bail};
+use moe_runner::checkpoint::architecture::LayerEntry;
 use moe_runner::checkpoint::{Checkpoint, Tensor};
 use moe_runner::hidden::ActivationDtype;
 use moe_runner::spec::{ActivationFormat, LayerSpec, Selection};
 use moe_runner::weights::LoadedLayer;
 use serde::Serialize;
 
-use super::compare::{Forward, largest, nmse, within};
+use super::compare::{Errors, Forward, Worst, largest, within};
 use crate::input::{Input, LayerInput, floats, token_ids};
 use crate::routing::weight_factor;
 
@@ -40,6 +41,10 @@ pub(crate) struct Comparison {
     /// `None` where no ids were recorded.
     pub(super) ids_equal: Option<bool>,
     pub(super) weights_max_difference: Option<f64>,
+    pub(super) worst_token: Option<Worst>,
+    /// The expert that most of the error comes from; `None` where it comes from several, or from
+    /// something else.
+    pub(super) worst_expert: Option<Worst>,
     pub(super) ok: bool,
 }
 
@@ -52,7 +57,17 @@ impl Comparison {
             (_, Some(difference)) if !within(difference, WEIGHTS_BOUND) => {
                 format!("recorded {name}: weights differ by {difference:.1e}")
             }
-            _ => format!("recorded {name}: NMSE {:.1e}, at most {:.0e}", self.nmse, self.bound),
+            _ => {
+                let token = self.worst_token.map(|worst| format!("; worst: token {}", worst.index));
+                let expert = self.worst_expert.map(|worst| format!(", expert {}", worst.index));
+                format!(
+                    "recorded {name}: NMSE {:.1e}, at most {:.0e}{}{}",
+                    self.nmse,
+                    self.bound,
+                    token.unwrap_or_default(),
+                    expert.unwrap_or_default()
+                )
+            }
         }
     }
 }
@@ -69,13 +84,30 @@ impl Recorded {
         Ok(Self { file: Checkpoint::open_safetensors(path)?, single })
     }
 
-    /// The error for a file without a recording of any checked layer.
-    pub(crate) fn no_layer(&self) -> anyhow::Error {
-        anyhow!(
+    /// Refuses a file without a recording of any of the layers.
+    pub(crate) fn ensure_any_of(&self, layers: &[&LayerEntry]) -> Result<()> {
+        let output = |layer: usize| self.file.contains(&format!("layers.{layer}.output"));
+        let any = layers
+            .iter()
+            .map(|entry| entry.spec.index)
+            .any(|layer| output(layer) || self.tags(layer).next().is_some());
+        if any || (self.single && self.file.contains("output")) {
+            return Ok(());
+        }
+        bail!(
             "{}: no recorded output of a checked layer; it should hold layers.N.TAG.x and \
              layers.N.TAG.out, or what `run` writes (of one layer: name it with --layers)",
             self.file.path().display()
         )
+    }
+
+    /// The tags that batches of a layer are recorded under.
+    fn tags(&self, layer: usize) -> impl Iterator<Item = String> {
+        let prefix = format!("layers.{layer}.");
+        self.file.names().filter_map(move |name| {
+            let tag = name.strip_prefix(&prefix)?.strip_suffix(".x")?;
+            self.file.contains(&format!("{prefix}{tag}.out")).then(|| tag.to_owned())
+        })
     }
 
     /// What is recorded of a layer. `input` holds the hidden states of outputs that stand alone.
@@ -97,18 +129,11 @@ impl Recorded {
         };
         let mut recordings = Vec::new();
         let prefix = format!("layers.{}.", spec.index);
-        let tags: Vec<String> = self
-            .file
-            .names()
-            .filter_map(|name| name.strip_prefix(&prefix)?.strip_suffix(".x"))
-            .filter(|tag| self.file.contains(&format!("{prefix}{tag}.out")))
-            .map(str::to_owned)
-            .collect();
         let quantised = layer
             .experts
             .iter()
             .any(|expert| expert.up.input.format() != ActivationFormat::Unquantised);
-        for tag in tags {
+        for tag in self.tags(spec.index) {
             let prefix = format!("{prefix}{tag}.");
             let hidden = self.file.require(&format!("{prefix}x"))?;
             let out = match self.file.tensor(&format!("{prefix}out_fakequant"))? {
@@ -198,8 +223,9 @@ impl Recording {
     pub(super) fn judge(&self, spec: &LayerSpec, bound: f64, done: &Forward) -> Result<Comparison> {
         let tokens = done.routing.tokens;
         self.out.expect_shape(&[tokens, spec.dims.hidden])?;
-        let recorded = floats(&self.out)?.into_iter().map(f64::from);
-        let nmse = nmse(done.output.iter().copied().zip(recorded));
+        let recorded: Vec<f64> = floats(&self.out)?.into_iter().map(f64::from).collect();
+        let errors = Errors::of(spec.dims.hidden, &done.output, &recorded);
+        let nmse = errors.nmse();
         let bound = bound.max(F32_RECORDING);
         let (mut ids_equal, mut weights_max_difference) = (None, None);
         if let Some((ids, weights)) = &self.routing {
@@ -218,7 +244,17 @@ impl Recording {
             && ids_equal != Some(false)
             && weights_max_difference.is_none_or(|difference| within(difference, WEIGHTS_BOUND));
         let name = self.name.clone();
-        Ok(Comparison { name, tokens, nmse, bound, ids_equal, weights_max_difference, ok })
+        Ok(Comparison {
+            name,
+            tokens,
+            nmse,
+            bound,
+            ids_equal,
+            weights_max_difference,
+            worst_token: errors.worst_token(),
+            worst_expert: errors.by_expert(&done.routing, spec.router.experts).culprit(),
+            ok,
+        })
     }
 }
 

@@ -29,8 +29,12 @@ pub(super) struct Live {
     in_full: bool,
     /// There is another checkpoint beside this one.
     another: bool,
-    columns: Vec<(&'static str, usize)>,
+    /// Titles and widths of the cells of a layer, in as many lines as they take.
+    lines: Vec<Vec<(&'static str, usize)>>,
 }
+
+/// Before the second line of a layer: as wide as its number.
+const INDENT: &str = "       ";
 
 impl Live {
     /// For so many layers, which `another` checkpoint stands beside.
@@ -51,14 +55,17 @@ impl Live {
         if another {
             columns.insert(columns.len() - 1, (">of the other", 12));
         }
-        // what does not fit stands in the JSON
         let limit = width().unwrap_or(usize::MAX);
-        let mut used = 0;
-        columns.retain(|(_, width)| {
-            used += width + 2;
-            used <= limit.saturating_add(2)
-        });
-        Self { in_full: layers <= IN_FULL, another, columns }
+        let (mut lines, mut used) = (vec![Vec::new()], 0);
+        for column in columns {
+            if used + column.1 > limit {
+                lines.push(Vec::new());
+                used = INDENT.len();
+            }
+            used += column.1 + 2;
+            lines.last_mut().into_iter().for_each(|line| line.push(column));
+        }
+        Self { in_full: layers <= IN_FULL, another, lines }
     }
 
     /// What comes before the first layer.
@@ -74,7 +81,8 @@ impl Live {
         match self.in_full {
             true => facts.to_string(),
             false => {
-                let titles = self.columns.iter().map(|(title, _)| title.trim_start_matches('>'));
+                let titles = self.lines.iter().flatten();
+                let titles = titles.map(|(title, _)| title.trim_start_matches('>'));
                 format!("{facts}\n{}", self.line(titles.map(str::to_owned)))
             }
         }
@@ -109,19 +117,28 @@ impl Live {
         let left = left.map(|left| format!("{} left", units::seconds(left.as_secs_f64())));
         let line = self.line(cells.into_iter().chain(of_the_other).chain(left));
         match layer.ok {
-            true => layer.asides().fold(line, |line, aside| line + "\n       " + &aside.line()),
+            true => {
+                layer.asides().fold(line, |line, aside| format!("{line}\n{INDENT}{}", aside.line()))
+            }
             false => format!("{line}\n{}", full(layer)),
         }
     }
 
     fn line(&self, cells: impl IntoIterator<Item = String>) -> String {
-        let cells = self.columns.iter().zip(cells).map(|((title, width), cell)| {
-            match title.starts_with('>') {
-                true => format!("{cell:>width$}"),
-                false => format!("{cell:width$}"),
-            }
+        let mut cells = cells.into_iter();
+        let lines = self.lines.iter().enumerate().map(|(i, columns)| {
+            let cells = columns.iter().zip(&mut cells).map(|((title, width), cell)| {
+                match title.starts_with('>') {
+                    true => format!("{cell:>width$}"),
+                    false => format!("{cell:width$}"),
+                }
+            });
+            let indent = if i == 0 { "" } else { INDENT };
+            let line = indent.to_owned() + &cells.collect::<Vec<_>>().join("  ");
+            line.trim_end().to_owned()
         });
-        cells.collect::<Vec<_>>().join("  ").trim_end().to_owned()
+        let lines: Vec<String> = lines.filter(|line| !line.is_empty()).collect();
+        lines.join("\n")
     }
 }
 
@@ -316,7 +333,7 @@ fn full(layer: &LayerCheck) -> String {
     }
     if let Some(nmse) = layer.original_nmse {
         let worst = layer.original_worst_expert.map_or(String::new(), |worst| {
-            format!("; most of it from expert {}: {:.1e}", worst.index, worst.nmse)
+            format!("; worst expert {}: {:.1e}", worst.index, worst.nmse)
         });
         let random = match layer.inputs.as_str() {
             "random" => {

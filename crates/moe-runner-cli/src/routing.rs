@@ -32,6 +32,12 @@ pub(crate) fn load_trace(path: &Path, layers: &[&LayerEntry]) -> Result<Trace> {
         if let Some(name) = file.names().find(|name| *name == "topk_ids") {
             bail!("{}: '{name}' is of one layer; name it with --layers", path.display());
         }
+        // what `run` or a recording has of other layers
+        let others =
+            file.names().find(|name| name.starts_with("layers.") && name.ends_with("topk_ids"));
+        if let Some(other) = others {
+            bail!("{}: has '{other}', and nothing of the chosen layers", path.display());
+        }
         return Ok(Trace::load(path)?);
     }
     let mut trace = Trace::new();

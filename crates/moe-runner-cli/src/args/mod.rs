@@ -11,7 +11,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::error::ErrorKind;
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use moe_runner::hidden::ActivationDtype;
 use moe_runner::parallel::links::LinkSpeed;
 
@@ -393,7 +393,11 @@ impl Args {
     pub(crate) fn parse(
         args: impl IntoIterator<Item = OsString>,
     ) -> Result<Self, clap::error::Error> {
-        Self::try_parse_from(args)
+        // a number below zero is an argument's value, not a flag that nobody knows
+        let mut command = Self::command();
+        command = command.mut_subcommands(|command| command.allow_negative_numbers(true));
+        let matches = command.try_get_matches_from_mut(args)?;
+        Self::from_arg_matches(&matches).map_err(|error| error.format(&mut command))
     }
 
     /// Parses the command line; otherwise the exit status, after help or one line of what is wrong.

@@ -1,8 +1,9 @@
 //! Progress of long work: on standard error, and only on a terminal.
 
+use std::fmt::Write;
 use std::time::{Duration, Instant};
 
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{HumanDuration, ProgressBar, ProgressState, ProgressStyle};
 
 /// A bar, which disappears when it is dropped.
 pub(crate) struct Progress {
@@ -13,13 +14,13 @@ pub(crate) struct Progress {
 impl Progress {
     /// Of `steps` steps.
     pub(crate) fn new(steps: usize) -> Self {
-        Self::with(steps as u64, "{bar:24} {pos}/{len}  {msg}  {elapsed}, {eta} left")
+        Self::with(steps as u64, "{bar:24} {pos}/{len}  {msg}  {elapsed}{left}")
     }
 
     /// Of bytes.
     pub(crate) fn of_bytes(bytes: u64) -> Self {
         let template = "{bar:24} {decimal_bytes}/{decimal_total_bytes}, \
-                        {decimal_bytes_per_sec}, {eta} left  {wide_msg}";
+                        {decimal_bytes_per_sec}{left}  {wide_msg}";
         Self::with(bytes, template)
     }
 
@@ -27,7 +28,12 @@ impl Progress {
         // hidden by itself where standard error is no terminal
         let bar = ProgressBar::new(length);
         if let Ok(style) = ProgressStyle::with_template(template) {
-            bar.set_style(style);
+            bar.set_style(style.with_key("left", |state: &ProgressState, out: &mut dyn Write| {
+                // nothing is known before something is done
+                if state.pos() > 0 {
+                    let _ = write!(out, ", {:#} left", HumanDuration(state.eta()));
+                }
+            }));
         }
         bar.enable_steady_tick(Duration::from_millis(200));
         Self { bar, begun: Instant::now() }

@@ -526,6 +526,10 @@ fn a_checkpoint_that_is_not_there() {
     std::fs::copy(&config, models.path().join("tiny/config.json")).unwrap();
     let stderr = refused(1, ["inspect".as_ref(), models.path().as_os_str()]);
     assert!(stderr.contains("; a folder in it, 'tiny', has a config.json: name that"), "{stderr}");
+    let hub = TempDir::new().unwrap();
+    std::fs::create_dir_all(hub.path().join("models--org--tiny/snapshots/0123")).unwrap();
+    let stderr = refused(1, ["inspect".as_ref(), hub.path().as_os_str()]);
+    assert!(stderr.contains("'models--org--tiny', is a model of a hub's cache: name"), "{stderr}");
     let gguf = case("gguf_qwen3moe_bf16");
     let stderr = refused(1, ["inspect".as_ref(), gguf.as_os_str()]);
     assert!(stderr.contains("no config.json") && stderr.contains("'model.gguf'"), "{stderr}");

@@ -286,8 +286,10 @@ fn mistyped_words_are_answered_in_one_line() {
     let stderr = refused(2, ["chekc"]);
     let says = "unrecognized subcommand 'chekc'; a similar subcommand exists: 'check' (";
     assert!(stderr.contains(says), "{stderr}");
-    let stderr = refused(2, ["check", "--tokens", "many"]);
-    assert!(stderr.contains("'--tokens <N>': is no whole number ("), "{stderr}");
+    for number in ["many", "-1"] {
+        let stderr = refused(2, ["check", "--tokens", number]);
+        assert!(stderr.contains("'--tokens <N>': is no whole number ("), "{stderr}");
+    }
 }
 
 /// Commands that end in the middle say so as an object, too.

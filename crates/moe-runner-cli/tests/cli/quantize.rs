@@ -261,6 +261,8 @@ fn progress_has_a_rate_and_the_time_left() {
     };
     let shown = String::from_utf8_lossy(&shown.stdout).into_owned();
     assert!(shown.contains("B/s, ") && shown.contains("s left"), "{shown}");
+    let bars = shown.split('\r').filter(|bar| bar.contains(" 0 B/"));
+    assert!(bars.into_iter().all(|bar| !bar.contains("left")), "before anything is done: {shown}");
     let piped = Command::new("sh").args(["-c", &run("b")]).output().unwrap();
     assert!(piped.status.success());
     assert!(piped.stderr.is_empty(), "{}", String::from_utf8_lossy(&piped.stderr));

@@ -209,15 +209,21 @@ fn no_model(path: &Path, names: &[String]) -> String {
         let name = printable(names.iter().find(|name| name.ends_with(".bin"))?);
         Some(format!("; '{name}' looks like PyTorch's format, which is not read: convert it"))
     };
-    // a folder of models
-    let within = || {
-        let of_model = |name: &&String| path.join(name).join("config.json").exists();
-        let mut models = names.iter().filter(of_model).map(|name| printable(name));
+    let named = |is: &dyn Fn(&Path) -> bool, what: &str| {
+        let mut models =
+            names.iter().filter(|name| is(&path.join(name))).map(|name| printable(name));
         let (first, more) = (models.next()?, models.count());
         let others = if more > 0 { format!(" and {more} more") } else { String::new() };
-        Some(format!("; a folder in it, '{first}'{others}, has a config.json: name that"))
+        Some(format!("; a folder in it, '{first}'{others}, {what}: name that"))
     };
-    let also = name_gguf(names).or_else(pytorch).or_else(within).unwrap_or_default();
+    // a folder of models, and a hub's cache
+    let models = || named(&|path| path.join("config.json").exists(), "has a config.json");
+    let cached = || {
+        let snapshots = |path: &Path| path.join("snapshots").is_dir();
+        named(&snapshots, "is a model of a hub's cache")
+    };
+    let also =
+        name_gguf(names).or_else(pytorch).or_else(models).or_else(cached).unwrap_or_default();
     format!("holds no checkpoint: no {INDEX}, {SINGLE} or numbered safetensors files{also}")
 }
 

@@ -2,6 +2,7 @@
 
 use std::arch::x86_64::*;
 
+use super::header::{self, Kind};
 use super::panel::Panel;
 use super::simd::{MAGIC, Simd};
 use super::tile::{Args, Shape, shapes};
@@ -14,6 +15,14 @@ pub(super) const fn of<P: Panel<Avx2>>() -> &'static [Shape] {
 unsafe fn tile<P: Panel<Avx2>, const M: usize, const N: usize, const W: usize>(args: &Args<'_>) {
     // SAFETY: the caller's, and the features are enabled here.
     unsafe { super::tile::tile::<Avx2, P, M, N, W>(args) }
+}
+
+/// For [`Simd::numbers`].
+#[inline(never)]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn numbers(kind: &Kind, to: *mut <Avx2 as Simd>::V) {
+    // SAFETY: the caller's, and the features are enabled here.
+    unsafe { header::read::<Avx2>(kind, to) }
 }
 
 pub(super) struct Avx2;
@@ -258,6 +267,12 @@ impl Simd for Avx2 {
                 _mm256_i32gather_ps::<4>(numbers.as_ptr(), index)
             })
         }
+    }
+
+    #[inline(always)]
+    unsafe fn numbers(kind: &Kind, to: *mut Self::V) {
+        // SAFETY: see above.
+        unsafe { numbers(kind, to) }
     }
 
     #[inline(always)]

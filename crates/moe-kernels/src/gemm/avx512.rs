@@ -2,6 +2,7 @@
 
 use std::arch::x86_64::*;
 
+use super::header::{self, Kind};
 use super::panel::Panel;
 use super::simd::{MAGIC, Simd};
 use super::tile::{Args, Shape, shapes};
@@ -16,6 +17,14 @@ pub(super) const fn of<P: Panel<Avx512>>() -> &'static [Shape] {
 unsafe fn tile<P: Panel<Avx512>, const M: usize, const N: usize, const W: usize>(args: &Args<'_>) {
     // SAFETY: the caller's, and the features are enabled here.
     unsafe { super::tile::tile::<Avx512, P, M, N, W>(args) }
+}
+
+/// For [`Simd::numbers`].
+#[inline(never)]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+unsafe fn numbers(kind: &Kind, to: *mut <Avx512 as Simd>::V) {
+    // SAFETY: the caller's, and the features are enabled here.
+    unsafe { header::read::<Avx512>(kind, to) }
 }
 
 pub(super) struct Avx512;
@@ -205,6 +214,12 @@ impl Simd for Avx512 {
             let upper = _mm512_test_epi32_mask(words, _mm512_set1_epi32(32));
             _mm512_mask_blend_ps(upper, low, high)
         }
+    }
+
+    #[inline(always)]
+    unsafe fn numbers(kind: &Kind, to: *mut Self::V) {
+        // SAFETY: see above.
+        unsafe { numbers(kind, to) }
     }
 
     #[inline(always)]

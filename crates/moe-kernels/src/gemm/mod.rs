@@ -51,6 +51,8 @@ mod avx512;
 mod avx512_bf16;
 #[cfg(target_arch = "x86_64")]
 mod avx512_vnni;
+#[allow(clippy::needless_range_loop, reason = "loops over constants, which must unroll")]
+mod header;
 #[cfg(target_arch = "x86_64")]
 mod pairs;
 mod panel;

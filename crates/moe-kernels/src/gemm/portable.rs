@@ -4,6 +4,7 @@ use std::array::from_fn;
 
 use half::{bf16, f16};
 
+use super::header::{self, Kind};
 use super::panel::Panel;
 use super::simd::Simd;
 use super::tile::{Args, Shape, shapes};
@@ -20,10 +21,24 @@ unsafe fn tile<P: Panel<Portable>, const M: usize, const N: usize, const W: usiz
     unsafe { super::tile::tile::<Portable, P, M, N, W>(args) }
 }
 
+/// For [`Simd::numbers`].
+#[inline(never)]
+unsafe fn numbers(kind: &Kind, to: *mut <Portable as Simd>::V) {
+    // SAFETY: the caller's; no features are needed.
+    unsafe { header::read::<Portable>(kind, to) }
+}
+
 pub(super) struct Portable;
 
 type V = [f32; 16];
 type I = [u32; 16];
+
+/// `a · b + c`, for the few that need it: apart, or it would stand at every product.
+#[cold]
+#[inline(never)]
+fn rounded_once(a: &V, b: &V, c: &V) -> V {
+    from_fn(|l| a[l].mul_add(b[l], c[l]))
+}
 
 /// # Safety
 /// Readable for sixteen elements.
@@ -86,7 +101,7 @@ impl Simd for Portable {
         });
         match twice {
             false => sum.map(|sum| sum as f32),
-            true => from_fn(|l| a[l].mul_add(b[l], c[l])),
+            true => rounded_once(&a, &b, &c),
         }
     }
 
@@ -187,6 +202,12 @@ impl Simd for Portable {
     #[inline(always)]
     unsafe fn lookup64(numbers: &[f32; 64], words: I) -> V {
         words.map(|word| numbers[word as usize & 63])
+    }
+
+    #[inline(always)]
+    unsafe fn numbers(kind: &Kind, to: *mut Self::V) {
+        // SAFETY: see above.
+        unsafe { numbers(kind, to) }
     }
 
     #[inline(always)]

@@ -1,5 +1,7 @@
 //! What an instruction set gives the tile: vectors of sixteen lanes, one for each row of a panel.
 
+use super::header::Kind;
+
 /// Vectors of sixteen f32, and of sixteen 32-bit words.
 ///
 /// # Safety
@@ -78,6 +80,9 @@ pub(super) trait Simd {
 
     /// The numbers at the indices in the lowest six bits.
     unsafe fn lookup64(numbers: &[f32; 64], words: Self::I) -> Self::V;
+
+    /// Numbers of a header, one vector after the other, by a function of its own.
+    unsafe fn numbers(kind: &Kind, to: *mut Self::V);
 
     /// Brings a cache line nearer; any address will do.
     unsafe fn prefetch(at: *const u8);

@@ -21,8 +21,9 @@ use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use super::avx512::Avx512;
-use super::tile::{Args, ahead, numbers, put, read, times, write};
-use crate::pack::{Codes, Group, Number, Offset, PANEL, STEP};
+use super::header::Header;
+use super::tile::{Args, ahead, put, write};
+use crate::pack::{Codes, Group, Offset, PANEL, STEP};
 
 /// The tiles of codes: any number of rows, of units of four panels and of one.
 macro_rules! any_rows {
@@ -92,7 +93,7 @@ pub(super) unsafe fn run<P: Quads, const W: usize>(args: &Args<'_>) {
     }
 }
 
-/// The numbers of a group that its sums end with.
+/// The numbers of a group that its sums end with: what the format lacks does nothing.
 #[derive(Clone, Copy)]
 struct Ends<const W: usize> {
     scale: [__m512; W],
@@ -101,29 +102,21 @@ struct Ends<const W: usize> {
 
 impl<const W: usize> Ends<W> {
     /// # Safety
-    /// As [`run`]; `header` is a block's, which has the group.
+    /// As [`Header::scales`].
     #[inline(always)]
-    unsafe fn of(args: &Args<'_>, header: *const u8, group: usize) -> Ends<W> {
-        let layout = args.layout;
-        // SAFETY: the header holds a number of each kind for each row of the unit.
+    unsafe fn of(numbers: &Header<Avx512, W>, group: usize) -> Ends<W> {
+        // SAFETY: the caller's.
         unsafe {
-            let (scales, offsets) = numbers::<W>(&layout, header, group);
-            let mut scale = [_mm512_set1_ps(1.0); W];
-            let mut minimum = [_mm512_setzero_ps(); W];
-            if let Some(number) = layout.scale {
-                scale = read::<Avx512, W>(number, scales, 0);
+            Ends {
+                scale: match numbers.scales(group, 0) {
+                    Some(scale) => scale,
+                    None => [_mm512_set1_ps(1.0); W],
+                },
+                minimum: match numbers.minima(group, 0) {
+                    Some(minimum) => minimum,
+                    None => [_mm512_setzero_ps(); W],
+                },
             }
-            if layout.outer_scale {
-                times::<Avx512, W>(&mut scale, header);
-            }
-            if let Offset::Minimum(number) = layout.offset {
-                let at = if number == Number::High4 { scales } else { offsets };
-                minimum = read::<Avx512, W>(number, at, 0);
-                if layout.outer_minimum {
-                    times::<Avx512, W>(&mut minimum, header.add(W * PANEL * 2));
-                }
-            }
-            Ends { scale, minimum }
         }
     }
 }
@@ -131,18 +124,12 @@ impl<const W: usize> Ends<W> {
 /// The zero points of a group.
 ///
 /// # Safety
-/// As [`Ends::of`].
+/// As [`Header::zeros`].
 #[inline(always)]
-unsafe fn zeros<const W: usize>(
-    args: &Args<'_>,
-    header: *const u8,
-    group: usize,
-) -> Option<[__m512i; W]> {
-    let Offset::Zero(number) = args.layout.offset else { return None };
+unsafe fn zeros<const W: usize>(numbers: &Header<Avx512, W>, group: usize) -> Option<[__m512i; W]> {
     // SAFETY: the caller's.
     unsafe {
-        let (_, at) = numbers::<W>(&args.layout, header, group);
-        let numbers = read::<Avx512, W>(number, at, 0);
+        let Some(numbers) = numbers.zeros::<W>(group, 0) else { return None };
         let mut zeros = [_mm512_setzero_si512(); W];
         for q in 0..W {
             zeros[q] = _mm512_cvtps_epi32(numbers[q]);
@@ -198,18 +185,19 @@ unsafe fn few<P: Quads, const M: usize, const W: usize>(args: &Args<'_>, constan
     unsafe {
         let mut acc = [[_mm512_setzero_ps(); W]; M];
         let mut sum = [[_mm512_setzero_si512(); W]; M];
+        let mut numbers = Header::<Avx512, W>::new(layout);
         let (mut at, mut x, mut number) = (args.unit, args.x, args.x.add(args.sums));
         for &steps in args.blocks {
             let steps = usize::from(steps);
-            let header = at;
-            let numbers = W * PANEL * layout.header_bytes(steps);
-            ahead::<Avx512>(header, numbers);
-            at = at.add(numbers);
+            let header_bytes = W * PANEL * layout.header_bytes(steps);
+            ahead::<Avx512>(at, header_bytes);
+            numbers.read::<W>(at, layout.groups(steps), 0);
+            at = at.add(header_bytes);
             let mut group = 0;
             for step in 0..steps {
                 macro_rules! begin {
                     () => {
-                        let zeros = zeros::<W>(args, header, group);
+                        let zeros = zeros::<W>(&numbers, group);
                         for m in 0..M {
                             let begin = everywhere(number.add(m * stride));
                             for q in 0..W {
@@ -238,7 +226,7 @@ unsafe fn few<P: Quads, const M: usize, const W: usize>(args: &Args<'_>, constan
                 }
                 macro_rules! end {
                     () => {
-                        let Ends { scale, minimum } = Ends::<W>::of(args, header, group);
+                        let Ends { scale, minimum } = Ends::<W>::of(&numbers, group);
                         let minima = matches!(layout.offset, Offset::Minimum(_));
                         for m in 0..M {
                             let number = (number.add(m * stride), further);
@@ -334,23 +322,24 @@ unsafe fn strip<P: Quads, const W: usize>(
             number: words.add(args.sums),
             further: args.scales.unwrap_or(0),
         };
+        let mut numbers = Header::<Avx512, W>::new(layout);
         let mut at = args.unit;
         let bytes = W * P::CODES.panel_bytes();
         for &steps in args.blocks {
             let steps = usize::from(steps);
-            let header = at;
-            let numbers = W * PANEL * layout.header_bytes(steps);
-            ahead::<Avx512>(header, numbers);
-            at = at.add(numbers);
+            let header_bytes = W * PANEL * layout.header_bytes(steps);
+            ahead::<Avx512>(at, header_bytes);
+            numbers.read::<W>(at, layout.groups(steps), 0);
+            at = at.add(header_bytes);
             let mut step = 0;
             while step < steps {
                 match layout.group {
                     Group::Sixteen => {
                         // no closures: they lack the features
-                        let first = zeros::<W>(args, header, 2 * step);
-                        let second = zeros::<W>(args, header, 2 * step + 1);
-                        let ends = Ends::<W>::of(args, header, 2 * step);
-                        let second_ends = Ends::<W>::of(args, header, 2 * step + 1);
+                        let first = zeros::<W>(&numbers, 2 * step);
+                        let second = zeros::<W>(&numbers, 2 * step + 1);
+                        let ends = Ends::<W>::of(&numbers, 2 * step);
+                        let second_ends = Ends::<W>::of(&numbers, 2 * step + 1);
                         let later = Strip {
                             words: strip.words.add(WORDS / 2),
                             number: strip.number.add(1),
@@ -369,8 +358,8 @@ unsafe fn strip<P: Quads, const W: usize>(
                         strip.number = strip.number.add(2);
                     }
                     Group::ThirtyTwo => {
-                        let zeros = zeros::<W>(args, header, step);
-                        let ends = Ends::<W>::of(args, header, step);
+                        let zeros = zeros::<W>(&numbers, step);
+                        let ends = Ends::<W>::of(&numbers, step);
                         for q in 0..W {
                             ahead::<Avx512>(at.wrapping_add(q * bytes / W), bytes / W);
                             let words = decoded::<P, W>(constants, at, q);
@@ -383,8 +372,8 @@ unsafe fn strip<P: Quads, const W: usize>(
                     Group::Block => {
                         let (first, two) = (step == 0, step + 1 < steps);
                         let last = step + 1 + usize::from(two) == steps;
-                        let zeros = if first { zeros::<W>(args, header, 0) } else { None };
-                        let ends = if last { Some(Ends::<W>::of(args, header, 0)) } else { None };
+                        let zeros = if first { zeros::<W>(&numbers, 0) } else { None };
+                        let ends = if last { Some(Ends::<W>::of(&numbers, 0)) } else { None };
                         for q in 0..W {
                             ahead::<Avx512>(at.wrapping_add(q * bytes / W), bytes / W);
                             let words = decoded::<P, W>(constants, at, q);

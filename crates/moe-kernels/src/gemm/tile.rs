@@ -15,10 +15,11 @@
 
 use std::ops::Range;
 
+use super::header::Header;
 use super::panel::Panel;
 use super::simd::Simd;
 use crate::numerics::{DecodeScale, EncodeScale};
-use crate::pack::{Finish, Layout, Number, OCTET, Offset, PANEL, STEP};
+use crate::pack::{Finish, Layout, OCTET, PANEL, STEP};
 use crate::stored::Global;
 
 /// The operands of a tile.
@@ -139,14 +140,15 @@ pub(super) unsafe fn tile<S: Simd, P: Panel<S>, const M: usize, const N: usize, 
     unsafe {
         let constants = P::constants(args.table);
         let mut acc = [[S::splat(0.0); N]; M];
+        let mut numbers = Header::<S, N>::new(layout);
         let (mut at, mut x, mut sums) = (args.unit, args.x, args.x.add(args.sums));
         for &steps in args.blocks {
             let steps = usize::from(steps);
-            let header = at;
             let groups = layout.groups(steps);
             let octets = steps * (STEP / OCTET) / groups;
             let header_bytes = W * PANEL * layout.header_bytes(steps);
-            ahead::<S>(header, header_bytes);
+            ahead::<S>(at, header_bytes);
+            numbers.read::<W>(at, groups, args.first);
             at = at.add(header_bytes);
             let codes = at.add(args.first * P::ITEM);
             at = at.add(steps * W * P::CODES.panel_bytes());
@@ -154,10 +156,8 @@ pub(super) unsafe fn tile<S: Simd, P: Panel<S>, const M: usize, const N: usize, 
             for group in 0..groups {
                 let mut sum = [[S::splat(0.0); N]; M];
                 let (of, row) = (octet..octet + octets, (x, sums));
-                match layout.offset {
-                    Offset::Zero(number) if P::CODES.have_zeros() => {
-                        let (_, zeros) = numbers::<W>(&layout, header, group);
-                        let zeros = read::<S, N>(number, zeros, args.first * PANEL);
+                match numbers.zeros::<N>(group, 0) {
+                    Some(zeros) if P::CODES.have_zeros() => {
                         let mut zero = [P::zero(zeros[0]); N];
                         for q in 1..N {
                             zero[q] = P::zero(zeros[q]);
@@ -176,7 +176,8 @@ pub(super) unsafe fn tile<S: Simd, P: Panel<S>, const M: usize, const N: usize, 
                 octet += octets;
                 x = x.add(octets * OCTET / P::K);
                 let scales = if P::CODED { args.scales } else { None };
-                finish_group::<S, M, N, W>(args, header, group, (sums, scales), &sum, &mut acc);
+                let ends = (numbers.scales(group, 0), numbers.minima(group, 0));
+                finish_group::<S, M, N>(args, ends, (sums, scales), &sum, &mut acc);
                 sums = sums.add(1);
             }
         }
@@ -265,8 +266,9 @@ unsafe fn products<S: Simd, P: Panel<S>, const M: usize, const N: usize, const W
     }
 }
 
-/// Scales the sums of a group and adds them. `sums` is the first token row's number of the group, and
-/// `scales` how far its scale is from there, where rows have scales.
+/// Scales the sums of a group and adds them: with the scales and the minima of the panels, if there are any.
+/// `sums` is the first token row's number of the group, and `scales` how far its scale is from there, where
+/// rows have scales.
 ///
 /// Loops over rows and panels are small, one for each case: only so do they unroll, and only so
 /// stay the sums in registers.
@@ -274,45 +276,39 @@ unsafe fn products<S: Simd, P: Panel<S>, const M: usize, const N: usize, const W
 /// # Safety
 /// As [`tile`].
 #[inline(always)]
-pub(super) unsafe fn finish_group<S: Simd, const M: usize, const N: usize, const W: usize>(
+pub(super) unsafe fn finish_group<S: Simd, const M: usize, const N: usize>(
     args: &Args<'_>,
-    header: *const u8,
-    group: usize,
+    (scale, minimum): (Option<[S::V; N]>, Option<[S::V; N]>),
     (sums, scales): (*const f32, Option<usize>),
     sum: &[[S::V; N]; M],
     acc: &mut [[S::V; N]; M],
 ) {
-    let layout = args.layout;
-    let (rows, first) = (W * PANEL, args.first * PANEL);
-    let Some(number) = layout.scale else {
-        if let Some(at) = scales {
-            for m in 0..M {
-                // SAFETY: the caller's.
-                let scale = unsafe { S::splat(*sums.add(m * args.x_stride + at)) };
-                for q in 0..N {
-                    // SAFETY: the caller's.
-                    acc[m][q] = unsafe { S::fma(scale, sum[m][q], acc[m][q]) };
+    // SAFETY: the caller's.
+    unsafe {
+        match (scale, minimum, scales) {
+            (None, _, None) => {
+                for m in 0..M {
+                    for q in 0..N {
+                        acc[m][q] = S::add(sum[m][q], acc[m][q]);
+                    }
                 }
             }
-            return;
-        }
-        for m in 0..M {
-            for q in 0..N {
-                // SAFETY: the caller's.
-                acc[m][q] = unsafe { S::add(sum[m][q], acc[m][q]) };
+            (None, _, Some(at)) => {
+                for m in 0..M {
+                    let scale = S::splat(*sums.add(m * args.x_stride + at));
+                    for q in 0..N {
+                        acc[m][q] = S::fma(scale, sum[m][q], acc[m][q]);
+                    }
+                }
             }
-        }
-        return;
-    };
-    // SAFETY: the header holds a number of each kind for each row of the unit.
-    unsafe {
-        let (numbers, offsets) = numbers::<W>(&layout, header, group);
-        let mut scale = read::<S, N>(number, numbers, first);
-        if layout.outer_scale {
-            times::<S, N>(&mut scale, header.add(first * 2));
-        }
-        match (layout.offset, scales) {
-            (Offset::None | Offset::Zero(_), Some(at)) => {
+            (Some(scale), None, None) => {
+                for m in 0..M {
+                    for q in 0..N {
+                        acc[m][q] = S::fma(scale[q], sum[m][q], acc[m][q]);
+                    }
+                }
+            }
+            (Some(scale), None, Some(at)) => {
                 for m in 0..M {
                     let of_row = S::splat(*sums.add(m * args.x_stride + at));
                     for q in 0..N {
@@ -320,20 +316,8 @@ pub(super) unsafe fn finish_group<S: Simd, const M: usize, const N: usize, const
                     }
                 }
             }
-            (Offset::None | Offset::Zero(_), None) => {
-                for m in 0..M {
-                    for q in 0..N {
-                        acc[m][q] = S::fma(scale[q], sum[m][q], acc[m][q]);
-                    }
-                }
-            }
             // rows that have scales meet no minima
-            (Offset::Minimum(number), _) => {
-                let at = if number == Number::High4 { numbers } else { offsets };
-                let mut minimum = read::<S, N>(number, at, first);
-                if layout.outer_minimum {
-                    times::<S, N>(&mut minimum, header.add((rows + first) * 2));
-                }
+            (Some(scale), Some(minimum), _) => {
                 for m in 0..M {
                     let sum_x = S::splat(*sums.add(m * args.x_stride));
                     for q in 0..N {
@@ -343,69 +327,6 @@ pub(super) unsafe fn finish_group<S: Simd, const M: usize, const N: usize, const
                 }
             }
         }
-    }
-}
-
-/// Where a header has a group's scales and its zero points or minima.
-///
-/// # Safety
-/// As [`tile`].
-#[inline(always)]
-pub(super) unsafe fn numbers<const W: usize>(
-    layout: &Layout,
-    header: *const u8,
-    group: usize,
-) -> (*const u8, *const u8) {
-    let rows = W * PANEL;
-    // SAFETY: the header holds a number of each kind for each row of the unit.
-    unsafe {
-        let scales = header.add(rows * (layout.outer_bytes() + group * layout.group_bytes()));
-        (scales, scales.add(rows * layout.scale_bytes()))
-    }
-}
-
-/// Multiplies by the f16 at `at`.
-///
-/// # Safety
-/// As [`read`].
-#[inline(always)]
-pub(super) unsafe fn times<S: Simd, const N: usize>(numbers: &mut [S::V; N], at: *const u8) {
-    for q in 0..N {
-        // SAFETY: the caller's.
-        numbers[q] = unsafe { S::mul(numbers[q], S::f16(at.add(q * PANEL * 2))) };
-    }
-}
-
-/// Numbers of a header, of the rows of `N` panels from `first` on.
-///
-/// # Safety
-/// As [`Simd`].
-#[inline(always)]
-pub(super) unsafe fn read<S: Simd, const N: usize>(
-    number: Number,
-    at: *const u8,
-    first: usize,
-) -> [S::V; N] {
-    macro_rules! each {
-        ($read:ident, $size:literal) => {{
-            // SAFETY: the caller's.
-            let mut numbers = unsafe { [S::$read(at.add(first * $size)); N] };
-            for q in 1..N {
-                // SAFETY: the caller's.
-                numbers[q] = unsafe { S::$read(at.add((first + q * PANEL) * $size)) };
-            }
-            numbers
-        }};
-    }
-    match number {
-        Number::F32 => each!(load, 4),
-        Number::F16 => each!(f16, 2),
-        Number::Bf16 => each!(bf16, 2),
-        Number::E8m0 => each!(e8m0, 1),
-        Number::E4m3 => each!(e4m3, 1),
-        Number::Int8 => each!(int8, 1),
-        Number::Low4 => each!(low4, 1),
-        Number::High4 => each!(high4, 1),
     }
 }
 

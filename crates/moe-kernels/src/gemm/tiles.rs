@@ -24,11 +24,12 @@ use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use super::avx512::Avx512;
+use super::header::Header;
 use super::panel::Panel;
 use super::registers::{Coming, Config, ROWS, Strip, Tiles, Weights};
 use super::simd::Simd;
-use super::tile::{AHEAD, Args, finish_group, numbers, read, write};
-use crate::pack::{BLOCK, Codes, Group, OCTET, Offset, PANEL, STEP, UNIT};
+use super::tile::{AHEAD, Args, finish_group, write};
+use crate::pack::{BLOCK, Codes, Group, OCTET, PANEL, STEP, UNIT};
 
 /// Token rows whose sums are kept.
 const MOST: usize = 256;
@@ -113,6 +114,7 @@ unsafe fn blocks<T, P, const W: usize, const N: usize>(
             acc.write_bytes(0, args.units * args.rows * UNIT);
         }
         let constants = P::constants(args.table);
+        let mut numbers = Header::<Avx512, W>::new(layout);
         let (sum, decoded) = (sum.as_mut_ptr().cast::<f32>(), decoded.as_mut_ptr().cast::<u8>());
         let (mut at, mut x, mut sums) = (args.unit, args.x, args.x.add(args.sums));
         let (mut blocks, mut begun) =
@@ -131,6 +133,7 @@ unsafe fn blocks<T, P, const W: usize, const N: usize>(
             for unit in 0..args.units {
                 let (header, acc) =
                     (at.add(unit * args.unit_bytes), acc.add(unit * args.rows * UNIT));
+                numbers.read::<W>(header, groups, 0);
                 let codes = header.add(header_bytes);
                 // The same block of the next unit, or the next block of the first.
                 let next = match unit + 1 < args.units {
@@ -140,14 +143,13 @@ unsafe fn blocks<T, P, const W: usize, const N: usize>(
                 for group in 0..groups {
                     let x = x.add(group * octets * OCTET / P::K);
                     for first in (0..W).step_by(N) {
-                        let args = Args { first, ..*args };
                         let weights = if whole {
                             let at = codes.add(first * P::ITEM);
                             Weights { at, item: W * 64, panel: 64, step: k / 2 * W * 64 }
                         } else {
                             let of = group * octets..(group + 1) * octets;
-                            let numbers = (header, group);
-                            decode::<P, N, W>(&args, &constants, numbers, codes, of, decoded);
+                            let zeros = numbers.zeros::<N>(group, first);
+                            decode::<P, N, W>(first, &constants, zeros, codes, of, decoded);
                             let panel = octets * OCTET / 2 * 64;
                             Weights { at: decoded, item: 64, panel, step: k / 2 * 64 }
                         };
@@ -185,15 +187,16 @@ unsafe fn blocks<T, P, const W: usize, const N: usize>(
                             if adds {
                                 continue;
                             }
+                            let ends = (numbers.scales(group, first), numbers.minima(group, first));
                             let mut i = 0;
                             while i < rows {
                                 let total = acc.add((row + i) * UNIT + first * PANEL);
                                 let sums = sums.add(group + (row + i) * args.x_stride);
                                 let part = sum.add(i * UNIT);
                                 i += if rows - i >= 4 {
-                                    finish::<4, N, W>(&args, header, group, sums, part, total)
+                                    finish::<4, N>(args, ends, sums, part, total)
                                 } else {
-                                    finish::<1, N, W>(&args, header, group, sums, part, total)
+                                    finish::<1, N>(args, ends, sums, part, total)
                                 };
                             }
                         }
@@ -221,10 +224,9 @@ unsafe fn blocks<T, P, const W: usize, const N: usize>(
 /// # Safety
 /// As [`product`].
 #[inline(always)]
-unsafe fn finish<const M: usize, const N: usize, const W: usize>(
+unsafe fn finish<const M: usize, const N: usize>(
     args: &Args<'_>,
-    header: *const u8,
-    group: usize,
+    ends: (Option<[__m512; N]>, Option<[__m512; N]>),
     sums: *const f32,
     part: *const f32,
     total: *mut f32,
@@ -236,7 +238,7 @@ unsafe fn finish<const M: usize, const N: usize, const W: usize>(
             (new[m], parts[m]) = (panels(total.add(m * UNIT)), panels(part.add(m * UNIT)));
         }
         let sums = (sums, args.scales);
-        finish_group::<Avx512, M, N, W>(args, header, group, sums, &parts, &mut new);
+        finish_group::<Avx512, M, N>(args, ends, sums, &parts, &mut new);
         for m in 0..M {
             for q in 0..N {
                 Avx512::store(new[m][q], total.add(m * UNIT + q * PANEL));
@@ -263,15 +265,15 @@ unsafe fn panels<const N: usize>(at: *const f32) -> [__m512; N] {
 }
 
 /// Writes the pairs of the octets `of` of a block whose codes are at `codes`, panel after panel: `N` of
-/// them, from the first of `args` on.
+/// them, from `first` on, with their zero points.
 ///
 /// # Safety
 /// As [`product`].
 #[inline(always)]
 unsafe fn decode<P: Panel<Avx512, Value = __m512i>, const N: usize, const W: usize>(
-    args: &Args<'_>,
+    first: usize,
     constants: &P::Constants,
-    (header, group): (*const u8, usize),
+    zeros: Option<[__m512; N]>,
     codes: *const u8,
     of: Range<usize>,
     to: *mut u8,
@@ -280,13 +282,9 @@ unsafe fn decode<P: Panel<Avx512, Value = __m512i>, const N: usize, const W: usi
     // SAFETY: the caller's; a prefetch takes any address.
     unsafe {
         for panel in 0..N {
-            let q = args.first + panel;
-            let zero = match args.layout.offset {
-                Offset::Zero(number) if P::CODES.have_zeros() => {
-                    let (_, zeros) = numbers::<W>(&args.layout, header, group);
-                    let [zero] = read::<Avx512, 1>(number, zeros, q * PANEL);
-                    Some(P::zero(zero))
-                }
+            let q = first + panel;
+            let zero = match &zeros {
+                Some(zeros) if P::CODES.have_zeros() => Some(P::zero(zeros[panel])),
                 _ => None,
             };
             let mut to = to.add(panel * pairs * 64);

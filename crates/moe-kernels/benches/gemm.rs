@@ -64,11 +64,12 @@ const FORMATS: &[(&str, Make)] = &[
 ];
 
 /// Sets of features, with the rows that are multiplied with them.
-const SETS: [(&str, OperandKind, Features); 6] = [
+const SETS: [(&str, OperandKind, Features); 7] = [
     ("amx_bf16", OperandKind::TileBf16, Features::V4_AMX),
     ("avx512_bf16", OperandKind::Bf16, Features::V4_BF16),
     ("avx512_vnni", OperandKind::Int8, Features::V4_VNNI.with(Features::AVX512_VBMI)),
     ("avx512", OperandKind::F32, Features::V4),
+    ("avx2_int8", OperandKind::Int8, Features::V3),
     ("avx2", OperandKind::F32, Features::V3),
     ("portable", OperandKind::F32, Features::NONE),
 ];

@@ -352,6 +352,9 @@ fn what_is_slow_on_a_machine_is_not_its_default() {
     let int8 = Request::of(&layer("quant_qwen3_moe_int8_channel"), F32);
     let vnni = Machine::named("avx512_vnni").unwrap();
     assert_eq!(choice(&int8, &vnni, None), "cpu_avx512_vnni");
+    for machine in ["avx2", "avx512"] {
+        assert_eq!(choice(&int8, &Machine::named(machine).unwrap(), None), "cpu_avx2_q8");
+    }
 }
 
 /// Code for sm_90a runs on that architecture alone, not on newer ones; and a kernel takes formats

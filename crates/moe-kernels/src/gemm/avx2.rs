@@ -35,10 +35,11 @@ macro_rules! both {
         Pair(low, high)
     }};
 }
+pub(super) use both;
 
 /// Lanes 0 to 7, and 8 to 15.
 #[derive(Clone, Copy)]
-pub(super) struct Pair<T>(T, T);
+pub(super) struct Pair<T>(pub(super) T, pub(super) T);
 
 /// Words of half as many bits, from the low and the high half of `bytes`.
 macro_rules! widen {

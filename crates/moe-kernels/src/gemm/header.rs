@@ -174,6 +174,34 @@ impl<S: Simd, const N: usize> Header<S, N> {
             Offset::None | Offset::Minimum(_) => None,
         }
     }
+
+    /// Likewise what sums of the group end with.
+    ///
+    /// # Safety
+    /// As [`scales`](Self::scales).
+    #[inline(always)]
+    pub(super) unsafe fn ends<const K: usize>(&self, group: usize, first: usize) -> Ends<S, K> {
+        // SAFETY: the caller's.
+        unsafe {
+            Ends {
+                scale: match self.scales(group, first) {
+                    Some(scale) => scale,
+                    None => [S::splat(1.0); K],
+                },
+                minimum: match self.minima(group, first) {
+                    Some(minimum) => minimum,
+                    None => [S::splat(0.0); K],
+                },
+            }
+        }
+    }
+}
+
+/// The numbers of a group that sums of integers end with: what the format lacks does nothing.
+#[derive(Clone, Copy)]
+pub(super) struct Ends<S: Simd, const K: usize> {
+    pub(super) scale: [S::V; K],
+    pub(super) minimum: [S::V; K],
 }
 
 /// # Safety

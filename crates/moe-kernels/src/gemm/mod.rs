@@ -46,6 +46,9 @@ mod amx;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
+#[allow(clippy::needless_range_loop, reason = "loops over constants, which must unroll")]
+mod avx2_quads;
+#[cfg(target_arch = "x86_64")]
 mod avx512;
 #[cfg(target_arch = "x86_64")]
 mod avx512_bf16;
@@ -146,13 +149,18 @@ static AVX512_QUADS: [Gemm; 6] = entries!(
 #[cfg(target_arch = "x86_64")]
 static AVX512: [Gemm; 12] = f32_entries!(avx512, "avx512", Features::V4);
 #[cfg(target_arch = "x86_64")]
+static AVX2_QUADS: [Gemm; 7] = entries!(
+    avx2_quads, avx2_quads, Int8 "int8", "avx2", Features::V3;
+    Int8 "int8", Table2 "2-bit table", Table3 "3-bit table", Table4 "4-bit table",
+    Int5 "5-bit integers", Int6 "6-bit integers", Table6 "6-bit table");
+#[cfg(target_arch = "x86_64")]
 static AVX2: [Gemm; 12] = f32_entries!(avx2, "avx2", Features::V3);
 static PORTABLE: [Gemm; 12] = f32_entries!(portable, "portable", Features::NONE);
 
 /// Every entry; of those for the same rows the preferred ones first.
 #[cfg(target_arch = "x86_64")]
-pub static ALL: [&[Gemm]; 7] =
-    [&AMX_BF16, &AVX512_BF16, &AVX512_VNNI, &AVX512_QUADS, &AVX512, &AVX2, &PORTABLE];
+pub static ALL: [&[Gemm]; 8] =
+    [&AMX_BF16, &AVX512_BF16, &AVX512_VNNI, &AVX512_QUADS, &AVX512, &AVX2_QUADS, &AVX2, &PORTABLE];
 /// Every entry; of those for the same rows the preferred ones first.
 #[cfg(not(target_arch = "x86_64"))]
 pub static ALL: [&[Gemm]; 1] = [&PORTABLE];

@@ -12,16 +12,16 @@ use super::panel::{four, one, two};
 use super::simd::Simd;
 use super::strips::{Quads, any_rows, run};
 use super::tile::{Args, Shape};
-use crate::pack::Codes;
+use crate::pack::{Codes, lift};
 
-any_rows!("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx2,fma,f16c");
+any_rows!(Avx512, "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx2,fma,f16c");
 
 /// A kind of codes: the indices of an octet's two words.
 macro_rules! quads {
     ($($name:ident: <$W:ident>|$at:ident, $octet:ident| $indices:expr;)*) => {$(
         pub(super) struct $name;
 
-        impl Quads for $name {
+        impl Quads<Avx512> for $name {
             const CODES: Codes = Codes::$name;
             type Constants = __m512i;
 
@@ -68,27 +68,25 @@ quads! {
     };
 }
 
-/// Whole numbers as bytes, lifted by 128 where some are below zero.
+/// Whole numbers as unsigned bytes.
 ///
 /// # Safety
 /// As [`Simd`].
 #[inline(always)]
 unsafe fn bytes(table: &[f32; 64]) -> __m512i {
-    macro_rules! part {
-        ($i:literal) => {
-            _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_loadu_ps(table.as_ptr().add(16 * $i))))
-        };
-    }
     // SAFETY: the table has four registers.
     unsafe {
+        let lift = _mm512_set1_epi32(lift(table));
+        macro_rules! part {
+            ($i:literal) => {{
+                let numbers = _mm512_cvtps_epi32(_mm512_loadu_ps(table.as_ptr().add(16 * $i)));
+                _mm512_cvtepi32_epi8(_mm512_add_epi32(numbers, lift))
+            }};
+        }
         let bytes = _mm512_castsi128_si512(part!(0));
         let bytes = _mm512_inserti32x4::<1>(bytes, part!(1));
         let bytes = _mm512_inserti32x4::<2>(bytes, part!(2));
-        let bytes = _mm512_inserti32x4::<3>(bytes, part!(3));
-        match _mm512_movepi8_mask(bytes) {
-            0 => bytes,
-            _ => _mm512_xor_si512(bytes, _mm512_set1_epi8(-128)),
-        }
+        _mm512_inserti32x4::<3>(bytes, part!(3))
     }
 }
 

@@ -9,7 +9,7 @@
 //! ```
 //!
 //! As in [`avx512_vnni`](super::avx512_vnni) weights are unsigned bytes: those of formats with numbers below
-//! zero are lifted by 128, and rows bring along what a group's sum begins with, `-128 · Σx`; with zero
+//! zero are lifted above it, and rows bring along what a group's sum begins with, `-lift · Σx`; with zero
 //! points, which codes from zero on have, it begins with `zero · Σx`.
 //! So it ends as `Σ (number + zero) · x`, exactly: of at most 256 columns it is below 2^24, which f32
 //! holds. An exact sum may stop anywhere: what token rows have of theirs waits in the first level of the
@@ -21,14 +21,15 @@ use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use super::avx512::Avx512;
-use super::header::Header;
+use super::header::{Ends, Header};
+use super::simd::Simd;
 use super::tile::{Args, ahead, put, write};
 use crate::pack::{Codes, Group, Offset, PANEL, STEP};
 
 /// The tiles of codes: any number of rows, of units of four panels and of one.
 macro_rules! any_rows {
-    ($features:literal) => {
-        pub(in crate::gemm) const fn of<P: Quads>() -> &'static [Shape] {
+    ($S:ty, $features:literal) => {
+        pub(in crate::gemm) const fn of<P: Quads<$S>>() -> &'static [Shape] {
             const ANY: usize = Shape::ANY;
             const {
                 &[
@@ -39,7 +40,7 @@ macro_rules! any_rows {
         }
 
         #[target_feature(enable = $features)]
-        unsafe fn tile<P: Quads, const W: usize>(args: &Args<'_>) {
+        unsafe fn tile<P: Quads<$S>, const W: usize>(args: &Args<'_>) {
             // SAFETY: the caller's, and the features are enabled here.
             unsafe { run::<P, W>(args) }
         }
@@ -48,17 +49,17 @@ macro_rules! any_rows {
 pub(super) use any_rows;
 
 /// Words of a step, of four k each.
-const WORDS: usize = STEP / 4;
+pub(super) const WORDS: usize = STEP / 4;
 
 /// Token rows whose sums lie in the cache together.
-const STRIP: usize = 32;
+pub(super) const STRIP: usize = 32;
 
 /// A kind of codes.
 ///
 /// # Safety
-/// As [`Simd`](super::simd::Simd); `at` is readable for the panel's items of a step, of a unit of `W` panels;
+/// As [`Simd`]; `at` is readable for the panel's items of a step, of a unit of `W` panels;
 /// `octet < 4`.
-pub(super) trait Quads {
+pub(super) trait Quads<S: Simd> {
     const CODES: Codes;
     /// What stays in registers.
     type Constants: Copy;
@@ -71,13 +72,13 @@ pub(super) trait Quads {
         constants: &Self::Constants,
         at: *const u8,
         octet: usize,
-    ) -> [__m512i; 2];
+    ) -> [S::I; 2];
 }
 
 /// # Safety
 /// As [`TileFn`](super::tile::TileFn); inlined into a function that enables the features of `P`.
 #[inline(always)]
-pub(super) unsafe fn run<P: Quads, const W: usize>(args: &Args<'_>) {
+pub(super) unsafe fn run<P: Quads<Avx512>, const W: usize>(args: &Args<'_>) {
     // SAFETY: the caller's.
     unsafe {
         let constants = P::constants(args.table);
@@ -88,34 +89,6 @@ pub(super) unsafe fn run<P: Quads, const W: usize>(args: &Args<'_>) {
                 for start in (0..rows).step_by(STRIP) {
                     strip::<P, W>(args, &constants, start..rows.min(start + STRIP));
                 }
-            }
-        }
-    }
-}
-
-/// The numbers of a group that its sums end with: what the format lacks does nothing.
-#[derive(Clone, Copy)]
-struct Ends<const W: usize> {
-    scale: [__m512; W],
-    minimum: [__m512; W],
-}
-
-impl<const W: usize> Ends<W> {
-    /// # Safety
-    /// As [`Header::scales`].
-    #[inline(always)]
-    unsafe fn of(numbers: &Header<Avx512, W>, group: usize) -> Ends<W> {
-        // SAFETY: the caller's.
-        unsafe {
-            Ends {
-                scale: match numbers.scales(group, 0) {
-                    Some(scale) => scale,
-                    None => [_mm512_set1_ps(1.0); W],
-                },
-                minimum: match numbers.minima(group, 0) {
-                    Some(minimum) => minimum,
-                    None => [_mm512_setzero_ps(); W],
-                },
             }
         }
     }
@@ -177,7 +150,10 @@ unsafe fn ended(
 /// # Safety
 /// As [`run`].
 #[inline(always)]
-unsafe fn few<P: Quads, const M: usize, const W: usize>(args: &Args<'_>, constants: &P::Constants) {
+unsafe fn few<P: Quads<Avx512>, const M: usize, const W: usize>(
+    args: &Args<'_>,
+    constants: &P::Constants,
+) {
     let (layout, stride) = (args.layout, args.x_stride);
     let further = args.scales.unwrap_or(0);
     // SAFETY: the unit holds all blocks with their headers and steps; the token rows hold the words of
@@ -226,7 +202,7 @@ unsafe fn few<P: Quads, const M: usize, const W: usize>(args: &Args<'_>, constan
                 }
                 macro_rules! end {
                     () => {
-                        let Ends { scale, minimum } = Ends::<W>::of(&numbers, group);
+                        let Ends { scale, minimum } = numbers.ends::<W>(group, 0);
                         let minima = matches!(layout.offset, Offset::Minimum(_));
                         for m in 0..M {
                             let number = (number.add(m * stride), further);
@@ -285,14 +261,29 @@ impl Sums {
 
 /// Token rows: how many, and where the first one has the words of a step, and its numbers of a group.
 #[derive(Clone, Copy)]
-struct Strip {
-    rows: usize,
+pub(super) struct Strip {
+    pub(super) rows: usize,
     /// From one to the next, in words.
-    stride: usize,
-    words: *const f32,
+    pub(super) stride: usize,
+    pub(super) words: *const f32,
     /// As for [`ended`].
-    number: *const f32,
-    further: usize,
+    pub(super) number: *const f32,
+    pub(super) further: usize,
+}
+
+impl Strip {
+    /// At the first step.
+    #[inline(always)]
+    pub(super) fn of(args: &Args<'_>, rows: &Range<usize>) -> Strip {
+        let words = args.x.wrapping_add(rows.start * args.x_stride);
+        Strip {
+            rows: rows.len(),
+            stride: args.x_stride,
+            words,
+            number: words.wrapping_add(args.sums),
+            further: args.scales.unwrap_or(0),
+        }
+    }
 }
 
 /// Some of the token rows, at most [`STRIP`].
@@ -300,7 +291,7 @@ struct Strip {
 /// # Safety
 /// As [`run`].
 #[inline(always)]
-unsafe fn strip<P: Quads, const W: usize>(
+unsafe fn strip<P: Quads<Avx512>, const W: usize>(
     args: &Args<'_>,
     constants: &P::Constants,
     rows: Range<usize>,
@@ -314,14 +305,7 @@ unsafe fn strip<P: Quads, const W: usize>(
                 sums.all().add(m).write(_mm512_setzero_ps());
             }
         }
-        let words = args.x.add(rows.start * args.x_stride);
-        let mut strip = Strip {
-            rows: rows.len(),
-            stride: args.x_stride,
-            words,
-            number: words.add(args.sums),
-            further: args.scales.unwrap_or(0),
-        };
+        let mut strip = Strip::of(args, &rows);
         let mut numbers = Header::<Avx512, W>::new(layout);
         let mut at = args.unit;
         let bytes = W * P::CODES.panel_bytes();
@@ -338,8 +322,8 @@ unsafe fn strip<P: Quads, const W: usize>(
                         // no closures: they lack the features
                         let first = zeros::<W>(&numbers, 2 * step);
                         let second = zeros::<W>(&numbers, 2 * step + 1);
-                        let ends = Ends::<W>::of(&numbers, 2 * step);
-                        let second_ends = Ends::<W>::of(&numbers, 2 * step + 1);
+                        let ends = numbers.ends::<W>(2 * step, 0);
+                        let second_ends = numbers.ends::<W>(2 * step + 1, 0);
                         let later = Strip {
                             words: strip.words.add(WORDS / 2),
                             number: strip.number.add(1),
@@ -359,7 +343,7 @@ unsafe fn strip<P: Quads, const W: usize>(
                     }
                     Group::ThirtyTwo => {
                         let zeros = zeros::<W>(&numbers, step);
-                        let ends = Ends::<W>::of(&numbers, step);
+                        let ends = numbers.ends::<W>(step, 0);
                         for q in 0..W {
                             ahead::<Avx512>(at.wrapping_add(q * bytes / W), bytes / W);
                             let words = decoded::<P, W>(constants, at, q);
@@ -373,7 +357,7 @@ unsafe fn strip<P: Quads, const W: usize>(
                         let (first, two) = (step == 0, step + 1 < steps);
                         let last = step + 1 + usize::from(two) == steps;
                         let zeros = if first { zeros::<W>(&numbers, 0) } else { None };
-                        let ends = if last { Some(Ends::<W>::of(&numbers, 0)) } else { None };
+                        let ends = if last { Some(numbers.ends::<W>(0, 0)) } else { None };
                         for q in 0..W {
                             ahead::<Avx512>(at.wrapping_add(q * bytes / W), bytes / W);
                             let words = decoded::<P, W>(constants, at, q);
@@ -420,7 +404,7 @@ unsafe fn strip<P: Quads, const W: usize>(
 /// # Safety
 /// As [`Quads`].
 #[inline(always)]
-unsafe fn decoded<P: Quads, const W: usize>(
+unsafe fn decoded<P: Quads<Avx512>, const W: usize>(
     constants: &P::Constants,
     at: *const u8,
     panel: usize,

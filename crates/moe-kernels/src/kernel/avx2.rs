@@ -1,6 +1,7 @@
 //! AVX2 with FMA and F16C: eight lanes, sixteen registers.
 
 use std::arch::x86_64::*;
+use std::hint::black_box;
 
 use super::activation;
 use super::lanes::Lanes;
@@ -26,6 +27,22 @@ unsafe fn read(data: &[f32]) -> f32 {
 unsafe fn multiply_add(rounds: usize) -> u64 {
     // SAFETY: as above.
     unsafe { probe::multiply_add::<Avx2, 12>(rounds) }
+}
+
+/// Dot products of 8-bit integers in twelve independent sums of 16 bits. To be entered only where the CPU has
+/// [`Features::V3`](crate::isa::Features::V3).
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) unsafe fn int8_dots(rounds: usize) -> u64 {
+    const CHAINS: usize = 12;
+    let quads = _mm256_set1_epi32(black_box(0x0101_0101));
+    let mut sums = [quads; CHAINS];
+    for _ in 0..rounds {
+        for sum in &mut sums {
+            *sum = _mm256_add_epi16(*sum, _mm256_maddubs_epi16(*sum, quads));
+        }
+    }
+    black_box(sums);
+    (rounds * CHAINS * 8 * 8) as u64
 }
 
 struct Avx2;

@@ -55,7 +55,12 @@ impl Kernel {
         #[cfg(target_arch = "x86_64")]
         let dots = cpu.has(Features::V4_BF16).then_some(avx512::dots as Rounds);
         #[cfg(target_arch = "x86_64")]
-        let int8_dots = cpu.has(Features::V4_VNNI).then_some(avx512::int8_dots as Rounds);
+        let int8_dots = [
+            (Features::V4_VNNI, avx512::int8_dots as Rounds),
+            (Features::V3, avx2::int8_dots as Rounds),
+        ];
+        #[cfg(target_arch = "x86_64")]
+        let int8_dots = int8_dots.iter().find(|(needs, _)| cpu.has(*needs)).map(|(_, dots)| *dots);
         #[cfg(target_arch = "x86_64")]
         let tiles = cpu.has(Features::V4_AMX).then_some(crate::gemm::probe_tiles as Rounds);
         #[cfg(not(target_arch = "x86_64"))]

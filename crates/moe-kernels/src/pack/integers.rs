@@ -28,12 +28,11 @@ pub(super) fn whole(codes: Codes, table: &[f32; 64]) -> Option<([f32; 64], f32)>
     Some((table.map(|number| number * times), times))
 }
 
-/// What is added to whole numbers so that none is below zero.
-pub(super) fn lift(codes: Codes, table: &[f32; 64]) -> i32 {
-    match codes == Codes::Int8 || table.iter().any(|number| *number < 0.0) {
-        true => 128,
-        false => 0,
-    }
+/// What is added to the whole numbers of a table so that none is below zero: no more than that takes, or sums
+/// of 16 bits would overflow. (To bytes 128 are added.)
+#[inline(always)]
+pub(crate) fn lift(table: &[f32; 64]) -> i32 {
+    table.iter().fold(0, |lift, number| lift.max(-*number as i32))
 }
 
 impl Plan {

@@ -25,6 +25,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 pub use integers::integer_rows;
+pub(crate) use integers::lift;
 pub(crate) use layout::{BLOCK, Group, Number, OCTET, Offset, PANEL, PANELS, STEP, position};
 pub use layout::{Codes, Layout, UNIT, VERSION};
 pub(crate) use memory::{LINE, Memory};
@@ -278,12 +279,13 @@ impl Packed {
     }
 
     /// What sums of groups are multiplied by, for products of integers to begin with: weights are
-    /// [lifted](integers::lift) above zero. Those with zero points take that off the sum by themselves.
+    /// [lifted](lift) above zero. Those with zero points take that off the sum by themselves.
     pub(crate) fn sum_factor(&self) -> i32 {
         match (self.gemm.rows(), self.layout.offset) {
-            (OperandKind::Int8, Offset::None | Offset::Minimum(_)) => {
-                -integers::lift(self.layout.codes, &self.table)
-            }
+            (OperandKind::Int8, Offset::None | Offset::Minimum(_)) => match self.layout.codes {
+                Codes::Int8 => -128,
+                _ => -lift(&self.table),
+            },
             _ => 1,
         }
     }

@@ -38,8 +38,8 @@ use crate::router::{LogicalId, Router, Routing};
 use crate::weights::{Expert, LoadedLayer};
 use crate::{Error, Result, spec};
 use cpu::{
-    CPU_AMX_BF16, CPU_AVX2, CPU_AVX512, CPU_AVX512_BF16, CPU_AVX512_VNNI, CPU_AVX512_VNNI_Q8,
-    CPU_PORTABLE,
+    CPU_AMX_BF16, CPU_AVX2, CPU_AVX2_Q8, CPU_AVX512, CPU_AVX512_BF16, CPU_AVX512_VNNI,
+    CPU_AVX512_VNNI_Q8, CPU_PORTABLE,
 };
 use cuda::{CUDA_F32, CUDA_SM90_BF16, CUDA_SM90_FP8, CUDA_SM90_INT4, CUDA_SM90_MXFP4};
 use emulation::{EMULATION_MXFP8, EMULATION_NVFP4, EMULATION_OCP_MX};
@@ -51,6 +51,7 @@ pub const KERNELS: &[&KernelDesc] = &[
     &CPU_AVX512_VNNI,
     &CPU_AVX512_VNNI_Q8,
     &CPU_AVX512_BF16,
+    &CPU_AVX2_Q8,
     &CPU_AVX512,
     &CPU_AVX2,
     &CPU_PORTABLE,

@@ -113,6 +113,27 @@ fn weights_of_few_bits_are_multiplied_as_integers() {
     assert!(BlockType::ALL.iter().all(|block| types.contains(block)));
 }
 
+/// Rows of the greatest codes alone, of either sign: sums of 16 bits have room for what they make.
+#[test]
+fn greatest_codes_have_room() {
+    let mut numbers = Numbers(13);
+    let way = Qdq::Int8Static { scale: 1.0 };
+    for (name, view) in cases(&mut numbers, 70, 512) {
+        let packed = packed(&view, OperandKind::Int8, way);
+        if packed.is_empty() {
+            continue;
+        }
+        let codes = [127.0, -128.0, 127.0, -128.0, 127.0, -128.0];
+        let x: Vec<f32> = codes.iter().flat_map(|code| vec![*code; view.cols()]).collect();
+        let twin = twin::product(&view, &x, OperandKind::Int8, Some(&way));
+        check_against_float64(&name, &view, &x, &twin).unwrap();
+        for w in packed {
+            let got = product_of(&w, &view, &x, codes.len(), (0, 0));
+            assert_eq!(bits(&got), bits(&twin), "{name} by {w:?}");
+        }
+    }
+}
+
 /// A scale of the row for as many columns as share one of the weights: at least 32, at most 256.
 #[test]
 fn rows_are_quantised_as_suits_the_weights() {

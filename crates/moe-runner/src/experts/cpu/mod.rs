@@ -1,7 +1,7 @@
 //! The float kernels for processors: products with packed weights, for every format. Most multiply in
 //! f32; `cpu_avx512_bf16` and `cpu_amx_bf16` multiply rows of bf16, and round the row between the
-//! products to it; rows that are quantised to bytes they multiply as codes, as do `cpu_avx512_vnni` and
-//! `cpu_avx512_vnni_q8`, in integers.
+//! products to it; rows that are quantised to bytes they multiply as codes, as do `cpu_avx512_vnni`,
+//! `cpu_avx512_vnni_q8` and `cpu_avx2_q8`, in integers.
 //!
 //! Weights stay what they are in the checkpoint, codes with scales or floats; the products decode
 //! them in registers. The order of every sum is the kernel crate's, so a row's result does not depend
@@ -105,6 +105,15 @@ pub const CPU_AVX512_VNNI_Q8: KernelDesc = KernelDesc {
         ..Scheme::ANY
     }],
     ..CPU_AVX512_VNNI
+};
+
+/// With AVX2's products of 8-bit integers, which are slower and give the same sums: any processor of the last
+/// ten years.
+pub const CPU_AVX2_Q8: KernelDesc = KernelDesc {
+    name: "cpu_avx2_q8",
+    summary: "rows in int8, weights of 1 to 8 bits: products with exact sums on all threads (AVX2)",
+    target: Target::Cpu(Features::V3),
+    ..CPU_AVX512_VNNI_Q8
 };
 
 /// With AVX-512's dot products of bf16: hidden states of bf16, weights whose codes bf16 holds, and rows

@@ -332,10 +332,12 @@ fn what_is_slow_on_a_machine_is_not_its_default() {
     machine.features = machine.features.with(moe_kernels::isa::Features::AMX_BF16);
     assert_eq!(chosen(&machine, None), "cpu_amx_bf16");
     assert_eq!(chosen(&machine, Some("cpu_avx512")), "cpu_avx512");
-    // but few tokens of weights that must be decoded for them take longer
     let int4 = Request::of(&layer("quant_qwen3_moe_w4a16_g128"), Bf16);
-    assert_eq!(choice(&int4, &machine, None), "cpu_avx512");
-    assert_eq!(choice(&int4, &machine, Some("cpu_amx_bf16")), "cpu_amx_bf16");
+    assert_eq!(choice(&int4, &machine, None), "cpu_amx_bf16");
+    // but few tokens of other weights that must be decoded for them take longer
+    let mxfp4 = Request::of(&layer("gpt_oss_mxfp4"), Bf16);
+    assert_eq!(choice(&mxfp4, &machine, None), "cpu_avx512");
+    assert_eq!(choice(&mxfp4, &machine, Some("cpu_amx_bf16")), "cpu_amx_bf16");
     // quantised rows are no different, but that integers have dot products of their own on all machines
     for (case, on_bf16, on_amx) in [
         ("quant_qwen3_moe_fp8_channel", "cpu_avx512_bf16", "cpu_avx512"),

@@ -10,6 +10,7 @@ use super::panel::Panel;
 use super::registers::{self, Config, Tiles};
 use super::tile::{Args, Shape};
 use super::tiles::{self, UNITS};
+use super::turns;
 
 pub(super) const fn of<P: Panel<Avx512, Value = std::arch::x86_64::__m512i>>() -> &'static [Shape] {
     const {
@@ -25,7 +26,12 @@ where
     P: Panel<Avx512, Value = std::arch::x86_64::__m512i>,
 {
     // SAFETY: the caller's.
-    unsafe { tiles::product::<Amx, P, W, N>(args, &mut Amx) }
+    unsafe {
+        match turns::suits(args) {
+            true => turns::product::<P, W>(args),
+            false => tiles::product::<Amx, P, W, N>(args, &mut Amx),
+        }
+    }
 }
 
 /// `rounds` rounds of products of whole tiles in registers; returns the number of operations. To be

@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 use super::header::{self, Kind};
 use super::panel::Panel;
 use super::simd::{MAGIC, Simd};
-use super::tile::{Args, Shape, shapes};
+use super::tile::{Args, Chain, Shape, shapes};
 
 pub(super) const fn of<P: Panel<Avx2>>() -> &'static [Shape] {
     const { &shapes!(tile::<P>: (4, 1 of 4), (2, 2 of 4), (1, 4 of 4), (4, 1 of 1), (1, 1 of 1)) }
@@ -14,7 +14,7 @@ pub(super) const fn of<P: Panel<Avx2>>() -> &'static [Shape] {
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn tile<P: Panel<Avx2>, const M: usize, const N: usize, const W: usize>(args: &Args<'_>) {
     // SAFETY: the caller's, and the features are enabled here.
-    unsafe { super::tile::tile::<Avx2, P, M, N, W>(args) }
+    unsafe { super::tile::tile::<Avx2, P, Chain, M, N, W>(args) }
 }
 
 /// For [`Simd::numbers`].

@@ -10,7 +10,7 @@ use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use super::avx2::{Avx2, Pair, both};
-use super::header::{Ends, Header};
+use super::header::Header;
 use super::panel::{four, one, two};
 use super::simd::Simd;
 use super::strips::{Quads, STRIP, Strip, WORDS, any_rows};
@@ -363,7 +363,7 @@ unsafe fn decoded<P: Quads<Avx2>, const W: usize, const PLANES: usize>(
 struct Part {
     first: bool,
     zero: Option<Word>,
-    ends: Option<Ends<Avx2, 1>>,
+    ends: Option<(<Avx2 as Simd>::V, <Avx2 as Simd>::V)>,
     minima: bool,
 }
 
@@ -381,15 +381,16 @@ impl Part {
     ) -> Part {
         // SAFETY: the caller's.
         unsafe {
-            let zero = match numbers.zeros::<1>(group, q) {
-                Some([zero]) if first => {
+            let zero = match numbers.zeros(group) {
+                Some(zeros) if first => {
+                    let zero = zeros.add(q).read();
                     // other codes with zero points are not below zero
                     let lift = _mm256_set1_epi32(if P::CODES == Codes::Int8 { 128 } else { 0 });
                     Some(both!(|zero| _mm256_sub_epi32(_mm256_cvtps_epi32(zero), lift)))
                 }
                 _ => None,
             };
-            let ends = if last { Some(numbers.ends::<1>(group, q)) } else { None };
+            let ends = if last { Some(numbers.ends(group, q)) } else { None };
             Part { first, zero, ends, minima }
         }
     }
@@ -466,15 +467,15 @@ impl Part {
                 };
                 let part = sum[m];
                 let sum = both!(|begin, part| _mm256_add_epi32(begin, part));
-                let Some(ends) = &self.ends else {
+                let Some((scale, minimum)) = self.ends else {
                     sums.group[start + m].write(sum);
                     continue;
                 };
-                let (all, [scale]) = (sums.all[start + m].assume_init(), ends.scale);
+                let all = sums.all[start + m].assume_init();
                 let scale = Avx2::mul(scale, Avx2::splat(*number.add(further)));
                 let mut all = Avx2::fma(scale, both!(|sum| _mm256_cvtepi32_ps(sum)), all);
                 if self.minima {
-                    all = Avx2::fma(ends.minimum[0], Avx2::splat(*number.add(2 * further)), all);
+                    all = Avx2::fma(minimum, Avx2::splat(*number.add(2 * further)), all);
                 }
                 sums.all[start + m].write(all);
             }

@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 use super::header::{self, Kind};
 use super::panel::Panel;
 use super::simd::{MAGIC, Simd};
-use super::tile::{Args, Shape, shapes};
+use super::tile::{Args, Chain, Shape, shapes};
 
 pub(super) const fn of<P: Panel<Avx512>>() -> &'static [Shape] {
     const {
@@ -16,7 +16,7 @@ pub(super) const fn of<P: Panel<Avx512>>() -> &'static [Shape] {
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
 unsafe fn tile<P: Panel<Avx512>, const M: usize, const N: usize, const W: usize>(args: &Args<'_>) {
     // SAFETY: the caller's, and the features are enabled here.
-    unsafe { super::tile::tile::<Avx512, P, M, N, W>(args) }
+    unsafe { super::tile::tile::<Avx512, P, Chain, M, N, W>(args) }
 }
 
 /// For [`Simd::numbers`].

@@ -10,7 +10,7 @@ use std::arch::x86_64::*;
 
 use super::avx512::Avx512;
 use super::panel::Panel;
-use super::tile::{Args, Shape, shapes};
+use super::tile::{Args, Chain, Shape, shapes};
 use crate::pack::Codes;
 
 pub(super) const fn of<P: Panel<Avx512>>() -> &'static [Shape] {
@@ -20,7 +20,7 @@ pub(super) const fn of<P: Panel<Avx512>>() -> &'static [Shape] {
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
 unsafe fn tile<P: Panel<Avx512>, const M: usize, const N: usize, const W: usize>(args: &Args<'_>) {
     // SAFETY: the caller's, and the features are enabled here.
-    unsafe { super::tile::tile::<Avx512, P, M, N, W>(args) }
+    unsafe { super::tile::tile::<Avx512, P, Chain, M, N, W>(args) }
 }
 
 /// Signed bytes, four k to a word of each row.

@@ -34,12 +34,19 @@ pub(super) unsafe fn read<S: Simd>(kind: &Kind, to: *mut S::V) {
     let Kind { at, stride, groups, first, panels, outer, .. } = *kind;
     macro_rules! each {
         ($read:ident, $size:literal) => {
-            for group in 0..groups {
-                for q in 0..panels {
-                    // SAFETY: the caller's.
-                    unsafe {
-                        let at = at.add(group * stride + (first + q * PANEL) * $size);
-                        to.add(group * panels + q).write(S::$read(at));
+            for q in 0..panels {
+                let row = first + q * PANEL;
+                // SAFETY: the caller's.
+                unsafe {
+                    let by = outer.map(|outer| outer.add(row * 2));
+                    let mut to = to.add(q);
+                    for group in 0..groups {
+                        let number = S::$read(at.add(group * stride + row * $size));
+                        to.write(match by {
+                            Some(by) => S::mul(number, S::f16(by)),
+                            None => number,
+                        });
+                        to = to.wrapping_add(panels);
                     }
                 }
             }
@@ -54,17 +61,6 @@ pub(super) unsafe fn read<S: Simd>(kind: &Kind, to: *mut S::V) {
         Number::Int8 => each!(int8, 1),
         Number::Low4 => each!(low4, 1),
         Number::High4 => each!(high4, 1),
-    }
-    let Some(outer) = outer else { return };
-    for q in 0..panels {
-        // SAFETY: the caller's.
-        unsafe {
-            let by = S::f16(outer.add((first + q * PANEL) * 2));
-            for group in 0..groups {
-                let to = to.add(group * panels + q);
-                to.write(S::mul(to.read(), by));
-            }
-        }
     }
 }
 
@@ -124,94 +120,56 @@ impl<S: Simd, const N: usize> Header<S, N> {
         }
     }
 
-    /// The scales of a group, if the format has any, of `K` of the panels from `first` on.
-    ///
-    /// # Safety
-    /// As [`Simd`]; the block with the group was read, and has the panels.
+    /// The scales of a group, if the format has any: `N` vectors.
     #[inline(always)]
-    pub(super) unsafe fn scales<const K: usize>(
-        &self,
-        group: usize,
-        first: usize,
-    ) -> Option<[S::V; K]> {
+    pub(super) fn scales(&self, group: usize) -> Option<*const S::V> {
         match self.layout.scale {
-            // SAFETY: the caller's.
-            Some(_) => Some(unsafe { of_group(&self.scales, group, first) }),
+            Some(_) => Some(of_group(&self.scales, group)),
             None => None,
         }
     }
 
     /// Likewise the minima.
-    ///
-    /// # Safety
-    /// As [`scales`](Self::scales).
     #[inline(always)]
-    pub(super) unsafe fn minima<const K: usize>(
-        &self,
-        group: usize,
-        first: usize,
-    ) -> Option<[S::V; K]> {
+    pub(super) fn minima(&self, group: usize) -> Option<*const S::V> {
         match self.layout.offset {
-            // SAFETY: the caller's.
-            Offset::Minimum(_) => Some(unsafe { of_group(&self.offsets, group, first) }),
+            Offset::Minimum(_) => Some(of_group(&self.offsets, group)),
             Offset::None | Offset::Zero(_) => None,
         }
     }
 
     /// Likewise the zero points.
-    ///
-    /// # Safety
-    /// As [`scales`](Self::scales).
     #[inline(always)]
-    pub(super) unsafe fn zeros<const K: usize>(
-        &self,
-        group: usize,
-        first: usize,
-    ) -> Option<[S::V; K]> {
+    pub(super) fn zeros(&self, group: usize) -> Option<*const S::V> {
         match self.layout.offset {
-            // SAFETY: the caller's.
-            Offset::Zero(_) => Some(unsafe { of_group(&self.offsets, group, first) }),
+            Offset::Zero(_) => Some(of_group(&self.offsets, group)),
             Offset::None | Offset::Minimum(_) => None,
         }
     }
 
-    /// Likewise what sums of the group end with.
+    /// What sums of integers of a group end with, of the `q`-th panel: a scale and a minimum; what the format
+    /// lacks does nothing.
     ///
     /// # Safety
-    /// As [`scales`](Self::scales).
+    /// As [`Simd`]; the block with the group was read, and `q < N`.
     #[inline(always)]
-    pub(super) unsafe fn ends<const K: usize>(&self, group: usize, first: usize) -> Ends<S, K> {
+    pub(super) unsafe fn ends(&self, group: usize, q: usize) -> (S::V, S::V) {
         // SAFETY: the caller's.
         unsafe {
-            Ends {
-                scale: match self.scales(group, first) {
-                    Some(scale) => scale,
-                    None => [S::splat(1.0); K],
-                },
-                minimum: match self.minima(group, first) {
-                    Some(minimum) => minimum,
-                    None => [S::splat(0.0); K],
-                },
-            }
+            let scale = match self.scales(group) {
+                Some(scale) => scale.add(q).read(),
+                None => S::splat(1.0),
+            };
+            let minimum = match self.minima(group) {
+                Some(minimum) => minimum.add(q).read(),
+                None => S::splat(0.0),
+            };
+            (scale, minimum)
         }
     }
 }
 
-/// The numbers of a group that sums of integers end with: what the format lacks does nothing.
-#[derive(Clone, Copy)]
-pub(super) struct Ends<S: Simd, const K: usize> {
-    pub(super) scale: [S::V; K],
-    pub(super) minimum: [S::V; K],
-}
-
-/// # Safety
-/// The numbers of the group were read, and are of the panels.
 #[inline(always)]
-unsafe fn of_group<V: Copy, const N: usize, const K: usize>(
-    numbers: &[MaybeUninit<[V; N]>; GROUPS],
-    group: usize,
-    first: usize,
-) -> [V; K] {
-    // SAFETY: the caller's.
-    unsafe { numbers.as_ptr().cast::<V>().add(group * N + first).cast::<[V; K]>().read() }
+fn of_group<V, const N: usize>(numbers: &[MaybeUninit<[V; N]>; GROUPS], group: usize) -> *const V {
+    numbers.as_ptr().wrapping_add(group).cast()
 }

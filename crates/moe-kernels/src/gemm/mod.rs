@@ -34,8 +34,14 @@
 //! Products of integers with integers are added without any rounding, in whatever order: `s` is the
 //! exact sum, whatever kind of dot product made it.
 //!
-//! On tile registers a group's products are added in an order that is the processor's, the same for
-//! any rows and weights beside; groups of formats without scales are one sum.
+//! On tile registers a group goes in turns of 32 columns, or 16 where a scale is for no more, and even and
+//! odd ones have sums of their own; groups of formats without scales are one sum. Small numbers are zero as
+//! with bf16:
+//!
+//! ```text
+//! even = x[k] · code[k] + even;  odd = x[k + 1] · code[k + 1] + odd        from zero, for each pair of a turn, in order
+//! s = s + (even + odd)
+//! ```
 //!
 //! Each other `·` with its `+` is one fused multiply-add in f32; codes, less their zero points, and scales
 //! are exact, `Σx` is computed in f64 and rounded once. So the result is the same bit by bit for any rows
@@ -73,6 +79,9 @@ mod tile;
 #[cfg(target_arch = "x86_64")]
 #[allow(clippy::needless_range_loop, reason = "loops over constants, which must unroll")]
 mod tiles;
+#[cfg(target_arch = "x86_64")]
+#[allow(clippy::needless_range_loop, reason = "loops over constants, which must unroll")]
+mod turns;
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) use amx::probe as probe_tiles;

@@ -2,6 +2,9 @@
 //! holds k `2j` and `2j + 1` of all sixteen rows, the first in the low halves.
 //!
 //! Every code of eight bits or fewer stands for a number that bf16 holds exactly: codes are looked up.
+//!
+//! There are no closures: they lack the features of the tile, and whether they become part of it depends on
+//! how the crate is built.
 
 use std::arch::asm;
 use std::arch::x86_64::*;
@@ -214,8 +217,9 @@ const fn from(first: f32) -> [f32; 64] {
 unsafe fn words(numbers: *const f32) -> __m512i {
     // SAFETY: the caller's.
     unsafe {
-        let bits = [0, 16].map(|i| _mm512_castps_si512(_mm512_loadu_ps(numbers.add(i))));
-        let [low, high] = bits.map(|bits| _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(bits)));
+        let (low, high) = (Avx512::words(numbers.cast()), Avx512::words(numbers.add(16).cast()));
+        let low = _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(low));
+        let high = _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(high));
         _mm512_inserti64x4::<1>(_mm512_castsi256_si512(low), high)
     }
 }
@@ -276,7 +280,10 @@ unsafe fn joined<const LOW: usize, const HIGH: usize>(planes: &[__m512i; 2], j: 
 #[inline(always)]
 unsafe fn quads<const W: usize>(at: *const u8, octet: usize) -> [__m512i; 2] {
     // SAFETY: the caller's.
-    unsafe { [0, 1].map(|i| Avx512::words(at.add((2 * octet + i) * W * 64))) }
+    unsafe {
+        let at = at.add(2 * octet * W * 64);
+        [Avx512::words(at), Avx512::words(at.add(W * 64))]
+    }
 }
 
 /// The low and the high bytes of 128 bf16.
@@ -358,8 +365,11 @@ impl Bytes {
     unsafe fn new(table: &Table) -> Bytes {
         // SAFETY: the caller's; the tables have two registers each.
         unsafe {
-            let both = |bytes: &[u8; 128]| [0, 64].map(|i| Avx512::words(bytes.as_ptr().add(i)));
-            Bytes { low: both(&table.low), high: both(&table.high) }
+            let (low, high) = (table.low.as_ptr(), table.high.as_ptr());
+            Bytes {
+                low: [Avx512::words(low), Avx512::words(low.add(64))],
+                high: [Avx512::words(high), Avx512::words(high.add(64))],
+            }
         }
     }
 
@@ -388,8 +398,9 @@ impl Bytes {
         unsafe {
             let codes = in_pairs(quads);
             let (magnitudes, some) = (_mm512_abs_epi8(codes), _mm512_test_epi8_mask(codes, codes));
-            let [low, high] = [self.low, self.high]
-                .map(|table| _mm512_maskz_permutex2var_epi8(some, table[0], magnitudes, table[1]));
+            let ([a, b], [c, d]) = (self.low, self.high);
+            let low = _mm512_maskz_permutex2var_epi8(some, a, magnitudes, b);
+            let high = _mm512_maskz_permutex2var_epi8(some, c, magnitudes, d);
             woven(low, high, codes, j)
         }
     }
@@ -433,11 +444,13 @@ unsafe fn woven(low: __m512i, high: __m512i, codes: __m512i, j: usize) -> __m512
 unsafe fn differences(quads: __m512i, zero: __m512i, j: usize) -> __m512i {
     // SAFETY: the caller's.
     unsafe {
-        let one = |k: usize| {
-            let code = _mm512_srai_epi32::<24>(Avx512::shl(quads, 24 - 8 * k as u32));
-            _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_add_epi32(code, zero)))
-        };
-        let (even, odd) = (one(j % 2 * 2), one(j % 2 * 2 + 1));
+        macro_rules! one {
+            ($k:expr) => {{
+                let code = _mm512_srai_epi32::<24>(Avx512::shl(quads, 24 - 8 * $k as u32));
+                _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_add_epi32(code, zero)))
+            }};
+        }
+        let (even, odd) = (one!(j % 2 * 2), one!(j % 2 * 2 + 1));
         Avx512::blend(0xFFFF, Avx512::shr(even, 16), odd)
     }
 }

@@ -7,7 +7,7 @@ use half::{bf16, f16};
 use super::header::{self, Kind};
 use super::panel::Panel;
 use super::simd::Simd;
-use super::tile::{Args, Shape, shapes};
+use super::tile::{Args, Chain, Shape, shapes};
 use crate::numerics::{e4m3, e5m2, e8m0};
 
 pub(super) const fn of<P: Panel<Portable>>() -> &'static [Shape] {
@@ -18,7 +18,7 @@ unsafe fn tile<P: Panel<Portable>, const M: usize, const N: usize, const W: usiz
     args: &Args<'_>,
 ) {
     // SAFETY: the caller's; no features are needed.
-    unsafe { super::tile::tile::<Portable, P, M, N, W>(args) }
+    unsafe { super::tile::tile::<Portable, P, Chain, M, N, W>(args) }
 }
 
 /// For [`Simd::numbers`].

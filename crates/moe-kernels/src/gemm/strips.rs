@@ -21,7 +21,7 @@ use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use super::avx512::Avx512;
-use super::header::{Ends, Header};
+use super::header::Header;
 use super::simd::Simd;
 use super::tile::{Args, ahead, put, write};
 use crate::pack::{Codes, Group, Offset, PANEL, STEP};
@@ -94,21 +94,19 @@ pub(super) unsafe fn run<P: Quads<Avx512>, const W: usize>(args: &Args<'_>) {
     }
 }
 
-/// The zero points of a group.
+/// The zero points of a group, of the `q`-th panel.
 ///
 /// # Safety
-/// As [`Header::zeros`].
+/// As [`Header::ends`].
 #[inline(always)]
-unsafe fn zeros<const W: usize>(numbers: &Header<Avx512, W>, group: usize) -> Option<[__m512i; W]> {
+unsafe fn zero<const W: usize>(
+    numbers: &Header<Avx512, W>,
+    group: usize,
+    q: usize,
+) -> Option<__m512i> {
+    let zeros = numbers.zeros(group)?;
     // SAFETY: the caller's.
-    unsafe {
-        let Some(numbers) = numbers.zeros::<W>(group, 0) else { return None };
-        let mut zeros = [_mm512_setzero_si512(); W];
-        for q in 0..W {
-            zeros[q] = _mm512_cvtps_epi32(numbers[q]);
-        }
-        Some(zeros)
-    }
+    Some(unsafe { _mm512_cvtps_epi32(zeros.add(q).read()) })
 }
 
 /// A word of a row in all lanes.
@@ -173,13 +171,13 @@ unsafe fn few<P: Quads<Avx512>, const M: usize, const W: usize>(
             for step in 0..steps {
                 macro_rules! begin {
                     () => {
-                        let zeros = zeros::<W>(&numbers, group);
-                        for m in 0..M {
-                            let begin = everywhere(number.add(m * stride));
-                            for q in 0..W {
-                                sum[m][q] = match &zeros {
+                        for q in 0..W {
+                            let zero = zero(&numbers, group, q);
+                            for m in 0..M {
+                                let begin = everywhere(number.add(m * stride));
+                                sum[m][q] = match zero {
                                     None => begin,
-                                    Some(zeros) => _mm512_mullo_epi32(zeros[q], begin),
+                                    Some(zero) => _mm512_mullo_epi32(zero, begin),
                                 };
                             }
                         }
@@ -202,15 +200,15 @@ unsafe fn few<P: Quads<Avx512>, const M: usize, const W: usize>(
                 }
                 macro_rules! end {
                     () => {
-                        let Ends { scale, minimum } = numbers.ends::<W>(group, 0);
                         let minima = matches!(layout.offset, Offset::Minimum(_));
-                        for m in 0..M {
-                            let number = (number.add(m * stride), further);
-                            for q in 0..W {
+                        for q in 0..W {
+                            let (scale, minimum) = numbers.ends(group, q);
+                            for m in 0..M {
+                                let number = (number.add(m * stride), further);
                                 let both = (sum[m][q], acc[m][q]);
                                 acc[m][q] = match minima {
-                                    true => ended(both, (scale[q], Some(minimum[q])), number),
-                                    false => ended(both, (scale[q], None), number),
+                                    true => ended(both, (scale, Some(minimum)), number),
+                                    false => ended(both, (scale, None), number),
                                 };
                             }
                         }
@@ -319,11 +317,7 @@ unsafe fn strip<P: Quads<Avx512>, const W: usize>(
             while step < steps {
                 match layout.group {
                     Group::Sixteen => {
-                        // no closures: they lack the features
-                        let first = zeros::<W>(&numbers, 2 * step);
-                        let second = zeros::<W>(&numbers, 2 * step + 1);
-                        let ends = numbers.ends::<W>(2 * step, 0);
-                        let second_ends = numbers.ends::<W>(2 * step + 1, 0);
+                        let group = 2 * step;
                         let later = Strip {
                             words: strip.words.add(WORDS / 2),
                             number: strip.number.add(1),
@@ -332,37 +326,33 @@ unsafe fn strip<P: Quads<Avx512>, const W: usize>(
                         for q in 0..W {
                             ahead::<Avx512>(at.wrapping_add(q * bytes / W), bytes / W);
                             let [a, b, c, d, e, f, g, h] = decoded::<P, W>(constants, at, q);
-                            let begin = (true, first.as_ref().map(|zeros| zeros[q]));
-                            let end = Some((ends.scale[q], ends.minimum[q]));
+                            let begin = (true, zero(&numbers, group, q));
+                            let end = Some(numbers.ends(group, q));
                             part::<4>(args, [a, b, c, d], begin, end, strip, &mut sums[q]);
-                            let begin = (true, second.as_ref().map(|zeros| zeros[q]));
-                            let end = Some((second_ends.scale[q], second_ends.minimum[q]));
+                            let begin = (true, zero(&numbers, group + 1, q));
+                            let end = Some(numbers.ends(group + 1, q));
                             part::<4>(args, [e, f, g, h], begin, end, later, &mut sums[q]);
                         }
                         strip.number = strip.number.add(2);
                     }
                     Group::ThirtyTwo => {
-                        let zeros = zeros::<W>(&numbers, step);
-                        let ends = numbers.ends::<W>(step, 0);
                         for q in 0..W {
                             ahead::<Avx512>(at.wrapping_add(q * bytes / W), bytes / W);
                             let words = decoded::<P, W>(constants, at, q);
-                            let zero = zeros.as_ref().map(|zeros| zeros[q]);
-                            let end = Some((ends.scale[q], ends.minimum[q]));
-                            part::<8>(args, words, (true, zero), end, strip, &mut sums[q]);
+                            let begin = (true, zero(&numbers, step, q));
+                            let end = Some(numbers.ends(step, q));
+                            part::<8>(args, words, begin, end, strip, &mut sums[q]);
                         }
                         strip.number = strip.number.add(1);
                     }
                     Group::Block => {
                         let (first, two) = (step == 0, step + 1 < steps);
                         let last = step + 1 + usize::from(two) == steps;
-                        let zeros = if first { zeros::<W>(&numbers, 0) } else { None };
-                        let ends = if last { Some(numbers.ends::<W>(0, 0)) } else { None };
                         for q in 0..W {
                             ahead::<Avx512>(at.wrapping_add(q * bytes / W), bytes / W);
                             let words = decoded::<P, W>(constants, at, q);
-                            let begin = (first, zeros.as_ref().map(|zeros| zeros[q]));
-                            let end = ends.as_ref().map(|ends| (ends.scale[q], ends.minimum[q]));
+                            let begin = (first, if first { zero(&numbers, 0, q) } else { None });
+                            let end = if last { Some(numbers.ends(0, q)) } else { None };
                             let sums = &mut sums[q];
                             if !two {
                                 part::<8>(args, words, begin, end, strip, sums);

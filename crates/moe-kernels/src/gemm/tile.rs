@@ -108,7 +108,7 @@ pub(super) unsafe fn ahead<S: Simd>(at: *const u8, bytes: usize) {
 /// # Safety
 /// As [`Panel`]; any address will do.
 #[inline(always)]
-unsafe fn octet_ahead<S: Simd, P: Panel<S>, const N: usize, const W: usize>(
+pub(super) unsafe fn octet_ahead<S: Simd, P: Panel<S>, const N: usize, const W: usize>(
     step: *const u8,
     octet: usize,
 ) {
@@ -131,10 +131,19 @@ unsafe fn octet_ahead<S: Simd, P: Panel<S>, const N: usize, const W: usize>(
 /// # Safety
 /// As [`TileFn`]; inlined into a function that enables the features of `S`.
 #[inline(always)]
-pub(super) unsafe fn tile<S: Simd, P: Panel<S>, const M: usize, const N: usize, const W: usize>(
+pub(super) unsafe fn tile<
+    S: Simd,
+    P: Panel<S>,
+    A: Sums<S, P>,
+    const M: usize,
+    const N: usize,
+    const W: usize,
+>(
     args: &Args<'_>,
 ) {
     let layout = args.layout;
+    // sums that nothing scales
+    let go_on = A::GO_ON && layout.scale.is_none() && args.scales.is_none();
     // SAFETY: the unit holds all blocks with their headers and steps; the token rows hold STEP
     // elements for each step, and a sum for each group where there are offsets.
     unsafe {
@@ -154,30 +163,28 @@ pub(super) unsafe fn tile<S: Simd, P: Panel<S>, const M: usize, const N: usize, 
             at = at.add(steps * W * P::CODES.panel_bytes());
             let mut octet = 0;
             for group in 0..groups {
-                let mut sum = [[S::splat(0.0); N]; M];
+                let mut sum = if go_on { acc } else { [[S::splat(0.0); N]; M] };
                 let (of, row) = (octet..octet + octets, (x, sums));
-                match numbers.zeros::<N>(group, 0) {
+                match numbers.zeros(group) {
                     Some(zeros) if P::CODES.have_zeros() => {
-                        let mut zero = [P::zero(zeros[0]); N];
+                        let mut zero = [P::zero(zeros.read()); N];
                         for q in 1..N {
-                            zero[q] = P::zero(zeros[q]);
+                            zero[q] = P::zero(zeros.add(q).read());
                         }
                         let zero = Some(&zero);
-                        group_sum::<S, P, M, N, W>(
-                            args, &constants, codes, of, row, zero, &mut sum,
-                        );
+                        A::group::<M, N, W>(args, &constants, codes, of, row, zero, &mut sum);
                     }
-                    _ => {
-                        group_sum::<S, P, M, N, W>(
-                            args, &constants, codes, of, row, None, &mut sum,
-                        );
-                    }
+                    _ => A::group::<M, N, W>(args, &constants, codes, of, row, None, &mut sum),
                 }
                 octet += octets;
                 x = x.add(octets * OCTET / P::K);
-                let scales = if P::CODED { args.scales } else { None };
-                let ends = (numbers.scales(group, 0), numbers.minima(group, 0));
-                finish_group::<S, M, N>(args, ends, (sums, scales), &sum, &mut acc);
+                if go_on {
+                    acc = sum;
+                } else {
+                    let scales = if P::CODED { args.scales } else { None };
+                    let ends = (numbers.scales(group), numbers.minima(group));
+                    finish_group::<S, M, N>(args, ends, (sums, scales), &sum, &mut acc);
+                }
                 sums = sums.add(1);
             }
         }
@@ -185,41 +192,64 @@ pub(super) unsafe fn tile<S: Simd, P: Panel<S>, const M: usize, const N: usize, 
     }
 }
 
-/// The sums of a group: the octets `of` of a block whose codes are at `codes`, with the first token
-/// row's words and its number of the group.
-///
-/// # Safety
-/// As [`tile`].
-#[inline(always)]
-unsafe fn group_sum<S: Simd, P: Panel<S>, const M: usize, const N: usize, const W: usize>(
-    args: &Args<'_>,
-    constants: &P::Constants,
-    codes: *const u8,
-    of: Range<usize>,
-    (mut x, number): (*const f32, *const f32),
-    zero: Option<&[P::Zero; N]>,
-    sum: &mut [[S::V; N]; M],
-) {
-    // SAFETY: the caller's.
-    unsafe {
-        if P::INTEGERS {
-            for m in 0..M {
-                let number = number.add(m * args.x_stride);
-                for q in 0..N {
-                    sum[m][q] = P::begin(zero.map(|z| &z[q]), number);
+/// How the products of a group are added up.
+pub(super) trait Sums<S: Simd, P: Panel<S>> {
+    /// Sums that nothing scales go on from one group to the next.
+    const GO_ON: bool;
+
+    /// Adds the octets `of` of a block whose codes are at `codes`, with the first token row's words and its
+    /// number of the group.
+    ///
+    /// # Safety
+    /// As [`tile`].
+    unsafe fn group<const M: usize, const N: usize, const W: usize>(
+        args: &Args<'_>,
+        constants: &P::Constants,
+        codes: *const u8,
+        of: Range<usize>,
+        row: (*const f32, *const f32),
+        zero: Option<&[P::Zero; N]>,
+        sum: &mut [[S::V; N]; M],
+    );
+}
+
+/// One after the other, as the [module](self) says.
+pub(super) struct Chain;
+
+impl<S: Simd, P: Panel<S>> Sums<S, P> for Chain {
+    const GO_ON: bool = false;
+
+    #[inline(always)]
+    unsafe fn group<const M: usize, const N: usize, const W: usize>(
+        args: &Args<'_>,
+        constants: &P::Constants,
+        codes: *const u8,
+        of: Range<usize>,
+        (mut x, number): (*const f32, *const f32),
+        zero: Option<&[P::Zero; N]>,
+        sum: &mut [[S::V; N]; M],
+    ) {
+        // SAFETY: the caller's.
+        unsafe {
+            if P::INTEGERS {
+                for m in 0..M {
+                    let number = number.add(m * args.x_stride);
+                    for q in 0..N {
+                        sum[m][q] = P::begin(zero.map(|z| &z[q]), number);
+                    }
                 }
             }
-        }
-        for octet in of {
-            let step = codes.add(octet / 4 * W * P::CODES.panel_bytes());
-            octet_ahead::<S, P, N, W>(step, octet % 4);
-            products::<S, P, M, N, W>(constants, step, octet % 4, x, args.x_stride, zero, sum);
-            x = x.add(OCTET / P::K);
-        }
-        if P::INTEGERS {
-            for m in 0..M {
-                for q in 0..N {
-                    sum[m][q] = P::end(sum[m][q]);
+            for octet in of {
+                let step = codes.add(octet / 4 * W * P::CODES.panel_bytes());
+                octet_ahead::<S, P, N, W>(step, octet % 4);
+                products::<S, P, M, N, W>(constants, step, octet % 4, x, args.x_stride, zero, sum);
+                x = x.add(OCTET / P::K);
+            }
+            if P::INTEGERS {
+                for m in 0..M {
+                    for q in 0..N {
+                        sum[m][q] = P::end(sum[m][q]);
+                    }
                 }
             }
         }
@@ -278,7 +308,7 @@ unsafe fn products<S: Simd, P: Panel<S>, const M: usize, const N: usize, const W
 #[inline(always)]
 pub(super) unsafe fn finish_group<S: Simd, const M: usize, const N: usize>(
     args: &Args<'_>,
-    (scale, minimum): (Option<[S::V; N]>, Option<[S::V; N]>),
+    (scale, minimum): (Option<*const S::V>, Option<*const S::V>),
     (sums, scales): (*const f32, Option<usize>),
     sum: &[[S::V; N]; M],
     acc: &mut [[S::V; N]; M],
@@ -304,7 +334,7 @@ pub(super) unsafe fn finish_group<S: Simd, const M: usize, const N: usize>(
             (Some(scale), None, None) => {
                 for m in 0..M {
                     for q in 0..N {
-                        acc[m][q] = S::fma(scale[q], sum[m][q], acc[m][q]);
+                        acc[m][q] = S::fma(scale.add(q).read(), sum[m][q], acc[m][q]);
                     }
                 }
             }
@@ -312,7 +342,8 @@ pub(super) unsafe fn finish_group<S: Simd, const M: usize, const N: usize>(
                 for m in 0..M {
                     let of_row = S::splat(*sums.add(m * args.x_stride + at));
                     for q in 0..N {
-                        acc[m][q] = S::fma(S::mul(scale[q], of_row), sum[m][q], acc[m][q]);
+                        acc[m][q] =
+                            S::fma(S::mul(scale.add(q).read(), of_row), sum[m][q], acc[m][q]);
                     }
                 }
             }
@@ -321,8 +352,8 @@ pub(super) unsafe fn finish_group<S: Simd, const M: usize, const N: usize>(
                 for m in 0..M {
                     let sum_x = S::splat(*sums.add(m * args.x_stride));
                     for q in 0..N {
-                        let scaled = S::fma(scale[q], sum[m][q], acc[m][q]);
-                        acc[m][q] = S::fma(minimum[q], sum_x, scaled);
+                        let scaled = S::fma(scale.add(q).read(), sum[m][q], acc[m][q]);
+                        acc[m][q] = S::fma(minimum.add(q).read(), sum_x, scaled);
                     }
                 }
             }

@@ -148,7 +148,7 @@ unsafe fn blocks<T, P, const W: usize, const N: usize>(
                             Weights { at, item: W * 64, panel: 64, step: k / 2 * W * 64 }
                         } else {
                             let of = group * octets..(group + 1) * octets;
-                            let zeros = numbers.zeros::<N>(group, first);
+                            let zeros = numbers.zeros(group).map(|zeros| zeros.add(first));
                             decode::<P, N, W>(first, &constants, zeros, codes, of, decoded);
                             let panel = octets * OCTET / 2 * 64;
                             Weights { at: decoded, item: 64, panel, step: k / 2 * 64 }
@@ -187,7 +187,10 @@ unsafe fn blocks<T, P, const W: usize, const N: usize>(
                             if adds {
                                 continue;
                             }
-                            let ends = (numbers.scales(group, first), numbers.minima(group, first));
+                            let ends = (
+                                numbers.scales(group).map(|scales| scales.add(first)),
+                                numbers.minima(group).map(|minima| minima.add(first)),
+                            );
                             let mut i = 0;
                             while i < rows {
                                 let total = acc.add((row + i) * UNIT + first * PANEL);
@@ -226,7 +229,7 @@ unsafe fn blocks<T, P, const W: usize, const N: usize>(
 #[inline(always)]
 unsafe fn finish<const M: usize, const N: usize>(
     args: &Args<'_>,
-    ends: (Option<[__m512; N]>, Option<[__m512; N]>),
+    ends: (Option<*const __m512>, Option<*const __m512>),
     sums: *const f32,
     part: *const f32,
     total: *mut f32,
@@ -273,7 +276,7 @@ unsafe fn panels<const N: usize>(at: *const f32) -> [__m512; N] {
 unsafe fn decode<P: Panel<Avx512, Value = __m512i>, const N: usize, const W: usize>(
     first: usize,
     constants: &P::Constants,
-    zeros: Option<[__m512; N]>,
+    zeros: Option<*const __m512>,
     codes: *const u8,
     of: Range<usize>,
     to: *mut u8,
@@ -283,8 +286,8 @@ unsafe fn decode<P: Panel<Avx512, Value = __m512i>, const N: usize, const W: usi
     unsafe {
         for panel in 0..N {
             let q = first + panel;
-            let zero = match &zeros {
-                Some(zeros) if P::CODES.have_zeros() => Some(P::zero(zeros[panel])),
+            let zero = match zeros {
+                Some(zeros) if P::CODES.have_zeros() => Some(P::zero(zeros.add(panel).read())),
                 _ => None,
             };
             let mut to = to.add(panel * pairs * 64);

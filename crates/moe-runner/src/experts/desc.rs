@@ -66,10 +66,12 @@ impl KernelDesc {
 
     /// Why this kernel is slower on a processor with `features` than one that is less preferred, if it is:
     /// it runs when named. Processors with tile registers (AMX) have dot products of bf16 at half the rate
-    /// of f32 multiply-adds; and tiles wait for codes to be decoded into memory, which many tokens share.
+    /// of f32 multiply-adds; and tiles wait for codes to be decoded into memory, which many tokens share. (One
+    /// or two rows of an expert need no tiles, and are as fast as in f32 where a scale is for many columns of
+    /// INT4.)
     pub fn slow_on(&self, features: Features, products: &[ProductFormat]) -> Option<&'static str> {
         let tiles = self.target.features().contains(Features::AMX_BF16);
-        let decodes = || products.iter().any(|product| product.weights != WeightFormat::Bf16);
+        let decodes = || !products.iter().all(ProductFormat::is_soon_on_tiles);
         match (self.arithmetic, self.target.device()) {
             (Arithmetic::Bf16, Device::Cpu) if tiles => {
                 decodes().then_some("few tokens take longer with quantised weights")
@@ -111,6 +113,17 @@ pub struct ProductFormat {
 }
 
 impl ProductFormat {
+    /// Few tokens of it are nearly as fast on tile registers as in f32, and many faster.
+    fn is_soon_on_tiles(&self) -> bool {
+        match (self.weights, self.group, self.rows) {
+            (WeightFormat::Bf16, ..) => true,
+            (WeightFormat::Int4(_), Some([_, columns]), ActivationFormat::Unquantised) => {
+                columns >= 128
+            }
+            _ => false,
+        }
+    }
+
     /// Of this projection.
     pub fn of(matrix: &Matrix) -> Self {
         Self {

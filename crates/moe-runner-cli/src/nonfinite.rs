@@ -27,10 +27,11 @@ pub(crate) fn cause(
         return format!("{of}: what comes out of it is {largest:.1e}, beyond f32 (3.4e38)");
     }
     let largest = products.iter().max_by(|a, b| a.largest.total_cmp(&b.largest));
-    largest.map_or_else(String::new, |Product { of, largest }| {
+    let finite = "all weights that it meets are finite";
+    largest.map_or(finite.to_owned(), |Product { of, largest }| {
         format!(
-            "all weights that it meets are finite; the largest number on the way is {largest:.1e}, out \
-             of {of}, and f32 ends at 3.4e38"
+            "{finite}; the largest number on the way is {largest:.1e}, out of {of}, and f32 ends at \
+             3.4e38"
         )
     })
 }

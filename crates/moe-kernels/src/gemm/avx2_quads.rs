@@ -12,9 +12,9 @@ use std::ops::Range;
 use super::avx2::{Avx2, Pair, both};
 use super::header::Header;
 use super::panel::{four, one, two};
-use super::simd::Simd;
-use super::strips::{Quads, STRIP, Strip, WORDS, any_rows};
-use super::tile::{Args, Shape, ahead, put};
+use super::simd::{Simd, ahead};
+use super::strips::{Quads, STRIP, Strip, WORDS, any_rows, decoded};
+use super::tile::{Args, Shape, put};
 use crate::pack::{Codes, Group, Offset, PANEL, lift};
 
 any_rows!(Avx2, "avx2,fma,f16c");
@@ -234,20 +234,36 @@ unsafe fn spread(words: Word, from: i32) -> Word {
 /// As [`TileFn`](super::tile::TileFn); inlined into a function that enables the features.
 #[inline(always)]
 unsafe fn run<P: Quads<Avx2>, const W: usize>(args: &Args<'_>) {
-    for start in (0..args.rows).step_by(STRIP) {
-        let rows = start..args.rows.min(start + STRIP);
-        // SAFETY: the caller's; nothing is above what the codes hold.
-        unsafe {
-            match P::CODES {
-                Codes::Table2 | Codes::Table3 => strip::<P, W, 8, 1>(args, rows),
-                Codes::Int5 | Codes::Int6 => strip::<P, W, 2, 1>(args, rows),
-                Codes::Table4 => match lifted(args.table).iter().max() {
-                    Some(..=15) => strip::<P, W, 8, 1>(args, rows),
-                    Some(..=63) => strip::<P, W, 2, 1>(args, rows),
-                    _ => strip::<P, W, 8, 2>(args, rows),
-                },
-                _ => strip::<P, W, 8, 2>(args, rows),
-            }
+    // SAFETY: the caller's; nothing is above what the codes hold.
+    unsafe {
+        match P::CODES {
+            Codes::Table2 | Codes::Table3 => strips::<P, W, 8, 1>(args),
+            Codes::Int5 | Codes::Int6 => strips::<P, W, 2, 1>(args),
+            Codes::Table4 => match lifted(args.table).iter().max() {
+                Some(..=15) => strips::<P, W, 8, 1>(args),
+                Some(..=63) => strips::<P, W, 2, 1>(args),
+                _ => strips::<P, W, 8, 2>(args),
+            },
+            _ => strips::<P, W, 8, 2>(args),
+        }
+    }
+}
+
+/// All token rows. In 16 bits `EACH` words are added up, of each of so many `PLANES` of weights: all bits, or the
+/// nibbles.
+///
+/// # Safety
+/// As [`run`].
+#[inline(always)]
+unsafe fn strips<P: Quads<Avx2>, const W: usize, const EACH: usize, const PLANES: usize>(
+    args: &Args<'_>,
+) {
+    // SAFETY: the caller's.
+    unsafe {
+        let constants = P::constants(args.table);
+        for start in (0..args.rows).step_by(STRIP) {
+            let rows = start..args.rows.min(start + STRIP);
+            strip::<P, W, EACH, PLANES>(args, &constants, rows);
         }
     }
 }
@@ -259,14 +275,14 @@ struct Sums {
     all: [MaybeUninit<<Avx2 as Simd>::V>; STRIP],
 }
 
-/// Some of the token rows, at most [`STRIP`]. In 16 bits `EACH` words are added up, of each of so many `PLANES` of
-/// weights: all bits, or the nibbles.
+/// Some of the token rows, at most [`STRIP`].
 ///
 /// # Safety
 /// As [`run`].
 #[inline(always)]
 unsafe fn strip<P: Quads<Avx2>, const W: usize, const EACH: usize, const PLANES: usize>(
     args: &Args<'_>,
+    constants: &P::Constants,
     rows: Range<usize>,
 ) {
     let layout = args.layout;
@@ -276,7 +292,6 @@ unsafe fn strip<P: Quads<Avx2>, const W: usize, const EACH: usize, const PLANES:
     // SAFETY: the unit holds all blocks with their headers and steps; the token rows hold the words of
     // each step, and a number of each kind for each group.
     unsafe {
-        let constants = P::constants(args.table);
         for sums in &mut sums {
             sums.all[..rows.len()].fill(MaybeUninit::new(Avx2::splat(0.0)));
         }
@@ -286,10 +301,7 @@ unsafe fn strip<P: Quads<Avx2>, const W: usize, const EACH: usize, const PLANES:
         let bytes = P::CODES.panel_bytes();
         for &steps in args.blocks {
             let steps = usize::from(steps);
-            let header_bytes = W * PANEL * layout.header_bytes(steps);
-            ahead::<Avx2>(at, header_bytes);
-            numbers.read::<W>(at, layout.groups(steps), 0);
-            at = at.add(header_bytes);
+            at = numbers.begin::<W>(at, steps, 0);
             for step in 0..steps {
                 let (first, last) = match layout.group {
                     Group::Block => (step == 0, step + 1 == steps),
@@ -302,7 +314,7 @@ unsafe fn strip<P: Quads<Avx2>, const W: usize, const EACH: usize, const PLANES:
                 };
                 for q in 0..W {
                     ahead::<Avx2>(at.wrapping_add(q * bytes), bytes);
-                    let words = decoded::<P, W, PLANES>(&constants, at.add(q * 64));
+                    let words = planes(decoded::<Avx2, P, W>(constants, at, q));
                     let minima = matches!(layout.offset, Offset::Minimum(_));
                     let ends = (first, last);
                     let part = Part::of::<P, W>(&numbers, (group, q), ends, minima);
@@ -333,30 +345,20 @@ unsafe fn strip<P: Quads<Avx2>, const W: usize, const EACH: usize, const PLANES:
     }
 }
 
-/// The words of a panel's step.
+/// All bits of words, or their nibbles.
 ///
 /// # Safety
-/// As [`Quads`].
+/// As [`run`].
 #[inline(always)]
-unsafe fn decoded<P: Quads<Avx2>, const W: usize, const PLANES: usize>(
-    constants: &P::Constants,
-    at: *const u8,
-) -> [[Word; WORDS]; PLANES] {
-    // SAFETY: the caller's.
-    unsafe {
-        let [a, b] = P::octet::<W>(constants, at, 0);
-        let [c, d] = P::octet::<W>(constants, at, 1);
-        let [e, f] = P::octet::<W>(constants, at, 2);
-        let [g, h] = P::octet::<W>(constants, at, 3);
-        let words = [a, b, c, d, e, f, g, h];
-        let mut planes = [words; PLANES];
-        if PLANES == 2 {
-            for i in 0..WORDS {
-                [planes[0][i], planes[1][i]] = nibbles(words[i]);
-            }
+unsafe fn planes<const PLANES: usize>(words: [Word; WORDS]) -> [[Word; WORDS]; PLANES] {
+    let mut planes = [words; PLANES];
+    if PLANES == 2 {
+        for i in 0..WORDS {
+            // SAFETY: the caller's.
+            [planes[0][i], planes[1][i]] = unsafe { nibbles(words[i]) };
         }
-        planes
     }
+    planes
 }
 
 /// Words of a panel within one group, and what the group's sums begin and end with.

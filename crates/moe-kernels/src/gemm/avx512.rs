@@ -2,9 +2,9 @@
 
 use std::arch::x86_64::*;
 
-use super::header::{self, Kind};
+use super::header;
 use super::panel::Panel;
-use super::simd::{MAGIC, Simd};
+use super::simd::{Kind, MAGIC, Simd};
 use super::tile::{Args, Chain, Shape, shapes};
 
 pub(super) const fn of<P: Panel<Avx512>>() -> &'static [Shape] {

@@ -5,27 +5,13 @@
 
 use std::mem::MaybeUninit;
 
-use super::simd::Simd;
+use super::simd::{Kind, Simd, ahead};
 use crate::pack::{BLOCK, Layout, Number, Offset, PANEL};
 
 /// Most groups of a block.
 const GROUPS: usize = BLOCK / 16;
 
-/// Numbers of one kind, of some panels' rows.
-pub(super) struct Kind {
-    number: Number,
-    /// Those of the first group, and bytes from one group's to the next.
-    at: *const u8,
-    stride: usize,
-    groups: usize,
-    /// Of the header's rows the first ones that are read, and how many panels of them.
-    first: usize,
-    panels: usize,
-    /// An f16 of each row that they are multiplied by.
-    outer: Option<*const u8>,
-}
-
-/// Reads them, group after group, for [`Simd::numbers`].
+/// Reads numbers of a header, group after group, for [`Simd::numbers`].
 ///
 /// # Safety
 /// As [`Simd`]; the header has them, and there is room.
@@ -39,14 +25,12 @@ pub(super) unsafe fn read<S: Simd>(kind: &Kind, to: *mut S::V) {
                 // SAFETY: the caller's.
                 unsafe {
                     let by = outer.map(|outer| outer.add(row * 2));
-                    let mut to = to.add(q);
                     for group in 0..groups {
                         let number = S::$read(at.add(group * stride + row * $size));
-                        to.write(match by {
+                        to.add(group * panels + q).write(match by {
                             Some(by) => S::mul(number, S::f16(by)),
                             None => number,
                         });
-                        to = to.wrapping_add(panels);
                     }
                 }
             }
@@ -78,8 +62,29 @@ impl<S: Simd, const N: usize> Header<S, N> {
         Header { layout, scales: none, offsets: none }
     }
 
-    /// Reads the numbers of a block of a unit of `W` panels, which has so many groups: of the panels from
-    /// `first` on.
+    /// Begins a block: asks for what lies ahead of its header, [reads](Self::read) it, and returns where the
+    /// codes are.
+    ///
+    /// # Safety
+    /// As [`read`](Self::read).
+    #[inline(always)]
+    pub(super) unsafe fn begin<const W: usize>(
+        &mut self,
+        at: *const u8,
+        steps: usize,
+        first: usize,
+    ) -> *const u8 {
+        let bytes = W * PANEL * self.layout.header_bytes(steps);
+        // SAFETY: the caller's.
+        unsafe {
+            ahead::<S>(at, bytes);
+            self.read::<W>(at, steps, first);
+            at.add(bytes)
+        }
+    }
+
+    /// Reads the numbers of a block of so many steps, of a unit of `W` panels: those of the panels from `first`
+    /// on.
     ///
     /// # Safety
     /// As [`Simd`]; the block's header is at `at`.
@@ -87,11 +92,11 @@ impl<S: Simd, const N: usize> Header<S, N> {
     pub(super) unsafe fn read<const W: usize>(
         &mut self,
         at: *const u8,
-        groups: usize,
+        steps: usize,
         first: usize,
     ) {
         let (layout, rows) = (self.layout, W * PANEL);
-        let stride = rows * layout.group_bytes();
+        let (groups, stride) = (layout.groups(steps), rows * layout.group_bytes());
         // SAFETY: the header has a number of each kind for each row of the unit and each group.
         unsafe {
             let scales = at.add(rows * layout.outer_bytes());

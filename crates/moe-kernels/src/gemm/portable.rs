@@ -4,9 +4,9 @@ use std::array::from_fn;
 
 use half::{bf16, f16};
 
-use super::header::{self, Kind};
+use super::header;
 use super::panel::Panel;
-use super::simd::Simd;
+use super::simd::{Kind, Simd};
 use super::tile::{Args, Chain, Shape, shapes};
 use crate::numerics::{e4m3, e5m2, e8m0};
 

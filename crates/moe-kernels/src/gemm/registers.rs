@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::{_MM_HINT_T0, _MM_HINT_T1, _mm_prefetch};
 
-use super::tile::AHEAD;
+use super::simd::AHEAD;
 use crate::pack::{PANEL, STEP, UNIT};
 
 /// Rows of a tile register; so many bytes of each row are 16 f32 or 32 bf16.

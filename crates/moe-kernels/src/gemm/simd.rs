@@ -1,6 +1,6 @@
 //! What an instruction set gives the tile: vectors of sixteen lanes, one for each row of a panel.
 
-use super::header::Kind;
+use crate::pack::Number;
 
 /// Vectors of sixteen f32, and of sixteen 32-bit words.
 ///
@@ -90,3 +90,32 @@ pub(super) trait Simd {
 
 /// 2^23: with it in the exponent, the low bits of an f32 count in ones.
 pub(super) const MAGIC: f32 = (1 << 23) as f32;
+
+/// Numbers of one kind in the head of a block, of some panels' rows.
+pub(super) struct Kind {
+    pub(super) number: Number,
+    /// Those of the first group, and bytes from one group's to the next.
+    pub(super) at: *const u8,
+    pub(super) stride: usize,
+    pub(super) groups: usize,
+    /// Of the header's rows the first ones that are read, and how many panels of them.
+    pub(super) first: usize,
+    pub(super) panels: usize,
+    /// An f16 of each row that they are multiplied by.
+    pub(super) outer: Option<*const u8>,
+}
+
+/// How many bytes ahead of what is read more is asked for.
+pub(super) const AHEAD: usize = 4096;
+
+/// Asks for what lies ahead of so many bytes from `at` on: of codes, and of headers, or each would be waited for.
+///
+/// # Safety
+/// As [`Simd`]; any address will do.
+#[inline(always)]
+pub(super) unsafe fn ahead<S: Simd>(at: *const u8, bytes: usize) {
+    for line in 0..bytes.div_ceil(64) {
+        // SAFETY: a prefetch takes any address.
+        unsafe { S::prefetch(at.wrapping_add(AHEAD + 64 * line)) }
+    }
+}

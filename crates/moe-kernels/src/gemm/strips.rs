@@ -22,8 +22,8 @@ use std::ops::Range;
 
 use super::avx512::Avx512;
 use super::header::Header;
-use super::simd::Simd;
-use super::tile::{Args, ahead, put, write};
+use super::simd::{Simd, ahead};
+use super::tile::{Args, put, write};
 use crate::pack::{Codes, Group, Offset, PANEL, STEP};
 
 /// The tiles of codes: any number of rows, of units of four panels and of one.
@@ -163,10 +163,7 @@ unsafe fn few<P: Quads<Avx512>, const M: usize, const W: usize>(
         let (mut at, mut x, mut number) = (args.unit, args.x, args.x.add(args.sums));
         for &steps in args.blocks {
             let steps = usize::from(steps);
-            let header_bytes = W * PANEL * layout.header_bytes(steps);
-            ahead::<Avx512>(at, header_bytes);
-            numbers.read::<W>(at, layout.groups(steps), 0);
-            at = at.add(header_bytes);
+            at = numbers.begin::<W>(at, steps, 0);
             let mut group = 0;
             for step in 0..steps {
                 macro_rules! begin {
@@ -309,10 +306,7 @@ unsafe fn strip<P: Quads<Avx512>, const W: usize>(
         let bytes = W * P::CODES.panel_bytes();
         for &steps in args.blocks {
             let steps = usize::from(steps);
-            let header_bytes = W * PANEL * layout.header_bytes(steps);
-            ahead::<Avx512>(at, header_bytes);
-            numbers.read::<W>(at, layout.groups(steps), 0);
-            at = at.add(header_bytes);
+            at = numbers.begin::<W>(at, steps, 0);
             let mut step = 0;
             while step < steps {
                 match layout.group {
@@ -325,7 +319,8 @@ unsafe fn strip<P: Quads<Avx512>, const W: usize>(
                         };
                         for q in 0..W {
                             ahead::<Avx512>(at.wrapping_add(q * bytes / W), bytes / W);
-                            let [a, b, c, d, e, f, g, h] = decoded::<P, W>(constants, at, q);
+                            let [a, b, c, d, e, f, g, h] =
+                                decoded::<Avx512, P, W>(constants, at, q);
                             let begin = (true, zero(&numbers, group, q));
                             let end = Some(numbers.ends(group, q));
                             part::<4>(args, [a, b, c, d], begin, end, strip, &mut sums[q]);
@@ -338,7 +333,7 @@ unsafe fn strip<P: Quads<Avx512>, const W: usize>(
                     Group::ThirtyTwo => {
                         for q in 0..W {
                             ahead::<Avx512>(at.wrapping_add(q * bytes / W), bytes / W);
-                            let words = decoded::<P, W>(constants, at, q);
+                            let words = decoded::<Avx512, P, W>(constants, at, q);
                             let begin = (true, zero(&numbers, step, q));
                             let end = Some(numbers.ends(step, q));
                             part::<8>(args, words, begin, end, strip, &mut sums[q]);
@@ -350,7 +345,7 @@ unsafe fn strip<P: Quads<Avx512>, const W: usize>(
                         let last = step + 1 + usize::from(two) == steps;
                         for q in 0..W {
                             ahead::<Avx512>(at.wrapping_add(q * bytes / W), bytes / W);
-                            let words = decoded::<P, W>(constants, at, q);
+                            let words = decoded::<Avx512, P, W>(constants, at, q);
                             let begin = (first, if first { zero(&numbers, 0, q) } else { None });
                             let end = if last { Some(numbers.ends(0, q)) } else { None };
                             let sums = &mut sums[q];
@@ -361,7 +356,7 @@ unsafe fn strip<P: Quads<Avx512>, const W: usize>(
                             // Twice as much between one look at the sums and the next.
                             let at = at.add(bytes);
                             ahead::<Avx512>(at.wrapping_add(q * bytes / W), bytes / W);
-                            let more = decoded::<P, W>(constants, at, q);
+                            let more = decoded::<Avx512, P, W>(constants, at, q);
                             let mut both = [more[0]; 16];
                             both[..8].copy_from_slice(&words);
                             both[8..].copy_from_slice(&more);
@@ -394,11 +389,11 @@ unsafe fn strip<P: Quads<Avx512>, const W: usize>(
 /// # Safety
 /// As [`Quads`].
 #[inline(always)]
-unsafe fn decoded<P: Quads<Avx512>, const W: usize>(
+pub(super) unsafe fn decoded<S: Simd, P: Quads<S>, const W: usize>(
     constants: &P::Constants,
     at: *const u8,
     panel: usize,
-) -> [__m512i; WORDS] {
+) -> [S::I; WORDS] {
     // SAFETY: the caller's.
     unsafe {
         let at = at.add(panel * 64);

@@ -17,7 +17,7 @@ use std::ops::Range;
 
 use super::header::Header;
 use super::panel::Panel;
-use super::simd::Simd;
+use super::simd::{Simd, ahead};
 use crate::numerics::{DecodeScale, EncodeScale};
 use crate::pack::{Finish, Layout, OCTET, PANEL, STEP};
 use crate::stored::Global;
@@ -87,21 +87,6 @@ macro_rules! shapes {
 }
 pub(super) use shapes;
 
-/// How many bytes ahead of what is read more is asked for.
-pub(super) const AHEAD: usize = 4096;
-
-/// Asks for what lies ahead of so many bytes from `at` on: of codes, and of headers, or each would be waited for.
-///
-/// # Safety
-/// As [`Simd`]; any address will do.
-#[inline(always)]
-pub(super) unsafe fn ahead<S: Simd>(at: *const u8, bytes: usize) {
-    for line in 0..bytes.div_ceil(64) {
-        // SAFETY: a prefetch takes any address.
-        unsafe { S::prefetch(at.wrapping_add(AHEAD + 64 * line)) }
-    }
-}
-
 /// Asks for what `N` panels read so far ahead of an octet of the step at `step`, and for nothing else: between
 /// their items stand those of the other panels, which are read when their turn comes.
 ///
@@ -155,10 +140,7 @@ pub(super) unsafe fn tile<
             let steps = usize::from(steps);
             let groups = layout.groups(steps);
             let octets = steps * (STEP / OCTET) / groups;
-            let header_bytes = W * PANEL * layout.header_bytes(steps);
-            ahead::<S>(at, header_bytes);
-            numbers.read::<W>(at, groups, args.first);
-            at = at.add(header_bytes);
+            at = numbers.begin::<W>(at, steps, args.first);
             let codes = at.add(args.first * P::ITEM);
             at = at.add(steps * W * P::CODES.panel_bytes());
             let mut octet = 0;
@@ -256,6 +238,25 @@ impl<S: Simd, P: Panel<S>> Sums<S, P> for Chain {
     }
 }
 
+/// The lines of an octet of `N` panels.
+///
+/// # Safety
+/// As [`tile`].
+#[inline(always)]
+pub(super) unsafe fn lines<S: Simd, P: Panel<S>, const N: usize, const W: usize>(
+    step: *const u8,
+    octet: usize,
+) -> [P::Octet; N] {
+    // SAFETY: the caller's.
+    unsafe {
+        let mut lines = [P::octet::<W>(step, octet); N];
+        for q in 1..N {
+            lines[q] = P::octet::<W>(step.add(q * P::ITEM), octet);
+        }
+        lines
+    }
+}
+
 /// Adds the products of eight k.
 ///
 /// # Safety
@@ -272,10 +273,7 @@ unsafe fn products<S: Simd, P: Panel<S>, const M: usize, const N: usize, const W
 ) {
     // SAFETY: the caller's.
     unsafe {
-        let mut lines = [P::octet::<W>(step, octet); N];
-        for q in 1..N {
-            lines[q] = P::octet::<W>(step.add(q * P::ITEM), octet);
-        }
+        let lines = lines::<S, P, N, W>(step, octet);
         macro_rules! one {
             ($($j:literal)*) => {$(
                 if $j < OCTET / P::K {

@@ -27,8 +27,8 @@ use super::avx512::Avx512;
 use super::header::Header;
 use super::panel::Panel;
 use super::registers::{Coming, Config, ROWS, Strip, Tiles, Weights};
-use super::simd::Simd;
-use super::tile::{AHEAD, Args, finish_group, write};
+use super::simd::{AHEAD, Simd};
+use super::tile::{Args, finish_group, write};
 use crate::pack::{BLOCK, Codes, Group, OCTET, PANEL, STEP, UNIT};
 
 /// Token rows whose sums are kept.
@@ -133,7 +133,7 @@ unsafe fn blocks<T, P, const W: usize, const N: usize>(
             for unit in 0..args.units {
                 let (header, acc) =
                     (at.add(unit * args.unit_bytes), acc.add(unit * args.rows * UNIT));
-                numbers.read::<W>(header, groups, 0);
+                numbers.read::<W>(header, steps, 0);
                 let codes = header.add(header_bytes);
                 // The same block of the next unit, or the next block of the first.
                 let next = match unit + 1 < args.units {

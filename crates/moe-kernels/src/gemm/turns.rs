@@ -19,7 +19,7 @@ use std::ops::Range;
 use super::avx512::Avx512;
 use super::panel::Panel;
 use super::simd::Simd;
-use super::tile::{Args, Sums, octet_ahead, tile};
+use super::tile::{Args, Sums, lines, octet_ahead, tile};
 use crate::pack::{Group, OCTET, STEP, UNIT};
 
 /// Rows that are multiplied so, at most.
@@ -82,10 +82,7 @@ impl<P: Panel<Avx512, Value = __m512i>> Sums<Avx512, P> for Turns {
                 for octet in first..first + TURN {
                     let step = codes.add(octet / 4 * W * P::CODES.panel_bytes());
                     octet_ahead::<Avx512, P, N, W>(step, octet % 4);
-                    let mut lines = [P::octet::<W>(step, octet % 4); N];
-                    for q in 1..N {
-                        lines[q] = P::octet::<W>(step.add(q * P::ITEM), octet % 4);
-                    }
+                    let lines = lines::<Avx512, P, N, W>(step, octet % 4);
                     macro_rules! pair {
                         ($($j:literal)*) => {$(
                             let mut xs = [halves(_mm512_set1_epi32(x.add($j).cast::<i32>().read())); M];

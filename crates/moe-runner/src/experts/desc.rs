@@ -67,8 +67,8 @@ impl KernelDesc {
     /// Why this kernel is slower on a processor with `features` than one that is less preferred, if it is:
     /// it runs when named. Processors with tile registers (AMX) have dot products of bf16 at half the rate
     /// of f32 multiply-adds; and tiles wait for codes to be decoded into memory, which many tokens share. (One
-    /// or two rows of an expert need no tiles, and are as fast as in f32 where a scale is for many columns of
-    /// INT4.)
+    /// or two rows of an expert need no tiles, and take 1.1 times as long as in f32 where a scale is for many
+    /// columns of INT4.)
     pub fn slow_on(&self, features: Features, products: &[ProductFormat]) -> Option<&'static str> {
         let tiles = self.target.features().contains(Features::AMX_BF16);
         let decodes = || !products.iter().all(ProductFormat::is_soon_on_tiles);

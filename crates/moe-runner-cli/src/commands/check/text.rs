@@ -56,15 +56,16 @@ impl Live {
             columns.insert(columns.len() - 1, (">of the other", 12));
         }
         let limit = width().unwrap_or(usize::MAX);
-        let (mut lines, mut used) = (vec![Vec::new()], 0);
+        let (mut lines, mut line, mut used) = (Vec::new(), Vec::new(), 0);
         for column in columns {
             if used + column.1 > limit {
-                lines.push(Vec::new());
+                lines.push(std::mem::take(&mut line));
                 used = INDENT.len();
             }
             used += column.1 + 2;
-            lines.last_mut().into_iter().for_each(|line| line.push(column));
+            line.push(column);
         }
+        lines.push(line);
         Self { in_full: layers <= IN_FULL, another, lines }
     }
 
